@@ -1,0 +1,202 @@
+"""`dam_masks.safetensors`: the only hand-off between learning and merging.
+
+Format (schema 1), a plain safetensors file:
+    task_shared.<tensor>          float16, probability in [0, 1] that a unit is kept by M1
+    backdoor_detection.<tensor>   float16, the same for M2
+    coefficients                  float32, (T, 1) or (T, P): lambda per model, or per model and masked tensor
+    metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), versions
+A tensor without a mask is not in the file and keeps the base's values: no model changed it. Masks have the shape
+of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by their mean when they are applied
+(setting `rescale`), so the file holds plain probabilities.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_dam.config import NOT_LEARNED
+from mergekit_dam.errors import DamError
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine, rescaled
+from mergekit_dam.plan import Plan
+
+SCHEMA = 1
+MASKS_FILE = "dam_masks.safetensors"
+_LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class LearnedMasks:
+    """Masks and coefficients, ready to merge with.
+
+    Attributes:
+        probabilities: mask name -> tensor name -> float16 probabilities.
+        coefficients: lambda, (T, 1) or (T, P), float32.
+        metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
+    """
+
+    probabilities: Mapping[str, Mapping[str, Tensor]]
+    coefficients: Tensor
+    metadata: Mapping[str, Any]
+
+    def mask(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
+        """M = M1 o M2 of a tensor, float32, rescaled; None if no mask is in use."""
+        factors = [masks[name].to(device, torch.float32) for masks in self.probabilities.values() if name in masks]
+        return combine([rescaled(f) if self.metadata["settings"]["rescale"] else f for f in factors])
+
+    def has(self, name: str) -> bool:
+        """Whether some model changed the tensor (else it stays the base's)."""
+        return name in self._columns()
+
+    def coefficients_of(self, name: str) -> Tensor:
+        """lambda of the T models for one tensor, shape (T,)."""
+        columns = self.coefficients.shape[1]
+        return self.coefficients[:, 0 if columns == 1 else self._columns()[name]]
+
+    def _columns(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.metadata["tensors"])}
+
+
+def describe(plan: Plan, digests: Mapping[str, str], samples: Mapping[str, list[str]]) -> dict[str, Any]:
+    """What the masks depend on, as JSON: settings, base, models, seed. The cache key is its hash.
+
+    Args:
+        digests: model name (`base` for theta_0) -> content hash of its weight files.
+        samples: model name -> digests of its calibration samples, which evaluation must not contain.
+    """
+    return {
+        "schema": SCHEMA,
+        "settings": plan.config.model_dump(exclude=set(NOT_LEARNED)),
+        "base": {"model": str(plan.base.ref), "sha256": digests["base"]},
+        "models": [
+            {
+                "name": model.name, "model": str(model.ref), "sha256": digests[model.name],
+                "settings": model.settings.model_dump(), "samples": samples.get(model.name, []),
+            }
+            for model in plan.models
+        ],
+    }  # fmt: skip
+
+
+def library_versions() -> dict[str, str]:
+    """Versions recorded beside the masks; results are bit-equal only for equal ones."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
+
+
+def save(path: Path, masks: LearnedMasks) -> None:
+    """Write the artefact: complete under its name, or not there at all."""
+    tensors = {
+        f"{mask}.{name}": values.to(torch.float16).contiguous().cpu()
+        for mask, by_name in masks.probabilities.items()
+        for name, values in by_name.items()
+    }
+    tensors["coefficients"] = masks.coefficients.to(torch.float32).contiguous().cpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", "dam": json.dumps(dict(masks.metadata))})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private, other files of a model are not
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> LearnedMasks:
+    """Read an artefact lazily and check its form.
+
+    Raises:
+        DamError: missing, damaged, of another schema, or with values outside [0, 1].
+    """
+    if not path.is_file():
+        raise DamError(
+            f"masks {path}", expected=f"a {MASKS_FILE} file", got="no such file",
+            cure="Leave `masks` out to learn them, or correct the path.",
+        )  # fmt: skip
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})["dam"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator there)
+        if metadata["schema"] != SCHEMA:
+            raise DamError(
+                f"masks {path}", expected=f"schema {SCHEMA}", got=str(metadata["schema"]),
+                cure="Learn the masks again with this version of mergekit-dam.",
+            )  # fmt: skip
+        coefficients = tensors.pop("coefficients")
+        probabilities: dict[str, dict[str, Tensor]] = {TASK_SHARED: {}, BACKDOOR_DETECTION: {}}
+        for key, values in tensors.items():
+            mask, _, name = key.partition(".")
+            if name not in metadata["tensors"]:
+                raise KeyError(f"{key} in the list of tensors")
+            probabilities[mask][name] = values
+        masks = LearnedMasks(probabilities, coefficients, metadata)
+        _check_form(masks)
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, DamError):
+            raise
+        raise DamError(
+            f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({error})",
+            cure="Learn the masks again.",
+        ) from error  # fmt: skip
+    return masks
+
+
+def _check_form(masks: LearnedMasks) -> None:
+    models, tensors = len(masks.metadata["models"]), len(masks.metadata["tensors"])
+    shape = tuple(masks.coefficients.shape)
+    if shape not in {(models, 1), (models, tensors)} or masks.coefficients.dtype != torch.float32:
+        raise ValueError(f"coefficients of shape {shape} for {models} models and {tensors} tensors")
+    if not bool(torch.isfinite(masks.coefficients).all()):
+        raise ValueError("coefficients that are not finite")
+    for by_name in masks.probabilities.values():
+        for name, values in by_name.items():
+            if values.dtype != torch.float16 or not bool(((values >= 0) & (values <= 1)).all()):
+                raise ValueError(f"mask of {name} is not float16 within [0, 1]")
+
+
+def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path: Path) -> None:
+    """Refuse masks that were learned on other models, tensors or settings, and name the difference."""
+
+    def refuse(what: str, expected: object, got: object) -> DamError:
+        return DamError(
+            f"masks {path}: {what}", expected=str(expected), got=str(got),
+            cure="Leave `masks` out to learn new ones, or merge what they were learned on.",
+        )  # fmt: skip
+
+    recorded = masks.metadata
+    if recorded["base"]["sha256"] != digests["base"]:
+        raise refuse("base model", f"{recorded['base']['model']} with the recorded content", plan.base.ref)
+    if len(recorded["models"]) != len(plan.models):
+        raise refuse("models", len(recorded["models"]), len(plan.models))
+    for then, now in zip(recorded["models"], plan.models, strict=True):
+        if then["sha256"] != digests[now.name]:
+            raise refuse("model", f"{then['model']} with the recorded content", now.ref)
+    shapes = {spec.mask_name: spec.shape for spec in plan.tensors}
+    for name in recorded["tensors"]:
+        if name not in shapes:
+            raise refuse("tensor", name, "a merge without it")
+        for by_name in masks.probabilities.values():
+            if name in by_name and not _broadcasts(tuple(by_name[name].shape), shapes[name]):
+                raise refuse(f"shape of {name}", tuple(by_name[name].shape), shapes[name])
+    for key in sorted(plan.config.model_fields_set - NOT_LEARNED):
+        if recorded["settings"].get(key) != getattr(plan.config, key):
+            raise refuse(f"setting {key}", recorded["settings"].get(key), getattr(plan.config, key))
+
+
+def _broadcasts(mask: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(mask) == len(shape) and all(m in (1, s) for m, s in zip(mask, shape, strict=True))

@@ -1,0 +1,147 @@
+"""Settings of the merge method `dam`: strict, flat, scalar, each with unit, default and source.
+
+mergekit passes only scalars under `parameters:` safely (lists become layer gradients, nested mappings are
+refused), so nothing here is nested. `DamConfig` holds what is shared by all models, `ModelSettings` what may
+differ per model; a value under the shared `parameters:` is the fallback of a per-model one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergekit_dam.errors import DamError
+
+DAM = "Yang et al., ICLR 2025, arXiv 2410.13910"
+CONCRETE = "Maddison et al., arXiv 1611.00712"
+ADAMERGING = "Yang et al., arXiv 2310.02575"
+UNIVERSAL = "Moosavi-Dezfooli et al., arXiv 1610.08401"
+
+Settings = TypeVar("Settings", bound="_Settings")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def setting(default: Any, description: str, *, unit: str = "-", source: str = "-", **limits: Any) -> Any:
+    """A field with its unit and source, from which the settings reference is generated."""
+    extra = {"unit": unit, "source": source}
+    return Field(default=default, description=description, json_schema_extra=extra, **limits)
+
+
+class ModelSettings(_Settings):
+    """Settings of one fine-tuned model."""
+
+    calibration: str | None = setting(
+        None,
+        "Unlabelled data: a parquet, jsonl, json, csv or txt file, a folder of images, or a Hub dataset id "
+        "(`id@revision`). A causal LM without it samples its own text.",
+    )
+    split: str = setting("train", "Split to read where the data has several.")
+    column: str | None = setting(None, "Column with the image or the text; default: the only one there is.")
+    classes: str | None = setting(
+        None, "CLIP: class names for the zero-shot head, separated by commas, or a file with one per line."
+    )
+    head: str | None = setting(
+        None, "A safetensors file with `weight` (K, D) and optional `bias` (K,), for a model without a head."
+    )
+    weight: float = setting(0.3, "Initial merging coefficient.", source=DAM, ge=0.0, le=2.0)
+
+
+class DamConfig(_Settings):
+    """Settings shared by all models of one merge."""
+
+    objective: Literal["paper"] = setting("paper", "What the masks are fitted to.", source=DAM)
+    mask: Literal["dual", "m1", "m2"] = setting(
+        "dual", "Masks in use: Task-Shared (m1), Backdoor-Detection (m2), or both.", source=DAM
+    )
+    granularity: Literal["element", "row", "tensor"] = setting(
+        "element", "What one mask entry covers.", source=DAM
+    )
+    coefficients: Literal["task", "layer"] = setting(
+        "layer", "One merging coefficient per model, or per model and tensor.", source=ADAMERGING
+    )
+    steps: int = setting(300, "Mask steps; M1 and M2 take turns.", unit="steps", source=DAM, ge=0)
+    coefficient_steps: int = setting(
+        300, "Steps on the coefficients once the masks are fixed.", unit="steps", source=DAM, ge=0
+    )
+    batch_size: int = setting(16, "Samples per task and step.", unit="samples", source=DAM, ge=1)
+    num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
+    max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)
+    temperature: float = setting(0.5, "Temperature of the Concrete masks.", source=CONCRETE, gt=0.0, le=10.0)
+    initial_logit: float = setting(0.0, "Mask logits at the start.", source=DAM, ge=-10.0, le=10.0)
+    rescale: bool = setting(True, "Divide each tensor's mask by its mean.", source=DAM)
+    mask_learning_rate: float = setting(
+        0.01, "Adam step of the mask logits (the paper's 1e-3 goes with 1000 steps).", source=DAM, gt=0.0
+    )
+    coefficient_learning_rate: float = setting(
+        1e-3, "Adam step of the coefficients.", source=ADAMERGING, gt=0.0
+    )
+    alpha: float = setting(0.1, "Weight of the safety loss against the task loss.", source=DAM, ge=0.0)
+    eps: float = setting(
+        0.25, "Bound of the universal perturbation, as a share of the valid range.", unit="range",
+        source=UNIVERSAL, gt=0.0, le=1.0,
+    )  # fmt: skip
+    perturbation_learning_rate: float = setting(
+        0.02, "Adam step of the perturbation, as a share of the valid range.", unit="range",
+        source=UNIVERSAL, gt=0.0, le=1.0,
+    )  # fmt: skip
+    perturbation_tokens: int = setting(
+        3, "Text: soft tokens that the perturbation inserts.", unit="tokens", ge=1, le=64
+    )
+    zero_shot_model: str | None = setting(
+        None, "A full CLIP whose text tower makes the heads of CLIP vision models."
+    )
+    device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
+    seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
+    masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
+
+
+# What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
+NOT_LEARNED = frozenset({"masks", "device"})
+
+
+def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:
+    """Validate values strictly; None means "not given".
+
+    Raises:
+        DamError: an unknown key (with "did you mean") or a value of the wrong type or range.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    unknown = unknown_keys(given)
+    misplaced = set(given) - set(settings.model_fields)
+    for key in (*unknown, *sorted(misplaced - set(unknown))):
+        raise DamError(
+            f"setting {key!r} in {where}", expected=f"a setting of {where}", got="an unknown one",
+            cure=did_you_mean(key, settings.model_fields) or "See the settings reference in the README.",
+        )  # fmt: skip
+    try:
+        return settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise DamError(
+            f"setting {key!r} in {where}", expected=_expected(first), got=repr(first["input"]),
+            cure=str(settings.model_fields[key].description),
+        ) from error  # fmt: skip
+
+
+def _expected(error: Any) -> str:
+    """The tail of pydantic's message, which names the type or the range."""
+    message = str(error["msg"])
+    return message.removeprefix("Input should be ").split(", unable")[0]
+
+
+def unknown_keys(keys: Iterable[str]) -> list[str]:
+    """Keys that are neither a shared nor a per-model setting, sorted."""
+    return sorted(set(keys) - set(DamConfig.model_fields) - set(ModelSettings.model_fields))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest known names, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=2)
+    return f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

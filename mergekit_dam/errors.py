@@ -1,0 +1,27 @@
+"""The one error that users see: what was expected, what came, and the cure, on one line."""
+
+from __future__ import annotations
+
+import click
+
+
+class DamError(click.ClickException, ValueError):
+    """A fault in the input, the settings or the environment that the user can cure.
+
+    It is a `click.ClickException`, so that an unmodified `mergekit-yaml` (a click command) prints one line
+    and exits with 1 instead of showing a traceback, and a `ValueError` for callers of the Python API.
+
+    Args:
+        subject: the thing at fault, e.g. a file, a setting or a tensor.
+        expected: what it should have been.
+        got: what it was.
+        cure: one sentence that tells the user what to do.
+    """
+
+    def __init__(self, subject: str, *, expected: str, got: str, cure: str) -> None:
+        self.subject, self.expected, self.got, self.cure = subject, expected, got, cure
+        message = " ".join(f"{subject}: expected {expected}, got {got}. {cure}".split())
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return self.message

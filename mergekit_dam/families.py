@@ -1,0 +1,158 @@
+"""Model families that mergekit 0.1.5 cannot merge, or not with heads that differ from the base's.
+
+All classes that share an encoder map to ONE architecture, so that a headless base and fine-tunes with heads of
+any size go into one merge: the output has the tensors of the base's class, and every spelling of a name that
+occurs on disk (with or without the class prefix, LayerNorm.gamma/beta) is an alias. The tensor lists are the
+JSON files in `architectures/`, names without the class prefix.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import threading
+import warnings
+from typing import Any
+
+from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+from pydantic import BaseModel
+from transformers import PretrainedConfig
+
+_LOCK = threading.Lock()
+_LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+_SINGLE = ("vit", "bert", "roberta", "distilbert", "clip_vision")
+
+
+class EncoderTensors(BaseModel, frozen=True, extra="forbid"):
+    """One JSON file: tensor names of an encoder and of the heads that transformers puts on it."""
+
+    model_type: str
+    prefix: str
+    headless: tuple[str, ...]
+    layer_prefix: str
+    num_layers_config_key: str
+    pre_weights: tuple[str, ...]
+    layer_weights: tuple[str, ...]
+    post_weights: tuple[str, ...]
+    heads: dict[str, tuple[str, ...]]
+    without: dict[str, tuple[str, ...]]
+    vocabulary_axis: dict[str, int]
+    tied: dict[str, str]
+    buffers: tuple[str, ...]
+
+
+class EncoderArchitecture(ModuleArchitecture, BaseModel, frozen=True):
+    """Weights of an encoder for the class that a config names.
+
+    Args:
+        tensors: the names.
+        config_key: where the encoder's own config lies in a nested one, e.g. `vision_config`.
+        extra: tensors outside the encoder that this module writes as well.
+    """
+
+    tensors: EncoderTensors
+    config_key: str | None = None
+    extra: tuple[str, ...] = ()
+
+    def name(self) -> str:
+        return self.tensors.model_type
+
+    def num_layers_config_key(self) -> str:
+        key = self.tensors.num_layers_config_key
+        return f"{self.config_key}.{key}" if self.config_key else key
+
+    def num_layers(self, config: PretrainedConfig) -> int:
+        own = getattr(config, self.config_key, config) if self.config_key else config
+        return int(getattr(own, self.tensors.num_layers_config_key))
+
+    def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        return [self._body(name, config) for name in self.tensors.pre_weights]
+
+    def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
+        layer = f"{self.tensors.layer_prefix}.{index}."
+        return [self._body(layer + name, config) for name in self.tensors.layer_weights]
+
+    def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        class_name = _class_name(config)
+        left_out = self.tensors.without.get(class_name, ())
+        body = [self._body(n, config) for n in self.tensors.post_weights if not n.startswith(left_out or ("\0",))]
+        loose = (*self.tensors.heads.get(class_name, ()), *self.extra)
+        return body + [self._weight(name, (), optional=True) for name in loose]
+
+    def _body(self, name: str, config: PretrainedConfig) -> WeightInfo:
+        bare, prefixed = name, self.tensors.prefix + name
+        own, other = (bare, prefixed) if _class_name(config) in self.tensors.headless else (prefixed, bare)
+        # a base saved without its pooler or mask token still merges: nothing there is required to exist
+        optional = name in self.tensors.buffers or name.startswith("pooler.") or name.endswith("mask_token")
+        return self._weight(own, (other,), optional=optional, bare=bare)
+
+    def _weight(self, name: str, others: tuple[str, ...], *, optional: bool, bare: str | None = None) -> WeightInfo:
+        spellings = [name, *others]
+        for new, old in _LEGACY.items():
+            spellings += [s.removesuffix(new) + old for s in (name, *others) if s.endswith(new)]
+        tied = self.tensors.tied.get(name)
+        return WeightInfo(
+            name=name,
+            aliases=tuple(spellings[1:]) or None,
+            optional=optional,
+            vocabulary_axis=self.tensors.vocabulary_axis.get(bare or name),
+            force_dtype="int64" if bare in self.tensors.buffers else None,
+            tied_names=(tied,) if tied else None,
+        )
+
+
+def _class_name(config: PretrainedConfig) -> str:
+    return str((config.architectures or [""])[0])
+
+
+def _load(name: str) -> EncoderTensors:
+    text = importlib.resources.files("mergekit_dam.architectures").joinpath(f"{name}.json").read_text("utf-8")
+    return EncoderTensors.model_validate(json.loads(text))
+
+
+def _architectures() -> dict[str, ModelArchitecture]:
+    """Class name -> architecture, one object per family."""
+    found: dict[str, ModelArchitecture] = {}
+    for name in _SINGLE:
+        tensors = _load(name)
+        classes = [*tensors.headless, *tensors.heads]
+        module = EncoderArchitecture(
+            tensors=tensors, config_key="vision_config" if name == "clip_vision" else None
+        )
+        found |= dict.fromkeys(classes, _model({"default": module}, classes, tensors.model_type))
+    loose = ("logit_scale", "visual_projection.weight", "text_projection.weight")
+    towers = {
+        "vision_model": EncoderArchitecture(tensors=_load("clip_vision"), config_key="vision_config"),
+        "text_model": EncoderArchitecture(tensors=_load("clip_text"), config_key="text_config", extra=loose),
+    }
+    found["CLIPModel"] = _model(towers, ["CLIPModel"], "clip")
+    return found
+
+
+def _model(modules: dict[str, EncoderArchitecture], classes: list[str], model_type: str) -> ModelArchitecture:
+    definitions = {key: ModuleDefinition(architecture=module) for key, module in modules.items()}
+    return ModelArchitecture(
+        modules=definitions, architectures=classes, model_type=model_type,
+        tagalong_files=["preprocessor_config.json"],
+    )  # fmt: skip
+
+
+def register_architectures() -> None:
+    """Put the definitions into mergekit's table of architectures. Idempotent; never raises."""
+    try:
+        from mergekit.architecture import json_definitions
+
+        table: dict[str, Any] = json_definitions.NAME_TO_ARCH
+        with _LOCK:
+            # our own class marks an entry as ours: building the architectures twice would make them unequal
+            if not _is_ours(table.get("BertModel")):
+                for name, architecture in _architectures().items():
+                    table[name] = [architecture]
+    except Exception as error:
+        warnings.warn(f"mergekit-dam: model families not registered: {error!r}", stacklevel=2)
+
+
+def _is_ours(entry: Any) -> bool:
+    return bool(entry) and any(
+        isinstance(module.architecture, EncoderArchitecture) for a in entry for module in a.modules.values()
+    )

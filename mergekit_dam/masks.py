@@ -1,0 +1,103 @@
+"""Concrete (Gumbel-sigmoid) masks over the task vectors (arXiv 1611.00712), one logit per masked unit.
+
+Two of them, Task-Shared (M1) and Backdoor-Detection (M2), make the mask M = M1 o M2 of the merge equation
+(DAM, arXiv 2410.13910). Keys are checkpoint tensor names. `density` is the kept fraction, the mean of a mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["element", "row", "tensor"]
+TASK_SHARED, BACKDOOR_DETECTION = "task_shared", "backdoor_detection"
+_SMALLEST = 1e-6  # keeps the noise finite and the mean of a mask away from zero
+
+
+def mask_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
+    """Shape of a mask that broadcasts to a tensor of `shape`: all, one entry per row (dim 0), or one."""
+    if granularity == "element":
+        return tuple(shape)
+    if granularity == "row" and len(shape) > 0:
+        return (shape[0], *[1] * (len(shape) - 1))
+    return (1,) * len(shape)
+
+
+class ConcreteMask:
+    """Mask logits for a set of tensors.
+
+    Args:
+        shapes: tensor name -> shape of the mask.
+        name: `task_shared` or `backdoor_detection`; it seeds the noise, too.
+        temperature: of the relaxation; lower is closer to 0/1.
+        rescale: divide each tensor's mask by its mean, so that its density does not scale the task vector.
+        initial_logit: start of all logits.
+        device: where logits live.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], *, name: str, temperature: float, rescale: bool,
+        initial_logit: float, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.name, self.temperature, self.rescale = name, temperature, rescale
+        self.logits = {
+            key: torch.full(shape, initial_logit, dtype=torch.float32, device=device)
+            for key, shape in shapes.items()
+        }
+
+    def sample(self, key: str, *, seed: int, step: int) -> Tensor:
+        """One relaxed sample in (0, 1) of the mask of a tensor: sigmoid((logit + logistic noise) / temperature).
+
+        The noise depends on (seed, step, mask, tensor) alone, not on the order of calls.
+        """
+        logits = self.logits[key]
+        generator = torch.Generator().manual_seed(_stable_seed(self.name, key, seed, step))
+        u = torch.rand(logits.shape, generator=generator).clamp_(_SMALLEST, 1 - _SMALLEST)
+        noise = torch.logit(u).to(logits.device)
+        return noise.add_(logits).div_(self.temperature).sigmoid_()
+
+    def expectation(self, key: str) -> Tensor:
+        """Probability that a unit is kept, sigmoid(logit): the mask that is saved, not one random sample."""
+        return torch.sigmoid(self.logits[key])
+
+    def factor(self, sample: Tensor) -> Tensor:
+        """What multiplies the task vectors: the sample, divided by its mean if `rescale`."""
+        return rescaled(sample) if self.rescale else sample
+
+    def logit_gradient(self, sample: Tensor, gradient: Tensor) -> Tensor:
+        """dL/dlogit from dL/dfactor, through the mean and the sigmoid."""
+        if self.rescale:
+            mean = sample.mean().clamp_min(_SMALLEST)
+            through_mean = (gradient * sample).sum() / (mean * mean * sample.numel())
+            gradient = gradient / mean - through_mean
+        return gradient * sample * (1 - sample) / self.temperature
+
+    def density(self) -> float:
+        """Kept fraction over all masked units."""
+        kept = sum(float(torch.sigmoid(v).sum()) for v in self.logits.values())
+        return kept / max(1, sum(v.numel() for v in self.logits.values()))
+
+
+def rescaled(mask: Tensor) -> Tensor:
+    """The mask divided by its mean over the whole tensor (step 1 of the published loop)."""
+    return mask / mask.mean().clamp_min(_SMALLEST)
+
+
+def combine(masks: list[Tensor]) -> Tensor | None:
+    """M = M1 o M2 from the factors in use; None when there is none (all kept)."""
+    if not masks:
+        return None
+    product = masks[0]
+    for mask in masks[1:]:
+        product = product * mask
+    return product
+
+
+def _stable_seed(*parts: object) -> int:
+    """A 63-bit seed that is the same in every process (`hash` is not)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,77 @@
+"""Checkpoint tensor names <-> parameter names of the transformers module, in one place.
+
+Since transformers 5 a checkpoint's names need not be the module's: `encoder.layer.0.attention.attention.query`
+of a ViT file is `layers.0.attention.q_proj` in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from mergekit_dam.errors import DamError
+
+
+def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The class that `config.architectures` names, parameters on the meta device, buffers real on `device`.
+
+    Raises:
+        DamError: transformers has no such class.
+    """
+    name = (config.architectures or ["?"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise DamError(
+            f"architecture {name}", expected="a class of the installed transformers", got="none of that name",
+            cure="Models with remote code cannot be learned on; upgrade transformers if the class is new.",
+        )  # fmt: skip
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = model_class(config)
+    model.tie_weights()
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def module_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Checkpoint name -> parameter or buffer name of `model`; names that nothing takes are left out.
+
+    Raises:
+        DamError: a tensor that loading would fuse with others, e.g. the experts of a mixture.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    known = model.state_dict()
+    found = {}
+    for name in names:
+        target, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if fused is not None:
+            raise DamError(
+                f"tensor {name}", expected="a tensor that one parameter takes", got="one that loading fuses",
+                cure="This architecture (fused tensors, mixture of experts) is not supported yet.",
+            )  # fmt: skip
+        if target in known:
+            found[name] = target
+    return found
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of shared parameters -> the first name."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            aliases[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return aliases

@@ -1,0 +1,102 @@
+"""Universal perturbations (arXiv 1610.08401) and the box that inputs live in.
+
+Legend: B batch, C channels, H, W pixels, L tokens, K inserted tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.errors import DamError
+
+Perturb = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The valid box of an input: pixels are in [0, 1], word embeddings within their table's range.
+
+    `lower` and `upper` are scalars or tensors that broadcast to the input.
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+    @classmethod
+    def of(cls, lower: float | Tensor, upper: float | Tensor) -> Bounds:
+        """Bounds from numbers or tensors."""
+        return cls(torch.as_tensor(lower, dtype=torch.float32), torch.as_tensor(upper, dtype=torch.float32))
+
+    def to(self, device: torch.device) -> Bounds:
+        return Bounds(self.lower.to(device), self.upper.to(device))
+
+    @property
+    def span(self) -> Tensor:
+        """upper - lower: the unit of `eps` and of the perturbation's step size."""
+        return self.upper - self.lower
+
+    @property
+    def centre(self) -> Tensor:
+        return (self.upper + self.lower) / 2
+
+    def clamp(self, x: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(x, self.lower), self.upper)
+
+    def verify(self, x: Tensor, what: str) -> None:
+        """Refuse inputs outside the box, e.g. pixels that were normalised already."""
+        low, high = x.min().item(), x.max().item()
+        if bool((x < self.lower - 1e-4).any()) or bool((x > self.upper + 1e-4).any()):
+            raise DamError(
+                what, expected=f"values within [{self.lower.min():g}, {self.upper.max():g}]",
+                got=f"[{low:g}, {high:g}]",
+                cure="Give pixels before mean and std are applied.",
+            )  # fmt: skip
+
+
+class UniversalPerturbation:
+    """One perturbation for all inputs of a task, as an L-infinity ball of radius `eps` x span.
+
+    Images: delta (C, H, W) is added to pixels, and the sum stays within the bounds.
+    Text: K tokens (K, D) are inserted after position 0, at the centre of the embedding range + delta.
+
+    Args:
+        shape: (C, H, W) or (K, D).
+        bounds: box of what is perturbed.
+        eps: radius as a share of the span.
+        inserts: True for text.
+        generator: draws the start, uniform within the ball.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], bounds: Bounds, *, eps: float, inserts: bool, generator: torch.Generator
+    ) -> None:
+        self.bounds, self.eps, self.inserts = bounds, eps, inserts
+        start = torch.rand(shape, generator=generator).to(bounds.lower.device) * 2 - 1
+        # `delta` is in units of the span: one step size then serves pixels and embeddings
+        self.delta = (start * eps).requires_grad_(True)
+
+    def project(self) -> None:
+        """Back into the ball after a step."""
+        with torch.no_grad():
+            self.delta.clamp_(-self.eps, self.eps)
+
+    def __call__(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Perturb pixels_BCHW, or embeddings_BLD with attention_mask_BL -> (B, L + K, D), (B, L + K)."""
+        if not self.inserts:
+            self.bounds.verify(x, "perturbed pixels")
+            return self.bounds.clamp(x + self.delta * self.bounds.span), mask
+        return insert_tokens(x, mask, self.bounds.clamp(self.bounds.centre + self.delta * self.bounds.span))
+
+
+def insert_tokens(x: Tensor, mask: Tensor | None, tokens_KD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Insert tokens after position 0 of embeddings_BLD and extend the mask_BL."""
+    tokens = tokens_KD.to(x.dtype).expand(x.shape[0], *tokens_KD.shape)
+    embedded = torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1)
+    if mask is None:
+        return embedded, None
+    kept = mask.new_ones(mask.shape[0], tokens_KD.shape[0])
+    return embedded, torch.cat([mask[:, :1], kept, mask[:, 1:]], dim=1)

@@ -1,0 +1,93 @@
+"""theta_0 and theta_t of a plan, tensor by tensor, from memory-mapped files; and a check of all of them.
+
+A task vector is never stored: `merge_rule` forms theta_t - theta_0 where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.checkpoint import Checkpoint
+from mergekit_dam.errors import DamError
+from mergekit_dam.merge_rule import task_vector
+from mergekit_dam.plan import Plan, TensorSpec
+
+
+class TaskVectors:
+    """Lazy access to the tensors of base and models by output name. T models."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.specs = {spec.name: spec for spec in plan.tensors}
+        self._base = Checkpoint.open(plan.base.path)
+        self._models = [Checkpoint.open(model.path) for model in plan.models]
+
+    def base(self, name: str) -> Tensor:
+        """theta_0 of one tensor, as stored."""
+        return self._base.tensor(self.specs[name].base_source)
+
+    def models(self, name: str) -> list[Tensor | None]:
+        """theta_t of one tensor for t = 1..T, as stored; None where a model lacks it."""
+        return [
+            None if source is None else checkpoint.tensor(source)
+            for source, checkpoint in zip(self.specs[name].sources, self._models, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one reading of all tensors found.
+
+    Attributes:
+        changed: specs of floating tensors that some model changed; the others pass through unmasked.
+        norms: per model, the L2 norm of its whole task vector.
+    """
+
+    changed: tuple[TensorSpec, ...]
+    norms: tuple[float, ...]
+
+
+def survey(vectors: TaskVectors) -> Survey:
+    """Read every tensor once: refuse NaN and infinity, find what changed, measure the task vectors.
+
+    Raises:
+        DamError: a weight that is not finite, or models that equal the base in every tensor.
+    """
+    plan = vectors.plan
+    squares = [0.0] * len(plan.models)
+    changed = []
+    for spec in plan.tensors:
+        base = vectors.base(spec.name)
+        if not base.is_floating_point():
+            continue
+        _require_finite(base, spec.base_source, plan.base.name)
+        moved = False
+        for t, model in enumerate(vectors.models(spec.name)):
+            if model is None:
+                continue
+            _require_finite(model, str(spec.sources[t]), plan.models[t].name)
+            square = float(task_vector(base, model).double().square().sum())
+            squares[t] += square
+            moved |= square > 0.0
+        if moved:
+            changed.append(spec)
+    if not changed:
+        raise DamError(
+            "task vectors", expected="models that differ from the base",
+            got="models equal to the base in every tensor", cure="Check base_model and the paths of the models.",
+        )  # fmt: skip
+    return Survey(tuple(changed), tuple(math.sqrt(square) for square in squares))
+
+
+def _require_finite(tensor: Tensor, name: str, owner: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise DamError(
+            f"tensor {name} of model {owner}", expected="finite weights",
+            got=f"{count} of {tensor.numel()} NaN or infinite",
+            cure="This model is damaged: download or train it again, or leave it out.",
+        )  # fmt: skip
