@@ -6,12 +6,13 @@ Two of them, Task-Shared (M1) and Backdoor-Detection (M2), make the mask M = M1 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from mergekit_dam.seeds import generator
 
 Granularity = Literal["element", "row", "tensor"]
 TASK_SHARED, BACKDOOR_DETECTION = "task_shared", "backdoor_detection"
@@ -55,8 +56,8 @@ class ConcreteMask:
         The noise depends on (seed, step, mask, tensor) alone, not on the order of calls.
         """
         logits = self.logits[key]
-        generator = torch.Generator().manual_seed(_stable_seed(self.name, key, seed, step))
-        u = torch.rand(logits.shape, generator=generator).clamp_(_SMALLEST, 1 - _SMALLEST)
+        source = generator(self.name, key, seed, step)
+        u = torch.rand(logits.shape, generator=source).clamp_(_SMALLEST, 1 - _SMALLEST)
         noise = torch.logit(u).to(logits.device)
         return noise.add_(logits).div_(self.temperature).sigmoid_()
 
@@ -95,9 +96,3 @@ def combine(masks: list[Tensor]) -> Tensor | None:
     for mask in masks[1:]:
         product = product * mask
     return product
-
-
-def _stable_seed(*parts: object) -> int:
-    """A 63-bit seed that is the same in every process (`hash` is not)."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

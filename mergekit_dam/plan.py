@@ -18,6 +18,7 @@ from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import DamConfig, ModelSettings, did_you_mean, parse, unknown_keys
 from mergekit_dam.errors import DamError
 from mergekit_dam.families import register_architectures
+from mergekit_dam.module_names import meta_model, module_names
 from mergekit_dam.verify import check_coverage
 
 
@@ -102,9 +103,17 @@ def build_plan(
     architecture = get_architecture_info(merge_config, options)
     weights = architecture.all_weights(base_input.config)
     checkpoint = Checkpoint.open(base_input.path)
-    check_coverage(weights, checkpoint.names)
+    check_coverage(weights, checkpoint.names, ignored=_left_out(base_input, checkpoint))
     tensors = tuple(_tensor_specs(weights, base_input, checkpoint, inputs))
     return Plan(base_input, inputs, tensors, config)
+
+
+def _left_out(base: ModelInput, checkpoint: Checkpoint) -> frozenset[str]:
+    """Names that the base's class does not take: the head of a base that is used without it."""
+    if base.ref.override_architecture is None:
+        return frozenset()
+    model = meta_model(base.config, torch.device("cpu"))
+    return frozenset(checkpoint.names) - frozenset(module_names(model, checkpoint.names))
 
 
 def parse_settings(

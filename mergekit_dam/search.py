@@ -8,7 +8,6 @@ Legend: T tasks, P masked tensors, B batch, K classes.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, entropy
@@ -116,7 +116,7 @@ class PaperSearch:
 
     def batch(self, task: Task, step: int) -> Tensor:
         """Indices of the calibration samples of a step, shape (B,): the same for the same seed and step."""
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "batch", task.name, step))
+        generator = seeds.generator(self.config.seed, "batch", task.name, step)
         size = min(self.config.batch_size, task.num_samples)
         return torch.randperm(task.num_samples, generator=generator)[:size]
 
@@ -202,11 +202,6 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
         yield
     finally:
         perturb.delta.requires_grad_(True)
-
-
-def _seed(*parts: object) -> int:
-    """A seed that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _require_finite(record: dict[str, Any], step: int) -> None:

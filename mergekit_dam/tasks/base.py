@@ -1,0 +1,88 @@
+"""What a model family is to the search: inputs, and logits for any weights. Legend: B batch, K classes, L tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from mergekit_dam.checkpoint import Checkpoint
+from mergekit_dam.module_names import meta_model, module_names, tied_names
+from mergekit_dam.perturbation import Bounds, Perturb
+from mergekit_dam.plan import ModelInput, Plan
+
+
+class Task(ABC):
+    """One input model's task.
+
+    The forward pass is model t's own transformers class with the weights of the caller (merged, own or theta_0,
+    by output name) plus the tensors that only model t has: its head.
+
+    Attributes:
+        name: the model's name in the plan.
+        num_samples: calibration samples held.
+        sample_digests: one digest per sample, so that evaluation on the same data can be refused.
+        perturbation_shape: (C, H, W) for images, (tokens, width) for text.
+        bounds: valid box of what a perturbation acts on.
+        head: tensors of model t that the base lacks, by name in t's checkpoint.
+    """
+
+    num_samples: int
+    sample_digests: tuple[str, ...]
+    perturbation_shape: tuple[int, ...]
+    bounds: Bounds
+
+    def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
+        model: ModelInput = plan.models[index]
+        self.name, self.input, self.device = model.name, model, device
+        self.module = meta_model(model.config, device)
+        self.checkpoint = Checkpoint.open(model.path)
+        own = module_names(self.module, self.checkpoint.names)
+        sources = {spec.name: spec.sources[index] for spec in plan.tensors}
+        self._targets = {name: own[source] for name, source in sources.items() if source in own}
+        covered = set(self._targets.values())
+        self.head = {
+            name: self.checkpoint.tensor(name).to(device)
+            for name, target in own.items()
+            if target not in covered
+        }
+        self._head_targets = {own[name]: tensor for name, tensor in self.head.items()}
+        self._tied = tied_names(self.module)
+
+    @abstractmethod
+    def inputs(self, indices: Tensor) -> dict[str, Tensor]:
+        """The calibration samples at `indices`, (B,), as tensors on the task's device."""
+
+    @abstractmethod
+    def logits(
+        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
+    ) -> Tensor:
+        """logits_BK for any weights by output name; `perturb` acts on pixels or word embeddings."""
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """Model t's tensors by output name, as stored."""
+        names = {target: name for name, target in module_names(self.module, self.checkpoint.names).items()}
+        return {name: self.checkpoint.tensor(names[target]).to(self.device) for name, target in self._targets.items()}
+
+    def parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By module name: the caller's weights and the head, floats in float32."""
+        found = {target: _floating(weights[name]) for name, target in self._targets.items()}
+        found |= {target: _floating(tensor) for target, tensor in self._head_targets.items()}
+        for alias, main in self._tied.items():
+            if main in found:
+                found[alias] = found[main]
+            elif alias in found:
+                found[main] = found[alias]
+        return found
+
+    def call(self, parameters: Mapping[str, Tensor], **inputs: Any) -> Any:
+        """The module's output with these parameters."""
+        return functional_call(self.module, dict(parameters), kwargs=inputs, tie_weights=False)
+
+
+def _floating(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

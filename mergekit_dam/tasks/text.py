@@ -1,0 +1,138 @@
+"""Text encoders with a classification head, and causal LMs. Legend: B batch, L tokens, D width, K classes, V vocabulary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mergekit_dam import seeds
+from mergekit_dam.calibration import load_calibration
+from mergekit_dam.errors import DamError
+from mergekit_dam.perturbation import Bounds, Perturb
+from mergekit_dam.plan import Plan
+from mergekit_dam.task_vectors import TaskVectors
+from mergekit_dam.tasks.base import Task
+
+LOG = logging.getLogger(__name__)
+_SAMPLED_AT_ONCE = 64  # sequences; bounds the memory of the key-value cache
+
+
+class TextTask(Task):
+    """BERT, RoBERTa and DistilBERT ...ForSequenceClassification."""
+
+    def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
+        super().__init__(plan, index, device)
+        self._require_head()
+        embedding = self.module.get_input_embeddings()
+        self._embedding = next(n for n, m in self.module.named_modules() if m is embedding) + ".weight"
+        output_name = next(name for name, target in self._targets.items() if target == self._embedding)
+        table = TaskVectors(plan).base(output_name).float()
+        self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
+        self.perturbation_shape = (plan.config.perturbation_tokens, table.shape[1])
+        self._sequences = self._calibrate(plan)
+        self.num_samples = len(self._sequences)
+
+    def _require_head(self) -> None:
+        if not type(self.module).__name__.endswith("ForSequenceClassification"):
+            raise DamError(
+                f"model {self.name}", expected="a classification head (...ForSequenceClassification)",
+                got=type(self.module).__name__,
+                cure="Give the fine-tuned model with its head; only the base may be without one.",
+            )  # fmt: skip
+
+    def _calibrate(self, plan: Plan) -> list[Tensor]:
+        data = load_calibration(
+            self.input.settings, "text", num_samples=plan.config.num_samples, seed=plan.config.seed, task=self.name
+        )
+        self.sample_digests = data.digests
+        tokenizer = self._tokenizer(plan)
+        encoded = tokenizer(list(data.samples), truncation=True, max_length=plan.config.max_length)["input_ids"]
+        return [torch.tensor(ids) for ids in encoded]
+
+    def _tokenizer(self, plan: Plan) -> Any:
+        from transformers import AutoTokenizer
+
+        for folder in (self.input.path, plan.base.path):
+            if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")):
+                return AutoTokenizer.from_pretrained(folder)
+        raise DamError(
+            f"tokenizer of {self.name}", expected="tokenizer files beside the model or the base", got="none",
+            cure="Save the tokenizer into the model's directory.",
+        )  # fmt: skip
+
+    def inputs(self, indices: Tensor) -> dict[str, Tensor]:
+        rows = [self._sequences[int(i)] for i in indices]
+        config = self.input.config.get_text_config()
+        pad = config.pad_token_id if config.pad_token_id is not None else 0
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def logits(
+        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
+    ) -> Tensor:
+        logits: Tensor = self._forward(weights, inputs, perturb).logits
+        return logits
+
+    def _forward(
+        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None, **options: Any
+    ) -> Any:
+        parameters = self.parameters(weights)
+        if perturb is None:
+            return self.call(parameters, **inputs, **options)
+        embedded = F.embedding(inputs["input_ids"], parameters[self._embedding])
+        embedded, mask = perturb(embedded, inputs["attention_mask"])
+        return self.call(parameters, inputs_embeds=embedded, attention_mask=mask, **options)
+
+
+class CausalTask(TextTask):
+    """Causal LMs: a sample is a predicted position, its classes are the vocabulary."""
+
+    def _require_head(self) -> None:
+        """Every causal LM has its head."""
+
+    def _calibrate(self, plan: Plan) -> list[Tensor]:
+        if self.input.settings.calibration is not None:
+            return [ids for ids in super()._calibrate(plan) if len(ids) > 1]
+        LOG.warning("%s: no calibration data given; it samples its own text (seed %d)", self.name, plan.config.seed)
+        sequences = self._sample_text(plan.config.num_samples, plan.config.max_length, plan.config.seed)
+        self.sample_digests = ()  # nothing of the outside world, hence nothing to keep apart from evaluation
+        return list(sequences)
+
+    @torch.no_grad()
+    def _sample_text(self, num_samples: int, length: int, seed: int) -> Tensor:
+        """Model t's own text at temperature 1, from its BOS token or a random token: ids (num_samples, length)."""
+        config = self.input.config.get_text_config()
+        length = min(length, getattr(config, "max_position_embeddings", length))
+        source = seeds.generator(seed, "text", self.name)
+        parameters = self.parameters(self.own_weights())
+        start = torch.randint(config.vocab_size, (num_samples, 1), generator=source)
+        if config.bos_token_id is not None and config.bos_token_id < config.vocab_size:
+            start.fill_(config.bos_token_id)
+        parts = []
+        for ids in start.split(_SAMPLED_AT_ONCE):
+            step, cache = ids.to(self.device), None
+            for _ in range(length - 1):
+                output = self.call(parameters, input_ids=step, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+                drawn = torch.multinomial(probabilities, 1, generator=source)
+                ids, step = torch.cat([ids, drawn], dim=1), drawn.to(self.device)
+            parts.append(ids)
+        return torch.cat(parts)
+
+    def logits(
+        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
+    ) -> Tensor:
+        """logits (N, V) of the N positions after the first that hold a token, the same ones if perturbed."""
+        positions = inputs["input_ids"].shape[1] - 1
+        output = self._forward(weights, inputs, perturb, use_cache=False)
+        # inserted tokens come after position 0, so the last L - 1 positions are the clean text's
+        logits: Tensor = output.logits[:, -positions:][inputs["attention_mask"][:, 1:].bool()]
+        return logits
