@@ -1,0 +1,277 @@
+"""The merge method `dam`, as an unmodified mergekit runs it.
+
+mergekit hands a method one tensor at a time and never the config, so the masks are learned (or read) in the first
+call, under a lock, and then applied per tensor. At plan time, where mergekit calls `validate_inputs` from its
+planner, the config is read from there: settings are then checked before anything is executed.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from mergekit.options import MergeOptions
+
+from mergekit_dam.config import DamConfig, ModelSettings, did_you_mean, unknown_keys
+from mergekit_dam.errors import DamError
+
+LOG = logging.getLogger(__name__)
+_KEPT_RUNS = 8  # merges whose masks stay open in one process; they are small handles on files
+_PROBES = 256  # elements compared to tell whether mergekit handed over the planned tensor
+
+
+@dataclass
+class _Context:
+    """What the planner knows: read, never changed."""
+
+    config: Any
+    options: MergeOptions
+    out_path: str | None
+
+
+@dataclass
+class _Run:
+    """One merge: its inputs as planned and, from the first tensor on, its masks."""
+
+    base: ModelReference
+    models: tuple[ModelReference, ...]
+    context: _Context | None
+    values: tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    state: Any = None
+
+    def serves(self, group: TensorGroup) -> bool:
+        ids = {entry.id for entry in group.non_base}
+        return group.base is not None and group.base.id == self.base and ids <= set(self.models)
+
+
+class DAM(GroupMergeMethod):
+    """Defense-Aware Merging (Yang et al., ICLR 2025, arXiv 2410.13910) as a mergekit method."""
+
+    spec = MergeMethodSpec(
+        name="dam",
+        pretty_name="Defense-Aware Merging",
+        reference_url="https://arxiv.org/abs/2410.13910",
+        # None stands for "not given": defaults are DamConfig's, and values are checked there, all at once
+        parameters=tuple(
+            ParameterSpec(name, Any, scope, default=None, description=info.description)
+            for settings, scope in ((DamConfig, ParameterScope.SHARED), (ModelSettings, ParameterScope.NON_BASE))
+            for name, info in settings.model_fields.items()
+        ),
+        contract=InputContract(base=BasePolicy.REQUIRED),
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+    )
+
+    def __init__(self) -> None:
+        self._runs: list[_Run] = []
+        self._lock = threading.Lock()
+
+    def validate_inputs(
+        self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
+    ) -> None:
+        if base_id is None:
+            raise DamError(
+                "base_model", expected="the model that all others were fine-tuned from", got="none",
+                cure="Add `base_model:` to the recipe.",
+            )  # fmt: skip
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if group_name is None or not group_name.endswith("]") or ".slices[" not in group_name:
+            return
+        models = tuple(ref for ref in input_ids if ref != base_id)
+        context = _planner_context()
+        run = _Run(base_id, models, context)  # type: ignore[arg-type]
+        if context is not None:
+            _refuse_moved_layers(context.config)
+            run.values = _configured(context.config, run.models)
+            for key in unknown_keys([*run.values[0], *(k for own in run.values[1].values() for k in own)]):
+                known = [*DamConfig.model_fields, *ModelSettings.model_fields]
+                LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, known))
+            _build_plan(run)
+        with self._lock:
+            self._runs = [run, *self._runs][:_KEPT_RUNS]
+
+    @torch.no_grad()
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        if group.base is None:
+            raise DamError(
+                f"tensor {group.metadata.name}", expected="a base model that has it", got="one without it",
+                cure="Merge models that were fine-tuned from this base.",
+            )  # fmt: skip
+        run = self._run_for(group)
+        with run.lock:
+            if run.state is None:
+                run.state = _Applied(run, parameters)
+        merged: torch.Tensor = run.state.merge(group)
+        return merged
+
+    def _run_for(self, group: TensorGroup) -> _Run:
+        with self._lock:
+            for run in self._runs:
+                if run.serves(group):
+                    return run
+            assert group.base is not None
+            run = _Run(group.base.id, tuple(e.id for e in group.non_base), None)  # type: ignore[arg-type]
+            self._runs = [run, *self._runs][:_KEPT_RUNS]
+            return run
+
+
+class _Applied:
+    """Masks of a run, ready to be applied tensor by tensor."""
+
+    def __init__(self, run: _Run, parameters: Mapping[str, Any]) -> None:
+        from mergekit_dam.learn import learn_masks
+        from mergekit_dam.task_vectors import TaskVectors
+
+        if run.values is None:
+            shared = {name: parameters.get(name) for name in DamConfig.model_fields}
+            own = {
+                ref: {name: parameters[name][ref] for name in ModelSettings.model_fields if name in parameters}
+                for ref in run.models
+            }
+            run.values = (shared, own)
+        plan = _build_plan(run)
+        # learning needs gradients although mergekit's own arithmetic runs without
+        with torch.enable_grad():
+            folder, self.masks = learn_masks(plan, quiet=run.context is not None and run.context.options.quiet)
+        self.order = run.models
+        self.vectors = TaskVectors(plan)
+        if run.context is not None and run.context.out_path is not None:
+            _keep(folder, Path(run.context.out_path) / "dam")
+
+    def merge(self, group: TensorGroup) -> torch.Tensor:
+        from mergekit_dam.merge_rule import merge
+
+        assert group.base is not None
+        name = str(group.metadata.name)
+        spec = self.vectors.specs.get(name)
+        if spec is None:
+            raise DamError(
+                f"tensor {name}", expected="a tensor of the plan", got="one that mergekit added",
+                cure="Use `models:` (slices that move or repeat layers cannot be masked).",
+            )  # fmt: skip
+        by_ref = {entry.id: entry.tensor for entry in group.non_base}
+        models = [by_ref.get(ref) for ref in self.order]
+        for planned, given in zip([self.vectors.base(name), *self.vectors.models(name)], [group.base.tensor, *models], strict=True):
+            if planned is not None and given is not None:
+                _require_same(name, planned, given)
+        base = group.base.tensor
+        if not self.masks.has(spec.mask_name):
+            return base.clone()
+        coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
+        return merge(base, models, coefficients, self.masks.mask(spec.mask_name, base.device)).to(base.dtype)
+
+
+def _require_same(name: str, planned: torch.Tensor, given: torch.Tensor) -> None:
+    """Slices or a changed vocabulary would put other values under a masked name."""
+    same = planned.shape == given.shape
+    if same:
+        stride = max(1, planned.numel() // _PROBES)
+        probe = planned.reshape(-1)[::stride].to(given.dtype)
+        same = bool(torch.equal(probe, given.reshape(-1)[::stride].to("cpu")))
+    if not same:
+        raise DamError(
+            f"tensor {name}", expected="the tensor that the masks were learned on", got="another one from mergekit",
+            cure="Do slicing or vocabulary changes in a stage of its own (mergekit-multi), and dam on its output.",
+        )  # fmt: skip
+
+
+def _build_plan(run: _Run) -> Any:
+    from mergekit_dam.plan import build_plan
+
+    assert run.values is not None
+    shared, per_model = run.values
+    known = {*DamConfig.model_fields, *ModelSettings.model_fields}
+    return build_plan(
+        run.base, run.models,
+        shared={k: v for k, v in shared.items() if k in known},
+        per_model={ref: {k: v for k, v in own.items() if k in known} for ref, own in per_model.items()},
+        options=run.context.options if run.context is not None else None,
+    )  # fmt: skip
+
+
+def _planner_context() -> _Context | None:
+    """Config, options and output path from the planner that is calling us, if one is."""
+    from mergekit.plan import MergePlanner
+
+    context = None
+    frame = sys._getframe(1)
+    while frame is not None:
+        planner = frame.f_locals.get("self")
+        if context is None and isinstance(planner, MergePlanner):
+            context = _Context(planner.config, planner.options, None)
+        if context is not None and frame.f_code.co_name == "plan_to_disk":
+            context.out_path = frame.f_locals.get("out_path")
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return context
+
+
+def _configured(config: Any, models: Sequence[ModelReference]) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
+    """Raw values, shared and per model, from a normalised config."""
+    per_model: dict[ModelReference, dict[str, Any]] = {ref: {} for ref in models}
+    for module in (config.modules or {}).values():
+        for output in module.slices or []:
+            for source in output.sources:
+                if source.model in per_model:
+                    per_model[source.model] |= source.parameters or {}
+    return dict(config.parameters or {}), per_model
+
+
+def _refuse_moved_layers(config: Any) -> None:
+    for name, module in (config.modules or {}).items():
+        start = 0
+        for output in module.slices or []:
+            ranges = {tuple(source.layer_range) for source in output.sources}
+            length = output.sources[0].layer_range[1] - output.sources[0].layer_range[0]
+            if ranges != {(start, start + length)}:
+                raise DamError(
+                    f"slices of {name}", expected="every model's layers in their own place",
+                    got=f"layer ranges {sorted(ranges)} for output layers {start} to {start + length}",
+                    cure="Move layers in a stage of its own (mergekit-multi), and merge its output with dam.",
+                )  # fmt: skip
+            start += length
+
+
+def _keep(folder: Path, target: Path) -> None:
+    """Masks, metrics and heads beside the output; mergekit reads only the directory's top level as weights."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("dam_masks.safetensors", "metrics.jsonl"):
+            if (folder / name).is_file() and (folder / name).resolve() != (target / name).resolve():
+                shutil.copy2(folder / name, target / name)
+        if (folder / "heads").is_dir() and (folder / "heads").resolve() != (target / "heads").resolve():
+            shutil.copytree(folder / "heads", target / "heads", dirs_exist_ok=True)
+    except OSError as error:
+        raise DamError(
+            f"output {target}", expected="a folder that can be written", got=str(error),
+            cure="Choose another output directory.",
+        ) from error  # fmt: skip
+
+
+def register_dam() -> None:
+    """Make `dam` and our model families known to mergekit. Idempotent."""
+    from mergekit.merge_methods import registry
+
+    from mergekit_dam.families import register_architectures
+
+    if not any(method.spec.name == DAM.spec.name for method in registry.registered_methods()):
+        registry.register(DAM())
+    register_architectures()
