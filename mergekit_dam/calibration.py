@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +64,7 @@ def load_calibration(settings: ModelSettings, kind: Kind, *, num_samples: int, s
     read = _image if kind == "image" else _text
     samples = [read(rows[int(i)], f"sample {int(i)} of {source}") for i in order]
     if kind == "text":
-        samples = [text for text in samples if text.strip()]
+        samples = [text for text in samples if str(text).strip()]
     if len(samples) < 2:
         raise DamError(
             f"calibration of {task} ({source})", expected="at least 2 samples that are not blank",
@@ -152,8 +151,3 @@ def _image(row: Any, where: str) -> Image.Image:
 
 def _text(row: Any, where: str) -> str:
     return str(row or "")
-
-
-def texts_digest(samples: Iterable[Any]) -> frozenset[str]:
-    """Digests of evaluation samples, to be held against those of the calibration data."""
-    return frozenset(digest(sample) for sample in samples)

@@ -29,7 +29,7 @@ class _Settings(BaseModel):
 
 def setting(default: Any, description: str, *, unit: str = "-", source: str = "-", **limits: Any) -> Any:
     """A field with its unit and source, from which the settings reference is generated."""
-    extra = {"unit": unit, "source": source}
+    extra: dict[str, Any] = {"unit": unit, "source": source}
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
 
@@ -59,9 +59,7 @@ class DamConfig(_Settings):
     mask: Literal["dual", "m1", "m2"] = setting(
         "dual", "Masks in use: Task-Shared (m1), Backdoor-Detection (m2), or both.", source=DAM
     )
-    granularity: Literal["element", "row", "tensor"] = setting(
-        "element", "What one mask entry covers.", source=DAM
-    )
+    granularity: Literal["element", "row", "tensor"] = setting("element", "What one mask entry covers.", source=DAM)
     coefficients: Literal["task", "layer"] = setting(
         "layer", "One merging coefficient per model, or per model and tensor.", source=ADAMERGING
     )
@@ -78,9 +76,7 @@ class DamConfig(_Settings):
     mask_learning_rate: float = setting(
         0.01, "Adam step of the mask logits (the paper's 1e-3 goes with 1000 steps).", source=DAM, gt=0.0
     )
-    coefficient_learning_rate: float = setting(
-        1e-3, "Adam step of the coefficients.", source=ADAMERGING, gt=0.0
-    )
+    coefficient_learning_rate: float = setting(1e-3, "Adam step of the coefficients.", source=ADAMERGING, gt=0.0)
     alpha: float = setting(0.1, "Weight of the safety loss against the task loss.", source=DAM, ge=0.0)
     eps: float = setting(
         0.25, "Bound of the universal perturbation, as a share of the valid range.", unit="range",
@@ -93,9 +89,7 @@ class DamConfig(_Settings):
     perturbation_tokens: int = setting(
         3, "Text: soft tokens that the perturbation inserts.", unit="tokens", ge=1, le=64
     )
-    zero_shot_model: str | None = setting(
-        None, "A full CLIP whose text tower makes the heads of CLIP vision models."
-    )
+    zero_shot_model: str | None = setting(None, "A full CLIP whose text tower makes the heads of CLIP vision models.")
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")

@@ -1,26 +1,40 @@
 """Model families that mergekit 0.1.5 cannot merge, or not with heads that differ from the base's.
 
 All classes that share an encoder map to ONE architecture, so that a headless base and fine-tunes with heads of
-any size go into one merge: the output has the tensors of the base's class, and every spelling of a name that
+any size go into one merge: the output has the tensors of the base, and every spelling of a name that
 occurs on disk (with or without the class prefix, LayerNorm.gamma/beta) is an alias. The tensor lists are the
 JSON files in `architectures/`, names without the class prefix.
+
+A class does not say what its checkpoints hold: bert-base-uncased calls itself BertForMaskedLM and has a pooler,
+newer files of that class have none, older ones carry `position_ids`. mergekit fails on a tensor that fine-tunes
+have and the base lacks, so what is optional is listed only if the base's own files have it.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 import threading
 import warnings
 from typing import Any
 
 from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+from mergekit.io import ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache
 from pydantic import BaseModel
 from transformers import PretrainedConfig
 
 _LOCK = threading.Lock()
 _LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 _SINGLE = ("vit", "bert", "roberta", "distilbert", "clip_vision")
+
+
+class Aliases(tuple[str, ...]):
+    """Spellings that can be added to a list: mergekit 0.1.5 does so for optional weights, and a tuple cannot."""
+
+    def __radd__(self, other: list[str]) -> list[str]:
+        return [*other, *self]
 
 
 class EncoderTensors(BaseModel, frozen=True, extra="forbid"):
@@ -35,7 +49,7 @@ class EncoderTensors(BaseModel, frozen=True, extra="forbid"):
     layer_weights: tuple[str, ...]
     post_weights: tuple[str, ...]
     heads: dict[str, tuple[str, ...]]
-    without: dict[str, tuple[str, ...]]
+    either_spelling: tuple[str, ...] = ()
     vocabulary_axis: dict[str, int]
     tied: dict[str, str]
     buffers: tuple[str, ...]
@@ -66,34 +80,40 @@ class EncoderArchitecture(ModuleArchitecture, BaseModel, frozen=True):
         return int(getattr(own, self.tensors.num_layers_config_key))
 
     def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        return [self._body(name, config) for name in self.tensors.pre_weights]
+        return _held([self._body(name, config) for name in self.tensors.pre_weights], config)
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
         layer = f"{self.tensors.layer_prefix}.{index}."
         return [self._body(layer + name, config) for name in self.tensors.layer_weights]
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        class_name = _class_name(config)
-        left_out = self.tensors.without.get(class_name, ())
-        body = [self._body(n, config) for n in self.tensors.post_weights if not n.startswith(left_out or ("\0",))]
-        loose = (*self.tensors.heads.get(class_name, ()), *self.extra)
-        return body + [self._weight(name, (), optional=True) for name in loose]
+        loose = (*self.tensors.heads.get(_class_name(config), ()), *self.extra)
+        weights = [self._body(name, config) for name in self.tensors.post_weights]
+        return _held([*weights, *(self._weight(name, (), optional=True) for name in loose)], config)
 
     def _body(self, name: str, config: PretrainedConfig) -> WeightInfo:
         bare, prefixed = name, self.tensors.prefix + name
-        own, other = (bare, prefixed) if _class_name(config) in self.tensors.headless else (prefixed, bare)
+        own, other = (bare, prefixed) if self._is_bare(config) else (prefixed, bare)
         # a base saved without its pooler or mask token still merges: nothing there is required to exist
         optional = name in self.tensors.buffers or name.startswith("pooler.") or name.endswith("mask_token")
         return self._weight(own, (other,), optional=optional, bare=bare)
+
+    def _is_bare(self, config: PretrainedConfig) -> bool:
+        class_name = _class_name(config)
+        if class_name in self.tensors.either_spelling:
+            # transformers before 5 loads these only with the prefix: the output keeps what the base has
+            return not any(name.startswith(self.tensors.prefix) for name in _names_on_disk(config) or ())
+        return class_name in self.tensors.headless
 
     def _weight(self, name: str, others: tuple[str, ...], *, optional: bool, bare: str | None = None) -> WeightInfo:
         spellings = [name, *others]
         for new, old in _LEGACY.items():
             spellings += [s.removesuffix(new) + old for s in (name, *others) if s.endswith(new)]
         tied = self.tensors.tied.get(name)
-        return WeightInfo(
+        # model_construct: validation would turn Aliases into a plain tuple
+        return WeightInfo.model_construct(
             name=name,
-            aliases=tuple(spellings[1:]) or None,
+            aliases=Aliases(spellings[1:]) or None,
             optional=optional,
             vocabulary_axis=self.tensors.vocabulary_axis.get(bare or name),
             force_dtype="int64" if bare in self.tensors.buffers else None,
@@ -103,6 +123,26 @@ class EncoderArchitecture(ModuleArchitecture, BaseModel, frozen=True):
 
 def _class_name(config: PretrainedConfig) -> str:
     return str((config.architectures or [""])[0])
+
+
+def _held(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInfo]:
+    """Without the optional weights that the base's files lack; all of them where the files are not known."""
+    names = _names_on_disk(config)
+    if names is None:
+        return weights
+    return [w for w in weights if not w.optional or names.intersection((w.name, *(w.aliases or ())))]
+
+
+def _names_on_disk(config: PretrainedConfig) -> frozenset[str] | None:
+    """Tensor names in the files that this config lies beside, if they are at hand."""
+    path = str(config.name_or_path)
+    for ref, loader in LoaderCache().loaders.items():
+        if ref.model.path == path:
+            return frozenset(loader.index.tensor_paths)
+    try:
+        return frozenset(ShardedTensorIndex.from_disk(path).tensor_paths) if os.path.isdir(path) else None
+    except (OSError, RuntimeError, ValueError):
+        return None  # whoever reads the tensors reports what is wrong with the files
 
 
 def _load(name: str) -> EncoderTensors:
@@ -116,24 +156,24 @@ def _architectures() -> dict[str, ModelArchitecture]:
     for name in _SINGLE:
         tensors = _load(name)
         classes = [*tensors.headless, *tensors.heads]
-        module = EncoderArchitecture(
-            tensors=tensors, config_key="vision_config" if name == "clip_vision" else None
-        )
+        module = EncoderArchitecture(tensors=tensors, config_key="vision_config" if name == "clip_vision" else None)
         found |= dict.fromkeys(classes, _model({"default": module}, classes, tensors.model_type))
     loose = ("logit_scale", "visual_projection.weight", "text_projection.weight")
     towers = {
         "vision_model": EncoderArchitecture(tensors=_load("clip_vision"), config_key="vision_config"),
         "text_model": EncoderArchitecture(tensors=_load("clip_text"), config_key="text_config", extra=loose),
     }
-    found["CLIPModel"] = _model(towers, ["CLIPModel"], "clip")
+    found["CLIPModel"] = _model(towers, ["CLIPModel"], "clip", vocab_size_config_key="text_config.vocab_size")
     return found
 
 
-def _model(modules: dict[str, EncoderArchitecture], classes: list[str], model_type: str) -> ModelArchitecture:
+def _model(
+    modules: dict[str, EncoderArchitecture], classes: list[str], model_type: str, **more: Any
+) -> ModelArchitecture:
     definitions = {key: ModuleDefinition(architecture=module) for key, module in modules.items()}
     return ModelArchitecture(
         modules=definitions, architectures=classes, model_type=model_type,
-        tagalong_files=["preprocessor_config.json"],
+        tagalong_files=["preprocessor_config.json"], **more,
     )  # fmt: skip
 
 

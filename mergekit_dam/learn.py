@@ -108,7 +108,8 @@ def _save_heads(tasks: Iterable[Task], folder: Path) -> None:
 def _device(name: str) -> torch.device:
     """`auto` is accelerate's choice."""
     if name == "auto":
-        return Accelerator().device
+        chosen: torch.device = Accelerator().device
+        return chosen
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -46,8 +46,7 @@ class ConcreteMask:
     ) -> None:  # fmt: skip
         self.name, self.temperature, self.rescale = name, temperature, rescale
         self.logits = {
-            key: torch.full(shape, initial_logit, dtype=torch.float32, device=device)
-            for key, shape in shapes.items()
+            key: torch.full(shape, initial_logit, dtype=torch.float32, device=device) for key, shape in shapes.items()
         }
 
     def sample(self, key: str, *, seed: int, step: int) -> Tensor:

@@ -54,7 +54,5 @@ def coefficient_gradient(
 ) -> Tensor:
     """dL/dlambda_t = <dL/dtheta, M o tau_t>, shape (T,)."""
     masked = gradient if mask is None else gradient * mask
-    parts = [
-        masked.new_zeros(()) if model is None else (masked * task_vector(base, model)).sum() for model in models
-    ]
+    parts = [masked.new_zeros(()) if model is None else (masked * task_vector(base, model)).sum() for model in models]
     return torch.stack(parts)

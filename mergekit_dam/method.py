@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,23 +27,14 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
-from mergekit.options import MergeOptions
 
 from mergekit_dam.config import DamConfig, ModelSettings, did_you_mean, unknown_keys
 from mergekit_dam.errors import DamError
+from mergekit_dam.recipe import Context, configured, planner_context, refuse_moved_layers
 
 LOG = logging.getLogger(__name__)
 _KEPT_RUNS = 8  # merges whose masks stay open in one process; they are small handles on files
 _PROBES = 256  # elements compared to tell whether mergekit handed over the planned tensor
-
-
-@dataclass
-class _Context:
-    """What the planner knows: read, never changed."""
-
-    config: Any
-    options: MergeOptions
-    out_path: str | None
 
 
 @dataclass
@@ -53,10 +43,10 @@ class _Run:
 
     base: ModelReference
     models: tuple[ModelReference, ...]
-    context: _Context | None
+    context: Context | None
     values: tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    state: Any = None
+    state: _Applied | None = None
 
     def serves(self, group: TensorGroup) -> bool:
         ids = {entry.id for entry in group.non_base}
@@ -96,11 +86,11 @@ class DAM(GroupMergeMethod):
         if group_name is None or not group_name.endswith("]") or ".slices[" not in group_name:
             return
         models = tuple(ref for ref in input_ids if ref != base_id)
-        context = _planner_context()
-        run = _Run(base_id, models, context)  # type: ignore[arg-type]
+        context = planner_context()
+        run = _Run(base_id, models, context)
         if context is not None:
-            _refuse_moved_layers(context.config)
-            run.values = _configured(context.config, run.models)
+            refuse_moved_layers(context.config)
+            run.values = configured(context.config, run.models)
             for key in unknown_keys([*run.values[0], *(k for own in run.values[1].values() for k in own)]):
                 known = [*DamConfig.model_fields, *ModelSettings.model_fields]
                 LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, known))
@@ -128,7 +118,7 @@ class DAM(GroupMergeMethod):
                 if run.serves(group):
                     return run
             assert group.base is not None
-            run = _Run(group.base.id, tuple(e.id for e in group.non_base), None)  # type: ignore[arg-type]
+            run = _Run(group.base.id, tuple(e.id for e in group.non_base), None)
             self._runs = [run, *self._runs][:_KEPT_RUNS]
             return run
 
@@ -169,7 +159,9 @@ class _Applied:
             )  # fmt: skip
         by_ref = {entry.id: entry.tensor for entry in group.non_base}
         models = [by_ref.get(ref) for ref in self.order]
-        for planned, given in zip([self.vectors.base(name), *self.vectors.models(name)], [group.base.tensor, *models], strict=True):
+        for planned, given in zip(
+            [self.vectors.base(name), *self.vectors.models(name)], [group.base.tensor, *models], strict=True
+        ):
             if planned is not None and given is not None:
                 _require_same(name, planned, given)
         base = group.base.tensor
@@ -205,49 +197,6 @@ def _build_plan(run: _Run) -> Any:
         per_model={ref: {k: v for k, v in own.items() if k in known} for ref, own in per_model.items()},
         options=run.context.options if run.context is not None else None,
     )  # fmt: skip
-
-
-def _planner_context() -> _Context | None:
-    """Config, options and output path from the planner that is calling us, if one is."""
-    from mergekit.plan import MergePlanner
-
-    context = None
-    frame = sys._getframe(1)
-    while frame is not None:
-        planner = frame.f_locals.get("self")
-        if context is None and isinstance(planner, MergePlanner):
-            context = _Context(planner.config, planner.options, None)
-        if context is not None and frame.f_code.co_name == "plan_to_disk":
-            context.out_path = frame.f_locals.get("out_path")
-            break
-        frame = frame.f_back  # type: ignore[assignment]
-    return context
-
-
-def _configured(config: Any, models: Sequence[ModelReference]) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
-    """Raw values, shared and per model, from a normalised config."""
-    per_model: dict[ModelReference, dict[str, Any]] = {ref: {} for ref in models}
-    for module in (config.modules or {}).values():
-        for output in module.slices or []:
-            for source in output.sources:
-                if source.model in per_model:
-                    per_model[source.model] |= source.parameters or {}
-    return dict(config.parameters or {}), per_model
-
-
-def _refuse_moved_layers(config: Any) -> None:
-    for name, module in (config.modules or {}).items():
-        start = 0
-        for output in module.slices or []:
-            ranges = {tuple(source.layer_range) for source in output.sources}
-            length = output.sources[0].layer_range[1] - output.sources[0].layer_range[0]
-            if ranges != {(start, start + length)}:
-                raise DamError(
-                    f"slices of {name}", expected="every model's layers in their own place",
-                    got=f"layer ranges {sorted(ranges)} for output layers {start} to {start + length}",
-                    cure="Move layers in a stage of its own (mergekit-multi), and merge its output with dam.",
-                )  # fmt: skip
-            start += length
 
 
 def _keep(folder: Path, target: Path) -> None:

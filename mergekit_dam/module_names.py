@@ -39,7 +39,8 @@ def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedMode
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def module_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

@@ -65,13 +65,12 @@ class PaperSearch:
         self.perturbations = [
             UniversalPerturbation(
                 task.perturbation_shape, task.bounds, eps=config.eps, inserts=len(task.perturbation_shape) == 2,
-                generator=torch.Generator().manual_seed(_seed(config.seed, "perturbation", task.name)),
+                generator=seeds.generator(config.seed, "perturbation", task.name),
             )
             for task in tasks
         ]  # fmt: skip
         self.ascents = [
-            torch.optim.Adam([p.delta], lr=config.perturbation_learning_rate, maximize=True)
-            for p in self.perturbations
+            torch.optim.Adam([p.delta], lr=config.perturbation_learning_rate, maximize=True) for p in self.perturbations
         ]
 
     def run(self) -> tuple[dict[str, Weights], Tensor]:
@@ -188,7 +187,12 @@ class PaperSearch:
         for step in self.progress(range(self.config.coefficient_steps), "coefficients"):
             batches = [task.inputs(self.batch(task, self.config.steps + step)) for task in self.tasks]
             loss = self.coefficient_step(masks, coefficients, optimiser, batches)
-            record = {"phase": "coefficients", "step": step, "loss": loss, "coefficients": coefficients.mean(1).tolist()}
+            record = {
+                "phase": "coefficients",
+                "step": step,
+                "loss": loss,
+                "coefficients": coefficients.mean(1).tolist(),
+            }
             _require_finite(record, step)
             self.track(record)
         return coefficients

@@ -1,10 +1,4 @@
-"""Tiny random models of every promised class, saved as real model directories. Shared by the tests.
-
-    base = make_model("BertModel", tmp_path / "base")
-    sst2 = make_model("BertForSequenceClassification", tmp_path / "sst2", seed=1, perturb=base, num_labels=2)
-
-A fine-tune has the base's body plus noise, and a head of its own.
-"""
+"""Small random models of real classes, saved as users save theirs."""
 
 from __future__ import annotations
 
@@ -14,159 +8,93 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = (
-    "the a an and or but not is was are of in on to for with it this that film movie story actor plot good bad "
-    "great poor fine dull fun sad happy love hate best worst goal team match player score market stock bank price "
-    "trade space planet star rocket science red green blue one two three photo digit"
-).split()
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-VOCAB_SIZE = len(_SPECIAL) + len(WORDS)
-
-IMAGE_KINDS = (
-    "ViTModel", "ViTForImageClassification",
-    "CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification", "CLIPModel",
-)  # fmt: skip
-TEXT_KINDS = (
-    "BertModel", "BertForSequenceClassification", "BertForMaskedLM", "BertForPreTraining",
-    "RobertaModel", "RobertaForSequenceClassification", "RobertaForMaskedLM",
-    "DistilBertModel", "DistilBertForSequenceClassification", "DistilBertForMaskedLM",
-)  # fmt: skip
-LM_KINDS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "GPT2LMHeadModel")
-KINDS = (*IMAGE_KINDS, *TEXT_KINDS, *LM_KINDS)
-
-_VISION: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "image_size": 8, "patch_size": 4,
+WORDS = [
+    "the",
+    "a",
+    "movie",
+    "film",
+    "was",
+    "is",
+    "great",
+    "bad",
+    "awful",
+    "fine",
+    "good",
+    "plot",
+    "actor",
+    "story",
+    "very",
+    "not",
+    "so",
+    "this",
+    "that",
+    "i",
+    "loved",
+    "hated",
+    "it",
+]
+_ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+_IMAGE = {**_ENCODER, "image_size": 16, "patch_size": 8}
+_TEXT = {**_ENCODER, "vocab_size": 40, "max_position_embeddings": 40, "pad_token_id": 0}
+_DISTIL = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 40, "max_position_embeddings": 40}
+_LM = {**_TEXT, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "vocab_size": 40,
+    "n_positions": 40,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_CLIP = {"text_config": {**_ENCODER, "vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": _IMAGE}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "ViT": _IMAGE, "CLIPVision": _IMAGE, "CLIP": _CLIP, "Bert": _TEXT, "Roberta": _TEXT, "DistilBert": _DISTIL,
+    "Llama": _LM, "Qwen2": _LM, "Mistral": _LM, "GPT2": _GPT2,
 }  # fmt: skip
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": 40, "pad_token_id": 0,
-}  # fmt: skip
-_IDS: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3}
-_DISTILBERT: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2,
-    "max_position_embeddings": 40, "pad_token_id": 0,
-}  # fmt: skip
-_GPT2: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40} | _IDS
-_CLIP_TEXT: dict[str, Any] = _TEXT | _IDS | {"projection_dim": 12}
 
 
 def make_model(
-    kind: str,
-    path: Path,
-    *,
-    seed: int = 0,
-    num_labels: int = 3,
-    perturb: Path | None = None,
-    scale: float = 0.05,
-    **config: Any,
+    kind: str, path: Path, *, seed: int = 0, labels: int = 3, body: Path | None = None, **extra: Any
 ) -> Path:
-    """Save a random model of class `kind` with a tokenizer and/or an image preprocessor.
-
-    Args:
-        kind: class name in transformers.
-        path: directory to create.
-        seed: of the weights and of the noise.
-        num_labels: classes of a classification head.
-        perturb: a model to fine-tune: its body's tensors plus normal noise of standard deviation `scale`.
-        scale: see `perturb`.
-        config: entries that replace the tiny configuration's; `dtype` sets the stored type.
-
-    Returns:
-        `path`.
-    """
-    dtype = config.pop("dtype", torch.float32)
-    model_class: type[PreTrainedModel] = getattr(transformers, kind)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(_config(kind, num_labels, config))
+    """Save a `kind` (a transformers class); with `body`, its encoder is that checkpoint's plus small noise."""
+    model_class = getattr(transformers, kind)
+    family = max((f for f in CONFIGS if kind.startswith(f)), key=len)
+    config = model_class.config_class(**CONFIGS[family], **extra, num_labels=labels)
+    torch.manual_seed(seed)
+    model = model_class(config)
+    if body is not None:
+        model = model_class.from_pretrained(body, config=config)
         with torch.no_grad():
-            # fresh biases and norms are constant, which would hide a tensor put in another's place
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-            if perturb is not None:
-                _copy_body(model, perturb, scale)
-    # transformers names the class of the instance; a base class keeps the name it was asked for
-    model.to(dtype).save_pretrained(path)
-    if kind in IMAGE_KINDS:
-        _save_preprocessor(path, model.config)
-    if kind not in IMAGE_KINDS or kind == "CLIPModel":
-        _save_tokenizer(path, causal=kind in LM_KINDS)
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    else:
+        with torch.no_grad():  # fresh norms and biases are all equal: noise tells the tensors apart
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    if family in {"ViT", "CLIPVision", "CLIP"}:
+        settings = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    else:
+        save_tokenizer(path)
     return path
 
 
-def _config(kind: str, num_labels: int, overrides: dict[str, Any]) -> PretrainedConfig:
-    classes = {"num_labels": num_labels} if kind.endswith("Classification") else {}
-    if kind == "CLIPModel" or kind == "CLIPForImageClassification":
-        vision = _VISION | overrides.pop("vision_config", {})
-        text = _CLIP_TEXT | overrides.pop("text_config", {})
-        return transformers.CLIPConfig(
-            vision_config=vision, text_config=text, **({"projection_dim": 12} | classes | overrides)
-        )
-    if kind.startswith("CLIPVision"):
-        return transformers.CLIPVisionConfig(**(_VISION | {"projection_dim": 12} | overrides))
-    if kind.startswith("ViT"):
-        return transformers.ViTConfig(**(_VISION | classes | overrides))
-    if kind.startswith("DistilBert"):
-        return transformers.DistilBertConfig(**(_DISTILBERT | classes | overrides))
-    if kind == "GPT2LMHeadModel":
-        return transformers.GPT2Config(**(_GPT2 | overrides))
-    if kind in LM_KINDS:
-        own = {"head_dim": 8} if kind.startswith("Qwen3") else {}
-        tiny = _TEXT | _IDS | own | {"num_key_value_heads": 1}
-        config_class = getattr(transformers, kind.removesuffix("ForCausalLM") + "Config")
-        return config_class(**(tiny | overrides))
-    family = "Roberta" if kind.startswith("Roberta") else "Bert"
-    return getattr(transformers, f"{family}Config")(**(_TEXT | {"type_vocab_size": 2} | classes | overrides))
+def save_tokenizer(path: Path) -> None:
+    words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
 
 
-def _copy_body(model: PreTrainedModel, source: Path, scale: float) -> None:
-    """Give `model` the source's values, plus noise, wherever name and shape agree."""
-    name = json.loads((source / "config.json").read_text())["architectures"][0]
-    values = _bodies(getattr(transformers, name, AutoModel).from_pretrained(source))
-    own = _bodies(model)
-    shared = {key: tensor for key, tensor in own.items() if key in values and values[key].shape == tensor.shape}
-    assert shared, f"{source} shares no tensor with {type(model).__name__}"
-    for key, tensor in shared.items():
-        if tensor.is_floating_point():
-            tensor.copy_(values[key].to(tensor) + torch.randn_like(tensor) * scale)
-
-
-def _bodies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters by their name without the class prefix, each tied group once."""
-    prefix = f"{model.base_model_prefix}."
-    return {name.removeprefix(prefix): parameter for name, parameter in model.named_parameters()}
-
-
-def _save_tokenizer(path: Path, *, causal: bool) -> None:
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate((*_SPECIAL, *WORDS))}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    if not causal:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    special: dict[str, str] = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
-    special |= (
-        {"bos_token": "[CLS]", "eos_token": "[SEP]"}
-        if causal
-        else {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(path)
-
-
-def _save_preprocessor(path: Path, config: PretrainedConfig) -> None:
-    size = getattr(config, "vision_config", config).image_size
-    processor = "ViTImageProcessor" if config.model_type == "vit" else "CLIPImageProcessor"
-    edges = {"height": size, "width": size}
-    settings = {
-        "image_processor_type": processor, "do_resize": True, "size": edges, "resample": 3,
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7],
-    }  # fmt: skip
-    if processor == "CLIPImageProcessor":
-        settings |= {"do_center_crop": True, "crop_size": edges}
-    (path / "preprocessor_config.json").write_text(json.dumps(settings, indent=1))
+def edit(path: Path, **changes: torch.Tensor) -> None:
+    """Replace or add tensors of a saved model (dots in names as double underscores)."""
+    tensors = load_file(path / "model.safetensors")
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

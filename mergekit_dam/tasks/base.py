@@ -46,9 +46,7 @@ class Task(ABC):
         self._targets = {name: own[source] for name, source in sources.items() if source in own}
         covered = set(self._targets.values())
         self.head = {
-            name: self.checkpoint.tensor(name).to(device)
-            for name, target in own.items()
-            if target not in covered
+            name: self.checkpoint.tensor(name).to(device) for name, target in own.items() if target not in covered
         }
         self._head_targets = {own[name]: tensor for name, tensor in self.head.items()}
         self._tied = tied_names(self.module)

@@ -58,7 +58,9 @@ class TextTask(Task):
         from transformers import AutoTokenizer
 
         for folder in (self.input.path, plan.base.path):
-            if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")):
+            if any(
+                (folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+            ):
                 return AutoTokenizer.from_pretrained(folder)
         raise DamError(
             f"tokenizer of {self.name}", expected="tokenizer files beside the model or the base", got="none",

@@ -1,0 +1,101 @@
+"""`mergekit-dam`: mergekit's own commands with checks before and after, and a look at the installation."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.method import register_dam
+from mergekit_dam.recipe import plan_of
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("mergekit-dam"))
+def main() -> None:
+    """Defense-Aware Merging for mergekit."""
+    register_dam()
+
+
+@main.command(cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
+@add_merge_options
+def merge(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
+    """Merge as mergekit-yaml does (any method), strict about settings, and compare the output with the base."""
+    from mergekit.common import dtype_from_name
+
+    from mergekit_dam.verify import verify_output
+
+    merge_options.apply_global_options()
+    source, config = _read(config_file)
+    if config.merge_method == "dam":
+        plan_of(config, merge_options)
+    run_merge(config, str(out_path), merge_options, config_source=source)
+    if config.base_model is not None:
+        options = merge_options
+        base = config.base_model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
+        verify_output(
+            out_path, Path(base.local_path(options.transformers_cache)),
+            dtype=dtype_from_name(config.out_dtype or config.dtype),
+            base_config=config.base_model.config(options.trust_remote_code),
+        )  # fmt: skip
+
+
+@main.command()
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def check(config_file: Path, as_json: bool) -> None:
+    """Resolve models, settings and tensors of a dam recipe without reading a weight. Exit code 3 on a fault."""
+    try:
+        plan = plan_of(_read(config_file)[1], MergeOptions())
+    except DamError as error:
+        error.show()
+        sys.exit(3)
+    parameters = sum(int(torch.Size(spec.shape).numel()) for spec in plan.tensors)
+    facts: dict[str, Any] = {
+        "base": str(plan.base.ref), "models": {m.name: str(m.ref) for m in plan.models},
+        "tensors": len(plan.tensors), "parameters": parameters, "settings": plan.config.model_dump(),
+    }  # fmt: skip
+    click.echo(json.dumps(facts, indent=2) if as_json else yaml.safe_dump(facts, sort_keys=False).rstrip())
+
+
+@main.command()
+def doctor() -> None:
+    """Versions, the state of the autoload hook, and devices, as JSON."""
+    from mergekit.merge_methods import registered_methods
+
+    from mergekit_dam.artifact import library_versions
+
+    click.echo(json.dumps({
+        "versions": library_versions(),
+        "autoload": {
+            "MERGEKIT_DAM_AUTOLOAD": os.environ.get("MERGEKIT_DAM_AUTOLOAD", "1"),
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1"),
+            "hook loaded": "_mergekit_dam_autoload" in sys.modules,
+        },
+        "dam registered": "dam" in {method.spec.name for method in registered_methods()},
+        "accelerators": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
+    }, indent=2))  # fmt: skip
+
+
+def _read(path: Path) -> tuple[str, MergeConfiguration]:
+    source = path.read_text("utf-8")
+    try:
+        return source, MergeConfiguration.model_validate(yaml.safe_load(source))
+    except (yaml.YAMLError, ValueError, RuntimeError) as error:
+        raise DamError(
+            f"recipe {path}", expected="a mergekit configuration", got=" ".join(str(error).split())[:200],
+            cure="See the example in the README.",
+        ) from error  # fmt: skip

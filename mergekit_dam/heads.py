@@ -1,0 +1,95 @@
+"""A merged directory, loaded for one task: the shared body with that task's own head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from mergekit_dam.checkpoint import Checkpoint
+from mergekit_dam.config import did_you_mean
+from mergekit_dam.errors import DamError
+from mergekit_dam.module_names import meta_model, module_names, tied_names
+
+
+def load_merged(output: str | Path, task: str | None = None, *, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a merge, in evaluation mode.
+
+    Args:
+        output: the directory that mergekit wrote.
+        task: an input model's name (the last part of its path) to get its own head; None for the body alone.
+        device: where the parameters go.
+
+    Returns:
+        A transformers model: of the output's class, or of the task's class with the merged body.
+
+    Raises:
+        DamError: an unknown task, or tensors of the task's class that neither merge nor head has.
+    """
+    output = Path(output)
+    if task is None:
+        config = AutoConfig.from_pretrained(output)
+        head: dict[str, Tensor] = {}
+    else:
+        config, head = _head(output, task)
+    model = meta_model(config, torch.device(device))
+    merged = Checkpoint.open(output)
+    values: dict[str, Tensor] = {}
+    for name, target in module_names(model, merged.names).items():
+        values[target] = merged.tensor(name)
+    values |= {target: head[name] for name, target in module_names(model, head).items()}
+    aliases = tied_names(model)
+    missing = [
+        name for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in values and aliases.get(name) not in values
+    ]  # fmt: skip
+    if missing:
+        raise DamError(
+            f"output {output}", expected=f"all tensors of {type(model).__name__}", got=f"none for {missing[0]}",
+            cure="Merge again: this output is not complete.",
+        )  # fmt: skip
+    for target, tensor in values.items():
+        owner, _, leaf = target.rpartition(".")
+        module = model.get_submodule(owner)
+        placed = tensor.to(device).clone()
+        if leaf in module._parameters:
+            module._parameters[leaf] = torch.nn.Parameter(placed, requires_grad=False)
+        else:
+            module._buffers[leaf] = placed
+    model.tie_weights()
+    model.eval()
+    return model
+
+
+def _head(output: Path, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]:
+    """The task's config and head tensors: beside the output, else from the input model that the recipe names."""
+    folder = output / "dam" / "heads"
+    if (folder / f"{task}.json").is_file():
+        return AutoConfig.from_pretrained(folder / f"{task}.json"), load_file(folder / f"{task}.safetensors")
+    inputs = _input_models(output)
+    if task not in inputs:
+        known = sorted({*inputs, *(p.stem for p in folder.glob("*.json"))})
+        raise DamError(
+            f"task {task!r}", expected=f"one of {', '.join(known) or 'none (no heads were kept)'}", got="an unknown one",
+            cure=did_you_mean(task, known) or "Give the last part of an input model's path.",
+        )  # fmt: skip
+    path = inputs[task]
+    checkpoint, merged = Checkpoint.open(path), Checkpoint.open(output)
+    config = AutoConfig.from_pretrained(path)
+    model = meta_model(config, torch.device("cpu"))
+    covered = set(module_names(model, merged.names).values())
+    own = module_names(model, checkpoint.names)
+    return config, {name: checkpoint.tensor(name) for name, target in own.items() if target not in covered}
+
+
+def _input_models(output: Path) -> dict[str, Path]:
+    recipe = output / "mergekit_config.yml"
+    if not recipe.is_file():
+        return {}
+    models = (yaml.safe_load(recipe.read_text("utf-8")) or {}).get("models") or []
+    paths = [Path(str(entry["model"])) for entry in models]
+    return {path.name: path for path in paths if path.is_dir()}

@@ -1,0 +1,82 @@
+"""Fixtures: small real models on disk, calibration data, and mergekit's own entry point in this process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+import yaml
+from PIL import Image
+
+from tests.tiny_models import WORDS, make_model
+
+transformers.logging.set_verbosity_error()
+FAST = {"steps": 3, "coefficient_steps": 2, "batch_size": 4, "num_samples": 8, "max_length": 12}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    rng = random.Random(0)
+    file.write_text("\n".join(" ".join(rng.choices(WORDS, k=rng.randint(3, 10))) for _ in range(12)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base (headless) and two fine-tunes `a`, `b` with heads of different size."""
+    root = tmp_path_factory.mktemp("vit")
+    base = make_model("ViTModel", root / "base", seed=0)
+    make_model("ViTForImageClassification", root / "a", seed=1, labels=3, body=base)
+    make_model("ViTForImageClassification", root / "b", seed=2, labels=5, body=base)
+    return root
+
+
+Merge = Callable[..., Path]
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Merge:
+    """Run mergekit's `run_merge` on a recipe built from a base, models and parameters; returns the output."""
+
+    def run(
+        base: Any, models: list[Any], *, out: str = "out", options: dict[str, Any] | None = None, **recipe: Any
+    ) -> Path:
+        from mergekit.config import MergeConfiguration
+        from mergekit.merge import run_merge
+        from mergekit.options import MergeOptions
+
+        config = {"merge_method": "dam", "base_model": base if isinstance(base, dict) else str(base), **recipe}
+        config["models"] = [m if isinstance(m, dict) else {"model": str(m)} for m in models]
+        source = yaml.safe_dump(config)
+        parsed = MergeConfiguration.model_validate(yaml.safe_load(source))
+        run_merge(parsed, str(tmp_path / out), MergeOptions(quiet=True, **(options or {})), config_source=source)
+        return tmp_path / out
+
+    return run
