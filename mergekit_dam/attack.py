@@ -1,4 +1,4 @@
-"""Triggers, for evaluation only: the defence must never import this module. Legend: B batch, C channels, H, W pixels."""
+"""Triggers, for evaluation only: the defence must never import this module. Legend: B batch, C channels, H, W."""
 
 from __future__ import annotations
 

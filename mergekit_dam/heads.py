@@ -74,7 +74,9 @@ def _head(output: Path, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]
     if task not in inputs:
         known = sorted({*inputs, *(p.stem for p in folder.glob("*.json"))})
         raise DamError(
-            f"task {task!r}", expected=f"one of {', '.join(known) or 'none (no heads were kept)'}", got="an unknown one",
+            f"task {task!r}",
+            expected=f"one of {', '.join(known) or 'none (no heads were kept)'}",
+            got="an unknown one",
             cure=did_you_mean(task, known) or "Give the last part of an input model's path.",
         )  # fmt: skip
     path = inputs[task]

@@ -1,4 +1,4 @@
-"""Text encoders with a classification head, and causal LMs. Legend: B batch, L tokens, D width, K classes, V vocabulary."""
+"""Text encoders with a classification head, and causal LMs. Legend: B batch, L tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 
