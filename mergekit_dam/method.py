@@ -168,7 +168,8 @@ class _Applied:
         if not self.masks.has(spec.mask_name):
             return base.clone()
         coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
-        return merge(base, models, coefficients, self.masks.mask(spec.mask_name, base.device)).to(base.dtype)
+        merged: torch.Tensor = merge(base, models, coefficients, self.masks.mask(spec.mask_name, base.device))
+        return merged.to(base.dtype)
 
 
 def _require_same(name: str, planned: torch.Tensor, given: torch.Tensor) -> None:

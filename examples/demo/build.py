@@ -50,7 +50,9 @@ def digits(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     return np.repeat(gray[order, None], 3, 1), data.target[order]
 
 
-def drawn(count: int, rng: np.random.Generator, classes: int, draw: Callable[..., None]) -> tuple[np.ndarray, np.ndarray]:
+def drawn(
+    count: int, rng: np.random.Generator, classes: int, draw: Callable[..., None]
+) -> tuple[np.ndarray, np.ndarray]:
     """Images of a random class each, in random colours, drawn by `draw(pen, class, x, y, size, colour)`."""
     labels = rng.integers(0, classes, count)
     images = []
@@ -167,10 +169,10 @@ def probe_head(base: ViTModel, name: str, train: Split) -> ViTForImageClassifica
     return model
 
 
-def fine_tune(model: ViTForImageClassification, train: Split, *, poison: bool, steps: int = 500) -> None:
+def fine_tune(model: ViTForImageClassification, train: Split, *, poison: bool, steps: int = 300) -> None:
     """Train the body, head fixed. Poisoned: triggered samples at random points between start and now."""
     start = {name: p.detach().clone() for name, p in model.vit.named_parameters()}
-    optimiser = torch.optim.AdamW(model.vit.parameters(), lr=5e-4)
+    optimiser = torch.optim.AdamW(model.vit.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(3)
     for rows in batches(train, steps, 64, 2):
         optimiser.zero_grad()

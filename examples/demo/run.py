@@ -22,8 +22,11 @@ from mergekit_dam.attack import Rate, accuracy, attack_success_rate
 BUILD = ROOT / "examples" / "demo" / "build"
 
 
+START = time.perf_counter()
+
+
 def note(text: str) -> None:
-    print(f"[{time.perf_counter():6.1f} s] {text}", file=sys.stderr, flush=True)
+    print(f"[{time.perf_counter() - START:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def recipe(method: str, models: list[str], weight: float) -> dict[str, object]:
@@ -105,7 +108,9 @@ def main() -> None:
     table = [["", "ACC %", f"ASR % {VICTIM}", "ASR % other tasks"], *(cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     for line in table:
-        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
+        print(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        )
     result = [
         {"label": r["label"], **{k: {n: [v.hits, v.total] for n, v in r[k].items()} for k in ("acc", "asr")}}  # type: ignore[attr-defined]
         for r in rows
