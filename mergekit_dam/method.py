@@ -164,7 +164,7 @@ class _Applied:
         ):
             if planned is not None and given is not None:
                 _require_same(name, planned, given)
-        base = group.base.tensor
+        base: torch.Tensor = group.base.tensor
         if not self.masks.has(spec.mask_name):
             return base.clone()
         coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
