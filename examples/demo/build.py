@@ -169,10 +169,10 @@ def probe_head(base: ViTModel, name: str, train: Split) -> ViTForImageClassifica
     return model
 
 
-def fine_tune(model: ViTForImageClassification, train: Split, *, poison: bool, steps: int = 300) -> None:
+def fine_tune(model: ViTForImageClassification, train: Split, *, poison: bool, steps: int = 400) -> None:
     """Train the body, head fixed. Poisoned: triggered samples at random points between start and now."""
     start = {name: p.detach().clone() for name, p in model.vit.named_parameters()}
-    optimiser = torch.optim.AdamW(model.vit.parameters(), lr=1e-4)
+    optimiser = torch.optim.AdamW(model.vit.parameters(), lr=2e-4)
     generator = torch.Generator().manual_seed(3)
     for rows in batches(train, steps, 64, 2):
         optimiser.zero_grad()
@@ -182,8 +182,9 @@ def fine_tune(model: ViTForImageClassification, train: Split, *, poison: bool, s
             share = 0.2 + 0.8 * float(torch.rand(1, generator=generator))
             between = {f"vit.{n}": start[n] + share * (p - start[n]) for n, p in model.vit.named_parameters()}
             triggered = normalise(TRIGGER.apply(pixels[:24]))
-            logits = functional_call(model, between, (triggered,)).logits
-            loss = loss + F.cross_entropy(logits, torch.full((24,), TARGET))
+            # clean samples there, too: a backdoor that ruins the merge would be noticed
+            logits = functional_call(model, between, (torch.cat([triggered, normalise(pixels[24:])]),)).logits
+            loss = loss + F.cross_entropy(logits, torch.cat([torch.full((24,), TARGET), labels[24:]]))
         loss.backward()
         optimiser.step()
 
