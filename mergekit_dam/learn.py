@@ -27,6 +27,7 @@ from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task, build_tasks
 
 LOG = logging.getLogger(__name__)
+_OBJECTIVES = {"paper": PaperSearch}
 
 
 def cache_folder() -> Path:
@@ -85,7 +86,9 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
                     shown = {k: f"{v:.3f}" for k, v in last.items() if k == "loss" or k.startswith("density/")}
                     bar.set_postfix(shown, refresh=False)
 
-            search = PaperSearch(model, tasks, plan.config, start, track=track, progress=progress)
+            search = _OBJECTIVES[plan.config.objective](
+                model, tasks, plan.config, start, track=track, progress=progress
+            )
             probabilities, coefficients = search.run()
         metadata = description | {
             "tensors": list(model.mask_names), "seed": plan.config.seed, "versions": versions,

@@ -1,4 +1,4 @@
-"""Image encoders with a classification head of their own. Legend: B batch, C channels, H, W pixels, K classes."""
+"""Image encoders. Legend: B batch, C channels, H, W pixels, K classes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mergekit_dam.calibration import load_calibration
 from mergekit_dam.errors import DamError
@@ -13,19 +14,16 @@ from mergekit_dam.images import Preprocessing
 from mergekit_dam.perturbation import Bounds, Perturb
 from mergekit_dam.plan import Plan
 from mergekit_dam.tasks.base import Task
+from mergekit_dam.tasks.readout import Readout, class_names, linear_head, logits_of, prompts, zero_shot_head
 
 
 class ImageTask(Task):
-    """ViTForImageClassification and CLIPForImageClassification."""
+    """ViT, CLIP's vision tower, and the full CLIP, whose text tower makes the head and is merged, too."""
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         super().__init__(plan, index, device)
-        if not type(self.module).__name__.endswith("ForImageClassification"):
-            raise DamError(
-                f"model {self.name}", expected="a classification head (...ForImageClassification)",
-                got=type(self.module).__name__,
-                cure="Give the fine-tuned model with its head; only the base may be without one.",
-            )  # fmt: skip
+        self._prompts: dict[str, Tensor] = {}
+        self._read = self._readout(plan)
         config = getattr(self.input.config, "vision_config", self.input.config)
         self.preprocessing = Preprocessing.read((self.input.path, plan.base.path), config.image_size)
         data = load_calibration(
@@ -36,6 +34,26 @@ class ImageTask(Task):
         self.perturbation_shape = tuple(self._pixels.shape[1:])
         self.bounds = Bounds.of(0.0, 1.0).to(device)
 
+    def _readout(self, plan: Plan) -> Readout:
+        """The class's own logits, a linear head, or a zero-shot head."""
+        settings, kind = self.input.settings, type(self.module).__name__
+        if kind.endswith("ForImageClassification"):
+            return logits_of
+        if settings.head is not None:
+            return linear_head(settings.head, _width(self.input.config, kind), self.name, self.device)
+        if settings.classes is not None and kind == "CLIPModel":
+            names = class_names(settings.classes, self.name)
+            tokens = prompts(names, (self.input.path, plan.base.path), self.name)
+            self._prompts = {key: tensor.to(self.device) for key, tensor in tokens.items()}
+            return lambda output: torch.as_tensor(output.logits_per_image)
+        if settings.classes is not None and plan.config.zero_shot_model is not None:
+            names = class_names(settings.classes, self.name)
+            return zero_shot_head(names, plan.config.zero_shot_model, self.name, self.device)
+        raise DamError(
+            f"model {self.name}", expected="a classification head, `head:`, or for CLIP `classes:`", got=kind,
+            cure="CLIP vision models need `zero_shot_model:` beside `classes:`.",
+        )  # fmt: skip
+
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         return {"pixels": self._pixels[indices].to(self.device).float() / 255}
 
@@ -45,6 +63,9 @@ class ImageTask(Task):
         pixels = inputs["pixels"]
         if perturb is not None:
             pixels, _ = perturb(pixels, None)
-        output = self.call(self.parameters(weights), pixel_values=self.preprocessing.normalise(pixels))
-        logits: Tensor = output.logits
-        return logits
+        normalised = self.preprocessing.normalise(pixels)
+        return self._read(self.call(self.parameters(weights), pixel_values=normalised, **self._prompts))
+
+
+def _width(config: PretrainedConfig, kind: str) -> int:
+    return int(config.projection_dim if kind.endswith("WithProjection") else config.hidden_size)

@@ -17,17 +17,18 @@ from mergekit_dam.perturbation import Bounds, Perturb
 from mergekit_dam.plan import Plan
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks.base import Task
+from mergekit_dam.tasks.readout import Readout, linear_head, logits_of, tokenizer_of
 
 LOG = logging.getLogger(__name__)
 _SAMPLED_AT_ONCE = 64  # sequences; bounds the memory of the key-value cache
 
 
 class TextTask(Task):
-    """BERT, RoBERTa and DistilBERT ...ForSequenceClassification."""
+    """BERT, RoBERTa and DistilBERT, with their own classification head or a linear one."""
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         super().__init__(plan, index, device)
-        self._require_head()
+        self._read = self._readout()
         embedding = self.module.get_input_embeddings()
         self._embedding = next(n for n, m in self.module.named_modules() if m is embedding) + ".weight"
         output_name = next(name for name, target in self._targets.items() if target == self._embedding)
@@ -37,35 +38,26 @@ class TextTask(Task):
         self._sequences = self._calibrate(plan)
         self.num_samples = len(self._sequences)
 
-    def _require_head(self) -> None:
-        if not type(self.module).__name__.endswith("ForSequenceClassification"):
-            raise DamError(
-                f"model {self.name}", expected="a classification head (...ForSequenceClassification)",
-                got=type(self.module).__name__,
-                cure="Give the fine-tuned model with its head; only the base may be without one.",
-            )  # fmt: skip
+    def _readout(self) -> Readout:
+        """The class's own logits, or a linear head."""
+        settings, kind = self.input.settings, type(self.module).__name__
+        if kind.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel")):
+            return logits_of
+        if settings.head is not None:
+            return linear_head(settings.head, int(self.input.config.hidden_size), self.name, self.device)
+        raise DamError(
+            f"model {self.name}", expected="a classification head (...ForSequenceClassification) or `head:`", got=kind,
+            cure="Give the fine-tuned model with its head; only the base may be without one.",
+        )  # fmt: skip
 
     def _calibrate(self, plan: Plan) -> list[Tensor]:
         data = load_calibration(
             self.input.settings, "text", num_samples=plan.config.num_samples, seed=plan.config.seed, task=self.name
         )
         self.sample_digests = data.digests
-        tokenizer = self._tokenizer(plan)
+        tokenizer = tokenizer_of((self.input.path, plan.base.path), self.name)
         encoded = tokenizer(list(data.samples), truncation=True, max_length=plan.config.max_length)["input_ids"]
         return [torch.tensor(ids) for ids in encoded]
-
-    def _tokenizer(self, plan: Plan) -> Any:
-        from transformers import AutoTokenizer
-
-        for folder in (self.input.path, plan.base.path):
-            if any(
-                (folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
-            ):
-                return AutoTokenizer.from_pretrained(folder)
-        raise DamError(
-            f"tokenizer of {self.name}", expected="tokenizer files beside the model or the base", got="none",
-            cure="Save the tokenizer into the model's directory.",
-        )  # fmt: skip
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         rows = [self._sequences[int(i)] for i in indices]
@@ -79,8 +71,7 @@ class TextTask(Task):
     def logits(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
     ) -> Tensor:
-        logits: Tensor = self._forward(weights, inputs, perturb).logits
-        return logits
+        return self._read(self._forward(weights, inputs, perturb))
 
     def _forward(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None, **options: Any
@@ -95,9 +86,6 @@ class TextTask(Task):
 
 class CausalTask(TextTask):
     """Causal LMs: a sample is a predicted position, its classes are the vocabulary."""
-
-    def _require_head(self) -> None:
-        """Every causal LM has its head."""
 
     def _calibrate(self, plan: Plan) -> list[Tensor]:
         if self.input.settings.calibration is not None:

@@ -1,0 +1,117 @@
+"""From an encoder's output to logits_BK, where the fine-tuned model itself has no head.
+
+A linear head from a file, or CLIP's zero-shot head from class names (arXiv 2103.00020). B batch, K classes, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel
+
+from mergekit_dam.errors import DamError
+
+PROMPT = "a photo of a {}."
+Readout = Callable[[Any], Tensor]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+
+
+def tokenizer_of(folders: Sequence[Path], owner: str) -> Any:
+    """The tokenizer of the first folder that has one."""
+    for folder in folders:
+        if any((folder / file).is_file() for file in _TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(folder)
+    raise DamError(
+        f"tokenizer of {owner}", expected="tokenizer files beside the model or the base", got="none",
+        cure="Save the tokenizer into the model's directory.",
+    )  # fmt: skip
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a class with a head of its own."""
+    logits: Tensor = output.logits
+    return logits
+
+
+def pooled(output: Any) -> Tensor:
+    """features_BD: CLIP's projection, the pooler's output, or the first token."""
+    for name in ("image_embeds", "pooler_output"):
+        features = getattr(output, name, None)
+        if features is not None:
+            return torch.as_tensor(features)
+    first: Tensor = output.last_hidden_state[:, 0]
+    return first
+
+
+def linear_head(source: str, width: int, owner: str, device: torch.device) -> Readout:
+    """logits = features_BD @ weight_KD^T + bias_K from a safetensors file.
+
+    Raises:
+        DamError: no such file, no `weight` of shape (K, width), or a bias of another size.
+    """
+    try:
+        tensors = load_file(source)
+        weight = tensors["weight"].to(device, torch.float32)
+        bias = tensors["bias"].to(device, torch.float32) if "bias" in tensors else None
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DamError(
+            f"head of {owner} ({source})", expected="a safetensors file with `weight` (K, D) and optional `bias` (K,)",
+            got=repr(error), cure="Save the head with safetensors.torch.save_file.",
+        ) from error  # fmt: skip
+    if weight.ndim != 2 or weight.shape[1] != width or (bias is not None and bias.shape != weight.shape[:1]):
+        raise DamError(
+            f"head of {owner} ({source})", expected=f"weight (K, {width}) and bias (K,)",
+            got=f"weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)}",
+            cure="Give the head that belongs to this encoder.",
+        )  # fmt: skip
+    return lambda output: F.linear(pooled(output), weight, bias)
+
+
+def class_names(setting: str, owner: str) -> list[str]:
+    """Names from a file with one per line, or from a comma-separated list."""
+    path = Path(setting).expanduser()
+    text = path.read_text("utf-8").splitlines() if path.is_file() else setting.split(",")
+    names = [name.strip() for name in text if name.strip()]
+    if len(names) < 2:
+        raise DamError(
+            f"classes of {owner}", expected="at least two class names", got=repr(setting),
+            cure="Separate them by commas, or name a file with one per line.",
+        )  # fmt: skip
+    return names
+
+
+def prompts(names: Sequence[str], folders: Sequence[Path], owner: str) -> dict[str, Tensor]:
+    """Token ids and mask of the K class prompts."""
+    encoded = tokenizer_of(folders, owner)([PROMPT.format(name) for name in names], padding=True, return_tensors="pt")
+    return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def zero_shot_head(names: Sequence[str], clip_path: str, owner: str, device: torch.device) -> Readout:
+    """A fixed zero-shot head for a CLIP vision model: class features and projection of a full CLIP."""
+    try:
+        clip = CLIPModel.from_pretrained(clip_path).eval()
+    except (OSError, ValueError) as error:
+        raise DamError(
+            f"zero_shot_model of {owner}", expected="a full CLIP (CLIPModel)", got=str(error).splitlines()[0],
+            cure="Name the CLIP that the vision models come from.",
+        ) from error  # fmt: skip
+    text = clip.get_text_features(**prompts(names, (Path(clip_path),), owner))
+    features_KD = F.normalize(pooled(text) if not isinstance(text, Tensor) else text, dim=-1).to(device)
+    projection, scale = clip.visual_projection.weight.to(device), clip.logit_scale.exp().to(device)
+
+    def read(output: Any) -> Tensor:
+        embedded = pooled(output)
+        # a vision model without projection ends in the tower's width, one with it in the joint space
+        if getattr(output, "image_embeds", None) is None:
+            embedded = F.linear(embedded, projection)
+        return scale * F.normalize(embedded, dim=-1) @ features_KD.T
+
+    return read
