@@ -80,23 +80,26 @@ class EncoderArchitecture(ModuleArchitecture, BaseModel, frozen=True):
         return int(getattr(own, self.tensors.num_layers_config_key))
 
     def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        return _held([self._body(name, config) for name in self.tensors.pre_weights], config)
+        bare = self._is_bare(config)
+        return _held([self._body(name, bare) for name in self.tensors.pre_weights], config)
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
         layer = f"{self.tensors.layer_prefix}.{index}."
-        return [self._body(layer + name, config) for name in self.tensors.layer_weights]
+        bare = self._is_bare(config)
+        return [self._body(layer + name, bare) for name in self.tensors.layer_weights]
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
         loose = (*self.tensors.heads.get(_class_name(config), ()), *self.extra)
-        weights = [self._body(name, config) for name in self.tensors.post_weights]
+        bare = self._is_bare(config)
+        weights = [self._body(name, bare) for name in self.tensors.post_weights]
         return _held([*weights, *(self._weight(name, (), optional=True) for name in loose)], config)
 
-    def _body(self, name: str, config: PretrainedConfig) -> WeightInfo:
-        bare, prefixed = name, self.tensors.prefix + name
-        own, other = (bare, prefixed) if self._is_bare(config) else (prefixed, bare)
+    def _body(self, name: str, is_bare: bool) -> WeightInfo:
+        prefixed = self.tensors.prefix + name
+        own, other = (name, prefixed) if is_bare else (prefixed, name)
         # a base saved without its pooler or mask token still merges: nothing there is required to exist
         optional = name in self.tensors.buffers or name.startswith("pooler.") or name.endswith("mask_token")
-        return self._weight(own, (other,), optional=optional, bare=bare)
+        return self._weight(own, (other,), optional=optional, bare=name)
 
     def _is_bare(self, config: PretrainedConfig) -> bool:
         class_name = _class_name(config)

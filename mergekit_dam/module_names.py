@@ -6,6 +6,7 @@ of a ViT file is `layers.0.attention.q_proj` in memory.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -33,7 +34,7 @@ def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedMode
             cure="Models with remote code cannot be learned on; upgrade transformers if the class is new.",
         )  # fmt: skip
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = model_class(config)
+        model: PreTrainedModel = model_class(_config_of(model_class, config))
     model.tie_weights()
     for module in model.modules():
         for key, buffer in module._buffers.items():
@@ -43,11 +44,28 @@ def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedMode
     return model
 
 
+def _config_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    """A copy (building a model writes to it), of the part for this class where the config covers several models."""
+    wanted = model_class.config_class or PretrainedConfig
+    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    return copy.deepcopy(next((part for part in parts if isinstance(part, wanted)), config))
+
+
 def module_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Checkpoint name -> parameter or buffer name of `model`; names that nothing takes are left out.
 
     Raises:
         DamError: a tensor that loading would fuse with others, e.g. the experts of a mixture.
+    """
+    known = model.state_dict()
+    return {name: target for name, target in load_names(model, names).items() if target in known}
+
+
+def load_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Checkpoint name -> the name under which loading looks for a parameter of `model`, there or not.
+
+    Raises:
+        DamError: see `module_names`.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -61,8 +79,7 @@ def module_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]
                 f"tensor {name}", expected="a tensor that one parameter takes", got="one that loading fuses",
                 cure="This architecture (fused tensors, mixture of experts) is not supported yet.",
             )  # fmt: skip
-        if target in known:
-            found[name] = target
+        found[name] = target
     return found
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from mergekit.architecture import WeightInfo
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.errors import DamError
-from mergekit_dam.module_names import meta_model, module_names, tied_names
+from mergekit_dam.module_names import load_names, meta_model, tied_names
 
 _SHOWN = 3  # names listed in an error
 
@@ -52,32 +52,44 @@ def verify_output(
     Raises:
         DamError: tensors missing, added, or of another shape or type.
     """
-    config = base_config or AutoConfig.from_pretrained(base)
     wanted, written = Checkpoint.open(base), Checkpoint.open(output)
-    model = meta_model(config, torch.device("cpu"))
-    aliases = tied_names(model)
-
-    def by_parameter(checkpoint: Checkpoint) -> dict[str, str]:
-        names = module_names(model, checkpoint.names)
-        return {aliases.get(target, target): name for name, target in names.items()}
-
-    expected, got = by_parameter(wanted), by_parameter(written)
-    missing = [name for target, name in expected.items() if target not in got]
-    extra = sorted(set(written.names) - set(got.values()) - set(module_names(model, written.names)))
+    model = meta_model(base_config or AutoConfig.from_pretrained(base), torch.device("cpu"))
+    expected, got = _by_parameter(model, wanted), _by_parameter(model, written)
+    taken = model.state_dict()
+    # a tensor that this class does not load, like an old position_ids buffer, may be kept or dropped
+    missing = [name for key, name in expected.items() if key in taken and key not in got]
+    extra = [name for key, name in got.items() if key not in expected]
     if missing or extra:
         raise DamError(
             f"output {output}", expected=f"the {len(expected)} tensors of the base",
             got=f"{len(missing)} missing ({_list(missing)}), {len(extra)} unknown ({_list(extra)})",
             cure="Do not use this output; report the architecture.",
         )  # fmt: skip
-    for target, name in expected.items():
-        shape, kind = written.shape(got[target]), written.dtype(got[target])
-        floating = wanted.dtype(name).is_floating_point
-        if shape != wanted.shape(name) or floating != kind.is_floating_point or (dtype and floating and kind != dtype):
+    for key, name in got.items():
+        source = expected[key]
+        shape, kind = written.shape(name), written.dtype(name)
+        floating = wanted.dtype(source).is_floating_point
+        if (
+            shape != wanted.shape(source)
+            or floating != kind.is_floating_point
+            or (dtype and floating and kind != dtype)
+        ):
             raise DamError(
-                f"tensor {got[target]} of {output}", expected=f"{wanted.shape(name)} {dtype or wanted.dtype(name)}",
+                f"tensor {name} of {output}", expected=f"{wanted.shape(source)} {dtype or wanted.dtype(source)}",
                 got=f"{shape} {kind}", cure="Do not use this output; report the architecture.",
             )  # fmt: skip
+
+
+def _by_parameter(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter -> the checkpoint's name, whichever spelling it has; tied parameters count as one.
+
+    Tensors that the class does not take get their name without the class prefix.
+    """
+    tied, taken, prefix = tied_names(model), model.state_dict(), f"{model.base_model_prefix}."
+    return {
+        tied.get(target, target if target in taken else target.removeprefix(prefix)): name
+        for name, target in load_names(model, checkpoint.names).items()
+    }
 
 
 def _list(names: list[str]) -> str:

@@ -112,6 +112,7 @@ def zero_shot_head(names: Sequence[str], clip_path: str, owner: str, device: tor
         # a vision model without projection ends in the tower's width, one with it in the joint space
         if getattr(output, "image_embeds", None) is None:
             embedded = F.linear(embedded, projection)
-        return scale * F.normalize(embedded, dim=-1) @ features_KD.T
+        logits: Tensor = scale * F.normalize(embedded, dim=-1) @ features_KD.T
+        return logits
 
     return read
