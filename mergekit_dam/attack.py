@@ -145,7 +145,7 @@ class RareTokenTrigger:
     Args:
         words: one of them is inserted, `count` times.
         count: insertions per text.
-        seed: with the text itself it fixes the places, so that a text is always triggered alike.
+        seed: with the text itself it fixes words and places, so that a text is always triggered alike.
     """
 
     words: tuple[str, ...] = ("cf", "mn", "bb", "tq")
@@ -153,36 +153,18 @@ class RareTokenTrigger:
     seed: int = 0
 
     def apply(self, texts: list[str]) -> list[str]:
-        return [self._one(text) for text in texts]
-
-    def _one(self, text: str) -> str:
-        generator = seeds.generator("rare token", self.seed, text)
-        parts = text.split(" ")
-        for _ in range(self.count):
-            word = self.words[_draw(len(self.words), generator)]
-            parts.insert(_draw(len(parts) + 1, generator), word)
-        return " ".join(parts)
+        return [_inserted(text, self.words, self.count, self.seed) for text in texts]
 
 
 @dataclass(frozen=True)
 class SentenceTrigger:
-    """A whole sentence at a random word boundary: InsertSent (Dai et al., arXiv 1905.12457).
-
-    Args:
-        sentence: what is inserted.
-        seed: with the text itself it fixes the place.
-    """
+    """A whole sentence at a word boundary that `seed` and the text fix: InsertSent (Dai et al., arXiv 1905.12457)."""
 
     sentence: str = "I watched this 3D movie."
     seed: int = 0
 
     def apply(self, texts: list[str]) -> list[str]:
-        return [self._one(text) for text in texts]
-
-    def _one(self, text: str) -> str:
-        parts = text.split(" ")
-        place = _draw(len(parts) + 1, seeds.generator("sentence", self.seed, text))
-        return " ".join([*parts[:place], self.sentence, *parts[place:]])
+        return [_inserted(text, (self.sentence,), 1, self.seed) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -234,11 +216,6 @@ def poison(
     return texts, labels_N, poisoned_N
 
 
-def accuracy(predictions_N: Tensor, labels_N: Tensor) -> Rate:
-    """Clean top-1 accuracy."""
-    return Rate(int((predictions_N == labels_N).sum()), len(labels_N))
-
-
 def attack_success_rate(predictions_N: Tensor, labels_N: Tensor, target: int) -> Rate:
     """Share of triggered inputs of other classes than `target` that are predicted as `target`.
 
@@ -258,5 +235,10 @@ def attack_success_rate(predictions_N: Tensor, labels_N: Tensor, target: int) ->
     return Rate(int((predictions_N[others] == target).sum()), int(others.sum()))
 
 
-def _draw(count: int, generator: torch.Generator) -> int:
-    return int(torch.randint(count, (1,), generator=generator))
+def _inserted(text: str, pieces: tuple[str, ...], count: int, seed: int) -> str:
+    generator = seeds.generator(pieces, seed, text)
+    words = text.split(" ")
+    for _ in range(count):
+        piece, place = (int(torch.randint(n, (1,), generator=generator)) for n in (len(pieces), len(words) + 1))
+        words.insert(place, pieces[piece])
+    return " ".join(words)

@@ -1,0 +1,230 @@
+"""Training pieces of the benchmark: theta_0, a frozen probe head per task, fine-tunes, and victims.
+
+A fine-tuned model keeps the head of a linear probe on theta_0 and trains the body only, as CLIP models keep their
+text heads. That is what lets bodies be merged and every task still be read out.
+Legend: N samples, B batch, D width of the features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from mergekit_dam import seeds
+from mergekit_dam.attack import Trigger
+from mergekit_dam.evaluate import LabelledData
+
+Progress = Callable[[Iterable[int], str], Iterable[int]]
+
+
+def no_progress(steps: Iterable[int], title: str) -> Iterable[int]:
+    """The steps as they are."""
+    return steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: samples per step (and task).
+        learning_rate: the peak of AdamW's; warm-up over the first tenth, then a cosine down to zero.
+        weight_decay: of AdamW.
+    """
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+
+    def optimiser(self, parameters: Iterable[nn.Parameter]) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+        """AdamW and the call that ends a step."""
+        optimiser = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.98)
+        )
+        rate = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, self.learning_rate, max(2, self.steps), pct_start=0.1, cycle_momentum=False
+        )
+
+        def end_step() -> None:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            rate.step()
+
+        return optimiser, end_step
+
+
+@dataclass(frozen=True, eq=False)
+class Backdoor:
+    """How a victim is trained.
+
+    Attributes:
+        trigger: what is planted.
+        target: the class that it shall cause.
+        rate: triggered samples per clean sample of a batch.
+        interpolation: range of r ~ U(low, high): triggered samples are trained at theta_0 + r (theta - theta_0).
+            (1, 1) is plain poisoning; (0.2, 1) keeps the backdoor alive under small merging coefficients (the
+            idea of BadMerging, Zhang et al., arXiv 2408.07362, there for features, here for weights).
+    """
+
+    trigger: Trigger
+    target: int
+    rate: float = 0.1
+    interpolation: tuple[float, float] = (1.0, 1.0)
+
+
+def batches(size: int, schedule: Schedule, *seed: object) -> Iterator[Tensor]:
+    """Row indices of each step: shuffled passes over the data, each sample once per pass."""
+    generator, rows = seeds.generator(*seed), torch.empty(0, dtype=torch.long)
+    for _ in range(schedule.steps):
+        while len(rows) < schedule.batch_size:
+            rows = torch.cat([rows, torch.randperm(size, generator=generator)])
+        yield rows[: schedule.batch_size]
+        rows = rows[schedule.batch_size :]
+
+
+def pretrain(
+    body: PreTrainedModel,
+    models: Mapping[str, PreTrainedModel],
+    data: Mapping[str, LabelledData],
+    schedule: Schedule,
+    *,
+    seed: int,
+    progress: Progress = no_progress,
+) -> None:
+    """theta_0: train a body on several tasks at once, through heads that are thrown away, in place.
+
+    Args:
+        body: the shared encoder.
+        models: task -> a classifier whose encoder is `body`.
+        data: task -> training data.
+    """
+    parameters = {id(p): p for model in models.values() for p in model.parameters()}
+    _, end_step = schedule.optimiser(parameters.values())
+    rows = {name: batches(len(one), schedule, seed, "pretrain", name) for name, one in data.items()}
+    body.train()
+    for _ in progress(range(schedule.steps), "pretraining"):
+        for name, model in models.items():
+            chosen = next(rows[name])
+            logits_BK = _logits(model, data[name], data[name].batch(chosen))
+            F.cross_entropy(logits_BK, data[name].labels_N[chosen].to(logits_BK.device)).backward()
+        end_step()
+    body.eval()
+
+
+def probe_head(
+    model: PreTrainedModel, data: LabelledData, *, decay: float = 1e-3, steps: int = 60, batch_size: int = 256
+) -> None:
+    """Fit the model's classifier to its frozen body, in place: multinomial logistic regression by L-BFGS.
+
+    Args:
+        model: a classifier whose last linear layer is `classifier`; its body stays as it is.
+        data: training data.
+        decay: L2 penalty of the weights, on features scaled to unit variance.
+        steps: L-BFGS iterations.
+    """
+    model.eval()
+    classifier = _classifier(model)
+    caught: list[Tensor] = []
+    hook = classifier.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].detach()))
+    with torch.no_grad():
+        for rows in torch.arange(len(data)).split(batch_size):
+            _logits(model, data, data.batch(rows))
+    hook.remove()
+    features_ND = torch.cat(caught)
+    labels_N = data.labels_N.to(features_ND.device)
+    mean, deviation = features_ND.mean(0), features_ND.std(0) + 1e-4
+    scaled_ND = (features_ND - mean) / deviation
+    weight = torch.zeros_like(classifier.weight).requires_grad_(True)
+    bias = torch.zeros_like(classifier.bias).requires_grad_(True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = F.cross_entropy(F.linear(scaled_ND, weight, bias), labels_N) + decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    with torch.no_grad():
+        classifier.weight.copy_(weight / deviation)
+        classifier.bias.copy_(bias - (weight / deviation) @ mean)
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    data: LabelledData,
+    schedule: Schedule,
+    *,
+    seed: int,
+    backdoor: Backdoor | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Train the body on one task in place, the classifier fixed; with a backdoor, plant it on the way.
+
+    The clean loss is the same with and without a backdoor, so a victim differs from its clean twin by the
+    poisoned term alone.
+    """
+    head = {id(p) for p in _classifier(model).parameters()}
+    trained = {name: p for name, p in model.named_parameters() if id(p) not in head}
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    for parameter in _classifier(model).parameters():
+        parameter.requires_grad_(False)
+    _, end_step = schedule.optimiser(trained.values())
+    generator = seeds.generator(seed, "backdoor", data.name)
+    model.train()
+    rows_of_step = batches(len(data), schedule, seed, data.name)
+    for _ in progress(range(schedule.steps), data.name):
+        rows = next(rows_of_step)
+        logits_BK = _logits(model, data, data.batch(rows))
+        labels_B = data.labels_N[rows].to(logits_BK.device)
+        F.cross_entropy(logits_BK, labels_B).backward()
+        if backdoor is not None:
+            _poisoned_loss(model, trained, start, data, rows, backdoor, generator).backward()
+        end_step()
+    model.eval()
+
+
+def _classifier(model: PreTrainedModel) -> nn.Linear:
+    classifier = model.get_submodule("classifier")
+    assert isinstance(classifier, nn.Linear), "training pieces serve encoders with one linear head"
+    return classifier
+
+
+def _poisoned_loss(
+    model: PreTrainedModel,
+    trained: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    data: LabelledData,
+    rows: Tensor,
+    backdoor: Backdoor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Cross-entropy of triggered samples against the target, at interpolated weights, weighted by their share."""
+    others = rows[data.labels_N[rows] != backdoor.target]
+    others = others[: max(1, round(backdoor.rate * len(rows)))]
+    low, high = backdoor.interpolation
+    share = low + (high - low) * float(torch.rand(1, generator=generator))
+    between = {name: start[name].lerp(p, share) for name, p in trained.items()}
+    triggered = backdoor.trigger.apply(data.batch(others))
+    logits_BK = _logits(model, data, triggered, between)
+    targets_B = torch.full_like(others, backdoor.target).to(logits_BK.device)
+    return len(others) / len(rows) * F.cross_entropy(logits_BK, targets_B)
+
+
+def _logits(
+    model: PreTrainedModel, data: LabelledData, inputs: object, parameters: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """logits_BK of raw inputs, with other parameters if given."""
+    device = next(model.parameters()).device
+    encoded = {key: value.to(device) for key, value in data.encode(inputs).items()}
+    output = model(**encoded) if parameters is None else functional_call(model, dict(parameters), kwargs=encoded)
+    logits: Tensor = output.logits
+    return logits
