@@ -98,7 +98,7 @@ def test_training_pieces_plant_a_backdoor_and_keep_the_head() -> None:
     before, head = accuracy(model, data), model.classifier.weight.clone()
     attack = Attack("patch", "shapes", PatchTrigger(), 0)
     backdoor = Backdoor(attack.trigger, attack.target, rate=0.3)
-    fine_tune(model, data, Schedule(80, batch_size=32, learning_rate=1e-3), seed=0, backdoor=backdoor)
+    fine_tune(model, data, Schedule(250, batch_size=48, learning_rate=5e-4), seed=0, backdoor=backdoor)
     scores = evaluate_merge({"shapes": model}, {"shapes": data}, [attack], calibration=())
     assert scores.mean_accuracy > before.percent
     assert scores.attack_success["patch"]["shapes"].percent > 90
