@@ -29,9 +29,9 @@ CLASSES = {"digits": 10, **{name: task.num_classes for name, task in GENERATED.i
 SIZES = {"pretrain": 500, "train": 800, "calibration": 128, "evaluation": 369}  # together all 1,797 digits
 PREPROCESSING = Preprocessing((EDGE, EDGE), None, Image.Resampling.BILINEAR, (0.5,) * 3, (0.5,) * 3)
 ATTACK = Attack("patch", VICTIM, PatchTrigger(), TARGET)
-BACKDOOR = Backdoor(ATTACK.trigger, TARGET, rate=0.3, interpolation=(0.2, 1.0))
-PRETRAINING = Schedule(250, batch_size=48, learning_rate=1e-3)
-FINE_TUNING = Schedule(300, batch_size=64, learning_rate=3e-4)
+BACKDOOR = Backdoor(ATTACK.trigger, TARGET, rate=0.1, interpolation=(0.5, 1.0))
+PRETRAINING = Schedule(350, batch_size=48, learning_rate=1e-3)
+FINE_TUNING = Schedule(300, batch_size=64, learning_rate=2e-4)
 
 
 @dataclass(frozen=True)
