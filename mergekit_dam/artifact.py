@@ -107,7 +107,8 @@ def save(path: Path, masks: LearnedMasks) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", "dam": json.dumps(dict(masks.metadata))})
+        # one metadata entry only: safetensors writes several in random order, and equal masks get equal bytes
+        save_file(tensors, temporary, metadata={"dam": json.dumps(dict(masks.metadata))})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private, other files of a model are not
