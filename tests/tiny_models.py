@@ -63,7 +63,7 @@ def make_model(
     """Save a `kind` (a transformers class); with `body`, its encoder is that checkpoint's plus small noise."""
     model_class = getattr(transformers, kind)
     family = max((f for f in CONFIGS if kind.startswith(f)), key=len)
-    config = model_class.config_class(**CONFIGS[family], **extra, num_labels=labels)
+    config = model_class.config_class(**{**CONFIGS[family], **extra, "num_labels": labels})
     torch.manual_seed(seed)
     model = model_class(config)
     if body is not None:
