@@ -30,6 +30,7 @@ from mergekit.merge_methods.base import (
 
 from mergekit_dam.config import DamConfig, ModelSettings, did_you_mean, unknown_keys
 from mergekit_dam.errors import DamError
+from mergekit_dam.exit_check import compare_at_exit
 from mergekit_dam.recipe import Context, configured, planner_context, refuse_moved_layers
 
 LOG = logging.getLogger(__name__)
@@ -94,7 +95,9 @@ class DAM(GroupMergeMethod):
             for key in unknown_keys([*run.values[0], *(k for own in run.values[1].values() for k in own)]):
                 known = [*DamConfig.model_fields, *ModelSettings.model_fields]
                 LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, known))
-            _build_plan(run)
+            plan = _build_plan(run)
+            if context.out_path is not None:
+                compare_at_exit(context.out_path, plan, context.config)
         with self._lock:
             self._runs = [run, *self._runs][:_KEPT_RUNS]
 

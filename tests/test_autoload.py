@@ -50,7 +50,9 @@ def test_a_broken_method_warns_and_breaks_nothing(tmp_path: Path) -> None:
 def test_wheel_installs_works_and_leaves_nothing(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     source = tmp_path / "source"
-    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.split()
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((root / name).read_bytes())

@@ -159,3 +159,43 @@ def test_an_output_with_a_gap_is_refused(merge: Merge, vit: Path, images: Path) 
     save_file(tensors | {name: removed[:, :8].contiguous()}, out / "model.safetensors")
     with pytest.raises(DamError, match=r"expected \(16, 16\)"):
         verify_output(out, vit / "base")
+
+
+SABOTAGE = """
+import sys
+sys.argv = ["mergekit-yaml", *sys.argv[1:]]
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.scripts.run_yaml import main
+save = TensorWriter.save_tensor
+TensorWriter.save_tensor = lambda self, name, **more: None if {lost!r} in name else save(self, name, **more)
+main()
+"""
+
+
+@pytest.mark.parametrize(("lost", "code"), [("layer.1.attention.output.dense", 1), ("no such tensor", 0)])
+def test_a_gap_in_the_output_is_an_error_of_plain_mergekit_yaml(
+    lost: str, code: int, vit: Path, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "dam.yml").write_text(yaml.safe_dump(_recipe(vit, images)))
+    command = [sys.executable, "-c", SABOTAGE.format(lost=lost), str(tmp_path / "dam.yml"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == code, done.stderr[-2000:]
+    assert ("2 missing (encoder.layer.1.attention.output.dense.bias" in done.stderr) == bool(code)
+
+
+def test_the_recipe_of_the_readme_runs(tmp_path: Path, images: Path) -> None:
+    """Copied from the README, with its paths replaced by models that exist."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    recipe = readme.split("```yaml\n")[1].split("```")[0]
+    base = make_model("ViTModel", tmp_path / "vit-base")
+    for i, name in enumerate(("flowers", "cars")):
+        make_model("ViTForImageClassification", tmp_path / name, seed=i, labels=3 + i, body=base)
+    recipe = recipe.replace("/models/", f"{tmp_path}/").replace("/data/flowers.parquet", str(images))
+    recipe = recipe.replace("/data/cars-images/", str(images))
+    (tmp_path / "dam.yml").write_text(yaml.safe_dump(yaml.safe_load(recipe) | {"parameters": dict(FAST)}))
+    done = _command("mergekit-yaml", str(tmp_path / "dam.yml"), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    from mergekit_dam import load_merged
+
+    model = load_merged(tmp_path / "out", task="flowers")
+    assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 3)
