@@ -18,6 +18,7 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,14 @@ class LearnedMasks:
 
     def has(self, name: str) -> bool:
         """Whether some model changed the tensor (else it stays the base's)."""
-        return name in self._columns()
+        return name in self._columns
 
     def coefficients_of(self, name: str) -> Tensor:
         """lambda of the T models for one tensor, shape (T,)."""
         columns = self.coefficients.shape[1]
-        return self.coefficients[:, 0 if columns == 1 else self._columns()[name]]
+        return self.coefficients[:, 0 if columns == 1 else self._columns[name]]
 
+    @cached_property
     def _columns(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.metadata["tensors"])}
 
@@ -139,10 +141,11 @@ def load(path: Path) -> LearnedMasks:
                 cure="Learn the masks again with this version of mergekit-dam.",
             )  # fmt: skip
         coefficients = tensors.pop("coefficients")
+        listed = set(metadata["tensors"])
         probabilities: dict[str, dict[str, Tensor]] = {TASK_SHARED: {}, BACKDOOR_DETECTION: {}}
         for key, values in tensors.items():
             mask, _, name = key.partition(".")
-            if name not in metadata["tensors"]:
+            if name not in listed:
                 raise KeyError(f"{key} in the list of tensors")
             probabilities[mask][name] = values
         masks = LearnedMasks(probabilities, coefficients, metadata)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mergekit_dam import seeds
 from mergekit_dam.config import ModelSettings, did_you_mean
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, first_line
 
 Kind = Literal["image", "text"]
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -92,9 +92,8 @@ def _dataset(path: Path, settings: ModelSettings, task: str) -> Any:
         name, _, revision = source.partition("@")
         return datasets.load_dataset(name, split=settings.split, revision=revision or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DamError(
-            f"calibration of {task} ({source})", got=first,
+            f"calibration of {task} ({source})", got=first_line(error),
             expected="a parquet, jsonl, json, csv or txt file, an image folder, or a Hub dataset id",
             cure="Check the path (relative ones start at the working directory) or the id and split.",
         ) from error  # fmt: skip

@@ -16,8 +16,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
 from mergekit_dam.method import register_dam
+from mergekit_dam.plan import model_input
 from mergekit_dam.recipe import plan_of
 
 
@@ -44,13 +46,9 @@ def merge(merge_options: MergeOptions, config_file: Path, out_path: Path) -> Non
         plan_of(config, merge_options)
     run_merge(config, str(out_path), merge_options, config_source=source)
     if config.base_model is not None:
-        options = merge_options
-        base = config.base_model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype)
-        verify_output(
-            out_path, Path(base.local_path(options.transformers_cache)),
-            dtype=dtype_from_name(config.out_dtype or config.dtype),
-            base_config=config.base_model.config(options.trust_remote_code),
-        )  # fmt: skip
+        base = model_input("base", config.base_model, ModelSettings(), merge_options)
+        dtype = dtype_from_name(config.out_dtype or config.dtype)
+        verify_output(out_path, base.path, dtype=dtype, base_config=base.config)
 
 
 @main.command()

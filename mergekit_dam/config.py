@@ -95,6 +95,9 @@ class DamConfig(_Settings):
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
 
+# All names that a recipe may use, shared ones first.
+KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
+
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
 NOT_LEARNED = frozenset({"masks", "device"})
 
@@ -106,9 +109,7 @@ def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) ->
         DamError: an unknown key (with "did you mean") or a value of the wrong type or range.
     """
     given = {key: value for key, value in values.items() if value is not None}
-    unknown = unknown_keys(given)
-    misplaced = set(given) - set(settings.model_fields)
-    for key in (*unknown, *sorted(misplaced - set(unknown))):
+    for key in sorted(set(given) - set(settings.model_fields)):
         raise DamError(
             f"setting {key!r} in {where}", expected=f"a setting of {where}", got="an unknown one",
             cure=did_you_mean(key, settings.model_fields) or "See the settings reference in the README.",
@@ -132,7 +133,7 @@ def _expected(error: Any) -> str:
 
 def unknown_keys(keys: Iterable[str]) -> list[str]:
     """Keys that are neither a shared nor a per-model setting, sorted."""
-    return sorted(set(keys) - set(DamConfig.model_fields) - set(ModelSettings.model_fields))
+    return sorted(set(keys) - set(KNOWN))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -25,3 +25,8 @@ class DamError(click.ClickException, ValueError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for one line of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

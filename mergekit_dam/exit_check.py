@@ -22,7 +22,9 @@ from mergekit_dam.verify import verify_output
 
 def compare_at_exit(out_path: str, plan: Plan, config: Any) -> None:
     """Have the output compared with the base when this process, a mergekit command, ends."""
-    if Path(sys.argv[0]).name.startswith("mergekit"):
+    program = Path(sys.argv[0]).name
+    # our own command compares by itself, and for every merge method
+    if program.startswith("mergekit") and program != "mergekit-dam":
         atexit.register(_compare, Path(out_path), plan, config.out_dtype or config.dtype)
 
 

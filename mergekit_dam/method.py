@@ -28,7 +28,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_dam.config import DamConfig, ModelSettings, did_you_mean, unknown_keys
+from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, did_you_mean, unknown_keys
 from mergekit_dam.errors import DamError
 from mergekit_dam.exit_check import compare_at_exit
 from mergekit_dam.recipe import Context, configured, planner_context, refuse_moved_layers
@@ -47,7 +47,15 @@ class _Run:
     context: Context | None
     values: tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    plan: Any = None
     state: _Applied | None = None
+
+    def is_for(self, context: Context, base: Hashable, models: Sequence[Hashable]) -> bool:
+        return (
+            self.context is not None
+            and self.context.planner is context.planner  # a config may be run again, a planner is new each time
+            and (self.base, self.models) == (base, models)
+        )
 
     def serves(self, group: TensorGroup) -> bool:
         ids = {entry.id for entry in group.non_base}
@@ -88,16 +96,17 @@ class DAM(GroupMergeMethod):
             return
         models = tuple(ref for ref in input_ids if ref != base_id)
         context = planner_context()
+        if context is not None and any(run.is_for(context, base_id, models) for run in self._runs):
+            return  # another slice or module of a merge that is planned already
         run = _Run(base_id, models, context)
         if context is not None:
             refuse_moved_layers(context.config)
             run.values = configured(context.config, run.models)
             for key in unknown_keys([*run.values[0], *(k for own in run.values[1].values() for k in own)]):
-                known = [*DamConfig.model_fields, *ModelSettings.model_fields]
-                LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, known))
-            plan = _build_plan(run)
+                LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, KNOWN))
+            run.plan = _build_plan(run)
             if context.out_path is not None:
-                compare_at_exit(context.out_path, plan, context.config)
+                compare_at_exit(context.out_path, run.plan, context.config)
         with self._lock:
             self._runs = [run, *self._runs][:_KEPT_RUNS]
 
@@ -140,7 +149,7 @@ class _Applied:
                 for ref in run.models
             }
             run.values = (shared, own)
-        plan = _build_plan(run)
+        plan = run.plan or _build_plan(run)
         # learning needs gradients although mergekit's own arithmetic runs without
         with torch.enable_grad():
             folder, self.masks = learn_masks(plan, quiet=run.context is not None and run.context.options.quiet)
@@ -194,23 +203,26 @@ def _build_plan(run: _Run) -> Any:
 
     assert run.values is not None
     shared, per_model = run.values
-    known = {*DamConfig.model_fields, *ModelSettings.model_fields}
     return build_plan(
         run.base, run.models,
-        shared={k: v for k, v in shared.items() if k in known},
-        per_model={ref: {k: v for k, v in own.items() if k in known} for ref, own in per_model.items()},
+        shared={k: v for k, v in shared.items() if k in KNOWN},
+        per_model={ref: {k: v for k, v in own.items() if k in KNOWN} for ref, own in per_model.items()},
         options=run.context.options if run.context is not None else None,
     )  # fmt: skip
 
 
 def _keep(folder: Path, target: Path) -> None:
     """Masks, metrics and heads beside the output; mergekit reads only the directory's top level as weights."""
+    from mergekit_dam.artifact import MASKS_FILE
+
+    if folder.resolve() == target.resolve():
+        return
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("dam_masks.safetensors", "metrics.jsonl"):
-            if (folder / name).is_file() and (folder / name).resolve() != (target / name).resolve():
+        for name in (MASKS_FILE, "metrics.jsonl"):
+            if (folder / name).is_file():
                 shutil.copy2(folder / name, target / name)
-        if (folder / "heads").is_dir() and (folder / "heads").resolve() != (target / "heads").resolve():
+        if (folder / "heads").is_dir():
             shutil.copytree(folder / "heads", target / "heads", dirs_exist_ok=True)
     except OSError as error:
         raise DamError(

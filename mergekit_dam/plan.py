@@ -15,8 +15,8 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_dam.checkpoint import Checkpoint
-from mergekit_dam.config import DamConfig, ModelSettings, did_you_mean, parse, unknown_keys
-from mergekit_dam.errors import DamError
+from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, did_you_mean, parse, unknown_keys
+from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.families import register_architectures
 from mergekit_dam.module_names import meta_model, module_names
 from mergekit_dam.verify import check_coverage
@@ -93,10 +93,8 @@ def build_plan(
     config, settings = parse_settings(shared, [per_model.get(model, {}) for model in models])
     register_architectures()
     names = _task_names(models)
-    base_input = _model_input("base", base, ModelSettings(), options)
-    inputs = tuple(
-        _model_input(name, ref, own, options) for name, ref, own in zip(names, models, settings, strict=True)
-    )
+    base_input = model_input("base", base, ModelSettings(), options)
+    inputs = tuple(model_input(name, ref, own, options) for name, ref, own in zip(names, models, settings, strict=True))
     merge_config = MergeConfiguration(
         merge_method="dam", base_model=base, models=[{"model": ref} for ref in (base, *models)]
     )
@@ -122,10 +120,9 @@ def parse_settings(
     """Split raw values into shared and per-model settings and validate both."""
     for where, values in (("parameters", shared), *((f"model {i + 1}", own) for i, own in enumerate(per_model))):
         for key in unknown_keys(key for key, value in values.items() if value is not None):
-            known = [*DamConfig.model_fields, *ModelSettings.model_fields]
             raise DamError(
                 f"setting {key!r} in {where}", expected="a setting of dam", got="an unknown one",
-                cure=did_you_mean(key, known) or f"Known settings: {', '.join(sorted(known))}.",
+                cure=did_you_mean(key, KNOWN) or f"Known settings: {', '.join(sorted(KNOWN))}.",
             )  # fmt: skip
     config = parse(
         DamConfig, {k: v for k, v in shared.items() if k in DamConfig.model_fields}, where="the shared parameters"
@@ -138,7 +135,12 @@ def parse_settings(
     return config, settings
 
 
-def _model_input(name: str, ref: ModelReference, settings: ModelSettings, options: MergeOptions) -> ModelInput:
+def model_input(name: str, ref: ModelReference, settings: ModelSettings, options: MergeOptions) -> ModelInput:
+    """A reference resolved to a local directory, its LoRA merged, and its config.
+
+    Raises:
+        DamError: a model that cannot be read.
+    """
     try:
         merged = ref.merged(
             cache_dir=options.lora_merge_cache,
@@ -147,18 +149,12 @@ def _model_input(name: str, ref: ModelReference, settings: ModelSettings, option
         )
         config = ref.config(trust_remote_code=options.trust_remote_code)
         path = Path(merged.local_path(cache_dir=options.transformers_cache))
-    except DamError:
-        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise DamError(
-            f"model {ref}", expected="a local model directory or a Hub id that can be read", got=_first_line(error),
+            f"model {ref}", expected="a local model directory or a Hub id that can be read", got=first_line(error),
             cure="Check the path or id, and HF_TOKEN for gated models; model+lora needs --lora-merge-cache DIR.",
         ) from error  # fmt: skip
     return ModelInput(name, ref, path, config, settings)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _task_names(models: Sequence[ModelReference]) -> list[str]:

@@ -23,9 +23,17 @@ from mergekit_dam.plan import Plan, build_plan
 class Context:
     """What the planner knows: read, never changed."""
 
-    config: Any
-    options: MergeOptions
-    out_path: str | None
+    planner: Any
+    out_path: str | None = None
+
+    @property
+    def config(self) -> Any:
+        return self.planner.config
+
+    @property
+    def options(self) -> MergeOptions:
+        options: MergeOptions = self.planner.options
+        return options
 
 
 def planner_context() -> Context | None:
@@ -37,7 +45,7 @@ def planner_context() -> Context | None:
     while frame is not None:
         planner = frame.f_locals.get("self")
         if context is None and isinstance(planner, MergePlanner):
-            context = Context(planner.config, planner.options, None)
+            context = Context(planner)
         if context is not None and frame.f_code.co_name == "plan_to_disk":
             context.out_path = frame.f_locals.get("out_path")
             break

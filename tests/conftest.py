@@ -31,6 +31,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
+@pytest.fixture
+def registered() -> None:
+    """Our model families are in mergekit's table, whether or not the autoload hook put them there."""
+    from mergekit_dam.families import register_architectures
+
+    register_architectures()
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")

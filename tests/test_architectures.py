@@ -19,10 +19,7 @@ from tests.merging import (
 )
 from tests.tiny_models import make_model
 
-
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    register_architectures()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def test_classes_of_one_family_share_one_architecture() -> None:

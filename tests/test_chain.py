@@ -128,6 +128,17 @@ def test_other_types(dtype: str, merge: Merge, vit: Path, images: Path) -> None:
     verify_output(out, vit / "base", dtype=getattr(torch, dtype))
 
 
+def test_one_config_object_can_be_run_twice(vit: Path, images: Path, tmp_path: Path) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    config = MergeConfiguration.model_validate(_recipe(vit, images))
+    for name in ("one", "two"):
+        run_merge(config, str(tmp_path / name), MergeOptions(quiet=True))
+        assert (tmp_path / name / "dam" / "dam_masks.safetensors").is_file()
+
+
 def test_own_commands(vit: Path, images: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     good, bad = tmp_path / "dam.yml", tmp_path / "bad.yml"

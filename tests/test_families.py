@@ -11,7 +11,6 @@ import torch
 import transformers
 import yaml
 
-from mergekit_dam.families import register_architectures
 from mergekit_dam.verify import verify_output
 from tests.conftest import Merge
 from tests.merging import (
@@ -28,10 +27,7 @@ from tests.merging import (
 )
 from tests.tiny_models import make_model
 
-
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    register_architectures()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.mark.parametrize("kind", OURS + LMS)

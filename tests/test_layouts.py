@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_dam.families import register_architectures
 from mergekit_dam.verify import verify_output
 from tests.conftest import Merge
 from tests.merging import (
@@ -22,10 +21,7 @@ from tests.merging import (
 )
 from tests.tiny_models import make_model
 
-
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    register_architectures()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def as_old_bert(tensors: Tensors) -> Tensors:

@@ -43,7 +43,8 @@ class Task(ABC):
         self.checkpoint = Checkpoint.open(model.path)
         own = module_names(self.module, self.checkpoint.names)
         sources = {spec.name: spec.sources[index] for spec in plan.tensors}
-        self._targets = {name: own[source] for name, source in sources.items() if source in own}
+        self._sources = {name: source for name, source in sources.items() if source in own}
+        self._targets = {name: own[source] for name, source in self._sources.items()}
         covered = set(self._targets.values())
         self.head = {
             name: self.checkpoint.tensor(name).to(device) for name, target in own.items() if target not in covered
@@ -63,8 +64,7 @@ class Task(ABC):
 
     def own_weights(self) -> dict[str, Tensor]:
         """Model t's tensors by output name, as stored."""
-        names = {target: name for name, target in module_names(self.module, self.checkpoint.names).items()}
-        return {name: self.checkpoint.tensor(names[target]).to(self.device) for name, target in self._targets.items()}
+        return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self._sources.items()}
 
     def parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By module name: the caller's weights and the head, floats in float32."""

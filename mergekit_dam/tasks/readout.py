@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, first_line
 
 PROMPT = "a photo of a {}."
 Readout = Callable[[Any], Tensor]
@@ -100,7 +100,7 @@ def zero_shot_head(names: Sequence[str], clip_path: str, owner: str, device: tor
         clip = CLIPModel.from_pretrained(clip_path).eval()
     except (OSError, ValueError) as error:
         raise DamError(
-            f"zero_shot_model of {owner}", expected="a full CLIP (CLIPModel)", got=str(error).splitlines()[0],
+            f"zero_shot_model of {owner}", expected="a full CLIP (CLIPModel)", got=first_line(error),
             cure="Name the CLIP that the vision models come from.",
         ) from error  # fmt: skip
     text = clip.get_text_features(**prompts(names, (Path(clip_path),), owner))
