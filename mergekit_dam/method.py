@@ -34,6 +34,7 @@ from mergekit_dam.exit_check import compare_at_exit
 from mergekit_dam.recipe import Context, configured, planner_context, refuse_moved_layers
 
 LOG = logging.getLogger(__name__)
+Values = tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]  # raw settings: shared, and per model
 _KEPT_RUNS = 8  # merges whose masks stay open in one process; they are small handles on files
 _PROBES = 256  # elements compared to tell whether mergekit handed over the planned tensor
 
@@ -45,7 +46,7 @@ class _Run:
     base: ModelReference
     models: tuple[ModelReference, ...]
     context: Context | None
-    values: tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]] | None = None
+    values: Values | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     plan: Any = None
     state: _Applied | None = None
@@ -57,9 +58,19 @@ class _Run:
             and (self.base, self.models) == (base, models)
         )
 
-    def serves(self, group: TensorGroup) -> bool:
+    def serves(self, group: TensorGroup, parameters: Mapping[str, Any]) -> bool:
+        """Whether the group belongs to this merge: same base, some of its models, and the same settings."""
         ids = {entry.id for entry in group.non_base}
-        return group.base is not None and group.base.id == self.base and ids <= set(self.models)
+        if group.base is None or group.base.id != self.base or not ids <= set(self.models):
+            return False
+        if self.values is None:
+            return True
+        shared, per_model = self.values
+        return all(parameters.get(name) == shared.get(name) for name in DamConfig.model_fields) and all(
+            value == (shared.get(name) if (own := per_model[ref].get(name)) is None else own)
+            for name in ModelSettings.model_fields
+            for ref, value in parameters.get(name, {}).items()
+        )
 
 
 class DAM(GroupMergeMethod):
@@ -117,20 +128,21 @@ class DAM(GroupMergeMethod):
                 f"tensor {group.metadata.name}", expected="a base model that has it", got="one without it",
                 cure="Merge models that were fine-tuned from this base.",
             )  # fmt: skip
-        run = self._run_for(group)
+        run = self._run_for(group, parameters)
         with run.lock:
             if run.state is None:
                 run.state = _Applied(run, parameters)
         merged: torch.Tensor = run.state.merge(group)
         return merged
 
-    def _run_for(self, group: TensorGroup) -> _Run:
+    def _run_for(self, group: TensorGroup, parameters: Mapping[str, Any]) -> _Run:
         with self._lock:
             for run in self._runs:
-                if run.serves(group):
+                if run.serves(group, parameters):
                     return run
             assert group.base is not None
-            run = _Run(group.base.id, tuple(e.id for e in group.non_base), None)
+            models = tuple(entry.id for entry in group.non_base)
+            run = _Run(group.base.id, models, None, _given(parameters, models))
             self._runs = [run, *self._runs][:_KEPT_RUNS]
             return run
 
@@ -143,12 +155,7 @@ class _Applied:
         from mergekit_dam.task_vectors import TaskVectors
 
         if run.values is None:
-            shared = {name: parameters.get(name) for name in DamConfig.model_fields}
-            own = {
-                ref: {name: parameters[name][ref] for name in ModelSettings.model_fields if name in parameters}
-                for ref in run.models
-            }
-            run.values = (shared, own)
+            run.values = _given(parameters, run.models)
         plan = run.plan or _build_plan(run)
         # learning needs gradients although mergekit's own arithmetic runs without
         with torch.enable_grad():
@@ -182,6 +189,15 @@ class _Applied:
         coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
         merged: torch.Tensor = merge(base, models, coefficients, self.masks.mask(spec.mask_name, base.device))
         return merged.to(base.dtype)
+
+
+def _given(parameters: Mapping[str, Any], models: Sequence[ModelReference]) -> Values:
+    """Raw values, shared and per model, from what mergekit hands to one call."""
+    shared = {name: parameters.get(name) for name in DamConfig.model_fields}
+    return shared, {
+        ref: {name: parameters[name][ref] for name in ModelSettings.model_fields if name in parameters}
+        for ref in models
+    }
 
 
 def _require_same(name: str, planned: torch.Tensor, given: torch.Tensor) -> None:

@@ -59,6 +59,25 @@ def test_many_threads_learn_once_and_agree(vit: Path, images: Path, monkeypatch:
         assert torch.equal(together[name], one(name))
 
 
+def test_other_settings_for_the_same_models_learn_other_masks(vit: Path, images: Path) -> None:
+    """Called directly, one method object serves many merges of the same models, each with its own settings."""
+    refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
+    name = "encoder.layer.0.attention.attention.key.weight"
+    tensors = [load_file(vit / "base" / "model.safetensors")[name]]
+    tensors += [load_file(vit / m / "model.safetensors")[f"vit.{name}"] for m in ("a", "b")]
+    entries = [TensorEntry(r, t, is_base=i == 0) for i, (r, t) in enumerate(zip(refs, tensors, strict=True))]
+    group = TensorGroup(tuple(entries), TensorMetadata(name=name))
+
+    def merged(method: object, weight: float = 0.3, **settings: object) -> torch.Tensor:
+        parameters = {**FAST, "calibration": str(images), "weight": weight, **settings}
+        (tensor,) = method([group], parameters=parameters)  # type: ignore[operator]
+        return tensor
+
+    one = type(get("dam"))()
+    for settings in ({"seed": 0}, {"seed": 1}, {"seed": 0, "weight": 0.6}, {"seed": 0}):
+        assert torch.equal(merged(one, **settings), merged(type(get("dam"))(), **settings))
+
+
 def test_another_tensor_than_planned_is_refused(vit: Path, images: Path) -> None:
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
     name = "encoder.layer.0.attention.attention.key.weight"
