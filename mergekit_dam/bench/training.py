@@ -18,15 +18,8 @@ from transformers import PreTrainedModel
 
 from mergekit_dam import seeds
 from mergekit_dam.attack import Trigger
+from mergekit_dam.bench.suite import Progress, no_progress
 from mergekit_dam.evaluate import LabelledData
-
-Progress = Callable[[Iterable[int], str], Iterable[int]]
-
-
-def no_progress(steps: Iterable[int], title: str) -> Iterable[int]:
-    """The steps as they are."""
-    return steps
-
 
 @dataclass(frozen=True)
 class Schedule:
