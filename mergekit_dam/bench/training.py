@@ -21,6 +21,7 @@ from mergekit_dam.attack import Trigger
 from mergekit_dam.bench.suite import Progress, no_progress
 from mergekit_dam.evaluate import LabelledData
 
+
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast.
