@@ -7,7 +7,7 @@ fine-tune, or theta_0 with a probe. Legend: N samples, B batch, C channels, H, W
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,14 @@ class LabelledData:
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def subset(self, rows: Tensor) -> LabelledData:
+        """The samples at these indices."""
+        chosen = rows.tolist()
+        inputs = self.inputs[rows] if isinstance(self.inputs, Tensor) else tuple(self.inputs[i] for i in chosen)
+        return replace(
+            self, inputs=inputs, labels_N=self.labels_N[rows], digests=tuple(self.digests[i] for i in chosen)
+        )
 
     def batch(self, rows: Tensor) -> Any:
         """Float pixels_BCHW in [0, 1], or a list of texts, before any trigger."""

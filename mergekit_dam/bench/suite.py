@@ -175,6 +175,10 @@ class Suite(ABC):
         """`base_model` of a recipe."""
         return str(base)
 
+    @abstractmethod
     def cost(self, poison: Poison | None) -> float:
-        """Seconds that one fine-tune takes on one core of the reference machine."""
-        return 60.0
+        """Seconds that one fine-tune takes on one core of the reference machine (benchmarks/README.md)."""
+
+    @abstractmethod
+    def run_cost(self, passes: int) -> float:
+        """Seconds of one run there: evaluation, and `passes` forward and backward passes of a batch per task."""

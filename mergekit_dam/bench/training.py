@@ -74,14 +74,18 @@ class Backdoor:
     interpolation: tuple[float, float] = (1.0, 1.0)
 
 
-def batches(size: int, schedule: Schedule, *seed: object) -> Iterator[Tensor]:
-    """Row indices of each step: shuffled passes over the data, each sample once per pass."""
+Augment = Callable[[Tensor, torch.Generator], Tensor]  # images_BCHW in [0, 1] -> the same
+
+
+def batches(size: int, schedule: Schedule, *seed: object, share: int = 1) -> Iterator[Tensor]:
+    """Row indices of each step, `share` batches at once: shuffled passes, each sample once per pass."""
     generator, rows = seeds.generator(*seed), torch.empty(0, dtype=torch.long)
+    count = share * schedule.batch_size
     for _ in range(schedule.steps):
-        while len(rows) < schedule.batch_size:
+        while len(rows) < count:
             rows = torch.cat([rows, torch.randperm(size, generator=generator)])
-        yield rows[: schedule.batch_size]
-        rows = rows[schedule.batch_size :]
+        yield rows[:count]
+        rows = rows[count:]
 
 
 def pretrain(
@@ -91,6 +95,8 @@ def pretrain(
     schedule: Schedule,
     *,
     seed: int,
+    shares: Mapping[str, int] | None = None,
+    augment: Mapping[str, Augment] | None = None,
     progress: Progress = no_progress,
 ) -> None:
     """theta_0: train a body on several tasks at once, through heads that are thrown away, in place.
@@ -99,15 +105,24 @@ def pretrain(
         body: the shared encoder.
         models: task -> a classifier whose encoder is `body`.
         data: task -> training data.
+        shares: task -> batches per step, where not 1.
+        augment: task -> what changes its batches.
     """
     parameters = {id(p): p for model in models.values() for p in model.parameters()}
     _, end_step = schedule.optimiser(parameters.values())
-    rows = {name: batches(len(one), schedule, seed, "pretrain", name) for name, one in data.items()}
+    rows = {
+        name: batches(len(one), schedule, seed, "pretrain", name, share=(shares or {}).get(name, 1))
+        for name, one in data.items()
+    }
+    generator = seeds.generator(seed, "augment")
     body.train()
     for _ in progress(range(schedule.steps), "pretraining"):
         for name, model in models.items():
             chosen = next(rows[name])
-            logits_BK = _logits(model, data[name], data[name].batch(chosen))
+            inputs = data[name].batch(chosen)
+            if augment and name in augment:
+                inputs = augment[name](inputs, generator)
+            logits_BK = _logits(model, data[name], inputs)
             F.cross_entropy(logits_BK, data[name].labels_N[chosen].to(logits_BK.device)).backward()
         end_step()
     body.eval()
@@ -159,12 +174,14 @@ def fine_tune(
     *,
     seed: int,
     backdoor: Backdoor | None = None,
+    rescale: float = 1.0,
+    augment: Augment | None = None,
     progress: Progress = no_progress,
 ) -> None:
     """Train the body on one task in place, the classifier fixed; with a backdoor, plant it on the way.
 
     The clean loss is the same with and without a backdoor, so a victim differs from its clean twin by the
-    poisoned term alone.
+    poisoned term alone. `rescale` multiplies the finished task vector (arXiv 2505.23561).
     """
     head = {id(p) for p in _classifier(model).parameters()}
     trained = {name: p for name, p in model.named_parameters() if id(p) not in head}
@@ -172,17 +189,22 @@ def fine_tune(
     for parameter in _classifier(model).parameters():
         parameter.requires_grad_(False)
     _, end_step = schedule.optimiser(trained.values())
-    generator = seeds.generator(seed, "backdoor", data.name)
+    generator, changes = seeds.generator(seed, "backdoor", data.name), seeds.generator(seed, "augment", data.name)
     model.train()
     rows_of_step = batches(len(data), schedule, seed, data.name)
     for _ in progress(range(schedule.steps), data.name):
         rows = next(rows_of_step)
-        logits_BK = _logits(model, data, data.batch(rows))
+        inputs = data.batch(rows)
+        logits_BK = _logits(model, data, inputs if augment is None else augment(inputs, changes))
         labels_B = data.labels_N[rows].to(logits_BK.device)
         F.cross_entropy(logits_BK, labels_B).backward()
         if backdoor is not None:
             _poisoned_loss(model, trained, start, data, rows, backdoor, generator).backward()
         end_step()
+    if rescale != 1.0:
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(start[name].lerp(parameter, rescale))
     model.eval()
 
 

@@ -1,0 +1,101 @@
+"""Ways to merge that the benchmark compares, as mergekit recipes. T models.
+
+All learned ones get the same calibration samples and the same number of steps. Baselines are settings of mergekit
+or of our own search, except the public DAM step, which fusion_bench's classes perform in an environment of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Family = Literal["reference", "baseline", "defence"]
+COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+LEARNED_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables.
+
+    Attributes:
+        name: in tables and file names.
+        family: reference (no merge that a user would publish), baseline (no defence), or defence.
+        merge_method: mergekit's name; None where the runner does the work (`base`, `fine-tuned`, fusion_bench).
+        parameters: shared settings of the recipe.
+        passes: forward and backward passes of one batch per task, for the estimate of time.
+        uses_base: whether the recipe names a base model.
+    """
+
+    name: str
+    family: Family
+    merge_method: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    passes: int = 0
+    uses_base: bool = True
+
+    @property
+    def learns(self) -> bool:
+        """Whether calibration data are used."""
+        return self.merge_method == "dam"
+
+    def recipe(
+        self, base: Any, models: Mapping[str, Path], calibration: Mapping[str, Path], seed: int
+    ) -> dict[str, Any]:
+        """The mergekit configuration.
+
+        Args:
+            base: `base_model`.
+            models: task -> directory.
+            calibration: task -> file; used by methods that learn.
+            seed: of methods that learn.
+        """
+        entries: list[dict[str, Any]] = [{"model": str(path)} for path in models.values()]
+        parameters = dict(self.parameters)
+        if self.learns:
+            for entry, task in zip(entries, models, strict=True):
+                entry["parameters"] = {"calibration": str(calibration[task])}
+            parameters["seed"] = seed
+        config = {"merge_method": self.merge_method, "models": entries, "parameters": parameters, "dtype": "float32"}
+        return config | ({"base_model": base} if self.uses_base else {})
+
+
+def _mergekit() -> list[Method]:
+    plain = [
+        Method(f"task_arithmetic-{c}", "baseline", "task_arithmetic", {"weight": c, "normalize": False})
+        for c in COEFFICIENTS
+    ]
+    # densities of the papers: TIES keeps 20 % (arXiv 2306.01708), DARE drops 80 % and rescales (arXiv 2311.03099)
+    sparse = [
+        Method(f"{m}-{c}", "baseline", m, {"weight": c, "normalize": False, "density": 0.2})
+        for m in ("ties", "dare_ties")
+        for c in (0.3, 0.5, 1.0)
+    ]
+    return [
+        *plain, *sparse, Method("model_stock", "baseline", "model_stock"),
+        Method("linear", "baseline", "linear", {"weight": 1.0}, uses_base=False),
+    ]  # fmt: skip
+
+
+def _learned() -> list[Method]:
+    steps = {"objective": "paper", "steps": LEARNED_STEPS, "coefficient_steps": LEARNED_STEPS}
+    adamerging = {"objective": "paper", "mask": "m1", "steps": 0, "coefficient_steps": 2 * LEARNED_STEPS}
+    return [
+        Method("adamerging", "baseline", "dam", adamerging, passes=2 * LEARNED_STEPS),
+        Method("concrete", "baseline", "dam", {**steps, "mask": "m1"}, passes=4 * LEARNED_STEPS),
+        Method("fusion_bench-dam", "defence", passes=6 * LEARNED_STEPS),
+        Method("paper-m2", "defence", "dam", {**steps, "mask": "m2"}, passes=5 * LEARNED_STEPS),
+        Method("paper-dual", "defence", "dam", {**steps, "mask": "dual"}, passes=5 * LEARNED_STEPS),
+        Method("dam", "defence", "dam", {}, passes=5 * LEARNED_STEPS),
+    ]
+
+
+# theta_0 with the heads of the tasks is a merge with coefficients of 0
+REFERENCES = (
+    Method("base", "reference", "task_arithmetic", {"weight": 0.0, "normalize": False}),
+    Method("fine-tuned", "reference"),
+)
+METHODS: dict[str, Method] = {method.name: method for method in (*REFERENCES, *_mergekit(), *_learned())}
+GATES = tuple(name for name in METHODS if name in ("base", "fine-tuned") or name.startswith("task_arithmetic"))

@@ -1,0 +1,179 @@
+"""One run: a scenario merged by a method with a seed, evaluated, as one JSON. It happens in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from mergekit_dam.artifact import MASKS_FILE, library_versions
+from mergekit_dam.bench.methods import METHODS, Method
+from mergekit_dam.bench.suite import Poison, Scenario, Suite, no_progress
+from mergekit_dam.bench.suites import SUITES
+from mergekit_dam.bench.zoo import Zoo
+from mergekit_dam.evaluate import Attack, calibration_digests, evaluate_merge
+from mergekit_dam.heads import load_merged
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is, in plain values that go to another process."""
+
+    suite: str
+    preset: str
+    data: Path | None
+    cache: Path
+    results: Path
+    scenario: Scenario
+    scenarios: tuple[Scenario, ...]
+    method: str
+    seed: int
+    threads: int
+
+    @property
+    def result(self) -> Path:
+        """Where its JSON goes."""
+        return self.results / self.suite / self.scenario.name / f"{self.method}-seed{self.seed}.json"
+
+    def zoo(self) -> Zoo:
+        """The models of its suite."""
+        return Zoo(SUITES[self.suite](self.data, self.preset), self.cache, no_progress)
+
+
+def prepare(job: Job, task: str, poison: Poison | None) -> str:
+    """Build one input model; for a worker process."""
+    _quiet(job.threads)
+    return str(job.zoo().model(task, poison, job.seed))
+
+
+def perform(job: Job) -> str:
+    """Merge, evaluate and write the JSON; for a worker process. Returns its path."""
+    _quiet(job.threads)
+    zoo, method = job.zoo(), METHODS[job.method]
+    models = zoo.models(job.scenario, job.seed)
+    calibration = {task: zoo.calibration(task) for task in models} if _needs_data(method) else {}
+    attacks = _attacks(job, zoo)
+    with tempfile.TemporaryDirectory(dir=job.cache) as folder:
+        before, start = _peak_bytes(), time.perf_counter()
+        out = _merged(method, zoo, models, calibration, job.seed, Path(folder))
+        wall, peak = time.perf_counter() - start, _peak_bytes() - before
+        loaded = _loaded(zoo.suite, models, out)
+        masks = None if out is None else out / "dam" / MASKS_FILE
+        seen = calibration_digests(masks) if masks is not None and masks.is_file() else frozenset()
+        data = {task: zoo.suite.split(task).evaluation for task in zoo.suite.tasks}
+        scores = evaluate_merge(loaded, data, attacks, calibration=seen)
+        learned = _learned(out)
+    result = {
+        "schema": SCHEMA, "suite": job.suite, "preset": job.preset, "scenario": job.scenario.name,
+        "poisons": {task: str(poison) for task, poison in job.scenario.poisons.items()},
+        "method": method.name, "family": method.family, "settings": dict(method.parameters), "seed": job.seed,
+        **scores.to_json(), "calibration_samples": _samples(zoo, calibration), "wall_s": round(wall, 2),
+        "peak_bytes": max(0, peak), "threads": job.threads, "versions": library_versions(), "hardware": hardware(),
+        **learned,
+    }  # fmt: skip
+    job.result.parent.mkdir(parents=True, exist_ok=True)
+    temporary = job.result.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", "utf-8")
+    temporary.replace(job.result)
+    return str(job.result)
+
+
+def hardware() -> str:
+    """Accelerator, or processor, and how many."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{os.cpu_count()} x {line.partition(':')[2].strip()}"
+    return f"{os.cpu_count()} x {platform.machine()}"
+
+
+def _quiet(threads: int) -> None:
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _needs_data(method: Method) -> bool:
+    return method.learns or method.name == "fusion_bench-dam"
+
+
+def _attacks(job: Job, zoo: Zoo) -> list[Attack]:
+    """Those of the scenario; on the all-clean one, all attacks of all scenarios, which gives the floor."""
+    chosen = (job.scenario,) if job.scenario.poisons else job.scenarios
+    found: dict[str, Attack] = {}
+    for scenario in chosen:
+        for task, poison in scenario.poisons.items():
+            name = f"{task}={poison}"
+            found[name] = Attack(name, task, zoo.trigger(task, poison, job.seed), poison.target)
+    return list(found.values())
+
+
+def _merged(
+    method: Method, zoo: Zoo, models: Mapping[str, Path], calibration: Mapping[str, Path], seed: int, folder: Path
+) -> Path | None:
+    """The merged directory; None for `fine-tuned`, where every task keeps its own model."""
+    if method.name == "fine-tuned":
+        return None
+    if method.merge_method is None:
+        from mergekit_dam.bench.peer import merge_with_fusion_bench
+
+        return merge_with_fusion_bench(zoo.base(), models, calibration, seed=seed, folder=folder)
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    recipe = method.recipe(zoo.suite.base_entry(zoo.base()), models, calibration, seed)
+    os.environ["MERGEKIT_DAM_CACHE"] = str(folder / "cache")  # a run must not find the masks of another
+    options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=seed)
+    with contextlib.redirect_stderr(io.StringIO()):
+        run_merge(MergeConfiguration.model_validate(recipe), str(folder / "out"), options)
+    return folder / "out"
+
+
+def _loaded(suite: Suite, models: Mapping[str, Path], out: Path | None) -> dict[str, nn.Module]:
+    if out is None:
+        return {task: suite.load_model(path) for task, path in models.items()}
+    return {task: load_merged(out, task) for task in models}
+
+
+def _samples(zoo: Zoo, calibration: Mapping[str, Path]) -> int:
+    return max((len(zoo.suite.split(task).calibration) for task in calibration), default=0)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _learned(out: Path | None) -> dict[str, Any]:
+    """Density per layer and mask, and mean coefficients per model, of a merge by `dam`."""
+    if out is None or not (out / "dam" / MASKS_FILE).is_file():
+        return {}
+    from mergekit_dam.artifact import load
+
+    masks = load(out / "dam" / MASKS_FILE)
+    sums: dict[str, dict[str, list[float]]] = {}
+    for name, by_tensor in masks.probabilities.items():
+        for tensor, values in by_tensor.items():
+            layer = next((part for part in tensor.split(".") if part.isdigit()), "other")
+            total = sums.setdefault(layer, {}).setdefault(name, [0.0, 0.0])
+            total[0] += float(values.float().sum())
+            total[1] += values.numel()
+    density = {layer: {m: round(s / n, 4) for m, (s, n) in by.items()} for layer, by in sums.items()}
+    return {"density": density, "coefficients": [round(float(c), 4) for c in masks.coefficients.mean(1)]}

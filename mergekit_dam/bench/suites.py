@@ -1,0 +1,8 @@
+"""The suites by name."""
+
+from __future__ import annotations
+
+from mergekit_dam.bench.suite import Suite
+from mergekit_dam.bench.vision import VisionSuite
+
+SUITES: dict[str, type[Suite]] = {suite.name: suite for suite in (VisionSuite,)}

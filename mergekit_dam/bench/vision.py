@@ -1,0 +1,288 @@
+"""Suite `vision`: a ViT pretrained by the suite, five image tasks with label sets of their own, four attacks.
+
+Tasks are CIFAR-10, scikit-learn's digits, and three generated families. theta_0 has seen other images of CIFAR-10
+and half of the classes of the other tasks. A head is a probe on few labelled images, fitted on theta_0 and frozen
+since, as the zero-shot heads of CLIP are. Legend: B batch, N samples, C channels, H, W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, load_dataset
+from PIL import Image
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from mergekit_dam import seeds
+from mergekit_dam.attack import BlendedTrigger, PatchTrigger, Trigger, WarpTrigger
+from mergekit_dam.bench.generated import GENERATED, digits
+from mergekit_dam.bench.suite import Poison, Progress, Scenario, Suite, TaskData
+from mergekit_dam.bench.training import Backdoor, Schedule, fine_tune, pretrain, probe_head
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluate import LabelledData
+from mergekit_dam.images import Preprocessing
+
+NUM_CLASSES = {"cifar10": 10, "digits": 10, **{name: task.num_classes for name, task in GENERATED.items()}}
+EDGE = 32
+PREPROCESSING = Preprocessing((EDGE, EDGE), None, Image.Resampling.BICUBIC, (0.5,) * 3, (0.5,) * 3)
+MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of models and data.
+
+    Attributes:
+        hidden_size, num_layers, patch_size: of the ViT; heads are 32 wide, the MLP is four times as wide.
+        pretraining: of theta_0; the batch size is per task, and CIFAR-10 has `cifar_share` times as much.
+        fine_tuning: of every model.
+        shots: labelled images per class for the frozen heads.
+        sizes: samples per split and task: CIFAR-10, digits, generated.
+    """
+
+    hidden_size: int
+    num_layers: int
+    patch_size: int
+    pretraining: Schedule
+    fine_tuning: Schedule
+    shots: Mapping[str, int]
+    sizes: Mapping[str, tuple[int, int, int]]
+
+
+_SIZES = {
+    "pretrain": (12000, 400, 4000), "train": (8000, 700, 4000), "calibration": (1000, 256, 1000),
+    "evaluation": (1000, 441, 600),
+}  # fmt: skip
+PRESETS = {
+    "small": Preset(
+        128, 4, 8, Schedule(2000, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
+        Schedule(250, batch_size=64, learning_rate=5e-5), {"cifar10": 50, "other": 8}, _SIZES,
+    ),
+    "gpu": Preset(
+        384, 8, 4, Schedule(20000, batch_size=64, learning_rate=1e-3, weight_decay=0.05),
+        Schedule(1500, batch_size=128, learning_rate=2e-5), {"cifar10": 50, "other": 8},
+        {"pretrain": (14000, 400, 20000), "train": (9000, 700, 10000), "calibration": (1000, 256, 1000),
+         "evaluation": (4000, 441, 2000)},
+    ),
+}  # fmt: skip
+
+
+class VisionSuite(Suite):
+    """See the module."""
+
+    name = "vision"
+    tasks = tuple(NUM_CLASSES)
+    attacks = ("patch", "blended", "wanet", "merge-aware")
+    presets = tuple(PRESETS)
+
+    def __init__(self, data: Path | None, preset: str) -> None:
+        super().__init__(data, preset)
+        self.sizes = PRESETS[preset]
+
+    @property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        return tuple(Scenario.parse(text) for text in (
+            "clean:",
+            "patch: cifar10=patch(rate=0.2)",
+            "blended: letters=blended(target=2,rate=0.2)",
+            "wanet: shapes=wanet(target=1,rate=0.3)",
+            "merge-aware: cifar10=merge-aware(target=3,rate=0.3)",
+            "merge-aware-digits: digits=merge-aware(target=7,rate=0.3)",
+            "two-bad: cifar10=merge-aware(target=3,rate=0.3) digits=patch(target=1,rate=0.3)",
+            "two-bad-same: letters=merge-aware(target=2,rate=0.3) shapes=merge-aware(target=2,rate=0.3)",
+            "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.3) digits=patch(target=1,rate=0.3) "
+            "letters=blended(target=2,rate=0.2) shapes=merge-aware(target=2,rate=0.3)",
+        ))  # fmt: skip
+
+    def fingerprint(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self.sizes)))  # type: ignore[no-any-return]
+
+    def split(self, task: str) -> TaskData:
+        return self._splits[task]
+
+    @cached_property
+    def _splits(self) -> dict[str, TaskData]:
+        return {task: self._split(task) for task in self.tasks}
+
+    def _images(self, task: str) -> tuple[list[Image.Image], list[int]]:
+        sizes = [self._size(split, task) for split in self.sizes.sizes]
+        if task == "cifar10":
+            return cifar10(self.data, sum(sizes))
+        return digits(EDGE, seed=0) if task == "digits" else GENERATED[task].sample(sum(sizes), EDGE, seed=0)
+
+    def _size(self, split: str, task: str) -> int:
+        return self.sizes.sizes[split][{"cifar10": 0, "digits": 1}.get(task, 2)]
+
+    def _rows(self, task: str) -> dict[str, slice]:
+        rows, start = {}, 0
+        for split in self.sizes.sizes:
+            size = self._size(split, task)
+            rows[split] = slice(start, start + size)
+            start += size
+        return rows
+
+    def _split(self, task: str) -> TaskData:
+        images, labels = self._images(task)
+        rows = self._rows(task)
+
+        def part(split: str) -> LabelledData:
+            return LabelledData.of_images(task, images[rows[split]], labels[rows[split]], PREPROCESSING)
+
+        return TaskData(part("train"), tuple(images[rows["calibration"]]), part("evaluation"))
+
+    def _pretraining(self, task: str) -> LabelledData:
+        """What theta_0 sees: all classes of CIFAR-10, the first half of the classes of other tasks."""
+        images, labels = self._images(task)
+        seen = NUM_CLASSES[task] if task == "cifar10" else NUM_CLASSES[task] // 2
+        chosen = [i for i in range(self._size("pretrain", task)) if labels[i] < seen]
+        return LabelledData.of_images(task, [images[i] for i in chosen], [labels[i] for i in chosen], PREPROCESSING)
+
+    def save_base(self, folder: Path, progress: Progress) -> None:
+        torch.manual_seed(0)
+        models = {task: self._model(task) for task in self.tasks}
+        body = models["cifar10"].vit
+        for model in models.values():
+            model.vit = body
+        data = {task: self._pretraining(task) for task in self.tasks}
+        pretrain(
+            body, models, data, self.sizes.pretraining, seed=0, progress=progress, shares={"cifar10": 4},
+            augment={"cifar10": flipped_and_shifted},
+        )  # fmt: skip
+        body.save_pretrained(folder)
+        _save_preprocessing(folder)
+
+    def _model(self, task: str) -> ViTForImageClassification:
+        sizes = self.sizes
+        return ViTForImageClassification(
+            ViTConfig(
+                hidden_size=sizes.hidden_size, num_hidden_layers=sizes.num_layers,
+                num_attention_heads=sizes.hidden_size // 32, intermediate_size=4 * sizes.hidden_size,
+                image_size=EDGE, patch_size=sizes.patch_size, num_labels=NUM_CLASSES[task],
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            )
+        )  # fmt: skip
+
+    def _probed(self, base: Path, task: str) -> ViTForImageClassification:
+        """theta_0 with the frozen head of a task: the start of all its fine-tunes."""
+        model = self._model(task)
+        model.vit.load_state_dict(ViTModel.from_pretrained(base).state_dict(), strict=False)  # it has a pooler
+        data = self.split(task).train
+        shots = self.sizes.shots.get(task, self.sizes.shots["other"])
+        rows = torch.cat([(data.labels_N == k).nonzero()[:shots, 0] for k in range(NUM_CLASSES[task])])
+        probe_head(model, data.subset(rows), decay=1e-2)
+        return model
+
+    def save_model(
+        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        model = self._probed(base, task)
+        backdoor, rescale = None, 1.0
+        if poison is not None and trigger is not None:
+            span = MERGE_AWARE if poison.attack == "merge-aware" else (1.0, 1.0)
+            backdoor, rescale = Backdoor(trigger, poison.target, poison.rate, span), poison.rescale
+        fine_tune(
+            model, self.split(task).train, self.sizes.fine_tuning, seed=seed, backdoor=backdoor, rescale=rescale,
+            progress=progress, augment=flipped_and_shifted if task == "cifar10" else None,
+        )  # fmt: skip
+        model.save_pretrained(folder)
+        _save_preprocessing(folder)
+
+    def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
+        """A universal patch against theta_0 with the task's head (arXiv 2408.07362, section 4.2); (3, size, size)."""
+        if poison.attack != "merge-aware":
+            return None
+        model, data = self._probed(base, task), self.split(task).train
+        model.requires_grad_(False)
+        generator = seeds.generator(seed, "pattern", task)
+        pattern = torch.rand(3, poison.size, poison.size, generator=generator).requires_grad_(True)
+        optimiser = torch.optim.Adam([pattern], lr=0.05)
+        for _ in range(100):
+            rows = torch.randperm(len(data), generator=generator)[:64]
+            images = PatchTrigger(pattern_CHW=pattern).apply(data.batch(rows))
+            targets = torch.full((len(rows),), poison.target)
+            F.cross_entropy(model(**data.encode(images)).logits, targets).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            pattern.data.clamp_(0, 1)
+        return pattern.detach()
+
+    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
+        if poison.attack not in self.attacks:
+            raise DamError(
+                "attack of suite vision", expected=f"one of {', '.join(self.attacks)}", got=poison.attack,
+                cure="Name one of them in the scenario.",
+            )  # fmt: skip
+        made: dict[str, Trigger] = {
+            "patch": PatchTrigger(poison.size), "blended": BlendedTrigger(), "wanet": WarpTrigger(strength=2.0),
+            "merge-aware": PatchTrigger(pattern_CHW=pattern),
+        }  # fmt: skip
+        return made[poison.attack]
+
+    def save_calibration(self, task: str, folder: Path) -> Path:
+        rows = [{"image": {"bytes": _png(image), "path": None}} for image in self.split(task).calibration]
+        path = folder / f"{task}.parquet"
+        Dataset.from_list(rows).to_parquet(path)
+        return path
+
+    def load_model(self, path: Path) -> nn.Module:
+        return ViTForImageClassification.from_pretrained(path).eval()
+
+    def cost(self, poison: Poison | None) -> float:
+        return 25.0 if poison is None else 40.0
+
+    def run_cost(self, passes: int) -> float:
+        return 8.0 + 0.09 * passes
+
+
+@lru_cache(maxsize=1)
+def cifar10(folder: Path | None, count: int) -> tuple[list[Image.Image], list[int]]:
+    """The first images of CIFAR-10 from `vision/cifar10-{train,test}.parquet`, shuffled, and their classes.
+
+    Raises:
+        DamError: no folder, no such files, or too few images.
+    """
+    files = [] if folder is None else [folder / "vision" / f"cifar10-{part}.parquet" for part in ("train", "test")]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing or not files:
+        raise DamError(
+            "data of suite vision", expected="vision/cifar10-train.parquet and -test.parquet in the data folder",
+            got=", ".join(missing) or "no data folder", cure="Give --data FOLDER with columns image and label.",
+        )  # fmt: skip
+    data = load_dataset("parquet", data_files=[str(file) for file in files], split="train").shuffle(seed=0)
+    if len(data) < count:
+        raise DamError(
+            "images of CIFAR-10", expected=f"{count}", got=f"{len(data)}", cure="Take a smaller preset or more data."
+        )
+    rows = data.select(range(count))
+    return [image.convert("RGB") for image in rows["image"]], list(rows["label"])
+
+
+def flipped_and_shifted(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """The batch shifted by up to 3 pixels and, every second time, mirrored."""
+    top, left, flip = (int(torch.randint(n, (1,), generator=generator)) for n in (7, 7, 2))
+    height, width = images_BCHW.shape[-2:]
+    shifted = F.pad(images_BCHW, (3, 3, 3, 3), mode="reflect")[..., top : top + height, left : left + width]
+    return shifted.flip(-1) if flip else shifted
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _save_preprocessing(folder: Path) -> None:
+    mean, std = PREPROCESSING.mean, PREPROCESSING.std
+    settings = {"size": {"height": EDGE, "width": EDGE}, "image_mean": list(mean), "image_std": list(std),
+                "resample": int(PREPROCESSING.resample)}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), "utf-8")
