@@ -11,59 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mergekit_dam.bench.front import Curve, Point, area, margin
-from mergekit_dam.bench.results import CLEAN, Run, attacked_task, percent
+from mergekit_dam.bench.results import CLEAN, Run, Spread, attacked_task, percent
 from mergekit_dam.errors import DamError
 
 Metric = Callable[[Run], float | None]
 _TIE = 1e-6  # points of ACC; below it a method lies on the front, not ahead of it
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One number per seed.
-
-    Attributes:
-        values: seed -> number, for the seeds that have one.
-        seeds: all seeds of the suite.
-    """
-
-    values: dict[int, float]
-    seeds: tuple[int, ...]
-
-    @property
-    def missing(self) -> tuple[int, ...]:
-        """Seeds without a number."""
-        return tuple(seed for seed in self.seeds if seed not in self.values)
-
-    @property
-    def mean(self) -> float:
-        """Over the seeds that are there; NaN without any."""
-        return sum(self.values.values()) / len(self.values) if self.values else float("nan")
-
-    @property
-    def low(self) -> float:
-        """The smallest; NaN without any."""
-        return min(self.values.values(), default=float("nan"))
-
-    @property
-    def high(self) -> float:
-        """The largest; NaN without any."""
-        return max(self.values.values(), default=float("nan"))
-
-    def text(self, digits: int = 1) -> str:
-        """Mean (smallest to largest), and the seeds that are missing if any."""
-        if not self.values:
-            return "missing"
-        spread = f" ({_plain(self.low, digits)} to {_plain(self.high, digits)})" if len(self.values) > 1 else ""
-        return _plain(self.mean, digits) + spread + self.gap()
-
-    def gap(self) -> str:
-        """ ", no seed 1, 2", or nothing."""
-        return f", no seed {', '.join(map(str, self.missing))}" if self.missing else ""
-
-
-def _plain(value: float, digits: int) -> str:
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def suites(runs: Iterable[Run]) -> list[SuiteResults]:

@@ -14,24 +14,28 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 
-from mergekit_dam.bench.aggregate import Spread, SuiteResults
-from mergekit_dam.bench.results import Run
+from mergekit_dam.bench.aggregate import SuiteResults
+from mergekit_dam.bench.front import Point
+from mergekit_dam.bench.results import Run, Spread
 from mergekit_dam.bench.sections import figure_names
 
-_COLOURS = {
-    "reference": ("#000000",),
-    "undefended": ("#0072B2", "#56B4E9", "#009E73"),
-    "learned": ("#CC79A7",),
-    "other baseline": ("#7F7F7F",),
-    "public DAM": ("#E69F00",),
-    "ours": ("#D55E00",),
+# Group -> colours and markers, taken in turn by its methods in the order of tables.
+_LOOKS: dict[str, tuple[tuple[str, ...], str]] = {
+    "reference": (("#000000",), "os"),
+    "undefended": (("#0072B2", "#56B4E9", "#009E73"), "^DvP*"),
+    "learned": (("#CC79A7",), "<>"),
+    "other baseline": (("#7F7F7F",), "phd8H"),
+    "public DAM": (("#E69F00",), "X"),
+    "ours": (("#F2B58C", "#A84A00", "#5C2900", "#D55E00"), "^vsoDP"),
 }
-_MARKERS = "os^DvP*X<>hpd8H"
 _LINES = ("-", "--", "-.", ":")
 _COLUMNS = 3
 _PANEL = (4.3, 3.7)  # inches
-_OFFSETS = ((5, 4), (5, -11), (-17, 4), (-17, -11), (0, 8), (0, -15))  # of a label from its point, in points
+_OFFSETS = ((6, 4), (6, -11), (-18, 4), (-18, -11), (-4, 9), (-4, -16), (12, -3), (-24, -3))  # of a label, points
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,10 @@ class _Style:
     @property
     def options(self) -> dict[str, Any]:
         return {
-            "color": self.colour, "marker": self.marker, "markersize": 7, "markeredgewidth": 1.4,
+            "color": self.colour, "marker": self.marker, "markersize": 7,
+            "markeredgewidth": 0.7 if self.filled else 1.4,
             "markerfacecolor": self.colour if self.filled else "white",
+            "markeredgecolor": "black" if self.filled else self.colour,
         }  # fmt: skip
 
 
@@ -68,11 +74,11 @@ def accuracy_against_success(results: SuiteResults) -> Figure:
     """One panel per scenario: ACC over ASR on the attacked task, bars from the smallest to the largest seed."""
     figure, panels = _panels(results, results.poisoned, "ASR on the attacked task, %", "ACC, %")
     styles = _styles(results)
+    notes: dict[str, tuple[list[tuple[float, float, str]], list[Point]]] = {}
     for scenario, axes in panels.items():
         axes.set_title(scenario, fontsize=10)
-        curves = results.curves(scenario)
-        labelled = []
-        for stem, methods in curves.items():
+        labelled, points = notes.setdefault(scenario, ([], []))
+        for stem, methods in results.curves(scenario).items():
             ends = ["base"] if results.any_run(methods[0]).coefficient is not None else []
             there = [m for m in ends + methods if _has_point(results, scenario, m)]
             x = [results.success(scenario, method).mean for method in there]
@@ -88,12 +94,15 @@ def accuracy_against_success(results: SuiteResults) -> Figure:
                 [success.mean], [accuracy.mean], xerr=_bars(success), yerr=_bars(accuracy),
                 elinewidth=0.9, linestyle="none", zorder=4 if style.filled else 3, **style.options,
             )  # fmt: skip
+            points.append((success.mean, accuracy.mean))
             if run.group == "undefended" and run.coefficient is not None:
-                labelled.append((success.mean, accuracy.mean, f"{run.coefficient:g}", style.colour))
+                labelled.append((success.mean, accuracy.mean, f"{run.coefficient:g}"))
         axes.set_xlim(-4, 104)
         axes.grid(alpha=0.25)
-        _label(figure, axes, labelled)
     _legend(figure, results, styles)
+    figure.canvas.draw()  # places the panels; only then it is known what covers what
+    for scenario, (labelled, points) in notes.items():
+        _label(figure, panels[scenario], labelled, points)
     return figure
 
 
@@ -158,7 +167,7 @@ def density(results: SuiteResults) -> Figure:
 def _panels(results: SuiteResults, titles: Iterable[str], xlabel: str, ylabel: str) -> tuple[Figure, dict[str, Any]]:
     """A figure with one named panel each, and a title that says which results they are."""
     names = list(titles)
-    columns = min(_COLUMNS, len(names))
+    columns = 2 if len(names) in (2, 4) else min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
     width, height = max(2, columns) * _PANEL[0], rows * _PANEL[1] + 1.3
     with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
@@ -186,9 +195,9 @@ def _styles(results: SuiteResults) -> dict[str, _Style]:
         if name in found:
             continue
         nth = counts.setdefault(run.group, 0)
-        colours = _COLOURS[run.group]
-        marker = _MARKERS[len(found) % len(_MARKERS)]
-        found[name] = _Style(colours[nth % len(colours)], marker, _LINES[nth % len(_LINES)], run.group == "ours")
+        colours, markers = _LOOKS[run.group]
+        colour, marker = colours[nth % len(colours)], markers[nth % len(markers)]
+        found[name] = _Style(colour, marker, _LINES[nth % len(_LINES)], run.group == "ours")
         counts[run.group] += 1
     return found
 
@@ -205,28 +214,30 @@ def _densities(runs: Iterable[Run], method: str, layer: str, mask: str) -> list[
     return [run.density[layer][mask] for run in runs if run.method == method and mask in run.density.get(layer, {})]
 
 
-def _label(figure: Figure, axes: Any, labels: list[tuple[float, float, str, str]]) -> None:
-    """Small texts beside points, each where it covers no other text; left out where there is no such place."""
-    figure.canvas.draw()
-    placed: list[Any] = []
-    for x, y, text, colour in labels:
+def _label(figure: Figure, axes: Any, labels: Iterable[tuple[float, float, str]], points: list[Point]) -> None:
+    """Small texts beside points, each where it covers no other text and no marker; left out where there is no room."""
+    size = 5 * figure.dpi / 72  # half a marker's edge, in dots
+    centres = axes.transData.transform(points) if points else []
+    taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in centres]
+    for x, y, text in labels:
         for offset in _OFFSETS:
-            note = axes.annotate(
-                text, (x, y), xytext=offset, textcoords="offset points", fontsize=8, color=colour, zorder=5
-            )
+            note = axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", fontsize=8, zorder=5)
+            note.set_path_effects([withStroke(linewidth=2, foreground="white")])
             box = note.get_window_extent()
-            if not any(box.overlaps(other) for other in placed):
-                placed.append(box)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
                 break
             note.remove()
 
 
 def _legend(figure: Figure, results: SuiteResults, styles: dict[str, _Style]) -> None:
-    from matplotlib.lines import Line2D
-
-    curves = {stem for scenario in results.poisoned for stem in results.curves(scenario)}
+    drawn = {
+        run.stem if run.group == "undefended" else run.method: run.group == "undefended" and run.coefficient is not None
+        for run in results.runs.values()
+    }
     handles = [
-        Line2D([], [], linestyle=style.line if name in curves else "none", label=name, **style.options)
+        Line2D([], [], linestyle=style.line if drawn[name] else "none", label=name, **style.options)
         for name, style in styles.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)

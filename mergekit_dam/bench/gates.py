@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from mergekit_dam.bench.aggregate import Spread, SuiteResults
-from mergekit_dam.bench.results import CLEAN, attacked_task
+from mergekit_dam.bench.aggregate import SuiteResults
+from mergekit_dam.bench.results import CLEAN, Spread, attacked_task
 from mergekit_dam.errors import DamError
 
 GAIN = 10.0  # points of mean ACC by which the fine-tunes beat theta_0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -108,6 +109,54 @@ def percent(counts: tuple[int, int]) -> float:
 def attacked_task(attack: str) -> str:
     """The task of "task=attack"."""
     return attack.partition("=")[0]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number per seed.
+
+    Attributes:
+        values: seed -> number, for the seeds that have one.
+        seeds: all seeds of the suite.
+    """
+
+    values: dict[int, float]
+    seeds: tuple[int, ...]
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Seeds without a number."""
+        return tuple(seed for seed in self.seeds if seed not in self.values)
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds that are there; NaN without any."""
+        return sum(self.values.values()) / len(self.values) if self.values else float("nan")
+
+    @property
+    def low(self) -> float:
+        """The smallest; NaN without any."""
+        return min(self.values.values(), default=float("nan"))
+
+    @property
+    def high(self) -> float:
+        """The largest; NaN without any."""
+        return max(self.values.values(), default=float("nan"))
+
+    def text(self, digits: int = 1) -> str:
+        """Mean (smallest to largest), and the seeds that are missing if any."""
+        if not self.values:
+            return "missing"
+        spread = f" ({_plain(self.low, digits)} to {_plain(self.high, digits)})" if len(self.values) > 1 else ""
+        return _plain(self.mean, digits) + spread + self.gap()
+
+    def gap(self) -> str:
+        """ ", no seed 1, 2", or nothing."""
+        return f", no seed {', '.join(map(str, self.missing))}" if self.missing else ""
+
+
+def _plain(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def read_runs(root: Path) -> list[Run]:

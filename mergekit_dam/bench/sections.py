@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from mergekit_dam.bench.aggregate import Spread, SuiteResults, is_ahead
+from mergekit_dam.bench.aggregate import SuiteResults, is_ahead
 from mergekit_dam.bench.gates import best_undefended, check_gates, gate_table
-from mergekit_dam.bench.results import CLEAN, Run, attacked_task, percent
+from mergekit_dam.bench.results import CLEAN, Run, Spread, attacked_task, percent
 
 _OURS = ("paper-dual", "dam")  # rows of the README's table, after the hardest baseline
 
@@ -102,7 +102,7 @@ def _scenario(results: SuiteResults, scenario: str) -> list[str]:
     areas = [[stem, results.area(scenario, stem).text()] for stem in results.curves(scenario)]
     return [
         f"### Scenario {scenario}: {_join(attack.replace('=', ' = ', 1) for attack in attacks)}",
-        table([*header, "ahead of the front", "seeds"], rows),
+        table([*header, "ahead of the front; seeds ahead", "seeds"], rows),
         line,
         table(["undefended merges over their coefficients", "area under the ACC-ASR curve %"], areas),
         _fold(f"Transfer matrix of {scenario}: trigger on each task, with counts", _matrix(results, scenario)),
