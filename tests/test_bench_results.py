@@ -111,6 +111,7 @@ def test_area_of_known_curves() -> None:
     assert area([[(80.0, 25.0)]]) == pytest.approx(60.0)
     assert area([[(0.0, 0.0), (100.0, 100.0)]]) == pytest.approx(50.0)
     assert area([[(50.0, 0.0), (90.0, 100.0)], [(60.0, 0.0)]]) == pytest.approx(60 + 0.75 * 15)
+    assert area([[(0.0, 0.0), (100.0, 100.0)], [(40.0, 0.0), (60.0, 100.0)]]) == pytest.approx(60.0)  # they cross
     assert margin((75.0, 50.0), [[(50.0, 0.0), (90.0, 100.0)]]) == pytest.approx(5.0)
 
 

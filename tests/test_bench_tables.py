@@ -124,6 +124,25 @@ def test_several_attacks_are_a_mean_and_each_has_its_own_line_and_gate(root: Pat
     ]
 
 
+def test_a_scenario_with_fewer_seeds_says_so_and_still_has_its_hardest_baseline(root: Path, tmp_path: Path) -> None:
+    for method in METHODS:
+        run = new_run(method, "merge-aware", 1, scenario="adaptive", poisons={"cifar10": "adaptive"})
+        run["attack_success"] = {"cifar10=adaptive": run["attack_success"][ATTACK]}
+        put(root, run)
+        change(
+            root,
+            "clean",
+            method,
+            lambda r: r["attack_success"].update({"cifar10=adaptive": r["attack_success"][ATTACK]}),
+        )
+    text = write_results(root, tmp_path / "R.md")
+    assert "Seeds 1 only; other scenarios have 0, 1, 2." in text and text.count(" only; other scenarios") == 1
+    dam = row(text, "### Scenario adaptive", "dam")
+    assert dam[2:4] == ["79.0", "9.0"] and dam[5:7] == ["4.0", "5.0"] and dam[-1] == "1/3"
+    assert only(root).hardest(["adaptive", "merge-aware"]) == "ties-0.3"
+    assert row(readme_table(root), "suite", "dam")[2:] == ["79.0 (79.0 to 79.0)", "5.0 (5.0 to 5.0)", "2/2", "1-3/3"]
+
+
 def test_settings_that_differ_between_runs_are_reported(root: Path, tmp_path: Path) -> None:
     assert "Not the same setting" not in write_results(root, tmp_path / "R.md")
     put(root, new_run("dam", "clean", 2, settings={"seed": 2, "steps": 6}))
@@ -172,7 +191,7 @@ def test_the_readme_table_goes_between_its_markers(root: Path) -> None:
     assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == [
         "ties-0.3 (hardest baseline)", "paper-dual", "dam",
     ]  # fmt: skip
-    assert row(table, "suite", "dam")[2:] == ["79.0 (78.0 to 80.0)", "5.0 (5.0 to 5.0)", "1/1", "3/3"]
+    assert row(table, "suite", "dam")[2:] == ["79.0", "5.0", "1/1", "3/3"]
     page = f"a\n{BEGIN}\nold\n{END}\nb\n"
     assert with_table(page, table) == f"a\n{BEGIN}\n{table}\n{END}\nb\n"
     for wrong in ("a\n", f"{END}\n{BEGIN}\n", page + page):
@@ -211,5 +230,5 @@ def test_write_then_check_and_drift_is_shown(root: Path, tmp_path: Path) -> None
     change(root, "merge-aware", "dam", set_success(60))
     drift = call("--check")
     assert drift.exit_code == 1
-    assert "-| vision (small) | dam | 79.0 (78.0 to 80.0) | 5.0 (5.0 to 5.0)" in drift.output
-    assert "+| vision (small) | dam | 79.0 (78.0 to 80.0) | 26.0 (25.0 to 27.0)" in drift.output
+    assert "-| vision (small) | dam | 79.0 | 5.0 | 1/1 | 3/3 |" in drift.output
+    assert "+| vision (small) | dam | 79.0 | 26.0 | 1/1 | 3/3 |" in drift.output

@@ -50,8 +50,12 @@ class SuiteResults:
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
-        """Every seed that any run has: what a method without one of them lacks."""
+        """Every seed that any run has."""
         return tuple(sorted({run.seed for run in self.runs.values()}))
+
+    def seeds_of(self, scenario: str) -> tuple[int, ...]:
+        """Every seed that any run of a scenario has: what a method without one of them lacks."""
+        return tuple(sorted({run.seed for run in self.runs.values() if run.scenario == scenario}))
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
@@ -92,11 +96,16 @@ class SuiteResults:
         found = self.runs.get((scenario, method, seed))
         return self.runs.get((CLEAN, method, seed)) if found is None and method == "base" else found
 
-    def spread(self, scenario: str, method: str, metric: Metric) -> Spread:
-        """A metric of a method's runs; seeds whose run is missing, or does not have it, are missing."""
-        runs = ((seed, self.run(scenario, method, seed)) for seed in self.seeds)
+    def spread(self, scenario: str, method: str, metric: Metric, *, seeds: tuple[int, ...] | None = None) -> Spread:
+        """A metric of a method's runs; seeds whose run is missing, or does not have it, are missing.
+
+        Args:
+            seeds: those that are wanted, by default all that any method has in the scenario.
+        """
+        wanted = self.seeds_of(scenario) if seeds is None else seeds
+        runs = ((seed, self.run(scenario, method, seed)) for seed in wanted)
         values = {seed: metric(run) for seed, run in runs if run is not None}
-        return Spread({seed: value for seed, value in values.items() if value is not None}, self.seeds)
+        return Spread({seed: value for seed, value in values.items() if value is not None}, wanted)
 
     def accuracy(self, scenario: str, method: str) -> Spread:
         """ACC: mean over tasks of clean accuracy, percent. A run without all tasks has none."""
@@ -113,21 +122,22 @@ class SuiteResults:
         return self.spread(scenario, method, lambda run: _transfer(run, names))
 
     def floor(self, scenario: str, method: str) -> Spread:
-        """ASR of the scenario's attacks on the same method's all-clean run of the same seed, percent."""
-        return self.success(CLEAN, method, self.attacks_of(scenario))
+        """ASR of the scenario's attacks on the same method's all-clean runs of the scenario's seeds, percent."""
+        names = self.attacks_of(scenario)
+        return self.spread(CLEAN, method, lambda run: _success(run, names), seeds=self.seeds_of(scenario))
 
     def excess(self, scenario: str, method: str) -> Spread:
         """Excess ASR: ASR - floor, seed by seed, points; a seed without either is missing."""
         success, floor = self.success(scenario, method), self.floor(scenario, method)
         both = success.values.keys() & floor.values.keys()
-        return Spread({seed: success.values[seed] - floor.values[seed] for seed in sorted(both)}, self.seeds)
+        return Spread({seed: success.values[seed] - floor.values[seed] for seed in sorted(both)}, success.seeds)
 
     def score(self, scenario: str, method: str) -> Spread:
         """ACC - max(0, excess ASR), seed by seed, points: what names the baseline that is hardest to beat."""
         accuracy, excess = self.accuracy(scenario, method), self.excess(scenario, method)
         both = accuracy.values.keys() & excess.values.keys()
         values = {seed: accuracy.values[seed] - max(0.0, excess.values[seed]) for seed in sorted(both)}
-        return Spread(values, self.seeds)
+        return Spread(values, accuracy.seeds)
 
     def point(self, scenario: str, method: str, seed: int) -> Point | None:
         """(ACC, ASR on the attacked task), percent."""
@@ -152,22 +162,22 @@ class SuiteResults:
 
     def area(self, scenario: str, stem: str) -> Spread:
         """Area under the ACC-ASR curve of one undefended method over its coefficients, percent; see `front.area`."""
-        curves = {seed: self.front(scenario, stem, seed) for seed in self.seeds}
-        return Spread({seed: area([curve]) for seed, curve in curves.items() if curve is not None}, self.seeds)
+        curves = {seed: self.front(scenario, stem, seed) for seed in self.seeds_of(scenario)}
+        return Spread({seed: area([curve]) for seed, curve in curves.items() if curve is not None}, tuple(curves))
 
     def ahead(self, scenario: str, method: str) -> Spread:
         """Margin of a method over all undefended merges together, points of ACC at its ASR; see `front.margin`."""
         values = {}
-        for seed in self.seeds:
+        for seed in self.seeds_of(scenario):
             point = self.point(scenario, method, seed)
             curves = [self.front(scenario, stem, seed) for stem in self.curves(scenario)]
             found = [curve for curve in curves if curve is not None]
             if point is not None and found and len(found) == len(curves):
                 values[seed] = margin(point, found)
-        return Spread(values, self.seeds)
+        return Spread(values, self.seeds_of(scenario))
 
     def hardest(self, scenarios: Iterable[str]) -> str | None:
-        """The baseline with the highest mean score over the scenarios, among those that all of them have in full."""
+        """The baseline with the highest mean score over the scenarios, among those without a missing seed."""
         names = tuple(scenarios)
         best: tuple[float, str] | None = None
         for method in sorted({run.method for run in self.runs.values() if run.family == "baseline"}):

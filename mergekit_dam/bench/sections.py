@@ -46,7 +46,7 @@ def suite_section(results: SuiteResults, figures: str) -> str:
 
 
 def summary_table(groups: Iterable[SuiteResults]) -> str:
-    """Per suite: the hardest baseline and our methods; ACC and excess ASR as means over scenarios, then over seeds."""
+    """Per suite: the hardest baseline and our methods; means over scenarios, with the range over these."""
     rows = []
     for results in groups:
         name = f"{results.suite} ({results.preset})"
@@ -57,21 +57,22 @@ def summary_table(groups: Iterable[SuiteResults]) -> str:
             rows.append([name, label, *_over_scenarios(results, method)])
         if not hardest:
             rows.append([name, "hardest baseline: none has all scenarios, seeds and floors", "-", "-", "-", "-"])
-    return table(["suite", "method", "ACC %", "excess ASR", "scenarios", "seeds"], rows)
+    header = ["suite", "method", "ACC %, mean (range) over scenarios", "excess ASR, likewise", "scenarios", "seeds"]
+    return table(header, rows)
 
 
 def _over_scenarios(results: SuiteResults, method: str) -> list[str]:
-    """A seed counts where all scenarios that the method has at all have that seed with its floor."""
+    """Means over the scenarios that have the method with its floor; ranges are over scenarios, not over seeds."""
     names = [name for name in results.poisoned if results.excess(name, method).values]
-    accuracy = [results.accuracy(name, method) for name in names]
-    excess = [results.excess(name, method) for name in names]
-    seeds = [s for s in results.seeds if names and all(s in one.values for one in [*accuracy, *excess])]
-
-    def mean(spreads: list[Spread]) -> str:
-        return Spread({s: sum(one.values[s] for one in spreads) / len(spreads) for s in seeds}, results.seeds).text()
-
-    scenarios = f"{len(names)}/{len(results.poisoned)}"
-    return [mean(accuracy), mean(excess), scenarios, f"{len(seeds)}/{len(results.seeds)}"]
+    cells = []
+    for spreads in (
+        [results.accuracy(name, method) for name in names],
+        [results.excess(name, method) for name in names],
+    ):
+        cells.append(_range([one.mean for one in spreads if one.values]) if spreads else "missing")
+    counts = sorted({len(results.excess(name, method).values) for name in names}) or [0]
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+    return [*cells, f"{len(names)}/{len(results.poisoned)}", f"{seeds}/{len(results.seeds)}"]
 
 
 def _scenario(results: SuiteResults, scenario: str) -> list[str]:
@@ -100,8 +101,13 @@ def _scenario(results: SuiteResults, scenario: str) -> list[str]:
         line = f"Hardest baseline: **{hardest}**, ACC - max(0, excess ASR) = {results.score(scenario, hardest).text()}"
         line += f" (theta_0, unmerged: {base.text()})."
     areas = [[stem, results.area(scenario, stem).text()] for stem in results.curves(scenario)]
+    seeds = results.seeds_of(scenario)
+    fewer = (
+        [f"Seeds {_join(seeds)} only; other scenarios have {_join(results.seeds)}."] if seeds != results.seeds else []
+    )
     return [
         f"### Scenario {scenario}: {_join(attack.replace('=', ' = ', 1) for attack in attacks)}",
+        *fewer,
         table([*header, "ahead of the front; seeds ahead", "seeds"], rows),
         line,
         table(["undefended merges over their coefficients", "area under the ACC-ASR curve %"], areas),
@@ -114,7 +120,7 @@ def _matrix(results: SuiteResults, scenario: str) -> str:
     """ASR of each attack's trigger on every task, hits and totals summed over seeds; the attacked task in bold."""
     rows = []
     for method in results.methods(scenario):
-        runs = [results.run(scenario, method, seed) for seed in results.seeds]
+        runs = [results.run(scenario, method, seed) for seed in results.seeds_of(scenario)]
         for attack in results.attacks_of(scenario):
             found = [run.attack_success.get(attack, {}) for run in runs if run]
             cells = [_sum([rates[task] for rates in found if task in rates]) for task in results.tasks]
@@ -128,7 +134,7 @@ def _matrix(results: SuiteResults, scenario: str) -> str:
 def _accuracies(results: SuiteResults, scenario: str) -> str:
     rows = []
     for method in results.methods(scenario):
-        runs = [results.run(scenario, method, seed) for seed in results.seeds]
+        runs = [results.run(scenario, method, seed) for seed in results.seeds_of(scenario)]
         cells = [_sum([r.accuracy[task] for r in runs if r and task in r.accuracy]) for task in results.tasks]
         rows.append([method, *cells, _seeds(results, scenario, method)])
     return table(["method", *results.tasks, "seeds"], rows)
@@ -144,7 +150,7 @@ def _floors(results: SuiteResults) -> str:
         if best and results.any_run(method).group != "reference":
             top = results.accuracy(CLEAN, best).values
             both = sorted(top.keys() & accuracy.values.keys())
-            rows[-1][2] = Spread({s: accuracy.values[s] - top[s] for s in both}, results.seeds).text()
+            rows[-1][2] = Spread({s: accuracy.values[s] - top[s] for s in both}, accuracy.seeds).text()
         floors = [results.success(CLEAN, method, [attack]) for attack in results.attacks]
         rows[-1] += [_cell(results, CLEAN, method, floor) for floor in floors] + [_seeds(results, CLEAN, method)]
     against = f"ACC against {best}" if best else "ACC against the best undefended merge"
@@ -188,17 +194,17 @@ def _origin(results: SuiteResults) -> str:
 def _accuracy(results: SuiteResults, scenario: str, method: str) -> str:
     """ACC, or, of runs that have some tasks only, their mean and how many they have."""
     spread = results.accuracy(scenario, method)
-    runs = {seed: results.run(scenario, method, seed) for seed in results.seeds}
+    runs = {seed: results.run(scenario, method, seed) for seed in results.seeds_of(scenario)}
     if spread.values or not any(runs.values()):
         return spread.text()
     part = {s: sum(map(percent, r.accuracy.values())) / len(r.accuracy) for s, r in runs.items() if r}
     tasks = sorted({task for run in runs.values() if run for task in run.accuracy})
-    return f"{Spread(part, results.seeds).text()} on {_join(tasks)} alone"
+    return f"{Spread(part, tuple(runs)).text()} on {_join(tasks)} alone"
 
 
 def _cell(results: SuiteResults, scenario: str, method: str, spread: Spread) -> str:
     """The spread, or "-" where the runs exist and do not measure it."""
-    there = any(results.run(scenario, method, seed) for seed in results.seeds)
+    there = any(results.run(scenario, method, seed) for seed in results.seeds_of(scenario))
     return "-" if there and not spread.values else spread.text()
 
 
@@ -208,7 +214,7 @@ def _ahead(spread: Spread) -> str:
 
 
 def _seeds(results: SuiteResults, scenario: str, method: str) -> str:
-    there = sum(results.run(scenario, method, seed) is not None for seed in results.seeds)
+    there = sum(results.run(scenario, method, seed) is not None for seed in results.seeds_of(scenario))
     return f"{there}/{len(results.seeds)}"
 
 
