@@ -72,6 +72,7 @@ def test_a_gate_without_its_runs_does_not_pass(root: Path) -> None:
     gates = check_gates(only(root))
     assert [gate.passed for gate in gates] == [False, False, False, True]
     assert [gate.measured for gate in gates[:3]] == ["missing"] * 3
+    assert gates[1].wanted == "half the fine-tunes' gain"
 
 
 def test_tables_have_the_rows_in_order_the_counts_and_the_missing_seeds(root: Path, tmp_path: Path) -> None:

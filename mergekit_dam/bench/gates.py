@@ -6,6 +6,7 @@ data are disjoint is checked where the data are read, not here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -102,7 +103,8 @@ def _inherited(results: SuiteResults, scenario: str, attack: str) -> Gate:
 
 def _at_least(name: str, spread: Spread, bound: float, unit: str) -> Gate:
     measured = spread.text() + (f" {unit}" if spread.values else "")
-    return Gate(name, bool(spread.values) and spread.mean >= bound, measured, f">= {bound:.1f} {unit}")
+    wanted = "half the fine-tunes' gain" if math.isnan(bound) else f">= {bound:.1f} {unit}"
+    return Gate(name, bool(spread.values) and spread.mean >= bound, measured, wanted)
 
 
 def _difference(one: Spread, other: Spread) -> Spread:

@@ -52,11 +52,11 @@ def summary_table(groups: Iterable[SuiteResults]) -> str:
         name = f"{results.suite} ({results.preset})"
         hardest = results.hardest(results.poisoned)
         known = {run.method for run in results.runs.values()}
+        if not hardest:
+            rows.append([name, "hardest baseline: none has all scenarios, seeds and floors", "-", "-", "-", "-"])
         for method in ([hardest] if hardest else []) + [one for one in _OURS if one in known]:
             label = f"{method} (hardest baseline)" if method == hardest else method
             rows.append([name, label, *_over_scenarios(results, method)])
-        if not hardest:
-            rows.append([name, "hardest baseline: none has all scenarios, seeds and floors", "-", "-", "-", "-"])
     header = ["suite", "method", "ACC %, mean (range) over scenarios", "excess ASR, likewise", "scenarios", "seeds"]
     return table(header, rows)
 

@@ -55,7 +55,8 @@ def write_results(root: Path, out_markdown: Path, *, command: str = "", figures:
     Raises:
         DamError: no results, or a file that is not one.
     """
-    shown = command or f"python -m mergekit_dam.bench.tables --write --root {root.as_posix()}"
+    options = f"--root {root.as_posix()} --out {out_markdown.as_posix()}"
+    shown = command or f"python -m mergekit_dam.bench.tables --write {options}"
     text = results_markdown(suites(read_runs(root)), root=root.as_posix(), command=shown, figures=figures)
     out_markdown.parent.mkdir(parents=True, exist_ok=True)
     out_markdown.write_text(text, encoding="utf-8")
@@ -82,7 +83,7 @@ def with_table(readme: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
-@click.command(help=__doc__)
+@click.command(help=(__doc__ or "").replace("\n\n    python", "\n\n\b\n    python"))
 @click.option("--write/--check", "write", required=True, help="Write the files, or compare them with the JSONs.")
 @click.option("--root", type=Path, default=_ROOT, show_default=True, help="Folder with SUITE/SCENARIO/*.json.")
 @click.option("--out", type=Path, default=_OUT, show_default=True, help="Markdown; figures go to figures/ beside it.")
