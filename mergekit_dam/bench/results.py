@@ -1,0 +1,199 @@
+"""Results of the benchmark: one JSON per run, `ROOT/SUITE/SCENARIO/METHOD-seedK.json`, read and aggregated.
+
+`Run` is the schema. `SuiteResults` gives every metric of EVALUATION's list as a `Spread`: one value per seed, with the
+seeds that are missing. Nothing is averaged over runs that are not there, and no value is filled in, with one
+exception: theta_0 ("base") is the same model in every scenario, so its all-clean run serves where it has no own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from mergekit_dam.errors import DamError
+
+CLEAN = "clean"
+_COEFFICIENT = re.compile(r"^(?P<stem>.+)-(?P<value>\d+(?:\.\d+)?)$")
+
+# Rows of a table, in this order; undefended merges are those that no data guide, the front to be beaten.
+GROUPS = {
+    "reference": ("base", "fine-tuned"),
+    "undefended": ("task_arithmetic", "ties", "dare_ties", "linear", "model_stock"),
+    "learned": ("adamerging", "concrete"),
+    "other baseline": ("sau", "awm"),
+    "public DAM": ("fusion_bench-dam",),
+    "ours": ("paper-m1", "paper-m2", "paper-dual", "dam"),
+}
+_UNKNOWN = {"reference": "reference", "baseline": "other baseline", "defence": "ours"}
+
+
+def _counts(counts: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= counts[0] <= counts[1] or not counts[1]:
+        raise ValueError("Input should be [hits, total] with 0 <= hits <= total and total > 0")
+    return counts
+
+
+Counts = Annotated[tuple[int, int], AfterValidator(_counts)]
+
+
+class Run(BaseModel):
+    """One run: a method, on one scenario, with one seed.
+
+    Attributes:
+        poisons: task -> attack, as `Poison` prints it; empty for the all-clean scenario.
+        accuracy: task -> clean counts.
+        attack_success: "task=attack" -> task -> counts of triggered samples of other classes; in the all-clean
+            scenario those of every attack of the suite, which is the floor.
+        wall_s: seconds of the merge with all that it learned; None for models that are not merged.
+        peak_bytes: memory, the most that was in use.
+        density: layer (its number, or "other") -> mask -> kept fraction, for methods with masks.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: Literal[1] = Field(alias="schema")
+    suite: str
+    preset: str
+    scenario: str
+    poisons: dict[str, str]
+    method: str
+    family: Literal["baseline", "reference", "defence"]
+    settings: dict[str, Any]
+    seed: int
+    accuracy: dict[str, Counts] = Field(min_length=1)
+    attack_success: dict[str, dict[str, Counts]]
+    calibration_samples: int | None = None
+    wall_s: float | None = None
+    peak_bytes: int | None = None
+    versions: dict[str, str] = {}
+    hardware: str = "not recorded"
+    density: dict[str, dict[str, float]] = {}
+
+    @property
+    def stem(self) -> str:
+        """The method without its coefficient."""
+        found = _COEFFICIENT.match(self.method)
+        return found["stem"] if found else self.method
+
+    @property
+    def coefficient(self) -> float | None:
+        """The merging coefficient that the method's name ends with."""
+        found = _COEFFICIENT.match(self.method)
+        return float(found["value"]) if found else None
+
+    @property
+    def group(self) -> str:
+        """The method's part of a table."""
+        found = [group for group, stems in GROUPS.items() if self.method in stems or self.stem in stems]
+        return found[0] if found else _UNKNOWN[self.family]
+
+    @property
+    def order(self) -> tuple[int, int, str, float]:
+        """Sort key of the method in tables."""
+        stems = GROUPS[self.group]
+        name = self.method if self.method in stems else self.stem
+        place = stems.index(name) if name in stems else len(stems)
+        return list(GROUPS).index(self.group), place, name, self.coefficient or 0.0
+
+
+def percent(counts: tuple[int, int]) -> float:
+    """100 x hits / total."""
+    return 100.0 * counts[0] / counts[1]
+
+
+def attacked_task(attack: str) -> str:
+    """The task of "task=attack"."""
+    return attack.partition("=")[0]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number per seed.
+
+    Attributes:
+        values: seed -> number, for the seeds that have one.
+        seeds: all seeds of the suite.
+    """
+
+    values: dict[int, float]
+    seeds: tuple[int, ...]
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Seeds without a number."""
+        return tuple(seed for seed in self.seeds if seed not in self.values)
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds that are there; NaN without any."""
+        return sum(self.values.values()) / len(self.values) if self.values else float("nan")
+
+    @property
+    def low(self) -> float:
+        """The smallest; NaN without any."""
+        return min(self.values.values(), default=float("nan"))
+
+    @property
+    def high(self) -> float:
+        """The largest; NaN without any."""
+        return max(self.values.values(), default=float("nan"))
+
+    def text(self, digits: int = 1) -> str:
+        """Mean (smallest to largest), and the seeds that are missing if any."""
+        if not self.values:
+            return "missing"
+        spread = f" ({_plain(self.low, digits)} to {_plain(self.high, digits)})" if len(self.values) > 1 else ""
+        return _plain(self.mean, digits) + spread + self.gap()
+
+    def gap(self) -> str:
+        """ ", no seed 1, 2", or nothing."""
+        return f", no seed {', '.join(map(str, self.missing))}" if self.missing else ""
+
+
+def _plain(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
+
+
+def read_runs(root: Path) -> list[Run]:
+    """Every run below `root`, sorted by path.
+
+    Raises:
+        DamError: no result, a file of another schema, or one whose place contradicts its content.
+    """
+    paths = sorted(root.glob("*/*/*.json"), key=lambda p: p.relative_to(root).parts)
+    if not paths:
+        raise DamError(
+            f"results in {root}", expected="SUITE/SCENARIO/METHOD-seedK.json", got="no such file",
+            cure="Run the benchmark first, or name the folder with --root.",
+        )  # fmt: skip
+    return [_read(path) for path in paths]
+
+
+def _read(path: Path) -> Run:
+    try:
+        run = Run.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        wanted = str(first["msg"]).removeprefix("Value error, ")
+        raise DamError(
+            f"{place} in {path}", expected=wanted, got=repr(first["input"])[:80],
+            cure="Delete the file and run the benchmark again: it writes what is missing.",
+        ) from error  # fmt: skip
+    except ValueError as error:
+        raise DamError(
+            str(path), expected="JSON", got=str(error), cure="Delete the file and run the benchmark again."
+        ) from error
+    folder, scenario, name = path.parts[-3:]
+    wanted = f"{run.suite}/{run.scenario}/{run.method}-seed{run.seed}.json"
+    if folder not in (run.suite, f"{run.suite}-{run.preset}") or wanted.split("/")[1:] != [scenario, name]:
+        raise DamError(
+            str(path), expected=f"the place {wanted} (or {run.suite}-{run.preset}/...)",
+            got="/".join(path.parts[-3:]), cure="Move the file there, or delete it.",
+        )  # fmt: skip
+    return run
