@@ -14,8 +14,10 @@ from pathlib import Path
 
 from accelerate.utils import tqdm
 
-from mergekit_dam.bench.gates import check_gates
-from mergekit_dam.bench.methods import GATES, METHODS, Method
+from mergekit_dam.bench.aggregate import suites
+from mergekit_dam.bench.gates import check_gates, gate_table, require
+from mergekit_dam.bench.methods import GATES, METHODS
+from mergekit_dam.bench.results import read_runs
 from mergekit_dam.bench.run import Job, perform, prepare
 from mergekit_dam.bench.suite import Poison, Scenario, Suite
 from mergekit_dam.bench.suites import SUITES
@@ -78,7 +80,7 @@ def bench(options: Options, note: Note) -> None:
         _wait([pool.submit(prepare, *one) for one in missing], "building models")
         _wait([pool.submit(perform, job) for job in gate_jobs if not job.result.is_file()], "undefended merges")
         if options.gates:
-            note(check_gates(first.results, suite.name))
+            _pass_gates(first.results, suite, note)
         rest = [job for job in jobs if job not in gate_jobs and not job.result.is_file()]
         _wait([pool.submit(perform, job) for job in rest], "other methods")
 
@@ -121,15 +123,19 @@ def _announce(suite: Suite, first: Job, jobs: Sequence[Job], options: Options) -
     missing: list[Poison | None] = [p for task, p, seed in models if not zoo.has_model(task, p, seed)]
     left = [job for job in jobs if not job.result.is_file()]
     seconds = sum(suite.cost(poison) for poison in missing)
-    seconds += sum(suite.run_cost(_passes(METHODS[job.method])) for job in left)
+    seconds += sum(suite.run_cost(METHODS[job.method].passes) for job in left)
     return (
         f"suite {suite.name} ({suite.preset}): {len(missing)} of {len(models)} models to build, {len(left)} of "
         f"{len(jobs)} runs to do; about {seconds / options.workers / 60:.0f} minutes with {options.workers} workers"
     )
 
 
-def _passes(method: Method) -> int:
-    return method.passes
+def _pass_gates(results: Path, suite: Suite, note: Note) -> None:
+    """Print the gates of a suite; the first that fails ends the benchmark."""
+    runs = [run for run in read_runs(results) if (run.suite, run.preset) == (suite.name, suite.preset)]
+    gates = [gate for measured in suites(runs) for gate in check_gates(measured)]
+    note(gate_table(gates))
+    require(gates)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

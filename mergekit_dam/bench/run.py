@@ -46,9 +46,14 @@ class Job:
     threads: int
 
     @property
+    def folder(self) -> str:
+        """The suite's folder of results: its first preset has the plain name."""
+        return self.suite if self.preset == SUITES[self.suite].presets[0] else f"{self.suite}-{self.preset}"
+
+    @property
     def result(self) -> Path:
         """Where its JSON goes."""
-        return self.results / self.suite / self.scenario.name / f"{self.method}-seed{self.seed}.json"
+        return self.results / self.folder / self.scenario.name / f"{self.method}-seed{self.seed}.json"
 
     def zoo(self) -> Zoo:
         """The models of its suite."""

@@ -64,12 +64,12 @@ _SIZES = {
 }  # fmt: skip
 PRESETS = {
     "small": Preset(
-        128, 4, 8, Schedule(2000, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
-        Schedule(250, batch_size=64, learning_rate=5e-5), {"cifar10": 50, "other": 8}, _SIZES,
+        128, 4, 8, Schedule(2500, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
+        Schedule(300, batch_size=64, learning_rate=3e-5), {"cifar10": 500, "other": 8}, _SIZES,
     ),
     "gpu": Preset(
         384, 8, 4, Schedule(20000, batch_size=64, learning_rate=1e-3, weight_decay=0.05),
-        Schedule(1500, batch_size=128, learning_rate=2e-5), {"cifar10": 50, "other": 8},
+        Schedule(1500, batch_size=128, learning_rate=2e-5), {"cifar10": 500, "other": 8},
         {"pretrain": (14000, 400, 20000), "train": (9000, 700, 10000), "calibration": (1000, 256, 1000),
          "evaluation": (4000, 441, 2000)},
     ),
@@ -162,14 +162,14 @@ class VisionSuite(Suite):
 
     def _model(self, task: str) -> ViTForImageClassification:
         sizes = self.sizes
-        return ViTForImageClassification(
-            ViTConfig(
-                hidden_size=sizes.hidden_size, num_hidden_layers=sizes.num_layers,
-                num_attention_heads=sizes.hidden_size // 32, intermediate_size=4 * sizes.hidden_size,
-                image_size=EDGE, patch_size=sizes.patch_size, num_labels=NUM_CLASSES[task],
-                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-            )
+        settings: dict[str, Any] = {"num_labels": NUM_CLASSES[task]}
+        config = ViTConfig(
+            hidden_size=sizes.hidden_size, num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.hidden_size // 32, intermediate_size=4 * sizes.hidden_size,
+            image_size=EDGE, patch_size=sizes.patch_size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            **settings,
         )  # fmt: skip
+        return ViTForImageClassification(config)
 
     def _probed(self, base: Path, task: str) -> ViTForImageClassification:
         """theta_0 with the frozen head of a task: the start of all its fine-tunes."""
@@ -235,7 +235,8 @@ class VisionSuite(Suite):
         return path
 
     def load_model(self, path: Path) -> nn.Module:
-        return ViTForImageClassification.from_pretrained(path).eval()
+        model: nn.Module = ViTForImageClassification.from_pretrained(path).eval()
+        return model
 
     def cost(self, poison: Poison | None) -> float:
         return 25.0 if poison is None else 40.0
