@@ -139,7 +139,8 @@ def _merged(
     if method.merge_method is None:
         from mergekit_dam.bench.peer import merge_with_fusion_bench
 
-        return merge_with_fusion_bench(zoo.base(), models, calibration, seed=seed, folder=folder)
+        body: Path = merge_with_fusion_bench(zoo.base(), models, calibration, seed=seed, folder=folder)
+        return body
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
@@ -72,6 +73,11 @@ PRESETS = {
         Schedule(1500, batch_size=128, learning_rate=2e-5), {"cifar10": 500, "other": 8},
         {"pretrain": (14000, 400, 20000), "train": (9000, 700, 10000), "calibration": (1000, 256, 1000),
          "evaluation": (4000, 441, 2000)},
+    ),
+    # a smoke test: everything runs in a minute, and no gate holds
+    "tiny": Preset(
+        32, 1, 8, Schedule(12, batch_size=8), Schedule(60, batch_size=32), {"cifar10": 8, "other": 4},
+        {"pretrain": (60, 100, 60), "train": (160, 160, 160), "calibration": (20, 20, 20), "evaluation": (60, 60, 60)},
     ),
 }  # fmt: skip
 
@@ -264,7 +270,7 @@ def cifar10(folder: Path | None, count: int) -> tuple[list[Image.Image], list[in
         raise DamError(
             "images of CIFAR-10", expected=f"{count}", got=f"{len(data)}", cure="Take a smaller preset or more data."
         )
-    rows = data.select(range(count))
+    rows = data.select(range(count)).cast_column("image", ImageFeature())
     return [image.convert("RGB") for image in rows["image"]], list(rows["label"])
 
 

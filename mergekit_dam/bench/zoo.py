@@ -81,7 +81,7 @@ class Zoo:
         whole = {"version": _VERSION, "suite": self.suite.name, "preset": self.suite.preset,
                  "fingerprint": self.suite.fingerprint(), **key}  # fmt: skip
         digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
-        return self.root / self.suite.name / key["kind"] / digest / name
+        return self.root / self.suite.name / str(key["kind"]) / digest / name
 
     def _built(self, key: dict[str, Any], name: str, build: Callable[[Path], object]) -> Path:
         folder = self._folder(key, name)
