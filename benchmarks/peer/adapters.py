@@ -3,7 +3,8 @@
 Theirs, called and never copied: `ConcreteSafeTaskWiseAdaMergingForCLIP` with its set-up, mask model, merged model,
 losses, optimisers, loops and final merge. Ours, below: where batches come from, how logits are read from a body
 that is no CLIP, the shape of the perturbation, and the clock.
-Legend: T tasks, N samples, B batch, C channels, H, W pixels, L tokens, D width, K classes.
+Legend: T tasks, N samples, B batch, C channels, H, W pixels, L tokens, D or W width, P projection,
+K classes.
 """
 
 from __future__ import annotations
@@ -78,21 +79,24 @@ class PublicStep(ConcreteSafeTaskWiseAdaMergingForCLIP):
         return merged
 
 
-class RandomClip(PublicStep):
-    """CLIP's vision tower with their own logits, from a random projection and random class features."""
+class ClipEncoders(PublicStep):
+    """CLIP's vision tower, with their own logits from given zero-shot heads: theirs are made of task names.
 
-    def __init__(self, *args: Any, width: int, projection: int, classes: int, **kwargs: Any) -> None:
+    Args:
+        projection_PW: of the full CLIP.
+        heads: task -> class features (K, P), times the logit scale.
+    """
+
+    def __init__(self, *args: Any, projection_PW: Tensor, heads: Mapping[str, Tensor], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sizes = width, projection, classes
+        projection = nn.Linear(projection_PW.shape[1], projection_PW.shape[0], bias=False).requires_grad_(False)
+        projection.weight.copy_(projection_PW)
+        self.visual_projection = self.to_device(projection)
+        self.zeroshot_weights = {task: self.to_device(weight_KP) for task, weight_KP in heads.items()}
+        self.logit_scale_exp = self.to_device(torch.tensor(1.0))
 
     def setup_zero_shot_classification_head(self, *_: Any, **__: Any) -> None:
-        width, projection, classes = self._sizes
-        self.visual_projection = self.to_device(nn.Linear(width, projection, bias=False).requires_grad_(False))
-        self.logit_scale_exp = self.to_device(torch.tensor(100.0))
-        self.zeroshot_weights = {}
-        for task in self.modelpool.model_names:
-            features_KD = nn.functional.normalize(torch.randn(classes, projection), dim=-1)
-            self.zeroshot_weights[task] = self.to_device(features_KD)
+        """The heads are there already."""
 
 
 class LinearHeads(PublicStep):

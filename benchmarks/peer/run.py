@@ -18,11 +18,13 @@ Facts about the code that is called (fusion_bench 0.2.33, clip_safe_concrete_ada
 - delta moves by 1e-4 per step; `trigger_norm` is never read.
 - The layer-wise class reads an undefined `config` and passes an argument that its merged model does not take. It
   cannot start, so the task-wise class is what runs here, with the file of the layer-wise one: there is no other.
-- The inner step is Adam with a step of 1 on coefficients of 0.3, hence to about -0.7 or 1.3; the merge that opens
-  the next step still has these coefficients, and only afterwards are they reset.
+- The inner step is Adam with a step of 1 on coefficients of 0.3, the first one hence to -0.7 or 1.3; the merge that
+  opens the next step still has these coefficients, and only afterwards are they reset.
 - The last task's loss is logged as the loss; `mask_sparsity` is a density; the final mask is one random draw.
 - Its batches are test images. Here, and only here, that is changed: they come from the calibration files.
-Text (BertModel) is an extension that nobody published; the clamp then cuts word embeddings, too.
+Families: ViTModel under ViTForImageClassification; CLIPModel under CLIPVisionModel with the zero_shot/head.safetensors
+of suite clip-paper; BertModel under BertForSequenceClassification.
+Text is an extension that nobody published; the clamp then cuts word embeddings, too.
 """
 
 from __future__ import annotations
@@ -43,14 +45,19 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from adapters import ImageEncoders, PublicStep, RandomClip, TextEncoders
+from adapters import ClipEncoders, ImageEncoders, PublicStep, TextEncoders
 from fusion_bench.modelpool import BaseModelPool
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 SETTINGS = "method/concrete_subspace/clip_safe_concrete_layer_wise_adamerging.yaml"
+FAMILIES = {
+    "vit": (ImageEncoders, transformers.ViTModel, transformers.ViTForImageClassification),
+    "clip": (ClipEncoders, transformers.CLIPVisionModel, transformers.CLIPVisionModel),
+    "bert": (TextEncoders, transformers.BertModel, transformers.BertForSequenceClassification),
+}
 
 
 def settings(steps: int, coefficient_steps: int) -> DictConfig:
@@ -85,10 +92,11 @@ def _decoded(row: Any) -> Image.Image:
     return (row if isinstance(row, Image.Image) else Image.open(io.BytesIO(row["bytes"]))).convert("RGB")
 
 
-def pixels(images: list[Image.Image], folders: list[Path]) -> Tensor:
+def pixels(images: list[Image.Image], folders: list[Path], family: str) -> Tensor:
     """Normalised pixels_NCHW by the first preprocessor_config.json that is found."""
     folder = next((f for f in folders if (f / "preprocessor_config.json").is_file()), None)
-    processor = transformers.ViTImageProcessor.from_pretrained(folder) if folder else transformers.ViTImageProcessor()
+    kind = transformers.CLIPImageProcessor if family == "clip" else transformers.ViTImageProcessor
+    processor = kind.from_pretrained(folder) if folder else kind()
     found: Tensor = processor(images, return_tensors="pt")["pixel_values"]
     return found
 
@@ -103,58 +111,68 @@ def embeddings(texts: list[str], folder: Path, base: Any, max_length: int) -> tu
 
 def on_models(args: argparse.Namespace, logs: Path) -> tuple[PublicStep, BaseModelPool]:
     """The step and the models of the command line; a fine-tune without a tensor of the base has theta_0's."""
-    base = transformers.AutoModel.from_pretrained(args.base)
-    is_text = base.config.model_type == "bert"
-    if base.config.model_type not in {"vit", "bert"}:
-        raise SystemExit(f"{args.base}: expected a ViTModel or BertModel, got {type(base).__name__}")
-    heads: dict[str, nn.Linear] = {}
+    family = transformers.AutoConfig.from_pretrained(args.base).model_type
+    if family not in FAMILIES:
+        raise SystemExit(f"{args.base}: expected one of {', '.join(FAMILIES)}, got {family}")
+    step_class, base_class, tuned_class = FAMILIES[family]
+    base = base_class.from_pretrained(args.base)
+    heads: dict[str, Any] = {}
     data: dict[str, tuple[Tensor, ...]] = {}
     models: dict[str, Any] = {"_pretrained_": base}
-    classes = transformers.AutoModelForSequenceClassification, transformers.AutoModelForImageClassification
+    more: dict[str, Any] = {}
     for folder, file in args.model:
-        name = Path(folder).name
-        tuned = classes[not is_text].from_pretrained(folder)
-        heads[name] = tuned.classifier
-        models[name] = deepcopy(base)
-        models[name].load_state_dict(getattr(tuned, tuned.base_model_prefix).state_dict(), strict=False)
-        rows = column(file, "text" if is_text else "image", args.num_samples)
-        if is_text:
+        name, models[Path(folder).name] = Path(folder).name, deepcopy(base)
+        tuned = tuned_class.from_pretrained(folder)
+        if family == "clip":
+            head = load_file(Path(folder) / "zero_shot" / "head.safetensors")
+            heads[name], more["projection_PW"] = head["weight"], head["projection"]
+        else:
+            heads[name] = tuned.classifier
+            tuned = getattr(tuned, tuned.base_model_prefix)
+        models[name].load_state_dict(tuned.state_dict(), strict=False)
+        rows = column(file, "text" if family == "bert" else "image", args.num_samples)
+        if family == "bert":
             data[name] = embeddings(rows, Path(folder), base, args.max_length)
         else:
-            data[name] = (pixels(rows, [Path(folder), args.base]),)
-    step = (TextEncoders if is_text else ImageEncoders)(
-        settings(args.steps, args.coefficient_steps), data, batch_size=args.batch_size, device=args.device, logs=logs,
-        heads=heads,
-    )  # fmt: skip
-    return step, BaseModelPool(models=models)
+            data[name] = (pixels(rows, [Path(folder), args.base], family),)
+    return make_step(step_class, args, data, logs, heads=heads, **more), BaseModelPool(models=models)
+
+
+def make_step(
+    step_class: type[PublicStep], args: argparse.Namespace, data: dict[str, Any], logs: Path, **heads: Any
+) -> PublicStep:
+    config = settings(args.steps, args.coefficient_steps)
+    return step_class(config, data, batch_size=args.batch_size, device=args.device, logs=logs, **heads)
 
 
 def on_random_clip(args: argparse.Namespace, logs: Path) -> tuple[PublicStep, BaseModelPool]:
     """T random models of the shapes of CLIP ViT-B/32 and random pixels, for time and memory alone."""
     config = transformers.CLIPVisionConfig()  # its defaults are ViT-B/32's
     base = transformers.CLIPVisionModel(config)
-    models: dict[str, Any] = {"_pretrained_": base}
-    for index in range(args.random_clip):
-        models[f"m{index}"] = deepcopy(base)
+    names = [f"m{index}" for index in range(args.random_clip)]
+    models: dict[str, Any] = {"_pretrained_": base} | {name: deepcopy(base) for name in names}
+    for name in names:
         with torch.no_grad():
-            for parameter in models[f"m{index}"].parameters():
+            for parameter in models[name].parameters():
                 parameter.add_(1e-3 * torch.randn_like(parameter))
     shape = (2 * args.batch_size, 3, config.image_size, config.image_size)
-    data = {name: (torch.randn(shape),) for name in models if name != "_pretrained_"}
-    step = RandomClip(
-        settings(args.steps, args.coefficient_steps), data, batch_size=args.batch_size, device=args.device, logs=logs,
-        width=config.hidden_size, projection=config.projection_dim, classes=100,
-    )  # fmt: skip
+    data = {name: (torch.randn(shape),) for name in names}
+    features_KP = 100 * torch.nn.functional.normalize(torch.randn(100, config.projection_dim), dim=-1)
+    projection_PW = torch.randn(config.projection_dim, config.hidden_size) / config.hidden_size**0.5
+    heads = dict.fromkeys(names, features_KP)
+    step = make_step(ClipEncoders, args, data, logs, heads=heads, projection_PW=projection_PW)
     return step, BaseModelPool(models=models)
 
 
 def save(model: Any, base: Path, out: Path) -> None:
-    """The body as transformers writes it, refused if it has other tensors than the base."""
+    """The body as transformers writes it, refused if it has other tensors than the base's body."""
     model.save_pretrained(out)
     names = []
     for folder in (base, out):
         files = sorted(folder.glob("*.safetensors"))
         names.append({name for file in files for name in load_file(file)})
+    if any(name.startswith("vision_model.") for name in names[0]):
+        names[0] = {name for name in names[0] if name.startswith("vision_model.")}
     if names[0] != names[1]:
         odd = sorted(names[0] ^ names[1])[:3]
         raise SystemExit(f"{out}: other tensor names than {base}, e.g. {odd}; save the base with transformers 5")
@@ -192,7 +210,7 @@ def report(args: argparse.Namespace, step: PublicStep, seconds: float) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The public DAM step as fusion_bench's classes perform it.")
-    parser.add_argument("--base", type=Path, help="directory of theta_0, a ViTModel or BertModel")
+    parser.add_argument("--base", type=Path, help="directory of theta_0: ViTModel, CLIPModel or BertModel")
     parser.add_argument("--model", nargs=2, action="append", default=[], metavar=("DIR", "PARQUET"))
     parser.add_argument("--random-clip", type=int, metavar="T", help="time T random models of CLIP ViT-B/32's shapes")
     parser.add_argument("--steps", type=int, default=1000, help="mask steps")

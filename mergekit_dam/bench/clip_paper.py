@@ -199,6 +199,7 @@ class ClipPaperSuite(Suite):
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             rows.append({"image": {"bytes": buffer.getvalue(), "path": None}})
+        folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{task}.parquet"
         Dataset.from_list(rows, features=Features({"image": ImageFeature()})).to_parquet(file)
         return file

@@ -73,7 +73,7 @@ def peer_merge(
     """Merge with the public DAM step.
 
     Args:
-        base: theta_0 as a local directory, a ViTModel or BertModel in safetensors.
+        base: theta_0, a local directory in safetensors: ViTModel, BertModel, or the CLIPModel of suite clip-paper.
         models: directory of a fine-tune with its head -> its calibration file, a parquet.
         out: where the merged body goes, beside `peer.json` (times, memory, versions) and `peer.log`.
         settings: steps, sizes and seed.
@@ -81,7 +81,8 @@ def peer_merge(
         script: the program, benchmarks/peer/run.py of the checkout by default.
 
     Returns:
-        `out`, for `load_merged(out, task)` with a task named as the last part of a model's path.
+        `out`, for `load_merged(out, task)` with a task named as the last part of a model's path, or
+        `ClipPaperSuite.load_merge`.
 
     Raises:
         DamError: no interpreter, no program, models of one name, or a run that failed.
