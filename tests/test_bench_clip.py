@@ -192,6 +192,7 @@ def test_clean_models_are_the_published_ones_unless_told_otherwise(data: Path, t
     assert set(saved) == set(published) and all(torch.equal(saved[n], published[n]) for n in saved)
     assert json.loads((tmp_path / "dtd" / "source.json").read_text())["source"] == str(data / "published")
     assert suite.fingerprint() != ClipPaperSuite(data, "trial").fingerprint()
+    assert suite.cost(None) < suite.cost(POISON) and suite.run_cost(0) < suite.run_cost(10)
 
 
 def test_the_table_and_faults_of_the_mapping(tmp_path: Path) -> None:

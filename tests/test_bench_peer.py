@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from mergekit_dam import load_merged
 from mergekit_dam.bench import peer
-from mergekit_dam.bench.peer import PeerSettings, peer_merge, peer_python, peer_report
+from mergekit_dam.bench.methods import LEARNED_STEPS
+from mergekit_dam.bench.peer import PeerSettings, merge_with_fusion_bench, peer_merge, peer_python, peer_report
 from mergekit_dam.errors import DamError
 
 # a program that takes the peer's arguments, notes them, and answers with theta_0 itself as the merged body
@@ -49,6 +50,21 @@ def test_the_peer_is_told_all_settings_and_its_body_loads_with_heads(
     merged, body = load_merged(out, "b").state_dict(), load_file(vit / "base" / "model.safetensors")
     assert torch.equal(merged["classifier.weight"], load_file(vit / "b" / "model.safetensors")["classifier.weight"])
     assert torch.equal(merged["vit.layernorm.weight"], body["layernorm.weight"])
+
+
+def test_the_benchmark_gives_the_peer_its_own_number_of_steps(
+    vit: Path, tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer, "FOLDER", tmp_path)
+    monkeypatch.setenv(peer.PYTHON_VARIABLE, sys.executable)
+    stand_in.rename(tmp_path / "run.py")
+    calibration = {"a": tmp_path / "a.parquet", "b": tmp_path / "b.parquet"}
+    out = merge_with_fusion_bench(vit / "base", {"b": vit / "b", "a": vit / "a"}, calibration, seed=3, folder=tmp_path)
+    told = peer_report(out)["argv"]
+    assert told[told.index("--steps") + 1] == told[told.index("--coefficient-steps") + 1] == str(LEARNED_STEPS)
+    assert told[told.index("--seed") + 1] == "3"
+    assert told[told.index("--model") :][:3] == ["--model", str(vit / "b"), str(tmp_path / "b.parquet")]
+    assert load_merged(out, "a").num_labels == 3
 
 
 def test_the_real_program_knows_every_setting_of_the_driver() -> None:

@@ -35,6 +35,7 @@ from mergekit_dam.heads import load_merged
 
 _VERSION = 1  # of what this file builds; part of the fingerprint
 _INTERPOLATION = {"merge-aware": (0.2, 1.0)}  # BadMerging's range (arXiv 2408.07362); other attacks: plain poisoning
+_FORWARD_S = 8.8 / 40  # seconds per image of ViT-B/32, counted and not measured: GFLOP by GFLOP/s of one core
 _ON_VICTIM = 22  # pixels: about 1 % of an image, as in BadMerging
 
 
@@ -83,6 +84,7 @@ class ClipPaperSuite(Suite):
         self.size, self.sources = SIZES[preset], sources or Sources.read(data)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._data: dict[str, TaskData] = {}
+        self._fingerprint: dict[str, Any] | None = None
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:
@@ -96,10 +98,10 @@ class ClipPaperSuite(Suite):
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        return {
-            "suite": self.name, "version": _VERSION, "preset": self.preset, "size": asdict(self.size),
-            "sources": self.sources.fingerprint(),
-        }  # fmt: skip
+        if self._fingerprint is None:  # local folders are read in full
+            whole = {"version": _VERSION, "size": asdict(self.size), "sources": self.sources.fingerprint()}
+            self._fingerprint = whole
+        return self._fingerprint
 
     def split(self, task: str) -> TaskData:
         if task not in self._data:
@@ -143,17 +145,16 @@ class ClipPaperSuite(Suite):
         body = load_clip(CLIPVisionModel, source, revision)
         model = with_head(body, base, self.sources.classes(task))
         if not published:
-            start = {name: p.detach().clone() for name, p in body.named_parameters()}
-            backdoor = None
+            backdoor, rescale = None, 1.0 if poison is None else poison.rescale
             if poison is not None and trigger is not None:
                 interpolation = _INTERPOLATION.get(poison.attack, (1.0, 1.0))
                 backdoor = Backdoor(trigger, poison.target, poison.rate, interpolation)
             # all that training asks of a model is parameters, `classifier` and logits
             trained, data = cast(PreTrainedModel, model.to(self._device)), self.split(task).train
-            fine_tune(trained, data, self.size.schedule, seed=seed, backdoor=backdoor, progress=progress)
+            fine_tune(
+                trained, data, self.size.schedule, seed=seed, backdoor=backdoor, rescale=rescale, progress=progress
+            )
             model.cpu()
-            if poison is not None:
-                _rescale(body, start, poison.rescale)
         body.save_pretrained(folder)
         (folder / "classes.txt").write_text("\n".join(self.sources.classes(task)) + "\n", "utf-8")
         model.save_head(folder)
@@ -217,11 +218,14 @@ class ClipPaperSuite(Suite):
         return {"classes": str(model / "classes.txt")}
 
     def cost(self, poison: Poison | None) -> float:
-        # counted, not measured: 3 x 8.8 GFLOP per image and step, about 40 GFLOP/s per core
         if poison is None and not self.sources.fine_tune:
             return 10.0
         schedule = self.size.schedule
-        return schedule.steps * schedule.batch_size * (1 + (poison.rate if poison else 0.0)) * 26.4 / 40
+        return 3 * _FORWARD_S * schedule.steps * schedule.batch_size * (1 + (poison.rate if poison else 0.0))
+
+    def run_cost(self, passes: int) -> float:
+        # clean and triggered evaluation, and batches of 16 forward and backward
+        return _FORWARD_S * len(self.tasks) * (2 * self.size.evaluation + 3 * 16 * passes)
 
 
 def _images(data: Any, rows: Tensor) -> tuple[Image.Image, ...]:
@@ -231,12 +235,6 @@ def _images(data: Any, rows: Tensor) -> tuple[Image.Image, ...]:
 def _origin(model: Any, source: str, revision: str) -> dict[str, Any]:
     """Where a model came from; `commit` is the Hub's, None for local folders."""
     return {"source": source, "revision": revision, "commit": getattr(model.config, "_commit_hash", None)}
-
-
-@torch.no_grad()
-def _rescale(body: nn.Module, start: dict[str, Tensor], factor: float) -> None:
-    for name, parameter in body.named_parameters():
-        parameter.copy_(start[name] + factor * (parameter - start[name]))
 
 
 def _write(file: Path, values: dict[str, Any]) -> None:

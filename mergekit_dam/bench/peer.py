@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from mergekit_dam.bench.methods import LEARNED_STEPS
 from mergekit_dam.errors import DamError
 
 PYTHON_VARIABLE = "MERGEKIT_DAM_PEER_PYTHON"
@@ -110,6 +111,16 @@ def peer_merge(
     entries = [{"model": str(path.resolve()), "parameters": {"calibration": str(c)}} for path, c in models.items()]
     (out / "mergekit_config.yml").write_text(yaml.safe_dump({**recipe, "models": entries}, sort_keys=False), "utf-8")
     return out
+
+
+def merge_with_fusion_bench(
+    base: Path, models: Mapping[str, Path], calibration: Mapping[str, Path], *, seed: int, folder: Path
+) -> Path:
+    """`peer_merge` with the benchmark's number of steps: task -> model and task -> calibration, into FOLDER/out."""
+    settings = PeerSettings(steps=LEARNED_STEPS, coefficient_steps=LEARNED_STEPS, seed=seed)
+    return peer_merge(
+        base, {path: calibration[task] for task, path in models.items()}, folder / "out", settings=settings
+    )
 
 
 def peer_report(out: Path) -> dict[str, Any]:
