@@ -147,12 +147,12 @@ def test_dam_reads_the_same_head_from_the_suites_settings(built: tuple[ClipPaper
     suite, out = built
     refs = {task: ModelReference.parse(str(out / task)) for task in NAMES}
     own = {
-        ref: {**suite.parameters(out / task), "calibration": str(suite.save_calibration(task, out))}
+        ref: {**suite.model_parameters(out / task), "calibration": str(suite.save_calibration(task, out))}
         for task, ref in refs.items()
     }
     plan = build_plan(
         ModelReference.model_validate(suite.base_entry(out / "base")), list(refs.values()), per_model=own,
-        shared={**FAST, "zero_shot_model": str(out / "base")},
+        shared={**FAST, **suite.shared_parameters(out / "base")},
     )  # fmt: skip
     task = build_tasks(plan, torch.device("cpu"))[0]
     inputs = task.inputs(torch.arange(8))

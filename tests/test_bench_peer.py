@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from mergekit_dam import load_merged
@@ -73,6 +74,23 @@ def test_the_real_program_knows_every_setting_of_the_driver() -> None:
         assert f'"--{key.replace("_", "-")}"' in text
     pinned = (peer.FOLDER / "constraints.txt").read_text().splitlines()
     assert {"fusion-bench==0.2.33", "torch==2.13.0"} <= set(pinned)
+
+
+@pytest.mark.skipif(not (peer.FOLDER / ".venv").is_dir(), reason="`make -C benchmarks/peer` has not been run")
+def test_fusion_bench_itself_merges_our_models(vit: Path, images: Path, tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": file.read_bytes(), "path": None}} for file in sorted(images.iterdir())]
+    Dataset.from_list(rows).to_parquet(tmp_path / "images.parquet")
+    models = dict.fromkeys((vit / "a", vit / "b"), tmp_path / "images.parquet")
+    settings = PeerSettings(steps=2, coefficient_steps=2, batch_size=4)
+    out = peer_merge(vit / "base", models, tmp_path / "out", settings=settings)
+    merged, base = load_file(out / "model.safetensors"), load_file(vit / "base" / "model.safetensors")
+    assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in base.items()}
+    moved = [n for n in base if not torch.equal(merged[n], base[n])]
+    assert len(moved) > 30 and all(bool(torch.isfinite(t).all()) for t in merged.values())
+    report = peer_report(out)
+    assert len(report["seconds"]["mask_steps"]) == 2 and report["samples"] == {"a": 12, "b": 12}
+    assert report["peak_rss_bytes"] > 100_000_000
+    assert load_merged(out, "b")(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 5)
 
 
 def test_a_missing_interpreter_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ from adapters import ClipEncoders, ImageEncoders, PublicStep, TextEncoders
 from fusion_bench.modelpool import BaseModelPool
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SETTINGS = "method/concrete_subspace/clip_safe_concrete_layer_wise_adamerging.yaml"
@@ -115,14 +115,14 @@ def on_models(args: argparse.Namespace, logs: Path) -> tuple[PublicStep, BaseMod
     if family not in FAMILIES:
         raise SystemExit(f"{args.base}: expected one of {', '.join(FAMILIES)}, got {family}")
     step_class, base_class, tuned_class = FAMILIES[family]
-    base = base_class.from_pretrained(args.base)
+    base = base_class.from_pretrained(args.base, dtype=torch.float32)
     heads: dict[str, Any] = {}
     data: dict[str, tuple[Tensor, ...]] = {}
     models: dict[str, Any] = {"_pretrained_": base}
     more: dict[str, Any] = {}
     for folder, file in args.model:
         name, models[Path(folder).name] = Path(folder).name, deepcopy(base)
-        tuned = tuned_class.from_pretrained(folder)
+        tuned = tuned_class.from_pretrained(folder, dtype=torch.float32)
         if family == "clip":
             head = load_file(Path(folder) / "zero_shot" / "head.safetensors")
             heads[name], more["projection_PW"] = head["weight"], head["projection"]
@@ -165,17 +165,15 @@ def on_random_clip(args: argparse.Namespace, logs: Path) -> tuple[PublicStep, Ba
 
 
 def save(model: Any, base: Path, out: Path) -> None:
-    """The body as transformers writes it, refused if it has other tensors than the base's body."""
+    """The body with the tensors of the base's body: its class may have others, as a pooler that was never saved."""
     model.save_pretrained(out)
-    names = []
-    for folder in (base, out):
-        files = sorted(folder.glob("*.safetensors"))
-        names.append({name for file in files for name in load_file(file)})
-    if any(name.startswith("vision_model.") for name in names[0]):
-        names[0] = {name for name in names[0] if name.startswith("vision_model.")}
-    if names[0] != names[1]:
-        odd = sorted(names[0] ^ names[1])[:3]
-        raise SystemExit(f"{out}: other tensor names than {base}, e.g. {odd}; save the base with transformers 5")
+    wanted = {name for file in sorted(base.glob("*.safetensors")) for name in load_file(file)}
+    if any(name.startswith("vision_model.") for name in wanted):
+        wanted = {name for name in wanted if name.startswith("vision_model.")}
+    merged = load_file(out / "model.safetensors")
+    if lost := sorted(wanted - set(merged)):
+        raise SystemExit(f"{out}: no tensor {lost[0]} as in {base}; save the base with transformers 5")
+    save_file({name: merged[name] for name in wanted}, out / "model.safetensors", metadata={"format": "pt"})
     for file in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         if (base / file).is_file():
             shutil.copy(base / file, out / file)

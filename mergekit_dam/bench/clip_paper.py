@@ -213,9 +213,13 @@ class ClipPaperSuite(Suite):
         body = cast(CLIPVisionModel, load_merged(merged))
         return ZeroShotClip.load(body, model).to(self._device).eval()
 
-    def parameters(self, model: Path) -> dict[str, Any]:
-        """Settings of `dam` for one model beside `calibration`; `zero_shot_model` (shared) is the base's folder."""
+    def model_parameters(self, model: Path) -> dict[str, Any]:
+        """Settings of `dam` for one input model, beside `calibration`."""
         return {"classes": str(model / "classes.txt")}
+
+    def shared_parameters(self, base: Path) -> dict[str, Any]:
+        """Settings of `dam` for the whole merge."""
+        return {"zero_shot_model": str(base)}
 
     def cost(self, poison: Poison | None) -> float:
         if poison is None and not self.sources.fine_tune:
