@@ -46,6 +46,8 @@ class Preprocessing:
         if isinstance(size, dict):
             shortest = size.get("shortest_edge")
             resize: tuple[int, int] | int = shortest or (size.get("height", image_size), size.get("width", image_size))
+        elif values.get("do_center_crop"):
+            resize = size  # a bare number beside a crop is the shorter edge, as in CLIP's own file
         else:
             resize = (size, size)
         crop = values.get("crop_size") if values.get("do_center_crop") else None

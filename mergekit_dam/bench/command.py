@@ -139,10 +139,9 @@ def _pass_gates(results: Path, suite: Suite, note: Note) -> None:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # a fresh process per run, forked from one that has the imports done: memory is measured per run
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mergekit_dam.bench.run"])
-    return ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
+    return ProcessPoolExecutor(workers, mp_context=context)
 
 
 def _wait(futures: Sequence[Future[str]], title: str) -> None:

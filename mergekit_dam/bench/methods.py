@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mergekit_dam.bench.suite import Suite
+
 Family = Literal["reference", "baseline", "defence"]
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 LEARNED_STEPS = 200
@@ -42,12 +44,13 @@ class Method:
         return self.merge_method == "dam"
 
     def recipe(
-        self, base: Any, models: Mapping[str, Path], calibration: Mapping[str, Path], seed: int
+        self, suite: Suite, base: Path, models: Mapping[str, Path], calibration: Mapping[str, Path], seed: int
     ) -> dict[str, Any]:
         """The mergekit configuration.
 
         Args:
-            base: `base_model`.
+            suite: says how its kind of model enters a recipe.
+            base: theta_0.
             models: task -> directory.
             calibration: task -> file; used by methods that learn.
             seed: of methods that learn.
@@ -55,11 +58,11 @@ class Method:
         entries: list[dict[str, Any]] = [{"model": str(path)} for path in models.values()]
         parameters = dict(self.parameters)
         if self.learns:
-            for entry, task in zip(entries, models, strict=True):
-                entry["parameters"] = {"calibration": str(calibration[task])}
-            parameters["seed"] = seed
+            for entry, (task, path) in zip(entries, models.items(), strict=True):
+                entry["parameters"] = {"calibration": str(calibration[task]), **suite.model_parameters(path)}
+            parameters |= {"seed": seed, **suite.shared_parameters(base)}
         config = {"merge_method": self.merge_method, "models": entries, "parameters": parameters, "dtype": "float32"}
-        return config | ({"base_model": base} if self.uses_base else {})
+        return config | ({"base_model": suite.base_entry(base)} if self.uses_base else {})
 
 
 def _mergekit() -> list[Method]:

@@ -7,25 +7,29 @@ import io
 import json
 import os
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from torch import nn
 
 from mergekit_dam.artifact import MASKS_FILE, library_versions
 from mergekit_dam.bench.methods import METHODS, Method
+from mergekit_dam.bench.peer import merge_with_fusion_bench, peer_report
 from mergekit_dam.bench.suite import Poison, Scenario, Suite, no_progress
 from mergekit_dam.bench.suites import SUITES
 from mergekit_dam.bench.zoo import Zoo
-from mergekit_dam.evaluate import Attack, calibration_digests, evaluate_merge
-from mergekit_dam.heads import load_merged
+from mergekit_dam.calibration import digest
+from mergekit_dam.evaluate import Attack, evaluate_merge
 
 SCHEMA = 1
 
@@ -57,7 +61,13 @@ class Job:
 
     def zoo(self) -> Zoo:
         """The models of its suite."""
-        return Zoo(SUITES[self.suite](self.data, self.preset), self.cache, no_progress)
+        return _zoo(self.suite, self.preset, self.data, self.cache)
+
+
+@lru_cache(maxsize=1)
+def _zoo(suite: str, preset: str, data: Path | None, cache: Path) -> Zoo:
+    """Kept in a worker from run to run: reading and drawing the data takes longer than most merges."""
+    return Zoo(SUITES[suite](data, preset), cache, no_progress)
 
 
 def prepare(job: Job, task: str, poison: Poison | None) -> str:
@@ -74,21 +84,18 @@ def perform(job: Job) -> str:
     calibration = {task: zoo.calibration(task) for task in models} if _needs_data(method) else {}
     attacks = _attacks(job, zoo)
     with tempfile.TemporaryDirectory(dir=job.cache) as folder:
-        before, start = _peak_bytes(), time.perf_counter()
-        out = _merged(method, zoo, models, calibration, job.seed, Path(folder))
-        wall, peak = time.perf_counter() - start, _peak_bytes() - before
-        loaded = _loaded(zoo.suite, models, out)
-        masks = None if out is None else out / "dam" / MASKS_FILE
-        seen = calibration_digests(masks) if masks is not None and masks.is_file() else frozenset()
+        merge = _merged(method, zoo, models, calibration, job.seed, Path(folder))
+        loaded = _loaded(zoo.suite, models, merge.out)
+        seen = {digest(sample) for task in calibration for sample in zoo.suite.split(task).calibration}
         data = {task: zoo.suite.split(task).evaluation for task in zoo.suite.tasks}
         scores = evaluate_merge(loaded, data, attacks, calibration=seen)
-        learned = _learned(out)
+        learned = _learned(merge.out)
     result = {
         "schema": SCHEMA, "suite": job.suite, "preset": job.preset, "scenario": job.scenario.name,
         "poisons": {task: str(poison) for task, poison in job.scenario.poisons.items()},
         "method": method.name, "family": method.family, "settings": dict(method.parameters), "seed": job.seed,
-        **scores.to_json(), "calibration_samples": _samples(zoo, calibration), "wall_s": round(wall, 2),
-        "peak_bytes": max(0, peak), "threads": job.threads, "versions": library_versions(), "hardware": hardware(),
+        **scores.to_json(), "calibration_samples": _samples(zoo, calibration), "wall_s": merge.seconds,
+        "peak_bytes": merge.peak_bytes, "threads": job.threads, "versions": library_versions(), "hardware": hardware(),
         **learned,
     }  # fmt: skip
     job.result.parent.mkdir(parents=True, exist_ok=True)
@@ -130,41 +137,59 @@ def _attacks(job: Job, zoo: Zoo) -> list[Attack]:
     return list(found.values())
 
 
+@dataclass(frozen=True)
+class _Merge:
+    """A finished merge: its directory (None where every task keeps its own model), seconds, and memory above start."""
+
+    out: Path | None
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+
 def _merged(
     method: Method, zoo: Zoo, models: Mapping[str, Path], calibration: Mapping[str, Path], seed: int, folder: Path
-) -> Path | None:
-    """The merged directory; None for `fine-tuned`, where every task keeps its own model."""
+) -> _Merge:
     if method.name == "fine-tuned":
-        return None
+        return _Merge(None)
+    base, out = zoo.base(), folder / "out"
     if method.merge_method is None:
-        from mergekit_dam.bench.peer import merge_with_fusion_bench
-
-        body: Path = merge_with_fusion_bench(zoo.base(), models, calibration, seed=seed, folder=folder)
-        return body
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    recipe = method.recipe(zoo.suite.base_entry(zoo.base()), models, calibration, seed)
+        merge_with_fusion_bench(base, models, calibration, seed=seed, folder=folder)
+        report = peer_report(out)
+        return _Merge(out, round(report["seconds"]["all"], 2), report["peak_rss_bytes"])
     os.environ["MERGEKIT_DAM_CACHE"] = str(folder / "cache")  # a run must not find the masks of another
+    config = MergeConfiguration.model_validate(method.recipe(zoo.suite, base, models, calibration, seed))
     options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=seed)
+    before, start = _start_peak(), time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
-        run_merge(MergeConfiguration.model_validate(recipe), str(folder / "out"), options)
-    return folder / "out"
+        run_merge(config, str(out), options)
+    seconds, after = round(time.perf_counter() - start, 2), _peak_bytes()
+    return _Merge(out, seconds, None if before is None or after is None else max(0, after - before))
 
 
 def _loaded(suite: Suite, models: Mapping[str, Path], out: Path | None) -> dict[str, nn.Module]:
     if out is None:
         return {task: suite.load_model(path) for task, path in models.items()}
-    return {task: load_merged(out, task) for task in models}
+    return {task: suite.load_merge(out, path) for task, path in models.items()}
 
 
 def _samples(zoo: Zoo, calibration: Mapping[str, Path]) -> int:
     return max((len(zoo.suite.split(task).calibration) for task in calibration), default=0)
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _start_peak() -> int | None:
+    """Forget the process's peak memory so far (Linux); what is in use now, in bytes."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
+        return _peak_bytes()
+    return None
+
+
+def _peak_bytes() -> int | None:
+    """Peak resident memory since `_start_peak`, in bytes; None where the system does not tell."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return None
 
 
 def _learned(out: Path | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mergekit_dam.attack import Trigger
 from mergekit_dam.config import did_you_mean
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import LabelledData
+from mergekit_dam.heads import load_merged
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 _POISON = re.compile(r"^\s*(?P<task>[\w-]+)\s*=\s*(?P<attack>[\w-]+)\s*(?:\((?P<options>[^)]*)\))?\s*$")
@@ -171,9 +172,21 @@ class Suite(ABC):
     def load_model(self, path: Path) -> nn.Module:
         """A fine-tuned model with its head, in evaluation mode."""
 
+    def load_merge(self, merged: Path, model: Path) -> nn.Module:
+        """A merge with the head of one of its input models, in evaluation mode."""
+        return load_merged(merged, model.name)
+
     def base_entry(self, base: Path) -> Any:
         """`base_model` of a recipe."""
         return str(base)
+
+    def model_parameters(self, model: Path) -> dict[str, Any]:
+        """Settings of `dam` for one input model, beside `calibration`."""
+        return {}
+
+    def shared_parameters(self, base: Path) -> dict[str, Any]:
+        """Settings of `dam` that this kind of model needs."""
+        return {}
 
     @abstractmethod
     def cost(self, poison: Poison | None) -> float:
