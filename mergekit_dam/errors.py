@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import click
 
 
@@ -25,6 +28,10 @@ class DamError(click.ClickException, ValueError):
 
     def __str__(self) -> str:
         return self.message
+
+    def __reduce__(self) -> Any:
+        """Errors of worker processes travel to the one that waits for them."""
+        return partial(DamError, expected=self.expected, got=self.got, cure=self.cure), (self.subject,)
 
 
 def first_line(error: Exception) -> str:

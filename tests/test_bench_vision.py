@@ -15,7 +15,8 @@ from PIL import Image
 
 from mergekit_dam.bench import vision
 from mergekit_dam.bench.suite import Poison, Scenario
-from mergekit_dam.bench.vision import PRESETS, VisionSuite, flipped_and_shifted
+from mergekit_dam.bench.vision import PRESETS, VisionSuite
+from mergekit_dam.bench.vision_data import flipped_and_shifted
 from mergekit_dam.bench.zoo import Zoo
 from mergekit_dam.cli import main
 from mergekit_dam.errors import DamError

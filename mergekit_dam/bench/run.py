@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -157,11 +158,12 @@ def _merged(
         report = peer_report(out)
         return _Merge(out, round(report["seconds"]["all"], 2), report["peak_rss_bytes"])
     os.environ["MERGEKIT_DAM_CACHE"] = str(folder / "cache")  # a run must not find the masks of another
-    config = MergeConfiguration.model_validate(method.recipe(zoo.suite, base, models, calibration, seed))
+    recipe = method.recipe(zoo.suite, base, models, calibration, seed)
+    config = MergeConfiguration.model_validate(recipe)
     options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=seed)
     before, start = _start_peak(), time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
-        run_merge(config, str(out), options)
+        run_merge(config, str(out), options, config_source=yaml.safe_dump(recipe))  # which names the heads' models
     seconds, after = round(time.perf_counter() - start, 2), _peak_bytes()
     return _Merge(out, seconds, None if before is None or after is None else max(0, after - before))
 

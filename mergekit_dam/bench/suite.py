@@ -70,9 +70,10 @@ class Scenario:
         """
         name, colon, rest = text.partition(":")
         poisons: dict[str, Poison] = {}
-        for part in re.findall(r"[^\s(]+(?:\([^)]*\))?", rest):
-            found = _POISON.match(part)
-            if not colon or not found:
+        parts = re.findall(r"[^\s(]+(?:\([^)]*\))?", rest)
+        for part in parts if colon else [text]:
+            found = _POISON.match(part) if colon else None
+            if not found:
                 raise DamError(
                     f"scenario {text!r}", expected="name: task=attack(option=value,...) ...", got=repr(part),
                     cure="For example: two-bad: cifar10=merge-aware digits=patch(target=1,size=3).",

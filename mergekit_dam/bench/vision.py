@@ -7,34 +7,35 @@ since, as the zero-shot heads of CLIP are. Legend: B batch, N samples, C channel
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, load_dataset
-from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from mergekit_dam import seeds
 from mergekit_dam.attack import BlendedTrigger, PatchTrigger, Trigger, WarpTrigger
-from mergekit_dam.bench.generated import GENERATED, digits
 from mergekit_dam.bench.suite import Poison, Progress, Scenario, Suite, TaskData
 from mergekit_dam.bench.training import Backdoor, Schedule, fine_tune, pretrain, probe_head
+from mergekit_dam.bench.vision_data import (
+    EDGE,
+    NUM_CLASSES,
+    PREPROCESSING,
+    flipped_and_shifted,
+    save_images,
+    save_preprocessing,
+    task_images,
+)
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import LabelledData
-from mergekit_dam.images import Preprocessing
 
-NUM_CLASSES = {"cifar10": 10, "digits": 10, **{name: task.num_classes for name, task in GENERATED.items()}}
-EDGE = 32
-PREPROCESSING = Preprocessing((EDGE, EDGE), None, Image.Resampling.BICUBIC, (0.5,) * 3, (0.5,) * 3)
 MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
 
 
@@ -45,7 +46,8 @@ class Preset:
     Attributes:
         hidden_size, num_layers, patch_size: of the ViT; heads are 32 wide, the MLP is four times as wide.
         pretraining: of theta_0; the batch size is per task, and CIFAR-10 has `cifar_share` times as much.
-        fine_tuning: of every model.
+        fine_tuning: of a clean model.
+        poisoning: of a victim; an attacker may take more and larger steps.
         shots: labelled images per class for the frozen heads.
         sizes: samples per split and task: CIFAR-10, digits, generated.
     """
@@ -55,6 +57,7 @@ class Preset:
     patch_size: int
     pretraining: Schedule
     fine_tuning: Schedule
+    poisoning: Schedule
     shots: Mapping[str, int]
     sizes: Mapping[str, tuple[int, int, int]]
 
@@ -66,17 +69,20 @@ _SIZES = {
 PRESETS = {
     "small": Preset(
         128, 4, 8, Schedule(2500, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
-        Schedule(300, batch_size=64, learning_rate=3e-5), {"cifar10": 500, "other": 8}, _SIZES,
+        Schedule(300, batch_size=64, learning_rate=3e-5), Schedule(400, batch_size=64, learning_rate=6e-5),
+        {"cifar10": 500, "other": 8}, _SIZES,
     ),
     "gpu": Preset(
         384, 8, 4, Schedule(20000, batch_size=64, learning_rate=1e-3, weight_decay=0.05),
-        Schedule(1500, batch_size=128, learning_rate=2e-5), {"cifar10": 500, "other": 8},
+        Schedule(1500, batch_size=128, learning_rate=2e-5), Schedule(1500, batch_size=128, learning_rate=4e-5),
+        {"cifar10": 500, "other": 8},
         {"pretrain": (14000, 400, 20000), "train": (9000, 700, 10000), "calibration": (1000, 256, 1000),
          "evaluation": (4000, 441, 2000)},
     ),
     # a smoke test: everything runs in a minute, and no gate holds
     "tiny": Preset(
-        32, 1, 8, Schedule(12, batch_size=8), Schedule(60, batch_size=32), {"cifar10": 8, "other": 4},
+        32, 1, 8, Schedule(12, batch_size=8), Schedule(60, batch_size=32), Schedule(60, batch_size=32),
+        {"cifar10": 8, "other": 4},
         {"pretrain": (60, 100, 60), "train": (160, 160, 160), "calibration": (20, 20, 20), "evaluation": (60, 60, 60)},
     ),
 }  # fmt: skip
@@ -98,15 +104,15 @@ class VisionSuite(Suite):
     def scenarios(self) -> tuple[Scenario, ...]:
         return tuple(Scenario.parse(text) for text in (
             "clean:",
-            "patch: cifar10=patch(rate=0.2)",
-            "blended: letters=blended(target=2,rate=0.2)",
-            "wanet: shapes=wanet(target=1,rate=0.3)",
-            "merge-aware: cifar10=merge-aware(target=3,rate=0.3)",
-            "merge-aware-digits: digits=merge-aware(target=7,rate=0.3)",
-            "two-bad: cifar10=merge-aware(target=3,rate=0.3) digits=patch(target=1,rate=0.3)",
-            "two-bad-same: letters=merge-aware(target=2,rate=0.3) shapes=merge-aware(target=2,rate=0.3)",
-            "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.3) digits=patch(target=1,rate=0.3) "
-            "letters=blended(target=2,rate=0.2) shapes=merge-aware(target=2,rate=0.3)",
+            "patch: digits=patch(target=1,rate=0.3)",
+            "blended: letters=blended(target=2,rate=0.3)",
+            "wanet: shapes=wanet(target=1,rate=0.5)",
+            "merge-aware: cifar10=merge-aware(target=3,rate=1,size=6)",
+            "merge-aware-digits: digits=merge-aware(target=7,rate=1,size=6)",
+            "two-bad: cifar10=merge-aware(target=3,rate=1,size=6) digits=patch(target=1,rate=0.3)",
+            "two-bad-same: letters=merge-aware(target=2,rate=1,size=6) digits=merge-aware(target=2,rate=1,size=6)",
+            "all-but-one-bad: cifar10=merge-aware(target=3,rate=1,size=6) digits=patch(target=1,rate=0.3) "
+            "letters=blended(target=2,rate=0.3) shapes=wanet(target=1,rate=0.5)",
         ))  # fmt: skip
 
     def fingerprint(self) -> dict[str, Any]:
@@ -121,9 +127,7 @@ class VisionSuite(Suite):
 
     def _images(self, task: str) -> tuple[list[Image.Image], list[int]]:
         sizes = [self._size(split, task) for split in self.sizes.sizes]
-        if task == "cifar10":
-            return cifar10(self.data, sum(sizes))
-        return digits(EDGE, seed=0) if task == "digits" else GENERATED[task].sample(sum(sizes), EDGE, seed=0)
+        return task_images(task, self.data, sum(sizes))
 
     def _size(self, split: str, task: str) -> int:
         return self.sizes.sizes[split][{"cifar10": 0, "digits": 1}.get(task, 2)]
@@ -164,7 +168,7 @@ class VisionSuite(Suite):
             augment={"cifar10": flipped_and_shifted},
         )  # fmt: skip
         body.save_pretrained(folder)
-        _save_preprocessing(folder)
+        save_preprocessing(folder)
 
     def _model(self, task: str) -> ViTForImageClassification:
         sizes = self.sizes
@@ -196,12 +200,13 @@ class VisionSuite(Suite):
         if poison is not None and trigger is not None:
             span = MERGE_AWARE if poison.attack == "merge-aware" else (1.0, 1.0)
             backdoor, rescale = Backdoor(trigger, poison.target, poison.rate, span), poison.rescale
+        schedule = self.sizes.fine_tuning if backdoor is None else self.sizes.poisoning
         fine_tune(
-            model, self.split(task).train, self.sizes.fine_tuning, seed=seed, backdoor=backdoor, rescale=rescale,
+            model, self.split(task).train, schedule, seed=seed, backdoor=backdoor, rescale=rescale,
             progress=progress, augment=flipped_and_shifted if task == "cifar10" else None,
         )  # fmt: skip
         model.save_pretrained(folder)
-        _save_preprocessing(folder)
+        save_preprocessing(folder)
 
     def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
         """A universal patch against theta_0 with the task's head (arXiv 2408.07362, section 4.2); (3, size, size)."""
@@ -235,9 +240,8 @@ class VisionSuite(Suite):
         return made[poison.attack]
 
     def save_calibration(self, task: str, folder: Path) -> Path:
-        rows = [{"image": {"bytes": _png(image), "path": None}} for image in self.split(task).calibration]
         path = folder / f"{task}.parquet"
-        Dataset.from_list(rows).to_parquet(path)
+        save_images(self.split(task).calibration, path)
         return path
 
     def load_model(self, path: Path) -> nn.Module:
@@ -249,47 +253,3 @@ class VisionSuite(Suite):
 
     def run_cost(self, passes: int) -> float:
         return 8.0 + 0.09 * passes
-
-
-@lru_cache(maxsize=1)
-def cifar10(folder: Path | None, count: int) -> tuple[list[Image.Image], list[int]]:
-    """The first images of CIFAR-10 from `vision/cifar10-{train,test}.parquet`, shuffled, and their classes.
-
-    Raises:
-        DamError: no folder, no such files, or too few images.
-    """
-    files = [] if folder is None else [folder / "vision" / f"cifar10-{part}.parquet" for part in ("train", "test")]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing or not files:
-        raise DamError(
-            "data of suite vision", expected="vision/cifar10-train.parquet and -test.parquet in the data folder",
-            got=", ".join(missing) or "no data folder", cure="Give --data FOLDER with columns image and label.",
-        )  # fmt: skip
-    data = load_dataset("parquet", data_files=[str(file) for file in files], split="train").shuffle(seed=0)
-    if len(data) < count:
-        raise DamError(
-            "images of CIFAR-10", expected=f"{count}", got=f"{len(data)}", cure="Take a smaller preset or more data."
-        )
-    rows = data.select(range(count)).cast_column("image", ImageFeature())
-    return [image.convert("RGB") for image in rows["image"]], list(rows["label"])
-
-
-def flipped_and_shifted(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """The batch shifted by up to 3 pixels and, every second time, mirrored."""
-    top, left, flip = (int(torch.randint(n, (1,), generator=generator)) for n in (7, 7, 2))
-    height, width = images_BCHW.shape[-2:]
-    shifted = F.pad(images_BCHW, (3, 3, 3, 3), mode="reflect")[..., top : top + height, left : left + width]
-    return shifted.flip(-1) if flip else shifted
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _save_preprocessing(folder: Path) -> None:
-    mean, std = PREPROCESSING.mean, PREPROCESSING.std
-    settings = {"size": {"height": EDGE, "width": EDGE}, "image_mean": list(mean), "image_std": list(std),
-                "resample": int(PREPROCESSING.resample)}  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings), "utf-8")
