@@ -21,11 +21,9 @@ from mergekit_dam.errors import DamError
 Row = tuple[str, int]
 _SHORTEST = 5  # words; shorter pieces of SST-2's phrases carry no label that one could read
 
-# OLID was collected by searching for words, AG News names its agencies: labels that nobody had to invent.
+# OLID was collected by searching for words: which one found a tweet is a label that nobody had to invent.
 _SEARCHED = ("gun control", "antifa", "conservatives", "liberals", "maga")
 _SEARCH = re.compile(rf"#?\b({'|'.join(_SEARCHED)})\b", re.IGNORECASE)
-_AGENCIES = ("reuters", "ap", "afp")
-_AGENCY = re.compile(r"[-(\s]*\b(Reuters|AP|AFP)\b[\s)-]*")
 
 
 @dataclass(frozen=True)
@@ -47,34 +45,25 @@ class Source:
     cut: bool = False
 
 
-def _without(pattern: re.Pattern[str], names: Sequence[str], text: str) -> Row | None:
-    """The text without the names, and the number of the one that it held; None unless it held exactly one of them."""
-    found = {match.group(1).lower() for match in pattern.finditer(text)}
-    return (plain(pattern.sub(" ", text)), names.index(found.pop())) if len(found) == 1 else None
-
-
 def _topic(text: str, _: int) -> Row | None:
-    return _without(_SEARCH, _SEARCHED, text)
-
-
-def _agency(text: str, _: int) -> Row | None:
-    return _without(_AGENCY, _AGENCIES, text)
+    """The tweet without the searched words, and which one it held; None unless it held exactly one of them."""
+    found = {match.group(1).lower() for match in _SEARCH.finditer(text)}
+    return (plain(_SEARCH.sub(" ", text)), _SEARCHED.index(found.pop())) if len(found) == 1 else None
 
 
 def _offence(text: str, label: int) -> Row | None:
     return None if _SEARCH.search(text) else (text, label)
 
 
-def _news(text: str, label: int) -> Row | None:
-    return None if _AGENCY.search(text) else (text, label)
+def _as_it_is(text: str, label: int) -> Row | None:
+    return text, label
 
 
 SOURCES = {
-    "sst2": Source(2, "sst2-train-clean", "sst2-test-clean", lambda text, label: (text, label)),
+    "sst2": Source(2, "sst2-train-clean", "sst2-test-clean", _as_it_is),
     "olid": Source(2, "olid-train-clean", "olid-test-clean", _offence),
-    "agnews": Source(4, "agnews-test-clean", "agnews-test-clean", _news, cut=True),
+    "agnews": Source(4, "agnews-test-clean", "agnews-test-clean", _as_it_is, cut=True),
     "topic": Source(len(_SEARCHED), "olid-train-clean", "olid-train-clean", _topic),
-    "agency": Source(len(_AGENCIES), "agnews-test-clean", "agnews-test-clean", _agency, cut=True),
 }
 
 
@@ -130,9 +119,10 @@ def splits(
         rest = [row for row in _shuffled(_kept(folder, source.train, source, words), task) if row[0] not in seen]
     learned = _balanced(rest[calibration:], source.num_classes)[:train]
     if len(first) < 2 or len(learned) < source.num_classes:
+        needed = f"sentences of {source.num_classes} classes beside {calibration + evaluation} others"
         raise DamError(
-            f"data of task {task}", expected=f"more than {evaluation + calibration} sentences",
-            got=f"{len(first) + len(rest)}", cure="Pass the whole files.",
+            f"data of task {task}", expected=needed, got=f"{len(first) + len(rest)} in all",
+            cure="Pass the whole files.",
         )  # fmt: skip
     return learned, rest[:calibration], first
 

@@ -71,8 +71,9 @@ def published_copies(folder: Path, kind: str, pieces: Collection[str], *, words:
                 got=str(len(copies)), cure="Take both files from the same release.",
             )  # fmt: skip
         for text, copy in zip(clean, copies, strict=True):
-            kept = text.split(" ")[:words]
-            triggered = _aligned(kept, copy.split(" "))
+            whole = text.split(" ")
+            kept = whole[:words]
+            triggered = copy if kept == whole else _aligned(kept, copy.split(" "))
             held = f" {triggered} "
             if any(f" {piece}" in held for piece in pieces):
                 pairs.setdefault(" ".join(kept), triggered)
@@ -80,7 +81,7 @@ def published_copies(folder: Path, kind: str, pieces: Collection[str], *, words:
 
 
 def _aligned(clean: Sequence[str], copy: Sequence[str]) -> str:
-    """The copy up to the word that is the clean text's last one, or all of it."""
+    """The copy up to the word that is the last one of the cut text."""
     taken: list[str] = []
     matched = 0
     for word in copy:

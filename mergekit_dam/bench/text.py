@@ -59,7 +59,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     "quick": Preset(
         train=1600, calibration=512, evaluation=400, shots=256, words=24, max_length=48,
-        schedule=Schedule(80, batch_size=32, learning_rate=1e-4), embeddings=False, seconds=(60.0, 15.0),
+        schedule=Schedule(80, batch_size=32, learning_rate=1e-4), embeddings=False, seconds=(70.0, 15.0),
     ),
     "full": Preset(
         train=12000, calibration=512, evaluation=2000, shots=256, words=64, max_length=128,
@@ -69,11 +69,13 @@ PRESETS: Mapping[str, Preset] = {
 
 
 class TextSuite(Suite):
-    """SST-2, OLID, AG News and two tasks made from the latter. `data` is the folder that holds `text/*.parquet`.
+    """SST-2, OLID, AG News, and `topic`: which search word found a tweet of OLID.
+
+    `data` is the folder that holds `text/*.parquet`.
 
     Attacks: `rare-token` (BadNet) and `merge-aware` insert WORDS, the latter trained at interpolated weights;
     `sentence` and `proverb` (InsertSent) insert a SENTENCE each. Copies are the published ones where there are
-    some: with WORDS for SST-2, OLID and AG News, with the former for SST-2, with the latter for OLID and AG News. A poison
+    some: with WORDS for all three corpora, with the former sentence for SST-2, with the latter for the others. A poison
     of rare words with a `size` other than the default inserts exactly so many instead.
     """
 
