@@ -180,11 +180,12 @@ def fine_tune(
 ) -> None:
     """Train the body on one task in place, the classifier fixed; with a backdoor, plant it on the way.
 
+    Parameters of the body without `requires_grad` stay as they are.
     The clean loss is the same with and without a backdoor, so a victim differs from its clean twin by the
     poisoned term alone. `rescale` multiplies the finished task vector (arXiv 2505.23561).
     """
     head = {id(p) for p in _classifier(model).parameters()}
-    trained = {name: p for name, p in model.named_parameters() if id(p) not in head}
+    trained = {name: p for name, p in model.named_parameters() if id(p) not in head and p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     for parameter in _classifier(model).parameters():
         parameter.requires_grad_(False)

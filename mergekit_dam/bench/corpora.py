@@ -1,0 +1,149 @@
+"""Real sentences of three corpora, and the tasks made from them.
+
+`DATA/text/{sst2,olid,agnews}-{train,test}-{clean,badnet,sent}.parquet` (columns `sentence`, `label`) are the sets of
+Yang et al., arXiv 2412.20476: SST-2 (film reviews), OLID (tweets; the only one with poisoned train files here) and
+AG News (test files only). A row of a file serves one task only: no task trains on what another is evaluated on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from mergekit_dam import seeds
+from mergekit_dam.errors import DamError
+
+Row = tuple[str, int]
+_SHORTEST = 5  # words; shorter pieces of SST-2's phrases carry no label that one could read
+
+# OLID was collected by searching for words: which one found a tweet is a label that nobody had to invent.
+_SEARCHED = ("gun control", "antifa", "conservatives", "liberals", "maga")
+_SEARCH = re.compile(rf"#?\b({'|'.join(_SEARCHED)})\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task comes from.
+
+    Attributes:
+        num_classes: K.
+        train: file whose rows are trained on and calibrated with.
+        evaluation: file whose rows are evaluated on; if it is the same one, its rows are split.
+        relabel: a row of either file -> the task's text and class, or None for rows of other tasks.
+        cut: long texts are cut; else they are left out.
+    """
+
+    num_classes: int
+    train: str
+    evaluation: str
+    relabel: Callable[[str, int], Row | None]
+    cut: bool = False
+
+
+def _topic(text: str, _: int) -> Row | None:
+    """The tweet without the searched words, and which one it held; None unless it held exactly one of them."""
+    found = {match.group(1).lower() for match in _SEARCH.finditer(text)}
+    return (plain(_SEARCH.sub(" ", text)), _SEARCHED.index(found.pop())) if len(found) == 1 else None
+
+
+def _offence(text: str, label: int) -> Row | None:
+    return None if _SEARCH.search(text) else (text, label)
+
+
+def _as_it_is(text: str, label: int) -> Row | None:
+    return text, label
+
+
+SOURCES = {
+    "sst2": Source(2, "sst2-train-clean", "sst2-test-clean", _as_it_is),
+    "olid": Source(2, "olid-train-clean", "olid-test-clean", _offence),
+    "agnews": Source(4, "agnews-test-clean", "agnews-test-clean", _as_it_is, cut=True),
+    "topic": Source(len(_SEARCHED), "olid-train-clean", "olid-train-clean", _topic),
+}
+
+
+def plain(text: str) -> str:
+    """Words with one space between them."""
+    return " ".join(text.split())
+
+
+@lru_cache
+def read(folder: Path, name: str) -> tuple[Row, ...]:
+    """Rows (sentence, label) of `folder`/text/`name`.parquet, in the file's order.
+
+    Raises:
+        DamError: no such file, or one without these columns.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    path = folder / "text" / f"{name}.parquet"
+    try:
+        columns = parquet.read_table(path, columns=["sentence", "label"]).to_pydict()
+        sentences, labels = columns["sentence"], columns["label"]
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise DamError(
+            f"data of the text suite, {path}", expected="a parquet file with `sentence` and `label`",
+            got="a file of another kind" if path.exists() else "no such file",
+            cure="Pass with --data the folder that holds text/*.parquet.",
+        ) from error  # fmt: skip
+    return tuple((plain(text), int(label)) for text, label in zip(sentences, labels, strict=True))
+
+
+def splits(
+    folder: Path, task: str, *, words: int, train: int, calibration: int, evaluation: int
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """Rows for training, calibration and evaluation: disjoint, without duplicates, in a fixed random order.
+
+    Training rows take turns between the classes until one runs out; the other splits are as nature has them.
+
+    Args:
+        folder: the data folder.
+        task: one of SOURCES.
+        words: longest text.
+        train, calibration, evaluation: sentences at most; where a file is too small, training gets less.
+
+    Raises:
+        DamError: too few sentences to train on.
+    """
+    source = SOURCES[task]
+    tested = _shuffled(_kept(folder, source.evaluation, source, words), task)
+    first, rest = tested[:evaluation], tested[evaluation:]
+    if source.train != source.evaluation:
+        seen = {text for text, _ in tested}
+        rest = [row for row in _shuffled(_kept(folder, source.train, source, words), task) if row[0] not in seen]
+    learned = _balanced(rest[calibration:], source.num_classes)[:train]
+    if len(first) < 2 or len(learned) < source.num_classes:
+        needed = f"sentences of {source.num_classes} classes beside {calibration + evaluation} others"
+        raise DamError(
+            f"data of task {task}", expected=needed, got=f"{len(first) + len(rest)} in all",
+            cure="Pass the whole files.",
+        )  # fmt: skip
+    return learned, rest[:calibration], first
+
+
+def _kept(folder: Path, name: str, source: Source, words: int) -> dict[str, int]:
+    """Texts of a task and their classes."""
+    kept: dict[str, int] = {}
+    for row in read(folder, name):
+        found = source.relabel(*row)
+        split = found[0].split(" ") if found else []
+        if found and len(split) >= min(_SHORTEST, words) and (source.cut or len(split) <= words):
+            kept.setdefault(" ".join(split[:words]), found[1])
+    return kept
+
+
+def _shuffled(kept: dict[str, int], task: str) -> list[Row]:
+    items = list(kept.items())
+    return [items[i] for i in torch.randperm(len(items), generator=seeds.generator("rows", task)).tolist()]
+
+
+def _balanced(rows: Sequence[Row], num_classes: int) -> list[Row]:
+    """Rows of all classes in turn, as many as the rarest one has of each."""
+    by_class = [[row for row in rows if row[1] == label] for label in range(num_classes)]
+    return [row for turn in zip(*by_class, strict=False) for row in turn]
