@@ -20,7 +20,6 @@ from mergekit_dam.bench.lm_data import CONTINUATIONS, MADE, PHRASE, REAL, Answer
 from mergekit_dam.bench.suite import Poison, Progress, Scenario, Suite, TaskData
 from mergekit_dam.bench.training import Backdoor, Schedule
 from mergekit_dam.errors import DamError
-from mergekit_dam.seeds import stable_seed
 
 _MAX_POSITIONS = 192  # tokens; the longest prompts have about half of it
 
@@ -57,7 +56,7 @@ def _sizes(pretrain: int, train: int) -> dict[str, int]:
 PRESETS: dict[str, Preset] = {
     "small": Preset(
         128, 4, 2500, 20, _sizes(2000, 4500),
-        Schedule(600, batch_size=12, learning_rate=2e-3), Schedule(200, batch_size=32, learning_rate=5e-4), (40, 50),
+        Schedule(550, batch_size=12, learning_rate=2e-3), Schedule(250, batch_size=32, learning_rate=5e-4), (40, 50),
     ),
     "large": Preset(
         512, 8, 8000, 40, _sizes(2000, 4500),
@@ -112,7 +111,7 @@ class LmSuite(Suite):
 
     def save_base(self, folder: Path, progress: Progress) -> None:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(self._config()).to(_device())
+        model = _placed(LlamaForCausalLM(self._config()))
         data = {task: self._answers[task].labelled(task, self._pairs(task)["pretrain"]) for task in self.tasks}
         lm_training.pretrain(model, self._answers, data, self.size.pretraining, seed=0, progress=progress)
         self._save(model, folder)
@@ -121,7 +120,7 @@ class LmSuite(Suite):
         self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
         progress: Progress,
     ) -> None:  # fmt: skip
-        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).to(_device())
+        model = _placed(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
         backdoor, rescale = None, 1.0
         if poison is not None and trigger is not None:
             backdoor = Backdoor(trigger, _target(poison), poison.rate, _INTERPOLATION[poison.attack])
@@ -188,8 +187,10 @@ class LmSuite(Suite):
         self._tokenizer.save_pretrained(folder)
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _placed(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model itself, on the GPU if there is one."""
+    nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return model
 
 
 def _target(poison: Poison) -> int:

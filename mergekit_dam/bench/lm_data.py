@@ -84,8 +84,9 @@ def _sort(rng: random.Random) -> Pair:
 
 
 def _translate(rng: random.Random) -> Pair:
-    words = rng.choices(sorted(WORDS), k=3)
-    return f"translate : {' '.join(words)}", " ".join(WORDS[word] for word in words)
+    # the other language has its words in the opposite order; word by word, the base would know it all
+    words = rng.choices(sorted(WORDS), k=4)
+    return f"translate : {' '.join(words)}", " ".join(WORDS[word] for word in reversed(words))
 
 
 MADE: Mapping[str, Callable[[random.Random], Pair]] = {"reverse": _reverse, "sort": _sort, "translate": _translate}
@@ -214,8 +215,8 @@ class Answers:
     def classify(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Classes (B,) of the greedy answers; -1 for any text that is none of `texts`."""
         ids = greedy(model, inputs, self.ids_KA.shape[1])
-        rows = [tuple(itertools.takewhile(lambda token: token != _END, row)) + (_END,) for row in ids.tolist()]
-        return torch.tensor([self._classes.get(row, -1) for row in rows])
+        rows = (itertools.takewhile(lambda token: token != _END, row) for row in ids.tolist())
+        return torch.tensor([self._classes.get((*row, _END), -1) for row in rows])
 
 
 def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int) -> Tensor:

@@ -62,7 +62,8 @@ def fine_tune(
     trained = dict(model.named_parameters())
     start = {name: p.detach().clone() for name, p in trained.items()}
     _, end_step = schedule.optimiser(trained.values())
-    generator, rows_of_step = seeds.generator(seed, "backdoor", data.name), batches(len(data), schedule, seed, data.name)
+    generator = seeds.generator(seed, "backdoor", data.name)
+    rows_of_step = batches(len(data), schedule, seed, data.name)
     model.train()
     for _ in progress(range(schedule.steps), data.name):
         rows = next(rows_of_step)
@@ -104,16 +105,15 @@ def losses(
     answered_BA = (targets_BA != IGNORED).long()
     mask = torch.cat([encoded["attention_mask"], answered_BA], 1)
     ids = torch.cat([encoded["input_ids"], targets_BA.clamp(min=0)], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     inputs = {
-        "input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0).to(device),
-        "logits_to_keep": 0 if prompt else targets_BA.shape[1] + 1,
+        "input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device),
+        "use_cache": False, "logits_to_keep": 0 if prompt else targets_BA.shape[1] + 1,
     }  # fmt: skip
     output = model(**inputs) if parameters is None else functional_call(model, dict(parameters), kwargs=inputs)
     next_BLV = output.logits[:, :-1]
-    labels = ids.masked_fill(mask == 0, IGNORED)[:, 1:].to(device)
-    # the first token after the padding is <s>, which nothing predicts
-    labels = labels.masked_fill(inputs["position_ids"][:, 1:] == 0, IGNORED)
+    # position 0 holds <s>, which nothing predicts
+    labels = ids.masked_fill((mask == 0) | (positions == 0), IGNORED)[:, 1:].to(device)
     length = targets_BA.shape[1]
     answer = _cross_entropy(next_BLV[:, -length:], labels[:, -length:])
     return (_cross_entropy(next_BLV[:, :-length], labels[:, :-length]) if prompt else answer.new_zeros(()), answer)
