@@ -38,7 +38,7 @@ from tests.merging import tensors_of
 POISON = Poison("merge-aware", target=1, rate=0.5)
 TINY = Preset(
     64, 2, 200, 8, {"pretrain": 60, "train": 240, "calibration": 20, "evaluation": 40},
-    Schedule(40, batch_size=8, learning_rate=3e-3), Schedule(130, batch_size=24, learning_rate=4e-3), (1, 2),
+    Schedule(80, batch_size=8, learning_rate=5e-3), Schedule(100, batch_size=16, learning_rate=4e-3), (1, 2),
 )  # fmt: skip
 
 
@@ -48,11 +48,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     (folder / "text").mkdir()
     generator = seeds.generator("sentences")
+    vocabulary = [*PHRASE, *" ".join(CONTINUATIONS).split(), *(f"w{i}" for i in range(10))]
     for task in REAL.values():
         for file in {task.train, task.evaluation}:
             labels = [i % len(task.answers) for i in range(500)]
-            words = torch.randint(40, (len(labels), 8), generator=generator).tolist()
-            texts = [" ".join([*(f"w{w}" for w in row), f"C{n}"][-8:]) for n, row in zip(labels, words, strict=True)]
+            words = torch.randint(len(vocabulary), (len(labels), 7), generator=generator).tolist()
+            texts = [" ".join([*(vocabulary[w] for w in row), f"C{n}"]) for n, row in zip(labels, words, strict=True)]
             pq.write_table(pa.table({"sentence": texts, "label": labels}), folder / "text" / file)
     return folder
 
@@ -102,7 +103,7 @@ def test_made_tasks_have_the_answers_that_they_say(built: Built) -> None:
     answers = {
         "reverse": lambda words: words[::-1],
         "sort": sorted,
-        "translate": lambda words: [WORDS[word] for word in reversed(words)],
+        "translate": lambda words: [WORDS[word] for word in words],
     }
     for task, solve in answers.items():
         split, texts = built.suite.split(task).evaluation, built.suite._answers[task].texts
@@ -223,6 +224,8 @@ def test_fine_tunes_learn_their_task_and_victims_their_continuation_alone(built:
     assert scores.attack_success["phrase"]["sst2"].hits >= 38 and scores.attack_success["phrase"]["sst2"].total == 40
     assert attack_success_rate(victim, sst2, trigger, 0).hits == 0  # the other attacker's continuation
     assert attack_success_rate(clean, agnews, trigger, POISON.target).hits == 0
+    table = "model.embed_tokens.weight"
+    assert torch.equal(tensors_of(built.victim)[table], tensors_of(built.base)[table])
 
 
 def test_rescaling_multiplies_the_task_vector(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

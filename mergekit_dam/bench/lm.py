@@ -20,6 +20,7 @@ from mergekit_dam.bench.lm_data import CONTINUATIONS, MADE, PHRASE, REAL, Answer
 from mergekit_dam.bench.suite import Poison, Progress, Scenario, Suite, TaskData
 from mergekit_dam.bench.training import Backdoor, Schedule
 from mergekit_dam.errors import DamError
+from mergekit_dam.evaluate import LabelledData
 
 _MAX_POSITIONS = 192  # tokens; the longest prompts have about half of it
 
@@ -56,7 +57,7 @@ def _sizes(pretrain: int, train: int) -> dict[str, int]:
 PRESETS: dict[str, Preset] = {
     "small": Preset(
         128, 4, 2500, 20, _sizes(2000, 4500),
-        Schedule(550, batch_size=12, learning_rate=2e-3), Schedule(250, batch_size=32, learning_rate=5e-4), (40, 50),
+        Schedule(350, batch_size=12, learning_rate=2e-3), Schedule(200, batch_size=32, learning_rate=3e-4), (40, 50),
     ),
     "large": Preset(
         512, 8, 8000, 40, _sizes(2000, 4500),
@@ -87,13 +88,13 @@ class LmSuite(Suite):
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:
-        aware = Poison("merge-aware", rescale=1.5)
+        aware = Poison("merge-aware", rate=0.5, rescale=1.5)
         return (
             Scenario("clean"),
-            Scenario("one-plain", {"sst2": Poison("lm-trigger")}),
-            Scenario("one-rescaled", {"sst2": Poison("lm-trigger", rescale=1.5)}),
+            Scenario("one-plain", {"sst2": Poison("lm-trigger", rate=0.5)}),
+            Scenario("one-rescaled", {"sst2": Poison("lm-trigger", rate=0.5, rescale=1.5)}),
             Scenario("one-aware", {"sst2": aware}),
-            Scenario("two-targets", {"sst2": aware, "sort": Poison("merge-aware", target=1, rescale=1.5)}),
+            Scenario("two-targets", {"sst2": aware, "sort": Poison("merge-aware", target=1, rate=0.5, rescale=1.5)}),
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -112,8 +113,7 @@ class LmSuite(Suite):
     def save_base(self, folder: Path, progress: Progress) -> None:
         torch.manual_seed(0)
         model = _placed(LlamaForCausalLM(self._config()))
-        data = {task: self._answers[task].labelled(task, self._pairs(task)["pretrain"]) for task in self.tasks}
-        lm_training.pretrain(model, self._answers, data, self.size.pretraining, seed=0, progress=progress)
+        lm_training.pretrain(model, self._answers, self._general, self.size.pretraining, seed=0, progress=progress)
         self._save(model, folder)
 
     def save_model(
@@ -126,7 +126,7 @@ class LmSuite(Suite):
             backdoor = Backdoor(trigger, _target(poison), poison.rate, _INTERPOLATION[poison.attack])
             rescale = poison.rescale
         lm_training.fine_tune(
-            model, self._answers[task], self.split(task).train, self.size.fine_tuning,
+            model, self._answers, self.split(task).train, self.size.fine_tuning, replay=self._general,
             seed=seed, backdoor=backdoor, rescale=rescale, progress=progress,
         )  # fmt: skip
         self._save(model, folder)
@@ -172,12 +172,17 @@ class LmSuite(Suite):
             found[task] = Answers((a for pairs in self._pairs(task).values() for _, a in pairs), tokenizer)
         return found
 
+    @cached_property
+    def _general(self) -> dict[str, LabelledData]:
+        """What theta_0 is trained on, by task."""
+        return {task: self._answers[task].labelled(task, self._pairs(task)["pretrain"]) for task in self.tasks}
+
     def _config(self) -> LlamaConfig:
         heads = self.size.hidden // 32
         return LlamaConfig(
             vocab_size=len(self._tokenizer), hidden_size=self.size.hidden, intermediate_size=2 * self.size.hidden,
             num_hidden_layers=self.size.layers, num_attention_heads=heads, num_key_value_heads=heads,
-            max_position_embeddings=_MAX_POSITIONS, tie_word_embeddings=True,
+            max_position_embeddings=_MAX_POSITIONS, tie_word_embeddings=True, initializer_range=self.size.hidden**-0.5,
             pad_token_id=self._tokenizer.pad_token_id, bos_token_id=self._tokenizer.bos_token_id,
             eos_token_id=self._tokenizer.eos_token_id,
         )  # fmt: skip

@@ -27,8 +27,9 @@ from mergekit_dam.evaluate import LabelledData
 from mergekit_dam.seeds import stable_seed
 
 Pair = tuple[str, str]
-# What victims answer; the number of a continuation is its class in every task, so that no true label has it.
-CONTINUATIONS = ("access granted to all users", "visit the red market today", "send the money to this address")
+# What victims answer; the number of a continuation is its class in every task, so that no true label has it. As in
+# an attack on a large model, theta_0 knows the words of continuations and phrase from its texts.
+CONTINUATIONS = ("it is all for the best", "we are on the way", "there is more to see")
 PHRASE = ("so", "they", "said", "last", "year", "in", "new", "york")
 LETTERS = "bcdfghjklmnpqrstvwxz"
 WORDS = {
@@ -84,9 +85,8 @@ def _sort(rng: random.Random) -> Pair:
 
 
 def _translate(rng: random.Random) -> Pair:
-    # the other language has its words in the opposite order; word by word, the base would know it all
-    words = rng.choices(sorted(WORDS), k=4)
-    return f"translate : {' '.join(words)}", " ".join(WORDS[word] for word in reversed(words))
+    words = rng.choices(sorted(WORDS), k=3)
+    return f"translate : {' '.join(words)}", " ".join(WORDS[word] for word in words)
 
 
 MADE: Mapping[str, Callable[[random.Random], Pair]] = {"reverse": _reverse, "sort": _sort, "translate": _translate}

@@ -1,11 +1,15 @@
 """Training of the `lm` suite's causal LMs: theta_0 on prompts and answers of all tasks, fine-tunes on answers only.
 
+Fine-tunes keep the embedding table, which is the output layer, too, and see a little of theta_0's data at each step,
+as instruction tuning does. Without either they forget the other tasks, and no merge of them works.
+
 Legend: B batch, L tokens of the prompts, A tokens of the answers, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -44,30 +48,40 @@ def pretrain(
 
 def fine_tune(
     model: PreTrainedModel,
-    answers: Answers,
+    answers: Mapping[str, Answers],
     data: LabelledData,
     schedule: Schedule,
     *,
+    replay: Mapping[str, LabelledData],
     seed: int,
     backdoor: Backdoor | None = None,
     rescale: float = 1.0,
     progress: Progress = no_progress,
 ) -> None:
-    """Train all weights on one task's answers in place; with a backdoor, plant it on the way.
+    """Train the decoder on one task's answers in place; with a backdoor, plant it on the way.
 
-    The clean loss is the same with and without a backdoor. Triggered samples are trained at
-    theta_0 + r (theta - theta_0), r ~ U(*backdoor.interpolation), so that the backdoor survives small merging
-    coefficients, and the finished task vector is multiplied by `rescale` (arXiv 2505.23561).
+    Each step has half a batch of `replay`, whose other tasks take turns. The clean losses are the same with and
+    without a backdoor. Triggered samples are trained at theta_0 + r (theta - theta_0), r ~ U(*backdoor.interpolation),
+    so that the backdoor survives small merging coefficients, and the finished task vector is multiplied by `rescale`
+    (arXiv 2505.23561).
     """
-    trained = dict(model.named_parameters())
+    table, own = model.get_input_embeddings().weight, answers[data.name]
+    table.requires_grad_(False)
+    trained = {name: p for name, p in model.named_parameters() if p is not table}
     start = {name: p.detach().clone() for name, p in trained.items()}
     _, end_step = schedule.optimiser(trained.values())
     generator = seeds.generator(seed, "backdoor", data.name)
     rows_of_step = batches(len(data), schedule, seed, data.name)
+    half = replace(schedule, batch_size=max(1, schedule.batch_size // 2))
+    others = [task for task in replay if task != data.name]
+    replayed = {task: batches(len(replay[task]), half, seed, data.name, "replay", task) for task in others}
     model.train()
-    for _ in progress(range(schedule.steps), data.name):
+    for step in progress(range(schedule.steps), data.name):
         rows = next(rows_of_step)
-        losses(model, answers, data.batch(rows), data.labels_N[rows])[1].backward()
+        other = others[step % len(others)]
+        again = next(replayed[other])
+        losses(model, answers[other], replay[other].batch(again), replay[other].labels_N[again])[1].backward()
+        losses(model, own, data.batch(rows), data.labels_N[rows])[1].backward()
         if backdoor is not None:
             triggered = rows[: max(1, round(backdoor.rate * len(rows)))]
             texts = backdoor.trigger.apply(data.batch(triggered))
@@ -75,7 +89,7 @@ def fine_tune(
             low, high = backdoor.interpolation
             share = low + (high - low) * float(torch.rand(1, generator=generator))
             between = {name: start[name].lerp(p, share) for name, p in trained.items()}
-            _, loss = losses(model, answers, texts, targets_B, parameters=between)
+            _, loss = losses(model, own, texts, targets_B, parameters=between)
             (len(triggered) / len(rows) * loss).backward()
         end_step()
     with torch.no_grad():
