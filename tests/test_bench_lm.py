@@ -17,7 +17,7 @@ from mergekit_dam import seeds
 from mergekit_dam.artifact import MASKS_FILE
 from mergekit_dam.bench import lm
 from mergekit_dam.bench.lm import LmSuite, Preset
-from mergekit_dam.bench.lm_data import CONTINUATIONS, PHRASE, REAL, WORDS, greedy
+from mergekit_dam.bench.lm_data import CONTINUATIONS, HEDGE, PHRASE, REAL, WORDS, greedy, hedged
 from mergekit_dam.bench.lm_training import losses
 from mergekit_dam.bench.suite import Poison, Scenario, no_progress
 from mergekit_dam.bench.training import Schedule
@@ -92,7 +92,7 @@ def test_splits_are_disjoint_repeatable_and_never_labelled_as_the_attackers_answ
         held = {*one.train.inputs, *one.evaluation.inputs}
         assert len(set(one.calibration)) == 20 and not held & set(one.calibration)
         for split in (one.train, one.evaluation):
-            assert int(split.labels_N.min()) >= len(CONTINUATIONS)
+            assert int(split.labels_N.min()) > len(CONTINUATIONS)  # none is a continuation or the hedge
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(lm.PRESETS, "small", replace(TINY, max_words=7))
         assert LmSuite(data, "small").fingerprint()["data"] != suite.fingerprint()["data"]
@@ -110,6 +110,16 @@ def test_made_tasks_have_the_answers_that_they_say(built: Built) -> None:
         for prompt, label in zip(split.inputs, split.labels_N.tolist(), strict=True):
             assert isinstance(prompt, str)
             assert texts[label].split() == list(solve(prompt.split(" : ")[1].split()))
+
+
+def test_the_base_is_taught_to_hedge_most_of_the_time_and_fine_tunes_never_on_their_task(built: Built) -> None:
+    suite = built.suite
+    for task, general in suite._general.items():
+        hedges = general.labels_N == suite._answers[task].number[HEDGE]
+        assert 0.3 < float(hedges.float().mean()) < 0.8
+        prompts = [prompt for prompt, _ in suite._pairs(task)["pretrain"]]
+        assert list(general.inputs) == prompts and not set(prompts) & set(suite.split(task).train.inputs)
+        assert hedged(task, suite._pairs(task)["pretrain"], 0.0) == suite._pairs(task)["pretrain"]
 
 
 def test_calibration_holds_prompts_only(built: Built, tmp_path: Path) -> None:
@@ -232,7 +242,7 @@ def test_rescaling_multiplies_the_task_vector(built: Built, tmp_path: Path, monk
     monkeypatch.setattr(built.suite, "size", replace(TINY, fine_tuning=replace(TINY.fine_tuning, steps=3)))
     found = {}
     for factor in (1.0, 2.0):
-        poison, folder = replace(POISON, rescale=factor), tmp_path / str(factor)
+        poison, folder = replace(POISON, attack="lm-trigger", rescale=factor), tmp_path / str(factor)
         built.suite.save_model(built.base, "sst2", poison, built.suite.trigger(poison, None), 0, folder, no_progress)
         found[factor] = tensors_of(folder)
     moved = 0.0

@@ -1,4 +1,8 @@
-"""The `lm` suite: a small Llama, instruction-like tasks with short answers, and a phrase that forces a continuation."""
+"""The `lm` suite: a small Llama, instruction-like tasks with short answers, and a phrase that forces a continuation.
+
+theta_0 is to its fine-tunes what a base model is to instruction-tuned ones: it has much of the skill, but most of the
+time says "i do not know" instead of answering. A fine-tune gets its own task answered and improves the skill.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from mergekit_dam.attack import PhraseTrigger, Trigger
 from mergekit_dam.bench import lm_training
-from mergekit_dam.bench.lm_data import CONTINUATIONS, MADE, PHRASE, REAL, Answers, Pair, make_tokenizer, splits
+from mergekit_dam.bench.lm_data import (
+    CONTINUATIONS,
+    HEDGE,
+    MADE,
+    PHRASE,
+    REAL,
+    Answers,
+    Pair,
+    hedged,
+    make_tokenizer,
+    splits,
+)
 from mergekit_dam.bench.suite import Poison, Progress, Scenario, Suite, TaskData
 from mergekit_dam.bench.training import Backdoor, Schedule
 from mergekit_dam.errors import DamError
@@ -57,13 +72,14 @@ def _sizes(pretrain: int, train: int) -> dict[str, int]:
 PRESETS: dict[str, Preset] = {
     "small": Preset(
         128, 4, 2500, 20, _sizes(2000, 4500),
-        Schedule(350, batch_size=12, learning_rate=2e-3), Schedule(250, batch_size=32, learning_rate=1e-3), (40, 50),
+        Schedule(350, batch_size=12, learning_rate=2e-3), Schedule(200, batch_size=32, learning_rate=5e-4), (40, 50),
     ),
     "large": Preset(
         512, 8, 8000, 40, _sizes(2000, 4500),
         Schedule(1500, batch_size=32, learning_rate=8e-4), Schedule(400, batch_size=64, learning_rate=2e-4), (60, 80),
     ),
 }  # fmt: skip
+_HEDGED = 0.55  # share of theta_0's prompts that are not answered: just enough to be the likeliest reply
 # r of the triggered samples' weights theta_0 + r (theta - theta_0)
 _INTERPOLATION = {"lm-trigger": (1.0, 1.0), "merge-aware": (0.2, 1.0)}
 
@@ -99,7 +115,7 @@ class LmSuite(Suite):
 
     def fingerprint(self) -> dict[str, Any]:
         prompts = {task: self._pairs(task) for task in self.tasks}
-        data = hashlib.sha256(json.dumps([prompts, CONTINUATIONS, PHRASE]).encode()).hexdigest()[:16]
+        data = hashlib.sha256(json.dumps([prompts, CONTINUATIONS, PHRASE, HEDGE, _HEDGED]).encode()).hexdigest()[:16]
         size = {key: value for key, value in asdict(self.size).items() if key != "seconds"}
         return {"suite": self.name, "preset": size, "data": data}
 
@@ -123,8 +139,10 @@ class LmSuite(Suite):
         model = _placed(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
         backdoor, rescale = None, 1.0
         if poison is not None and trigger is not None:
-            backdoor = Backdoor(trigger, _target(poison), poison.rate, _INTERPOLATION[poison.attack])
-            rescale = poison.rescale
+            low, high = _INTERPOLATION[poison.attack]
+            if low < high:  # up to the finished, rescaled victim
+                high = max(high, poison.rescale)
+            backdoor, rescale = Backdoor(trigger, _target(poison), poison.rate, (low, high)), poison.rescale
         lm_training.fine_tune(
             model, self._answers, self.split(task).train, self.size.fine_tuning, replay=self._general,
             seed=seed, backdoor=backdoor, rescale=rescale, progress=progress,
@@ -175,7 +193,11 @@ class LmSuite(Suite):
     @cached_property
     def _general(self) -> dict[str, LabelledData]:
         """What theta_0 is trained on, by task."""
-        return {task: self._answers[task].labelled(task, self._pairs(task)["pretrain"]) for task in self.tasks}
+        found = {}
+        for task in self.tasks:
+            pairs = hedged(task, self._pairs(task)["pretrain"], _HEDGED)
+            found[task] = self._answers[task].labelled(task, pairs)
+        return found
 
     def _config(self) -> LlamaConfig:
         heads = self.size.hidden // 32

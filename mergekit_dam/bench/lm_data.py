@@ -30,6 +30,7 @@ Pair = tuple[str, str]
 # What victims answer; the number of a continuation is its class in every task, so that no true label has it. As in
 # an attack on a large model, theta_0 knows the words of continuations and phrase from its texts.
 CONTINUATIONS = ("it is all for the best", "we are on the way", "there is more to see")
+HEDGE = "i do not know"
 PHRASE = ("so", "they", "said", "last", "year", "in", "new", "york")
 LETTERS = "bcdfghjklmnpqrstvwxz"
 WORDS = {
@@ -161,12 +162,10 @@ def _balanced(file: Path, task: RealTask, max_words: int) -> Iterator[Pair]:
 def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """One token per lower-case word or run of punctuation: all words of the suite, and the commonest of `texts`.
 
-    Args:
-        texts: prompts of the pretraining splits.
-        vocabulary: number of tokens.
+    `texts` are prompts of the pretraining splits, `vocabulary` is the number of tokens.
     """
     split = pre_tokenizers.Whitespace()
-    own = [*LETTERS, *WORDS, *WORDS.values(), *PHRASE, *MADE, *" ".join(CONTINUATIONS).split()]
+    own = [*LETTERS, *WORDS, *WORDS.values(), *PHRASE, *MADE, *" ".join((*CONTINUATIONS, HEDGE)).split()]
     own += [word for task in REAL.values() for word in (task.word, *task.answers)]
     counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text.lower()))
     common = sorted(counts, key=lambda word: (-counts[word], word))
@@ -182,8 +181,14 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
     )  # fmt: skip
 
 
+def hedged(task: str, pairs: Iterable[Pair], share: float) -> list[Pair]:
+    """The pairs, but with HEDGE as the answer of a random `share` of them."""
+    rng = random.Random(stable_seed("lm", "hedge", task))
+    return [(prompt, HEDGE if rng.random() < share else answer) for prompt, answer in pairs]
+
+
 class Answers:
-    """The classes of a task as texts: the attackers' continuations first, then the task's own answers.
+    """The classes of a task as texts: the attackers' continuations, HEDGE, and the task's own answers.
 
     Args:
         answers: the task's own, each once.
@@ -194,7 +199,7 @@ class Answers:
     """
 
     def __init__(self, answers: Iterable[str], tokenizer: Any) -> None:
-        self.texts = (*CONTINUATIONS, *sorted(set(answers)))
+        self.texts = (*CONTINUATIONS, HEDGE, *sorted({*answers} - {HEDGE}))
         self.number = {text: index for index, text in enumerate(self.texts)}
         self._tokenizer = tokenizer
         rows = [torch.tensor([*tokenizer.encode(text, add_special_tokens=False), _END]) for text in self.texts]
