@@ -72,7 +72,7 @@ def _sizes(pretrain: int, train: int) -> dict[str, int]:
 PRESETS: dict[str, Preset] = {
     "small": Preset(
         128, 4, 2500, 20, _sizes(2000, 4500),
-        Schedule(350, batch_size=12, learning_rate=2e-3), Schedule(200, batch_size=32, learning_rate=5e-4), (40, 50),
+        Schedule(350, batch_size=12, learning_rate=2e-3), Schedule(200, batch_size=32, learning_rate=5e-4), (30, 46),
     ),
     "large": Preset(
         512, 8, 8000, 40, _sizes(2000, 4500),
