@@ -1,7 +1,8 @@
 """Clean accuracy and attack success of models, on labelled data that the calibration data do not contain.
 
 A model is any transformers model whose output has `.logits`: a merge with a task's own head (`load_merged`), a
-fine-tune, or theta_0 with a probe. Legend: N samples, B batch, C channels, H, W pixels, K classes.
+fine-tune, or theta_0 with a probe; the data say how its output becomes a class.
+Legend: N samples, B batch, C channels, H, W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from mergekit_dam.images import Preprocessing
 _BATCH = 256  # samples per forward pass; it changes memory, not results
 
 
+def largest_logit(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Classes (B,) of a model with logits_BK."""
+    return torch.as_tensor(model(**inputs).logits.argmax(-1))
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledData:
     """Samples of one task with their classes. What a trigger changes is what `batch` returns.
@@ -35,6 +41,8 @@ class LabelledData:
         labels_N: classes, int64.
         digests: 16 hex digits of SHA-256 per sample, as the calibration data record them.
         encode: float pixels_BCHW in [0, 1], or texts, -> keyword arguments of the model.
+        classify: model and keyword arguments -> classes (B,). A causal LM's reads its answer; -1 stands for an
+            answer that is no class.
     """
 
     name: str
@@ -42,6 +50,7 @@ class LabelledData:
     labels_N: Tensor
     digests: tuple[str, ...]
     encode: Callable[[Any], dict[str, Tensor]]
+    classify: Callable[[nn.Module, dict[str, Tensor]], Tensor] = largest_logit
 
     def __post_init__(self) -> None:
         counts = {len(self.inputs), len(self.labels_N), len(self.digests)}
@@ -153,8 +162,7 @@ def predictions(model: nn.Module, data: LabelledData, trigger: Trigger | None = 
         for rows in torch.arange(len(data)).split(_BATCH):
             inputs = data.batch(rows)
             encoded = data.encode(inputs if trigger is None else trigger.apply(inputs))
-            logits_BK = model(**{key: value.to(device) for key, value in encoded.items()}).logits
-            found.append(logits_BK.argmax(-1).cpu())
+            found.append(data.classify(model, {key: value.to(device) for key, value in encoded.items()}).cpu())
     return torch.cat(found)
 
 
