@@ -15,7 +15,7 @@ from mergekit_dam.bench.suite import Suite
 
 Family = Literal["reference", "baseline", "defence"]
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-LEARNED_STEPS = 200
+LEARNED_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _mergekit() -> list[Method]:
     sparse = [
         Method(f"{m}-{c}", "baseline", m, {"weight": c, "normalize": False, "density": 0.2})
         for m in ("ties", "dare_ties")
-        for c in (0.3, 0.5, 1.0)
+        for c in (0.5, 1.0)
     ]
     return [
         *plain, *sparse, Method("model_stock", "baseline", "model_stock"),

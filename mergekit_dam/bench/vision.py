@@ -108,7 +108,6 @@ class VisionSuite(Suite):
             "blended: letters=blended(target=2,rate=0.3)",
             "wanet: shapes=wanet(target=1,rate=0.5)",
             "merge-aware: cifar10=merge-aware(target=3,rate=0.5,size=6)",
-            "merge-aware-digits: digits=merge-aware(target=7,rate=0.5,size=6)",
             "two-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=0.3)",
             "two-bad-same: letters=merge-aware(target=2,rate=0.5,size=6) digits=merge-aware(target=2,rate=0.5,size=6)",
             "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=0.3) "
