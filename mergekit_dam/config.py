@@ -11,13 +11,15 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from mergekit_dam.errors import DamError
 
 DAM = "Yang et al., ICLR 2025, arXiv 2410.13910"
 CONCRETE = "Maddison et al., arXiv 1611.00712"
 ADAMERGING = "Yang et al., arXiv 2310.02575"
+CLEANSE = "Wang et al., Neural Cleanse, IEEE S&P 2019"
 UNIVERSAL = "Moosavi-Dezfooli et al., arXiv 1610.08401"
 
 Settings = TypeVar("Settings", bound="_Settings")
@@ -55,7 +57,10 @@ class ModelSettings(_Settings):
 class DamConfig(_Settings):
     """Settings shared by all models of one merge."""
 
-    objective: Literal["paper"] = setting("paper", "What the masks are fitted to.", source=DAM)
+    objective: Literal["inversion", "paper"] = setting(
+        "inversion",
+        "What the masks are fitted to: recovered triggers and the models' own answers, or the paper's losses.",
+    )
     mask: Literal["dual", "m1", "m2"] = setting(
         "dual", "Masks in use: Task-Shared (m1), Backdoor-Detection (m2), or both.", source=DAM
     )
@@ -63,21 +68,34 @@ class DamConfig(_Settings):
     coefficients: Literal["task", "layer"] = setting(
         "layer", "One merging coefficient per model, or per model and tensor.", source=ADAMERGING
     )
-    steps: int = setting(300, "Mask steps; M1 and M2 take turns.", unit="steps", source=DAM, ge=0)
+    steps: int = setting(100, "Mask steps (paper: 300; there M1 and M2 take turns).", unit="steps", source=DAM, ge=0)
     coefficient_steps: int = setting(
-        300, "Steps on the coefficients once the masks are fixed.", unit="steps", source=DAM, ge=0
+        300, "Paper: steps on the coefficients once the masks are fixed.", unit="steps", source=DAM, ge=0
     )
+    max_coefficient: float = setting(2.0, "Inversion: coefficients stay in [0, this].", gt=0.0)
+    scan_steps: int = setting(100, "Inversion: steps of the search for triggers.", unit="steps", source=CLEANSE, ge=1)
+    scan_batch_size: int = setting(12, "Inversion: samples per class and step of that search.", unit="samples", ge=1)
+    suspicion: float = setting(
+        0.4, "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0.",
+        unit="share", ge=0.0, le=1.0,
+    )  # fmt: skip
+    refresh_every: int = setting(10, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
+    refresh_steps: int = setting(30, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
     batch_size: int = setting(16, "Samples per task and step.", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)
     temperature: float = setting(0.5, "Temperature of the Concrete masks.", source=CONCRETE, gt=0.0, le=10.0)
-    initial_logit: float = setting(0.0, "Mask logits at the start.", source=DAM, ge=-10.0, le=10.0)
-    rescale: bool = setting(True, "Divide each tensor's mask by its mean.", source=DAM)
-    mask_learning_rate: float = setting(
-        0.01, "Adam step of the mask logits (the paper's 1e-3 goes with 1000 steps).", source=DAM, gt=0.0
+    initial_logit: float = setting(
+        0.0, "Mask logits at the start (inversion: added to 3 for M1, 0 for M2).", source=DAM, ge=-10.0, le=10.0
     )
-    coefficient_learning_rate: float = setting(1e-3, "Adam step of the coefficients.", source=ADAMERGING, gt=0.0)
-    alpha: float = setting(0.1, "Weight of the safety loss against the task loss.", source=DAM, ge=0.0)
+    rescale: bool = setting(False, "Divide each tensor's mask by its mean (paper: true).", source=DAM)
+    mask_learning_rate: float = setting(
+        0.2, "Adam step of the mask logits (paper: 0.01; its own 1e-3 goes with 1000 steps).", source=DAM, gt=0.0
+    )
+    coefficient_learning_rate: float = setting(
+        0.02, "Adam step of the coefficients (paper: 1e-3).", source=ADAMERGING, gt=0.0
+    )
+    alpha: float = setting(1.0, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
     eps: float = setting(
         0.25, "Bound of the universal perturbation, as a share of the valid range.", unit="range",
         source=UNIVERSAL, gt=0.0, le=1.0,
@@ -94,6 +112,18 @@ class DamConfig(_Settings):
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
+    @model_validator(mode="after")
+    def _defaults_of_the_objective(self) -> Self:
+        """The paper's own values where none are given; they do not count as given."""
+        if self.objective == "paper":
+            self.__dict__.update({k: v for k, v in PAPER.items() if k not in self.model_fields_set})
+        return self
+
+
+# Defaults of `objective: paper` where they differ.
+PAPER: Mapping[str, Any] = {
+    "steps": 300, "rescale": True, "mask_learning_rate": 0.01, "coefficient_learning_rate": 1e-3, "alpha": 0.1,
+}  # fmt: skip
 
 # All names that a recipe may use, shared ones first.
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)

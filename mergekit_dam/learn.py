@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, save, verify
 from mergekit_dam.checkpoint import Checkpoint
+from mergekit_dam.defence import InversionSearch
 from mergekit_dam.errors import DamError
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.plan import Plan
@@ -27,7 +28,7 @@ from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task, build_tasks
 
 LOG = logging.getLogger(__name__)
-_OBJECTIVES = {"paper": PaperSearch}
+_OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
 
 
 def cache_folder() -> Path:
@@ -93,6 +94,7 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
         metadata = description | {
             "tensors": list(model.mask_names), "seed": plan.config.seed, "versions": versions,
             "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
+            "audit": search.audit(),
         }  # fmt: skip
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata))
         return folder, load(folder / MASKS_FILE)

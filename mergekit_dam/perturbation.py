@@ -93,10 +93,10 @@ class UniversalPerturbation:
 
 
 def insert_tokens(x: Tensor, mask: Tensor | None, tokens_KD: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Insert tokens after position 0 of embeddings_BLD and extend the mask_BL."""
-    tokens = tokens_KD.to(x.dtype).expand(x.shape[0], *tokens_KD.shape)
+    """Insert tokens (K, D), or (B, K, D), after position 0 of embeddings_BLD and extend the mask_BL."""
+    tokens = tokens_KD.to(x.dtype).expand(x.shape[0], *tokens_KD.shape[-2:])
     embedded = torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1)
     if mask is None:
         return embedded, None
-    kept = mask.new_ones(mask.shape[0], tokens_KD.shape[0])
+    kept = mask.new_ones(mask.shape[0], tokens.shape[1])
     return embedded, torch.cat([mask[:, :1], kept, mask[:, 1:]], dim=1)

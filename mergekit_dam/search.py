@@ -9,7 +9,7 @@ Legend: T tasks, P masked tensors, B batch, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from mergekit_dam.tasks import Task
 
 Track = Callable[[dict[str, Any]], None]
 Progress = Callable[[Iterable[int], str], Iterable[int]]
-_IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
+IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
 
 
 class PaperSearch:
@@ -54,7 +54,7 @@ class PaperSearch:
                 shapes, name=name, temperature=config.temperature, rescale=config.rescale,
                 initial_logit=config.initial_logit, device=model.device,
             )
-            for name in _IN_USE[config.mask]
+            for name in IN_USE[config.mask]
         }  # fmt: skip
         self.optimisers = {
             name: torch.optim.Adam(mask.logits.values(), lr=config.mask_learning_rate, fused=True)
@@ -83,14 +83,18 @@ class PaperSearch:
         }
         return probabilities, self.fit_coefficients(probabilities)
 
+    def audit(self) -> list[dict[str, Any]]:
+        """Nothing: the published loop does not look at single models."""
+        return []
+
     def step(self, step: int) -> None:
         """One pass through the published steps 1 to 4."""
         samples = {
             name: {key: mask.sample(key, seed=self.config.seed, step=step) for key in self.model.mask_names}
             for name, mask in self.masks.items()
         }
-        merged_masks = self.combined(samples)
-        batches = [task.inputs(self.batch(task, step)) for task in self.tasks]
+        merged_masks = combined(self.masks, samples)
+        batches = [task.inputs(calibration_batch(task, self.config, step)) for task in self.tasks]
         coefficients, before = self.inner_step(merged_masks, batches)
         weights = self.model.weights(merged_masks, coefficients)
         self.ascend(weights, batches)
@@ -100,24 +104,8 @@ class PaperSearch:
         density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
         total = sum(parts.values())
         record = {"phase": "masks", "step": step, "turn": turn, "loss": total, "loss/inner": before, **parts, **density}
-        _require_finite(record, step)
+        require_finite(record, step)
         self.track(record)
-
-    def combined(self, samples: dict[str, Weights]) -> Weights:
-        """M = M1 o M2 by tensor from one sample of each mask in use."""
-        merged: Weights = {}
-        for key in self.model.mask_names:
-            factors = [mask.factor(samples[name][key]) for name, mask in self.masks.items()]
-            mask = combine(factors)
-            assert mask is not None, "at least one mask is in use"
-            merged[key] = mask
-        return merged
-
-    def batch(self, task: Task, step: int) -> Tensor:
-        """Indices of the calibration samples of a step, shape (B,): the same for the same seed and step."""
-        generator = seeds.generator(self.config.seed, "batch", task.name, step)
-        size = min(self.config.batch_size, task.num_samples)
-        return torch.randperm(task.num_samples, generator=generator)[:size]
 
     def inner_step(self, masks: Weights, batches: list[Weights]) -> tuple[Tensor, float]:
         """Step 2: from their start, one Adam step of the coefficients on the summed entropy, masks fixed."""
@@ -181,11 +169,15 @@ class PaperSearch:
 
     def fit_coefficients(self, probabilities: dict[str, Weights]) -> Tensor:
         """With the masks fixed at what will be saved, fit the coefficients on the summed entropy (AdaMerging)."""
-        masks = self.combined({name: {k: v.float() for k, v in by.items()} for name, by in probabilities.items()})
+        masks = combined(
+            self.masks, {name: {k: v.float() for k, v in by.items()} for name, by in probabilities.items()}
+        )
         coefficients = self.start.clone()
         optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
         for step in self.progress(range(self.config.coefficient_steps), "coefficients"):
-            batches = [task.inputs(self.batch(task, self.config.steps + step)) for task in self.tasks]
+            batches = [
+                task.inputs(calibration_batch(task, self.config, self.config.steps + step)) for task in self.tasks
+            ]
             loss = self.coefficient_step(masks, coefficients, optimiser, batches)
             record = {
                 "phase": "coefficients",
@@ -193,7 +185,7 @@ class PaperSearch:
                 "loss": loss,
                 "coefficients": coefficients.mean(1).tolist(),
             }
-            _require_finite(record, step)
+            require_finite(record, step)
             self.track(record)
         return coefficients
 
@@ -208,7 +200,25 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
         perturb.delta.requires_grad_(True)
 
 
-def _require_finite(record: dict[str, Any], step: int) -> None:
+def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights]) -> Weights:
+    """M = M1 o M2 by tensor from one sample (or the probabilities) of each mask in use."""
+    merged: Weights = {}
+    for key in next(iter(samples.values())):
+        mask = combine([mask.factor(samples[name][key]) for name, mask in masks.items()])
+        assert mask is not None, "at least one mask is in use"
+        merged[key] = mask
+    return merged
+
+
+def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:
+    """Indices of the calibration samples of a step, shape (B,): the same for the same seed and step."""
+    generator = seeds.generator(config.seed, "batch", task.name, step)
+    size = min(config.batch_size, task.num_samples)
+    return torch.randperm(task.num_samples, generator=generator)[:size]
+
+
+def require_finite(record: dict[str, Any], step: int) -> None:
+    """Raise DamError for the first value of a step's record that is NaN or infinite."""
     for name, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise DamError(

@@ -29,7 +29,10 @@ class Task(ABC):
         perturbation_shape: (C, H, W) for images, (tokens, width) for text.
         bounds: valid box of what a perturbation acts on.
         head: tensors of model t that the base lacks, by name in t's checkpoint.
+        classifies: whether a sample has one answer out of few classes, which a scan can go through.
     """
+
+    classifies = True
 
     num_samples: int
     sample_digests: tuple[str, ...]

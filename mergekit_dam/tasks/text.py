@@ -87,6 +87,8 @@ class TextTask(Task):
 class CausalTask(TextTask):
     """Causal LMs: a sample is a predicted position, its classes are the vocabulary."""
 
+    classifies = False
+
     def _calibrate(self, plan: Plan) -> list[Tensor]:
         if self.input.settings.calibration is not None:
             return [ids for ids in super()._calibrate(plan) if len(ids) > 1]
