@@ -28,7 +28,6 @@ class Method:
         merge_method: mergekit's name; None where the runner does the work (`base`, `fine-tuned`, fusion_bench).
         parameters: shared settings of the recipe.
         passes: forward and backward passes of one batch per task, for the estimate of time.
-        uses_base: whether the recipe names a base model.
     """
 
     name: str
@@ -36,7 +35,6 @@ class Method:
     merge_method: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     passes: int = 0
-    uses_base: bool = True
 
     @property
     def learns(self) -> bool:
@@ -62,7 +60,7 @@ class Method:
                 entry["parameters"] = {"calibration": str(calibration[task]), **suite.model_parameters(path)}
             parameters |= {"seed": seed, **suite.shared_parameters(base)}
         config = {"merge_method": self.merge_method, "models": entries, "parameters": parameters, "dtype": "float32"}
-        return config | ({"base_model": suite.base_entry(base)} if self.uses_base else {})
+        return config | {"base_model": suite.base_entry(base)}
 
 
 def _mergekit() -> list[Method]:
@@ -78,7 +76,8 @@ def _mergekit() -> list[Method]:
     ]
     return [
         *plain, *sparse, Method("model_stock", "baseline", "model_stock"),
-        Method("linear", "baseline", "linear", {"weight": 1.0}, uses_base=False),
+        # the average of the models, whose heads differ and stay out of it: equal weights of the task vectors
+        Method("linear", "baseline", "task_arithmetic", {"weight": 1.0, "normalize": True}),
     ]  # fmt: skip
 
 
