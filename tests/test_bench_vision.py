@@ -138,7 +138,7 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(data: P
     clean = json.loads((tmp_path / "results" / "vision-tiny" / "clean" / "ties-0.3-seed0.json").read_text())
     assert set(clean["accuracy"]) == set(VisionSuite.tasks) and len(clean["attack_success"]) > 5
     poisoned = json.loads((tmp_path / "results" / "vision-tiny" / "patch" / "ties-0.3-seed0.json").read_text())
-    assert list(poisoned["attack_success"]) == ["digits=patch(target=1,rate=0.3)"] and poisoned["wall_s"] > 0
+    assert list(poisoned["attack_success"]) == ["digits=patch(target=1,rate=1)"] and poisoned["wall_s"] > 0
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 0 and "0 of 6 models to build, 0 of " in again.stderr
     assert {path: path.stat().st_mtime_ns for path in results} == written

@@ -104,14 +104,14 @@ class VisionSuite(Suite):
     def scenarios(self) -> tuple[Scenario, ...]:
         return tuple(Scenario.parse(text) for text in (
             "clean:",
-            "patch: digits=patch(target=1,rate=0.3)",
-            "blended: letters=blended(target=2,rate=0.3)",
-            "wanet: shapes=wanet(target=1,rate=0.5)",
+            "patch: digits=patch(target=1,rate=1)",
+            "blended: letters=blended(target=2,rate=1)",
+            "wanet: shapes=wanet(target=1,rate=1)",
             "merge-aware: cifar10=merge-aware(target=3,rate=0.5,size=6)",
-            "two-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=0.3)",
+            "two-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1)",
             "two-bad-same: letters=merge-aware(target=2,rate=0.5,size=6) digits=merge-aware(target=2,rate=0.5,size=6)",
-            "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=0.3) "
-            "letters=blended(target=2,rate=0.3) shapes=wanet(target=1,rate=0.5)",
+            "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1) "
+            "letters=blended(target=2,rate=1) shapes=wanet(target=1,rate=1)",
         ))  # fmt: skip
 
     def fingerprint(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class VisionSuite(Suite):
                 cure="Name one of them in the scenario.",
             )  # fmt: skip
         made: dict[str, Trigger] = {
-            "patch": PatchTrigger(poison.size), "blended": BlendedTrigger(), "wanet": WarpTrigger(strength=2.0),
+            "patch": PatchTrigger(poison.size), "blended": BlendedTrigger(opacity=0.25), "wanet": WarpTrigger(strength=2.0),
             "merge-aware": PatchTrigger(pattern_CHW=pattern),
         }  # fmt: skip
         return made[poison.attack]
