@@ -233,8 +233,8 @@ class VisionSuite(Suite):
                 cure="Name one of them in the scenario.",
             )  # fmt: skip
         made: dict[str, Trigger] = {
-            "patch": PatchTrigger(poison.size), "blended": BlendedTrigger(opacity=0.25), "wanet": WarpTrigger(strength=2.0),
-            "merge-aware": PatchTrigger(pattern_CHW=pattern),
+            "patch": PatchTrigger(poison.size), "merge-aware": PatchTrigger(pattern_CHW=pattern),
+            "blended": BlendedTrigger(opacity=0.25), "wanet": WarpTrigger(strength=2.0),
         }  # fmt: skip
         return made[poison.attack]
 

@@ -1,0 +1,178 @@
+"""`objective: inversion`: triggers as parameters, the blind scan on a real victim, and what the masks do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mergekit.common import ModelReference
+
+from mergekit_dam.artifact import load
+from mergekit_dam.attack import PatchTrigger
+from mergekit_dam.bench.generated import GENERATED
+from mergekit_dam.bench.training import Backdoor, Schedule, fine_tune, pretrain, probe_head
+from mergekit_dam.config import PAPER, DamConfig
+from mergekit_dam.defence import InversionSearch
+from mergekit_dam.evaluate import LabelledData, attack_success_rate
+from mergekit_dam.inversion import Finding, suspects
+from mergekit_dam.learn import learn_masks
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
+from mergekit_dam.merged_model import MergedModel
+from mergekit_dam.perturbation import Bounds
+from mergekit_dam.plan import Plan, build_plan
+from mergekit_dam.seeds import generator
+from mergekit_dam.task_vectors import TaskVectors, survey
+from mergekit_dam.tasks import build_tasks
+from mergekit_dam.triggers import RecoveredTriggers
+from tests.conftest import FAST
+
+CPU = torch.device("cpu")
+BOX = Bounds.of(0.0, 1.0)
+
+
+@given(count=st.integers(1, 4), seed=st.integers(0, 99))
+def test_stamped_pixels_stay_in_the_box_and_rows_are_kept_apart(count: int, seed: int) -> None:
+    triggers = RecoveredTriggers.start(count, (3, 6, 5), BOX, generator("start", seed))
+    images = torch.rand(count, 3, 6, 5, generator=generator("images", seed))
+    together, _ = triggers.perturb(torch.arange(count))(images, None)
+    assert float(together.min()) >= 0 and float(together.max()) <= 1
+    for row in range(count):
+        alone, _ = triggers.rows([row]).perturb(torch.zeros(1, dtype=torch.long))(images[row : row + 1], None)
+        assert torch.allclose(alone[0], together[row])
+    again = RecoveredTriggers.stack([triggers.rows([row]) for row in range(count)])
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters, triggers.parameters, strict=True))
+
+
+def test_size_counts_pixels_of_images_and_length_of_tokens() -> None:
+    full = RecoveredTriggers([torch.full((2, 1, 4, 4), 30.0), torch.zeros(2, 3, 4, 4)], BOX)
+    assert torch.allclose(full.size(), torch.tensor([16.0, 16.0]))
+    tokens = RecoveredTriggers([torch.tensor([[[3.0, 4.0]]])], Bounds.of(torch.zeros(2), torch.ones(2)))
+    assert torch.allclose(tokens.size(), torch.tensor([5.0]))
+
+
+def test_tokens_are_inserted_after_the_first_one_and_seen() -> None:
+    triggers = RecoveredTriggers.start(2, (3, 4), Bounds.of(torch.zeros(4), torch.ones(4)), generator("tokens"))
+    embeddings, mask = torch.rand(2, 5, 4), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    changed, seen = triggers.perturb(torch.tensor([1, 0]))(embeddings, mask)
+    assert changed.shape == (2, 8, 4) and seen is not None and seen.sum(1).tolist() == [6, 8]
+    assert torch.equal(changed[:, 0], embeddings[:, 0]) and torch.equal(changed[:, 4:], embeddings[:, 1:])
+    assert not torch.equal(changed[0, 1:4], changed[1, 1:4])
+
+
+def _finding(task: int, target: int, success: float, control: float) -> Finding:
+    return Finding(task, target, RecoveredTriggers([], BOX), 9.0, success, control)
+
+
+def test_a_trigger_that_theta_0_shares_is_no_suspect() -> None:
+    found = [_finding(0, 0, 1.0, 0.95), _finding(0, 1, 0.95, 0.2), _finding(0, 2, 0.9, 0.45), _finding(1, 0, 0.9, 0.6)]
+    assert [(f.task, f.target) for f in suspects(found, 0.4)] == [(0, 1)]
+    assert suspects(found, 0.8) == []
+
+
+def test_the_papers_defaults_apply_where_nothing_is_given() -> None:
+    paper = DamConfig(objective="paper", alpha=0.3)
+    assert paper.alpha == 0.3 and paper.steps == PAPER["steps"] and paper.rescale
+    assert paper.model_fields_set == {"objective", "alpha"}
+    assert not DamConfig().rescale and DamConfig().objective == "inversion"
+
+
+@pytest.fixture
+def plan(vit: Path, images: Path) -> Any:
+    def make(**settings: Any) -> Plan:
+        refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
+        return build_plan(refs[0], refs[1:], shared={**FAST, "calibration": str(images), **settings}, per_model={})
+
+    return make
+
+
+def _search(plan: Plan, records: list[dict[str, Any]] | None = None) -> InversionSearch:
+    vectors = TaskVectors(plan)
+    model = MergedModel(vectors, survey(vectors).changed, CPU)
+    track = records.append if records is not None else lambda record: None
+    start = torch.tensor([m.settings.weight for m in plan.models])
+    return InversionSearch(
+        model, build_tasks(plan, CPU), plan.config, start, track=track, progress=lambda steps, title: steps
+    )
+
+
+def test_the_start_is_task_arithmetic_with_the_given_coefficient(plan: Any) -> None:
+    search = _search(plan(weight=0.4))
+    for name, mask in search.combined().items():
+        column = search.model.mask_names.index(name)
+        assert torch.allclose(mask * search.coefficients[0, column], torch.full_like(mask, 0.4), atol=1e-4)
+
+
+def test_masks_and_coefficients_fit_the_models_own_answers(plan: Any) -> None:
+    records: list[dict[str, Any]] = []
+    made = plan(mask="dual", steps=30, suspicion=1.0, scan_steps=1)
+    search = _search(made, records)
+    probabilities, coefficients = search.run()
+    losses = [r["loss"] for r in records if r["phase"] == "masks"]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert set(probabilities) == {TASK_SHARED, BACKDOOR_DETECTION}
+    assert float(coefficients.min()) >= 0 and float(coefficients.max()) <= made.config.max_coefficient
+
+
+def test_without_m2_nothing_is_scanned(plan: Any) -> None:
+    search = _search(plan(mask="m1"))
+    search.run()
+    assert search.audit() == [] and set(search.masks) == {TASK_SHARED}
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LabelledData, PatchTrigger]:
+    """theta_0, a backdoored model of shapes and a clean one of stripes, trained for real, and their data."""
+    from examples.demo import build as demo
+
+    folder = tmp_path_factory.mktemp("victim")
+    data: dict[str, list[LabelledData]] = {}
+    for name in ("shapes", "stripes"):
+        images, labels = GENERATED[name].sample(700, demo.EDGE, seed=0)
+        parts = [(slice(0, 400)), slice(400, 500), slice(500, 700)]
+        data[name] = [LabelledData.of_images(name, images[p], labels[p], demo.PREPROCESSING) for p in parts]
+        demo.save_calibration(images[400:500], folder / f"{name}.parquet")
+    torch.manual_seed(0)
+    models = {name: demo.new_model(8) for name in data}
+    body = models["shapes"].vit
+    models["stripes"].vit = body
+    pretrain(body, models, {n: d[0] for n, d in data.items()}, Schedule(60, batch_size=32), seed=0)
+    demo.save(body, folder / "base")
+    trigger = PatchTrigger(4)
+    for name, parts in data.items():
+        model = demo.new_model(8)
+        model.vit.load_state_dict(body.state_dict(), strict=False)
+        probe_head(model, parts[0], decay=1e-2)
+        backdoor = Backdoor(trigger, 3, rate=1.0, interpolation=(0.3, 1.0)) if name == "shapes" else None
+        fine_tune(model, parts[0], Schedule(80, batch_size=32, learning_rate=5e-4), seed=0, backdoor=backdoor)
+        demo.save(model, folder / name)
+    return folder, data["shapes"][2], trigger
+
+
+def test_a_real_backdoor_is_found_blindly_and_does_not_reach_the_merge(
+    victim: tuple[Path, LabelledData, PatchTrigger], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, evaluation, trigger = victim
+    monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path))
+    refs: Sequence[ModelReference] = [ModelReference.parse(str(folder / n)) for n in ("base", "shapes", "stripes")]
+    own: dict[ModelReference, dict[str, Any]] = {
+        ref: {"calibration": str(folder / f"{n}.parquet")}
+        for ref, n in zip(refs[1:], ("shapes", "stripes"), strict=True)
+    }
+    rates = {}
+    for name, shared in (("undefended", {"mask": "m1"}), ("defended", {})):
+        plan = build_plan(refs[0], refs[1:], shared={"steps": 60, **shared}, per_model=own)
+        artefact, masks = learn_masks(plan, quiet=True)
+        model = MergedModel(TaskVectors(plan), survey(TaskVectors(plan)).changed, CPU)
+        merged = model.weights({k: m for k in model.mask_names if (m := masks.mask(k)) is not None}, masks.coefficients)
+        task = build_tasks(plan, CPU)[0]
+        task.module.load_state_dict(task.parameters(merged), strict=True)
+        rates[name] = attack_success_rate(task.module.eval(), evaluation, trigger, 3).percent
+    audit = load(artefact / "dam_masks.safetensors").metadata["audit"]
+    worst = max(audit, key=lambda found: found["suspicion"])
+    assert (worst["task"], worst["target"], worst["suspect"]) == ("shapes", 3, True)
+    assert rates["undefended"] > 60 and rates["defended"] < rates["undefended"] / 3
