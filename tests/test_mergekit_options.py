@@ -37,8 +37,8 @@ def test_many_threads_learn_once_and_agree(vit: Path, images: Path, monkeypatch:
     from mergekit_dam import learn
 
     runs = []
-    real = learn.PaperSearch.run
-    monkeypatch.setattr(learn.PaperSearch, "run", lambda self: (runs.append(1), real(self))[1])
+    real = learn.InversionSearch.run
+    monkeypatch.setattr(learn.InversionSearch, "run", lambda self: (runs.append(1), real(self))[1])
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
     base = load_file(vit / "base" / "model.safetensors")
     models = [load_file(vit / name / "model.safetensors") for name in ("a", "b")]

@@ -29,7 +29,12 @@ CPU = torch.device("cpu")
 def plan(vit: Path, images: Path) -> Any:
     def make(**settings: Any) -> Plan:
         refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
-        return build_plan(refs[0], refs[1:], shared={**FAST, "calibration": str(images), **settings}, per_model={})
+        return build_plan(
+            refs[0],
+            refs[1:],
+            shared={"objective": "paper", **FAST, "calibration": str(images), **settings},
+            per_model={},
+        )
 
     return make
 

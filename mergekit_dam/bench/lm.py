@@ -172,6 +172,10 @@ class LmSuite(Suite):
     def cost(self, poison: Poison | None) -> float:
         return self.size.seconds[poison is not None]
 
+    def run_cost(self, passes: int) -> float:
+        # clean and triggered evaluation of every task, and batches of 16 forward and backward
+        return len(self.tasks) * (3.0 + 0.05 * passes)
+
     def _pairs(self, task: str) -> dict[str, list[Pair]]:
         if task not in self._splits:
             self._splits[task] = splits(task, self.folder, self.size.sizes, self.size.max_words)

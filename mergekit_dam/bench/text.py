@@ -166,6 +166,10 @@ class TextSuite(Suite):
         clean, backdoor = self.sizes.seconds
         return clean + (backdoor if poison is not None else 0.0)
 
+    def run_cost(self, passes: int) -> float:
+        # clean and triggered evaluation at about 80 sentences a second, and batches of 16 forward and backward
+        return len(self.tasks) * (self.sizes.evaluation * 3 / 80 + 0.4 * passes)
+
     @cached_property
     def _tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(base_folder())
