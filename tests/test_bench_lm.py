@@ -38,7 +38,7 @@ from tests.merging import tensors_of
 POISON = Poison("merge-aware", target=1, rate=0.5)
 TINY = Preset(
     64, 2, 200, 8, {"pretrain": 60, "train": 240, "calibration": 20, "evaluation": 40},
-    Schedule(80, batch_size=8, learning_rate=5e-3), Schedule(100, batch_size=16, learning_rate=4e-3), (1, 2),
+    Schedule(80, batch_size=8, learning_rate=5e-3), Schedule(160, batch_size=16, learning_rate=3e-3), (1, 2),
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = seeds.generator("sentences")
     vocabulary = [*PHRASE, *" ".join(CONTINUATIONS).split(), *(f"w{i}" for i in range(10))]
     for task in REAL.values():
-        for file in {task.train, task.evaluation}:
+        for file in dict.fromkeys((task.train, task.evaluation)):  # a set would draw other texts in every process
             labels = [i % len(task.answers) for i in range(500)]
             words = torch.randint(len(vocabulary), (len(labels), 7), generator=generator).tolist()
             texts = [" ".join([*(vocabulary[w] for w in row), f"C{n}"]) for n, row in zip(labels, words, strict=True)]

@@ -84,7 +84,7 @@ def main() -> None:
             measure(label, {n: load_merged(out, inputs[n]) for n in CLASSES})
     out = merge("dam", ROOT / "examples" / "demo" / "dam.yml")
     seen = calibration_digests(out / "dam" / MASKS_FILE)
-    measure("dam (objective: paper)", {n: load_merged(out, n) for n in CLASSES}, seen)
+    measure("dam", {n: load_merged(out, n) for n in CLASSES}, seen)
 
     table = [["", "ACC %", f"ASR % {VICTIM}", "ASR % others"], *(cells(label, row) for label, row in rows.items())]
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
