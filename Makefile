@@ -11,10 +11,11 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench-tables clean
 help:
 	@echo "make demo   build four models, one of them backdoored, merge them and print accuracy and attack success"
 	@echo "make test   lint, types, import rules and tests"
+	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
 	@echo "make clean  remove .venv and everything that was built"
 
 $(STAMP): constraints.txt setup.cfg pyproject.toml
@@ -37,7 +38,12 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 test: lint
+	$(BIN)/python -m mergekit_dam.bench.tables --check
 	$(BIN)/python -m pytest -n 2
+
+bench-tables: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt 'matplotlib>=3.8'
+	$(BIN)/python -m mergekit_dam.bench.tables --write
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/demo/build
