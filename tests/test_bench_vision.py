@@ -127,7 +127,7 @@ def test_augmentation_keeps_shape_and_range() -> None:
 def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
     arguments = [
         "bench", "vision", "--data", str(data), "--out", str(tmp_path), "--seeds", "0", "--no-gates", "--workers", "2",
-        "--preset", "tiny", "--scenario", "patch", "--method", "ties-0.3",
+        "--preset", "tiny", "--scenario", "patch", "--method", "ties-0.5",
     ]  # fmt: skip
     told = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert told.exit_code == 0 and "6 of 6 models to build" in told.stderr
@@ -135,9 +135,9 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(data: P
     assert done.exit_code == 0, done.stderr
     results = sorted((tmp_path / "results").rglob("*.json"))
     written = {path: path.stat().st_mtime_ns for path in results}
-    clean = json.loads((tmp_path / "results" / "vision-tiny" / "clean" / "ties-0.3-seed0.json").read_text())
+    clean = json.loads((tmp_path / "results" / "vision-tiny" / "clean" / "ties-0.5-seed0.json").read_text())
     assert set(clean["accuracy"]) == set(VisionSuite.tasks) and len(clean["attack_success"]) > 5
-    poisoned = json.loads((tmp_path / "results" / "vision-tiny" / "patch" / "ties-0.3-seed0.json").read_text())
+    poisoned = json.loads((tmp_path / "results" / "vision-tiny" / "patch" / "ties-0.5-seed0.json").read_text())
     assert list(poisoned["attack_success"]) == ["digits=patch(target=1,rate=1)"] and poisoned["wall_s"] > 0
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 0 and "0 of 6 models to build, 0 of " in again.stderr

@@ -207,7 +207,8 @@ def _has_point(results: SuiteResults, scenario: str, method: str) -> bool:
 
 
 def _bars(spread: Spread) -> list[list[float]]:
-    return [[spread.mean - spread.low], [spread.high - spread.mean]]
+    # the mean of equal values can differ from them in the last bit
+    return [[max(0.0, spread.mean - spread.low)], [max(0.0, spread.high - spread.mean)]]
 
 
 def _densities(runs: Iterable[Run], method: str, layer: str, mask: str) -> list[float]:
