@@ -42,7 +42,7 @@ _OFFSETS = ((6, 4), (6, -11), (-18, 4), (-18, -11), (-4, 9), (-4, -16), (12, -3)
 class _Style:
     colour: str
     marker: str
-    line: str
+    line: Any
     filled: bool
 
     @property
