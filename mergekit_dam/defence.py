@@ -23,9 +23,9 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.inversion import Finding, invert, scan, suspects
 from mergekit_dam.losses import distillation
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, combine, mask_shape
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine
 from mergekit_dam.merged_model import MergedModel, Weights
-from mergekit_dam.search import IN_USE, Progress, Track, calibration_batch, combined, require_finite
+from mergekit_dam.search import Progress, Track, calibration_batch, combined, masks_in_use, require_finite
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
@@ -51,14 +51,7 @@ class InversionSearch:
     ) -> None:  # fmt: skip
         self.model, self.tasks, self.config = model, tasks, config
         self.track, self.progress = track, progress
-        shapes = {name: mask_shape(shape, config.granularity) for name, shape in model.mask_shapes.items()}
-        self.masks = {
-            name: ConcreteMask(
-                shapes, name=name, temperature=1.0, rescale=config.rescale,
-                initial_logit=config.initial_logit + _START[name], device=model.device,
-            )
-            for name in IN_USE[config.mask]
-        }  # fmt: skip
+        self.masks = masks_in_use(model, config, temperature=1.0, offsets=_START)
         kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
         columns = 1 if config.coefficients == "task" else len(model.mask_names)
         self.coefficients = (start.to(model.device) / kept)[:, None].repeat(1, columns)

@@ -27,7 +27,7 @@ from mergekit_dam.tasks import Task
 
 Track = Callable[[dict[str, Any]], None]
 Progress = Callable[[Iterable[int], str], Iterable[int]]
-IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
+_IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
 
 
 class PaperSearch:
@@ -48,14 +48,7 @@ class PaperSearch:
     ) -> None:  # fmt: skip
         self.model, self.tasks, self.config = model, tasks, config
         self.track, self.progress = track, progress
-        shapes = {name: mask_shape(shape, config.granularity) for name, shape in model.mask_shapes.items()}
-        self.masks = {
-            name: ConcreteMask(
-                shapes, name=name, temperature=config.temperature, rescale=config.rescale,
-                initial_logit=config.initial_logit, device=model.device,
-            )
-            for name in IN_USE[config.mask]
-        }  # fmt: skip
+        self.masks = masks_in_use(model, config, temperature=config.temperature)
         self.optimisers = {
             name: torch.optim.Adam(mask.logits.values(), lr=config.mask_learning_rate, fused=True)
             for name, mask in self.masks.items()
@@ -198,6 +191,20 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
         yield
     finally:
         perturb.delta.requires_grad_(True)
+
+
+def masks_in_use(
+    model: MergedModel, config: DamConfig, *, temperature: float, offsets: Mapping[str, float] | None = None
+) -> dict[str, ConcreteMask]:
+    """The masks that `mask` asks for, by name; `offsets` are added to the setting `initial_logit`."""
+    shapes = {name: mask_shape(shape, config.granularity) for name, shape in model.mask_shapes.items()}
+    return {
+        name: ConcreteMask(
+            shapes, name=name, temperature=temperature, rescale=config.rescale,
+            initial_logit=config.initial_logit + (offsets or {}).get(name, 0.0), device=model.device,
+        )
+        for name in _IN_USE[config.mask]
+    }  # fmt: skip
 
 
 def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights]) -> Weights:
