@@ -165,6 +165,10 @@ class Suite(ABC):
     def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
         """What the attacker applies, at training time and later."""
 
+    def attack_settings(self, poison: Poison) -> dict[str, Any]:
+        """JSON of what decides a trigger and its victims beside the poison and the fingerprint."""
+        return {}
+
     @abstractmethod
     def save_calibration(self, task: str, folder: Path) -> Path:
         """Write the calibration split of a task as a file that the setting `calibration` takes; returns it."""
@@ -191,7 +195,7 @@ class Suite(ABC):
 
     @abstractmethod
     def cost(self, poison: Poison | None) -> float:
-        """Seconds that one fine-tune takes on one core of the reference machine (benchmarks/README.md)."""
+        """Seconds that one fine-tune takes, about, on one core of the machine that the committed results name."""
 
     @abstractmethod
     def run_cost(self, passes: int) -> float:

@@ -37,6 +37,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import LabelledData
 
 MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
+WARP = 2.5  # mean offset in pixels: the least, in steps of a half, that a victim learns to 95 %
 
 
 @dataclass(frozen=True)
@@ -234,9 +235,12 @@ class VisionSuite(Suite):
             )  # fmt: skip
         made: dict[str, Trigger] = {
             "patch": PatchTrigger(poison.size), "merge-aware": PatchTrigger(pattern_CHW=pattern),
-            "blended": BlendedTrigger(opacity=0.25), "wanet": WarpTrigger(strength=2.0),
+            "blended": BlendedTrigger(opacity=0.25), "wanet": WarpTrigger(strength=WARP),
         }  # fmt: skip
         return made[poison.attack]
+
+    def attack_settings(self, poison: Poison) -> dict[str, Any]:
+        return {"strength": WARP} if poison.attack == "wanet" else {}
 
     def save_calibration(self, task: str, folder: Path) -> Path:
         path = folder / f"{task}.parquet"

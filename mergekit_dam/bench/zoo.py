@@ -53,7 +53,8 @@ class Zoo:
 
         # neither the rate of poisoned samples nor the rescaled task vector changes a trigger
         what = {k: v for k, v in asdict(poison).items() if k not in ("rate", "rescale")}
-        folder = self._built({"kind": "trigger", "task": task, "poison": what, "seed": seed}, "trigger", build)
+        key = {"kind": "trigger", "task": task, "poison": what | self.suite.attack_settings(poison), "seed": seed}
+        folder = self._built(key, "trigger", build)
         return self.suite.trigger(poison, load_file(folder / "pattern.safetensors").get("pattern"))
 
     def model(self, task: str, poison: Poison | None, seed: int) -> Path:
@@ -73,9 +74,9 @@ class Zoo:
         """Whether a model is built already."""
         return (self._folder(self._model_key(task, poison, seed), task) / _DONE).is_file()
 
-    @staticmethod
-    def _model_key(task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
-        return {"kind": "model", "task": task, "poison": None if poison is None else asdict(poison), "seed": seed}
+    def _model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
+        attack = None if poison is None else asdict(poison) | self.suite.attack_settings(poison)
+        return {"kind": "model", "task": task, "poison": attack, "seed": seed}
 
     def _folder(self, key: dict[str, Any], name: str) -> Path:
         whole = {"version": _VERSION, "suite": self.suite.name, "preset": self.suite.preset,
