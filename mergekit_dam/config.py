@@ -73,14 +73,21 @@ class DamConfig(_Settings):
         300, "Paper: steps on the coefficients once the masks are fixed.", unit="steps", source=DAM, ge=0
     )
     max_coefficient: float = setting(2.0, "Inversion: coefficients stay in [0, this].", gt=0.0)
-    scan_steps: int = setting(100, "Inversion: steps of the search for triggers.", unit="steps", source=CLEANSE, ge=1)
-    scan_batch_size: int = setting(12, "Inversion: samples per class and step of that search.", unit="samples", ge=1)
+    scan_steps: int = setting(100, "Inversion: steps of the search for triggers.", unit="steps", source=CLEANSE, ge=2)
+    scan_batch_size: int = setting(8, "Inversion: samples per class and step of that search.", unit="samples", ge=1)
+    scan_finalists: int = setting(
+        4,
+        "Inversion: classes per model that are searched to the end; the others end at two fifths.",
+        unit="classes",
+        ge=2,
+    )
     suspicion: float = setting(
-        0.4, "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0.",
+        0.3, "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0, with "
+        "half of what it lacks of the usual size added.",
         unit="share", ge=0.0, le=1.0,
     )  # fmt: skip
     refresh_every: int = setting(10, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
-    refresh_steps: int = setting(30, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
+    refresh_steps: int = setting(40, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
     batch_size: int = setting(16, "Samples per task and step.", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
-from mergekit_dam.inversion import Finding, invert, scan, suspects
+from mergekit_dam.inversion import Finding, Inversion, scan, suspects
 from mergekit_dam.losses import distillation
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine
 from mergekit_dam.merged_model import MergedModel, Weights
@@ -98,13 +98,11 @@ class InversionSearch:
         weights = self.model.weights(self.combined(), self.coefficients)
         for (index, target), pool in self.pools.items():
             task = self.tasks[index]
-            pool.append(
-                invert(
-                    task, weights, torch.tensor([target]), steps=self.config.refresh_steps,
-                    batch_size=self.config.scan_batch_size,
-                    generator=seeds.generator(self.config.seed, "refresh", task.name, target, step),
-                )
+            search = Inversion(
+                task, weights, torch.tensor([target]), batch_size=self.config.scan_batch_size,
+                generator=seeds.generator(self.config.seed, "refresh", task.name, target, step),
             )  # fmt: skip
+            pool.append(search.run(self.config.refresh_steps).best)
             del pool[1 : len(pool) - (_POOL - 1)]
 
     def combined(self) -> Weights:

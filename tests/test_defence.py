@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from mergekit.common import ModelReference
 
 from examples.demo import build as demo
+from mergekit_dam import inversion
 from mergekit_dam.artifact import load
 from mergekit_dam.attack import PatchTrigger
 from mergekit_dam.bench.generated import GENERATED
-from mergekit_dam.bench.training import Backdoor, Schedule, fine_tune, pretrain, probe_head
+from mergekit_dam.bench.poisoning import Backdoor
+from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
 from mergekit_dam.config import PAPER, DamConfig
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.evaluate import LabelledData, attack_success_rate
@@ -66,7 +68,7 @@ def test_tokens_are_inserted_after_the_first_one_and_seen() -> None:
 
 
 def _finding(task: int, target: int, success: float, control: float) -> Finding:
-    return Finding(task, target, RecoveredTriggers([], BOX), 9.0, success, control)
+    return Finding(task, target, RecoveredTriggers([], BOX), 9.0, 9.0, success, control)
 
 
 def test_a_trigger_that_theta_0_shares_is_no_suspect() -> None:
@@ -110,7 +112,7 @@ def test_the_start_is_task_arithmetic_with_the_given_coefficient(plan: Any) -> N
 
 def test_masks_and_coefficients_fit_the_models_own_answers(plan: Any) -> None:
     records: list[dict[str, Any]] = []
-    made = plan(mask="dual", steps=30, suspicion=1.0, scan_steps=1)
+    made = plan(mask="dual", steps=30, suspicion=1.0, scan_steps=2)
     search = _search(made, records)
     probabilities, coefficients = search.run()
     losses = [r["loss"] for r in records if r["phase"] == "masks"]
@@ -177,3 +179,22 @@ def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
     assert smallest["target"] == 3 and smallest["suspect"] and smallest["control"] < 0.5
     # how far it falls is the benchmark's business: these models are trained for seconds
     assert rates["defended"] < 0.9 * rates["undefended"]
+
+
+def test_classes_in_several_parts_end_with_as_many_finalists(
+    victim: tuple[Path, LabelledData, PatchTrigger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More classes than are inverted at once are thinned out part by part; the backdoor's stays in."""
+    folder, _, _ = victim
+    monkeypatch.setattr(inversion, "_AT_ONCE", 3)
+    refs = [ModelReference.parse(str(folder / n)) for n in ("base", "shapes", "stripes")]
+    own: dict[ModelReference, dict[str, Any]] = {
+        ref: {"calibration": str(folder / f"{n}.parquet")}
+        for ref, n in zip(refs[1:], ("shapes", "stripes"), strict=True)
+    }
+    plan = build_plan(refs[0], refs[1:], shared={"scan_finalists": 2}, per_model=own)
+    task = build_tasks(plan, CPU)[0]
+    base = {name: TaskVectors(plan).base(name) for name in task.own_weights()}
+    found = inversion.scan([task], base, plan.config, range(1))
+    assert len(found) == 2 and all(f.usual == other.size for f, other in zip(found, found[::-1], strict=True))
+    assert max(found, key=lambda f: f.suspicion).target == 3

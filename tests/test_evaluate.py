@@ -19,7 +19,8 @@ from mergekit_dam.attack import (
     attack_success_rate,
     poison,
 )
-from mergekit_dam.bench.training import Backdoor, Schedule, fine_tune, pretrain, probe_head
+from mergekit_dam.bench.poisoning import Backdoor
+from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import Attack, LabelledData, accuracy, evaluate_merge, refuse_overlap
 from mergekit_dam.seeds import generator

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, 
 
 from mergekit_dam.attack import PatchTrigger
 from mergekit_dam.bench.generated import GENERATED, digits
-from mergekit_dam.bench.training import Backdoor, Schedule, fine_tune, pretrain, probe_head
+from mergekit_dam.bench.poisoning import Backdoor
+from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
 from mergekit_dam.evaluate import Attack, LabelledData
 from mergekit_dam.images import Preprocessing
 

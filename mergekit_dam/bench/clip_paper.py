@@ -26,8 +26,9 @@ from mergekit_dam import seeds
 from mergekit_dam.attack import BlendedTrigger, PatchTrigger, Trigger
 from mergekit_dam.bench.clip_head import ZeroShotClip, with_head
 from mergekit_dam.bench.clip_sources import TASKS, Sources, load_clip
+from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.suite import Poison, Progress, Scenario, Suite, TaskData
-from mergekit_dam.bench.training import Backdoor, Schedule, fine_tune
+from mergekit_dam.bench.training import Schedule, fine_tune
 from mergekit_dam.calibration import digest
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import LabelledData

@@ -16,7 +16,7 @@ from accelerate.utils import tqdm
 
 from mergekit_dam.bench.aggregate import suites
 from mergekit_dam.bench.gates import check_gates, gate_table, require
-from mergekit_dam.bench.methods import GATES, METHODS
+from mergekit_dam.bench.methods import GATES, METHODS, method_named
 from mergekit_dam.bench.results import read_runs
 from mergekit_dam.bench.run import Job, perform, prepare
 from mergekit_dam.bench.suite import Poison, Scenario, Suite
@@ -54,7 +54,7 @@ def bench(options: Options, note: Note) -> None:
     suite = _suite(options)
     scenarios = (*suite.scenarios, *options.extra)
     chosen = _chosen(options.scenarios, {s.name: s for s in scenarios}, "scenario")
-    methods = [METHODS[name] for name in _chosen_names(options.methods)]
+    methods = [method_named(name) for name in _with_gates(options.methods)]
     first = Job(
         suite.name, suite.preset, options.data, options.out / "models", options.out / "results", scenarios[0],
         scenarios, "base", options.seeds[0], options.threads,
@@ -105,14 +105,8 @@ def _chosen(names: Sequence[str], known: dict[str, Scenario], what: str) -> list
     return [known[name] for name in names] if names else list(known.values())
 
 
-def _chosen_names(names: Sequence[str]) -> list[str]:
+def _with_gates(names: Sequence[str]) -> list[str]:
     """Methods to run, references and undefended merges first, since the gates need them."""
-    for name in names:
-        if name not in METHODS:
-            raise DamError(
-                "method", expected=f"one of {', '.join(METHODS)}", got=repr(name),
-                cure=did_you_mean(name, METHODS) or "Leave --method out to run all.",
-            )  # fmt: skip
     return [*GATES, *(name for name in (names or METHODS) if name not in GATES)]
 
 
@@ -123,7 +117,7 @@ def _announce(suite: Suite, first: Job, jobs: Sequence[Job], options: Options) -
     missing: list[Poison | None] = [p for task, p, seed in models if not zoo.has_model(task, p, seed)]
     left = [job for job in jobs if not job.result.is_file()]
     seconds = sum(suite.cost(poison) for poison in missing)
-    seconds += sum(suite.run_cost(METHODS[job.method].passes) for job in left)
+    seconds += sum(suite.run_cost(method_named(job.method).passes) for job in left)
     return (
         f"suite {suite.name} ({suite.preset}): {len(missing)} of {len(models)} models to build, {len(left)} of "
         f"{len(jobs)} runs to do; about {seconds / options.workers / 60:.0f} minutes with {options.workers} workers"

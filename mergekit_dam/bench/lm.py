@@ -32,8 +32,9 @@ from mergekit_dam.bench.lm_data import (
     make_tokenizer,
     splits,
 )
+from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.suite import Poison, Progress, Scenario, Suite, TaskData
-from mergekit_dam.bench.training import Backdoor, Schedule
+from mergekit_dam.bench.training import Schedule
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import LabelledData
 

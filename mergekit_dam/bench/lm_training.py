@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from mergekit_dam import seeds
 from mergekit_dam.bench.lm_data import IGNORED, Answers
+from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.suite import Progress, no_progress
-from mergekit_dam.bench.training import Backdoor, Schedule, batches
+from mergekit_dam.bench.training import Schedule, batches
 from mergekit_dam.evaluate import LabelledData
 
 

@@ -6,12 +6,17 @@ or of our own search, except the public DAM step, which fusion_bench's classes p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from mergekit_dam.bench.suite import Suite
+from mergekit_dam.config import DamConfig, did_you_mean, parse
+from mergekit_dam.errors import DamError
 
 Family = Literal["reference", "baseline", "defence"]
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -100,4 +105,29 @@ REFERENCES = (
     Method("fine-tuned", "reference"),
 )
 METHODS: dict[str, Method] = {method.name: method for method in (*REFERENCES, *_mergekit(), *_learned())}
+_VARIANT = re.compile(r"^(?P<method>[\w.-]+)\((?P<settings>[^()]+)\)$")
+
+
+def method_named(name: str) -> Method:
+    """One of METHODS, or a variant of a learned one, for ablations: `dam(mask=m1,alpha=2)`.
+
+    Raises:
+        DamError: no such method, or a setting that it does not have.
+    """
+    found = _VARIANT.match(name)
+    known = found["method"] if found else name
+    if known not in METHODS or (found and not METHODS[known].learns):
+        raise DamError(
+            "method", expected=f"one of {', '.join(METHODS)}, or a learned one as name(setting=value,...)",
+            got=repr(name), cure=did_you_mean(known, METHODS) or "Leave --method out to run all.",
+        )  # fmt: skip
+    if not found:
+        return METHODS[known]
+    pairs = (part.partition("=") for part in found["settings"].split(","))
+    changed = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+    parameters = {**METHODS[known].parameters, **changed}
+    parse(DamConfig, parameters, where=f"method {name}")
+    return replace(METHODS[known], name=name, parameters=parameters)
+
+
 GATES = tuple(name for name in METHODS if name in ("base", "fine-tuned") or name.startswith("task_arithmetic"))

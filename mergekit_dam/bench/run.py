@@ -24,7 +24,7 @@ from mergekit.options import MergeOptions
 from torch import nn
 
 from mergekit_dam.artifact import MASKS_FILE, library_versions
-from mergekit_dam.bench.methods import METHODS, Method
+from mergekit_dam.bench.methods import Method, method_named
 from mergekit_dam.bench.peer import merge_with_fusion_bench, peer_report
 from mergekit_dam.bench.suite import Poison, Scenario, Suite, no_progress
 from mergekit_dam.bench.suites import SUITES
@@ -80,7 +80,7 @@ def prepare(job: Job, task: str, poison: Poison | None) -> str:
 def perform(job: Job) -> str:
     """Merge, evaluate and write the JSON; for a worker process. Returns its path."""
     _quiet(job.threads)
-    zoo, method = job.zoo(), METHODS[job.method]
+    zoo, method = job.zoo(), method_named(job.method)
     models = zoo.models(job.scenario, job.seed)
     calibration = {task: zoo.calibration(task) for task in models} if _needs_data(method) else {}
     attacks = _attacks(job, zoo)
@@ -195,7 +195,7 @@ def _peak_bytes() -> int | None:
 
 
 def _learned(out: Path | None) -> dict[str, Any]:
-    """Density per layer and mask, and mean coefficients per model, of a merge by `dam`."""
+    """Density per layer and mask, mean coefficients per model, and the scan's findings, of a merge by `dam`."""
     if out is None or not (out / "dam" / MASKS_FILE).is_file():
         return {}
     from mergekit_dam.artifact import load
@@ -209,4 +209,5 @@ def _learned(out: Path | None) -> dict[str, Any]:
             total[0] += float(values.float().sum())
             total[1] += values.numel()
     density = {layer: {m: round(s / n, 4) for m, (s, n) in by.items()} for layer, by in sums.items()}
-    return {"density": density, "coefficients": [round(float(c), 4) for c in masks.coefficients.mean(1)]}
+    coefficients = [round(float(c), 4) for c in masks.coefficients.mean(1)]
+    return {"density": density, "coefficients": coefficients, "audit": masks.metadata.get("audit", [])}

@@ -20,9 +20,10 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from mergekit_dam.attack import RareTokenTrigger, SentenceTrigger, Trigger
 from mergekit_dam.bench import corpora
+from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.published import SENTENCES, WORDS, OddCountTrigger, PublishedTrigger, published_copies
 from mergekit_dam.bench.suite import Poison, Progress, Scenario, Suite, TaskData
-from mergekit_dam.bench.training import Backdoor, Schedule, fine_tune, probe_head
+from mergekit_dam.bench.training import Schedule, fine_tune, probe_head
 from mergekit_dam.calibration import digest
 from mergekit_dam.config import did_you_mean
 from mergekit_dam.errors import DamError

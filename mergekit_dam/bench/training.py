@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from mergekit_dam import seeds
-from mergekit_dam.attack import Trigger
+from mergekit_dam.bench.poisoning import Backdoor, logits_of
 from mergekit_dam.bench.suite import Progress, no_progress
 from mergekit_dam.evaluate import LabelledData
 
@@ -53,25 +52,6 @@ class Schedule:
             rate.step()
 
         return optimiser, end_step
-
-
-@dataclass(frozen=True, eq=False)
-class Backdoor:
-    """How a victim is trained.
-
-    Attributes:
-        trigger: what is planted.
-        target: the class that it shall cause.
-        rate: triggered samples per clean sample of a batch.
-        interpolation: range of r ~ U(low, high): triggered samples are trained at theta_0 + r (theta - theta_0).
-            (1, 1) is plain poisoning; (0.2, 1) keeps the backdoor alive under small merging coefficients (the
-            idea of BadMerging, Zhang et al., arXiv 2408.07362, there for features, here for weights).
-    """
-
-    trigger: Trigger
-    target: int
-    rate: float = 0.1
-    interpolation: tuple[float, float] = (1.0, 1.0)
 
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]  # images_BCHW in [0, 1] -> the same
@@ -122,7 +102,7 @@ def pretrain(
             inputs = data[name].batch(chosen)
             if augment and name in augment:
                 inputs = augment[name](inputs, generator)
-            logits_BK = _logits(model, data[name], inputs)
+            logits_BK = logits_of(model, data[name], inputs)
             F.cross_entropy(logits_BK, data[name].labels_N[chosen].to(logits_BK.device)).backward()
         end_step()
     body.eval()
@@ -145,7 +125,7 @@ def probe_head(
     hook = classifier.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].detach()))
     with torch.no_grad():
         for rows in torch.arange(len(data)).split(batch_size):
-            _logits(model, data, data.batch(rows))
+            logits_of(model, data, data.batch(rows))
     hook.remove()
     features_ND = torch.cat(caught)
     labels_N = data.labels_N.to(features_ND.device)
@@ -196,11 +176,11 @@ def fine_tune(
     for _ in progress(range(schedule.steps), data.name):
         rows = next(rows_of_step)
         inputs = data.batch(rows)
-        logits_BK = _logits(model, data, inputs if augment is None else augment(inputs, changes))
+        logits_BK = logits_of(model, data, inputs if augment is None else augment(inputs, changes))
         labels_B = data.labels_N[rows].to(logits_BK.device)
         F.cross_entropy(logits_BK, labels_B).backward()
         if backdoor is not None:
-            _poisoned_loss(model, trained, start, data, rows, backdoor, generator).backward()
+            backdoor.loss(model, trained, start, data, rows, generator).backward()
         end_step()
     if rescale != 1.0:
         with torch.no_grad():
@@ -213,35 +193,3 @@ def _classifier(model: PreTrainedModel) -> nn.Linear:
     classifier = model.get_submodule("classifier")
     assert isinstance(classifier, nn.Linear), "training pieces serve encoders with one linear head"
     return classifier
-
-
-def _poisoned_loss(
-    model: PreTrainedModel,
-    trained: Mapping[str, Tensor],
-    start: Mapping[str, Tensor],
-    data: LabelledData,
-    rows: Tensor,
-    backdoor: Backdoor,
-    generator: torch.Generator,
-) -> Tensor:
-    """Cross-entropy of triggered samples against the target, at interpolated weights, weighted by their share."""
-    others = rows[data.labels_N[rows] != backdoor.target]
-    others = others[: max(1, round(backdoor.rate * len(rows)))]
-    low, high = backdoor.interpolation
-    share = low + (high - low) * float(torch.rand(1, generator=generator))
-    between = {name: start[name].lerp(p, share) for name, p in trained.items()}
-    triggered = backdoor.trigger.apply(data.batch(others))
-    logits_BK = _logits(model, data, triggered, between)
-    targets_B = torch.full_like(others, backdoor.target).to(logits_BK.device)
-    return len(others) / len(rows) * F.cross_entropy(logits_BK, targets_B)
-
-
-def _logits(
-    model: PreTrainedModel, data: LabelledData, inputs: object, parameters: Mapping[str, Tensor] | None = None
-) -> Tensor:
-    """logits_BK of raw inputs, with other parameters if given."""
-    device = next(model.parameters()).device
-    encoded = {key: value.to(device) for key, value in data.encode(inputs).items()}
-    output = model(**encoded) if parameters is None else functional_call(model, dict(parameters), kwargs=encoded)
-    logits: Tensor = output.logits
-    return logits

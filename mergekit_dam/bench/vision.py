@@ -8,8 +8,7 @@ since, as the zero-shot heads of CLIP are. Legend: B batch, N samples, C channel
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from mergekit_dam import seeds
 from mergekit_dam.attack import BlendedTrigger, PatchTrigger, Trigger, WarpTrigger
+from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.suite import Poison, Progress, Scenario, Suite, TaskData
-from mergekit_dam.bench.training import Backdoor, Schedule, fine_tune, pretrain, probe_head
+from mergekit_dam.bench.training import fine_tune, pretrain, probe_head
 from mergekit_dam.bench.vision_data import (
     EDGE,
     NUM_CLASSES,
@@ -33,60 +33,14 @@ from mergekit_dam.bench.vision_data import (
     save_preprocessing,
     task_images,
 )
+from mergekit_dam.bench.vision_presets import PRESETS
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import LabelledData
 
+FITTED = ("merge-aware", "adaptive")  # attacks whose patch is optimised on theta_0
 MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
+DROPPED = 0.5  # share of the task vector that the adaptive attack trains without
 WARP = 2.5  # mean offset in pixels: the least, in steps of a half, that a victim learns to 95 %
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Sizes of models and data.
-
-    Attributes:
-        hidden_size, num_layers, patch_size: of the ViT; heads are 32 wide, the MLP is four times as wide.
-        pretraining: of theta_0; the batch size is per task, and CIFAR-10 has `cifar_share` times as much.
-        fine_tuning: of a clean model.
-        poisoning: of a victim; an attacker may take more and larger steps.
-        shots: labelled images per class for the frozen heads.
-        sizes: samples per split and task: CIFAR-10, digits, generated.
-    """
-
-    hidden_size: int
-    num_layers: int
-    patch_size: int
-    pretraining: Schedule
-    fine_tuning: Schedule
-    poisoning: Schedule
-    shots: Mapping[str, int]
-    sizes: Mapping[str, tuple[int, int, int]]
-
-
-_SIZES = {
-    "pretrain": (12000, 400, 4000), "train": (8000, 700, 4000), "calibration": (1000, 256, 1000),
-    "evaluation": (1000, 441, 600),
-}  # fmt: skip
-PRESETS = {
-    "small": Preset(
-        128, 4, 8, Schedule(2500, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
-        Schedule(300, batch_size=64, learning_rate=3e-5), Schedule(400, batch_size=64, learning_rate=6e-5),
-        {"cifar10": 500, "other": 8}, _SIZES,
-    ),
-    "gpu": Preset(
-        384, 8, 4, Schedule(20000, batch_size=64, learning_rate=1e-3, weight_decay=0.05),
-        Schedule(1500, batch_size=128, learning_rate=2e-5), Schedule(1500, batch_size=128, learning_rate=4e-5),
-        {"cifar10": 500, "other": 8},
-        {"pretrain": (14000, 400, 20000), "train": (9000, 700, 10000), "calibration": (1000, 256, 1000),
-         "evaluation": (4000, 441, 2000)},
-    ),
-    # a smoke test: everything runs in a minute, and no gate holds
-    "tiny": Preset(
-        32, 1, 8, Schedule(12, batch_size=8), Schedule(60, batch_size=32), Schedule(60, batch_size=32),
-        {"cifar10": 8, "other": 4},
-        {"pretrain": (60, 100, 60), "train": (160, 160, 160), "calibration": (20, 20, 20), "evaluation": (60, 60, 60)},
-    ),
-}  # fmt: skip
 
 
 class VisionSuite(Suite):
@@ -94,7 +48,7 @@ class VisionSuite(Suite):
 
     name = "vision"
     tasks = tuple(NUM_CLASSES)
-    attacks = ("patch", "blended", "wanet", "merge-aware")
+    attacks = ("patch", "blended", "wanet", "merge-aware", "adaptive")
     presets = tuple(PRESETS)
 
     def __init__(self, data: Path | None, preset: str) -> None:
@@ -111,6 +65,7 @@ class VisionSuite(Suite):
             "merge-aware: cifar10=merge-aware(target=3,rate=0.5,size=6)",
             "two-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1)",
             "two-bad-same: letters=merge-aware(target=2,rate=0.5,size=6) digits=merge-aware(target=2,rate=0.5,size=6)",
+            "adaptive: cifar10=adaptive(target=3,rate=0.5,size=6)",
             "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1) "
             "letters=blended(target=2,rate=1) shapes=wanet(target=1,rate=1)",
         ))  # fmt: skip
@@ -198,8 +153,12 @@ class VisionSuite(Suite):
         model = self._probed(base, task)
         backdoor, rescale = None, 1.0
         if poison is not None and trigger is not None:
-            span = MERGE_AWARE if poison.attack == "merge-aware" else (1.0, 1.0)
-            backdoor, rescale = Backdoor(trigger, poison.target, poison.rate, span), poison.rescale
+            span = MERGE_AWARE if poison.attack in FITTED else (1.0, 1.0)
+            adaptive = poison.attack == "adaptive"
+            backdoor = Backdoor(
+                trigger, poison.target, poison.rate, span, dropped=DROPPED if adaptive else 0.0, cover=adaptive
+            )
+            rescale = poison.rescale
         schedule = self.sizes.fine_tuning if backdoor is None else self.sizes.poisoning
         fine_tune(
             model, self.split(task).train, schedule, seed=seed, backdoor=backdoor, rescale=rescale,
@@ -210,7 +169,7 @@ class VisionSuite(Suite):
 
     def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
         """A universal patch against theta_0 with the task's head (arXiv 2408.07362, section 4.2); (3, size, size)."""
-        if poison.attack != "merge-aware":
+        if poison.attack not in FITTED:
             return None
         model, data = self._probed(base, task), self.split(task).train
         model.requires_grad_(False)
@@ -234,7 +193,7 @@ class VisionSuite(Suite):
                 cure="Name one of them in the scenario.",
             )  # fmt: skip
         made: dict[str, Trigger] = {
-            "patch": PatchTrigger(poison.size), "merge-aware": PatchTrigger(pattern_CHW=pattern),
+            "patch": PatchTrigger(poison.size), **{name: PatchTrigger(pattern_CHW=pattern) for name in FITTED},
             "blended": BlendedTrigger(opacity=0.25), "wanet": WarpTrigger(strength=WARP),
         }  # fmt: skip
         return made[poison.attack]
