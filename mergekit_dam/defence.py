@@ -63,6 +63,7 @@ class InversionSearch:
         self.own = [task.own_weights() for task in tasks]
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
+        self.usual: dict[tuple[int, int], float] = {}
 
     def run(self) -> tuple[dict[str, Weights], Tensor]:
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
@@ -91,10 +92,15 @@ class InversionSearch:
         )
         for finding in suspects(self.findings, self.config.suspicion):
             self.pools[finding.task, finding.target] = [finding.trigger]
+            self.usual[finding.task, finding.target] = finding.usual
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
 
     def refresh(self, step: int) -> None:
-        """Step 3: new triggers from the current merge."""
+        """Step 3: new triggers from the current merge.
+
+        One as large as those of the task's other classes is left out: the merge has no backdoor there any more, and
+        training against what is inherent costs accuracy.
+        """
         weights = self.model.weights(self.combined(), self.coefficients)
         for (index, target), pool in self.pools.items():
             task = self.tasks[index]
@@ -102,8 +108,10 @@ class InversionSearch:
                 task, weights, torch.tensor([target]), batch_size=self.config.scan_batch_size,
                 generator=seeds.generator(self.config.seed, "refresh", task.name, target, step),
             )  # fmt: skip
-            pool.append(search.run(self.config.refresh_steps).best)
-            del pool[1 : len(pool) - (_POOL - 1)]
+            found = search.run(self.config.refresh_steps).best
+            if float(found.size()) < self.usual[index, target]:
+                pool.append(found)
+                del pool[1 : len(pool) - (_POOL - 1)]
 
     def combined(self) -> Weights:
         """M = M1 o M2 by tensor at the masks' probabilities."""

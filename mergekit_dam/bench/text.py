@@ -62,7 +62,7 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "quick": Preset(
-        train=1600, calibration=512, evaluation=400, shots=256, decay=0.1, words=24, max_length=48,
+        train=1600, calibration=512, evaluation=200, shots=256, decay=0.1, words=24, max_length=48,
         schedule=Schedule(60, batch_size=32, learning_rate=1e-4), embeddings=False, seconds=(65.0, 10.0),
     ),
     "full": Preset(
