@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "Resolve models, settings, tensors and data of a recipe without reading a weight.",
     "merge": "Merge as mergekit-yaml does, strict about settings, and compare the output with the base.",
     "bench": "Run a suite of the benchmark: build models, attack, merge, defend, measure.",
+    "eval": "Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.",
     "doctor": "Versions, the state of the autoload hook, and devices, as JSON.",
 }
 

@@ -53,7 +53,7 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
         return path.parent, masks
     vectors = TaskVectors(plan)
     found = survey(vectors)
-    device = _device(plan.config.device)
+    device = device_of(plan.config.device)
     tasks = build_tasks(plan, device)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
     versions = library_versions()
@@ -110,7 +110,7 @@ def _save_heads(tasks: Iterable[Task], folder: Path) -> None:
             task.input.config.to_json_file(folder / f"{task.name}.json", use_diff=False)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """`auto` is accelerate's choice."""
     if name == "auto":
         chosen: torch.device = Accelerator().device
