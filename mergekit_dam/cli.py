@@ -16,9 +16,12 @@ from mergekit_dam import __version__
 # name -> the first line of its help; the module is the name with _ for -
 COMMANDS = {
     "check": "Resolve models, settings, tensors and data of a recipe without reading a weight.",
-    "merge": "Merge as mergekit-yaml does, strict about settings, and compare the output with the base.",
-    "bench": "Run a suite of the benchmark: build models, attack, merge, defend, measure.",
+    "learn": "Learn the masks of a recipe into OUT_PATH, without merging.",
+    "merge": "Learn the masks of a recipe, merge with them, and write a report.",
+    "yaml": "Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base.",
     "eval": "Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.",
+    "report": "Write report.html and report.json of a merge anew, e.g. after `eval --save`.",
+    "bench": "Run a suite of the benchmark: build models, attack, merge, defend, measure.",
     "doctor": "Versions, the state of the autoload hook, and devices, as JSON.",
 }
 
