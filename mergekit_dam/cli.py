@@ -16,6 +16,7 @@ from mergekit_dam import __version__
 # name -> the first line of its help; the module is the name with _ for -
 COMMANDS = {
     "check": "Resolve models, settings, tensors and data of a recipe without reading a weight.",
+    "audit": "Score every input model of a recipe for backdoors, before any merge.",
     "learn": "Learn the masks of a recipe into OUT_PATH, without merging.",
     "merge": "Learn the masks of a recipe, merge with them, and write a report.",
     "yaml": "Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base.",
