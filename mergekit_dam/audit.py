@@ -47,7 +47,7 @@ def audit(plan: Plan, *, threshold: float, device: torch.device, progress: Progr
     """Scan every model of a plan.
 
     Args:
-        threshold: suspicion from which a model counts as over, 0..1.
+        threshold: suspicion from which a model counts as over, 0 or more.
         device: where the models run.
         progress: wraps the models' indices in a progress bar with a title.
 

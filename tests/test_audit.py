@@ -1,8 +1,9 @@
-"""`mergekit-dam audit`: scores, ranks, exit codes, files. That the scan finds a real victim is shown in test_defence."""
+"""`mergekit-dam audit`: scores, ranks, exit codes, files. That the scan finds a victim is shown in test_defence."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.conftest import FAST
 from tests.tiny_models import make_model
 
 NOTHING = RecoveredTriggers([torch.zeros(1, 2, 2)], Bounds.of(torch.zeros(2), torch.ones(2)))
+PLAIN: dict[str, Any] = {f.name: 1.0 for f in fields(Finding)} | {"trigger": NOTHING}
 
 
 def _audit(base: Path, models: list[Path], data: Path, folder: Path, *options: str) -> Any:
@@ -45,7 +47,8 @@ def test_models_over_and_below(vit: Path, images: Path, tmp_path: Path) -> None:
     assert facts["over"] == ["a", "b"] and {e["rank"] for e in facts["models"]} == {1, 2}
     a, b = facts["models"]
     assert a["norm_ratio"] == pytest.approx(a["task_vector_norm"] / b["task_vector_norm"], rel=1e-3)
-    assert [len(e["classes"]) for e in (a, b)] == [3, 5]
+    assert [{c["target"] for c in e["classes"]} <= set(range(k)) for e, k in ((a, 3), (b, 5))] == [True, True]
+    assert a["classes"] and b["classes"]
     page = (tmp_path / "audit" / "audit.html").read_text()
     assert "2 of 2 models over the" in page and page.count("data:image/png;base64,") >= 2 * 2
     shown = load_triggers(tmp_path / "audit" / "triggers.safetensors")
@@ -74,7 +77,10 @@ def test_causal_lms_are_said_not_to_be_scanned(tmp_path: Path, texts: Path) -> N
     st.floats(0, 1),
 )
 def test_ranks_and_thresholds(scanned: list[tuple[int, float, float]], norms: list[float], threshold: float) -> None:
-    findings = [Finding(task, i, NOTHING, 1.0, success, control) for i, (task, success, control) in enumerate(scanned)]
+    findings = [
+        Finding(**{**PLAIN, "task": task, "target": i, "success": success, "control": control})
+        for i, (task, success, control) in enumerate(scanned)
+    ]
     entries = model_scores(findings, list("abcd"), norms, threshold)
     ranked = sorted((e for e in entries if e["rank"] is not None), key=lambda e: e["rank"])
     assert [e["rank"] for e in ranked] == list(range(1, len({task for task, _, _ in scanned}) + 1))

@@ -76,7 +76,7 @@ def test_the_page_is_whole_and_says_what_the_artefact_says(images_merged: Path) 
     assert {p.name for p in (folder / "figures").iterdir()} == {"loss.png", "density.png", "coefficients.png"}
     masks = load(folder / "dam_masks.safetensors")
     assert [model["sha256"] for model in facts["models"]] == [m["sha256"] for m in masks.metadata["models"]]
-    assert facts["audit"] == masks.metadata["audit"] and len(facts["audit"]) == 3 + 5
+    assert facts["audit"] == masks.metadata["audit"] != []
     suspects = sum(one["suspect"] for one in facts["audit"])
     text = " ".join(" ".join(page.words).split())
     assert suspects > 0 and f"{suspects} suspect class" in text

@@ -40,7 +40,7 @@ AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
     help="Folder for audit.json, audit.html and the recovered triggers.",
 )  # fmt: skip
 @click.option(
-    "--threshold", type=click.FloatRange(0.0, 1.0),
+    "--threshold", type=click.FloatRange(0.0),
     help="Suspicion from which a model is over; default: the recipe's setting `suspicion`.",
 )  # fmt: skip
 @seed_option
