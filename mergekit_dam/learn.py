@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, save, verify
+from mergekit_dam.artifact_folder import METRICS_FILE, TRIGGERS_FILE, write_run
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.errors import DamError
+from mergekit_dam.findings import save_triggers
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.plan import Plan
 from mergekit_dam.search import PaperSearch
@@ -53,7 +57,7 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
         return path.parent, masks
     vectors = TaskVectors(plan)
     found = survey(vectors)
-    device = _device(plan.config.device)
+    device = device_of(plan.config.device)
     tasks = build_tasks(plan, device)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
     versions = library_versions()
@@ -73,7 +77,9 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
         model = MergedModel(vectors, found.changed, device)
         start = torch.tensor([m.settings.weight for m in plan.models])
         _save_heads(tasks, folder / "heads")
-        with (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+        started = datetime.now(timezone.utc)
+        seconds: dict[str, float] = {}
+        with (folder / METRICS_FILE).open("w", encoding="utf-8") as metrics:
             last: dict[str, Any] = {}
 
             def track(record: dict[str, Any]) -> None:
@@ -82,10 +88,12 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
 
             def progress(steps: Iterable[int], title: str) -> Iterable[int]:
                 bar = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr)
+                begun = time.perf_counter()
                 for step in bar:
                     yield step
                     shown = {k: f"{v:.3f}" for k, v in last.items() if k == "loss" or k.startswith("density/")}
                     bar.set_postfix(shown, refresh=False)
+                seconds[title] = round(time.perf_counter() - begun, 3)
 
             search = _OBJECTIVES[plan.config.objective](
                 model, tasks, plan.config, start, track=track, progress=progress
@@ -96,6 +104,11 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
             "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
             "audit": search.audit(),
         }  # fmt: skip
+        if isinstance(search, InversionSearch):
+            save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
+        write_run(
+            folder, plan, {"started": started.isoformat(timespec="seconds"), "seconds": seconds, "device": str(device)}
+        )
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata))
         return folder, load(folder / MASKS_FILE)
 
@@ -110,7 +123,7 @@ def _save_heads(tasks: Iterable[Task], folder: Path) -> None:
             task.input.config.to_json_file(folder / f"{task.name}.json", use_diff=False)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """`auto` is accelerate's choice."""
     if name == "auto":
         chosen: torch.device = Accelerator().device

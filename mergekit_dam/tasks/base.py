@@ -65,6 +65,10 @@ class Task(ABC):
     ) -> Tensor:
         """logits_BK for any weights by output name; `perturb` acts on pixels or word embeddings."""
 
+    def nearest_tokens(self, vectors_KD: Tensor) -> list[list[tuple[str, float]]]:
+        """Per row the words of the vocabulary that lie nearest, with their cosine; of no use but for text."""
+        return []
+
     def own_weights(self) -> dict[str, Tensor]:
         """Model t's tensors by output name, as stored."""
         return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self._sources.items()}

@@ -20,6 +20,7 @@ from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.readout import Readout, linear_head, logits_of, tokenizer_of
 
 LOG = logging.getLogger(__name__)
+_NEAREST = 3  # words shown per recovered token
 _SAMPLED_AT_ONCE = 64  # sequences; bounds the memory of the key-value cache
 
 
@@ -33,10 +34,24 @@ class TextTask(Task):
         self._embedding = next(n for n, m in self.module.named_modules() if m is embedding) + ".weight"
         output_name = next(name for name, target in self._targets.items() if target == self._embedding)
         table = TaskVectors(plan).base(output_name).float()
+        self._table, self._folders = self._sources[output_name], (self.input.path, plan.base.path)
         self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
         self.perturbation_shape = (plan.config.perturbation_tokens, table.shape[1])
         self._sequences = self._calibrate(plan)
         self.num_samples = len(self._sequences)
+
+    def nearest_tokens(self, vectors_KD: Tensor) -> list[list[tuple[str, float]]]:
+        table_VD = F.normalize(self.checkpoint.tensor(str(self._table)).float(), dim=1)
+        cosines_KV = F.normalize(vectors_KD.float().cpu(), dim=1) @ table_VD.T
+        tokenizer = tokenizer_of(self._folders, self.name)
+        nearest = cosines_KV.topk(min(_NEAREST, cosines_KV.shape[1]), dim=1)
+        return [
+            [
+                (str(tokenizer.convert_ids_to_tokens(i) or f"#{i}"), round(c, 4))
+                for c, i in zip(row_c, row_i, strict=True)
+            ]
+            for row_c, row_i in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)
+        ]
 
     def _readout(self) -> Readout:
         """The class's own logits, or a linear head."""
