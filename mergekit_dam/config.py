@@ -88,6 +88,12 @@ class DamConfig(_Settings):
     )  # fmt: skip
     refresh_every: int = setting(10, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
     refresh_steps: int = setting(40, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
+    refresh_size: float = setting(
+        2.0, "Inversion: a new trigger joins while it is smaller than so many usual ones of the task.", gt=0.0
+    )
+    refresh_size: float = setting(
+        2.0, "Inversion: a new trigger joins while it is smaller than so many usual ones of the task.", gt=0.0
+    )
     batch_size: int = setting(16, "Samples per task and step.", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)

@@ -98,7 +98,7 @@ class InversionSearch:
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge.
 
-        One as large as those of the task's other classes is left out: the merge has no backdoor there any more, and
+        One that is larger than `refresh_size` times those of the task's other classes is left out: the merge has no backdoor there any more, and
         training against what is inherent costs accuracy.
         """
         weights = self.model.weights(self.combined(), self.coefficients)
@@ -109,7 +109,7 @@ class InversionSearch:
                 generator=seeds.generator(self.config.seed, "refresh", task.name, target, step),
             )  # fmt: skip
             found = search.run(self.config.refresh_steps).best
-            if float(found.size()) < self.usual[index, target]:
+            if float(found.size()) < self.config.refresh_size * self.usual[index, target]:
                 pool.append(found)
                 del pool[1 : len(pool) - (_POOL - 1)]
 
