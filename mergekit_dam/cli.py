@@ -16,6 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_dam.commands.push import push
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
 from mergekit_dam.method import register_dam
@@ -28,6 +29,9 @@ from mergekit_dam.recipe import plan_of
 def main() -> None:
     """Defense-Aware Merging for mergekit."""
     register_dam()
+
+
+main.add_command(push)
 
 
 @main.command(cls=PrettyPrintHelp)

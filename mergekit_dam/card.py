@@ -1,0 +1,252 @@
+"""The model card of a published merge: mergekit's fields, what was done against backdoors, and what was measured.
+
+A card claims nothing that was not measured: without figures it says so, and a scan that found nothing is reported
+as a scan that found nothing. All foreign text stands in code spans (see `markdown`) or in YAML that PyYAML wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from mergekit.card import method_md
+
+from mergekit_dam.attack import Rate
+from mergekit_dam.config import DamConfig
+from mergekit_dam.markdown import block, code, table
+from mergekit_dam.measured import Measured
+from mergekit_dam.publication import Publication
+
+PAPER = "https://arxiv.org/abs/2410.13910"
+PIPELINES = {
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "CLIPModel": "zero-shot-image-classification",
+    "ViTModel": "image-feature-extraction",
+    "CLIPVisionModel": "image-feature-extraction",
+    "CLIPVisionModelWithProjection": "image-feature-extraction",
+    "BertModel": "feature-extraction",
+    "RobertaModel": "feature-extraction",
+    "DistilBertModel": "feature-extraction",
+}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is known about the inputs beyond the recipe.
+
+    Attributes:
+        hub_ids: reference part (model or LoRA path) -> its id, for those that the Hub has.
+        licence: identifier for the card, or None.
+        datasets: calibration data sets that the Hub has.
+    """
+
+    hub_ids: Mapping[str, str]
+    licence: str | None
+    datasets: Sequence[str] = ()
+
+
+def model_card(name: str, publication: Publication, provenance: Provenance, measured: Measured | None) -> str:
+    """The whole README.md.
+
+    Args:
+        name: of the repository, without its namespace.
+        publication: the merge.
+        provenance: ids, licence and data sets, as far as known.
+        measured: figures, or None.
+    """
+    parts = [
+        f"---\n{_front_matter(name, publication, provenance, measured)}\n---",
+        f"# {code(name)}",
+        _introduction(publication, provenance),
+        _use(publication),
+        _defence(publication) if publication.is_dam else "",
+        _figures_table(measured),
+        "\n\n".join(f"![{figure.rpartition('/')[2]}](<{figure}>)" for figure in publication.figures if _plain(figure)),
+        "## Configuration\n\nThe recipe as mergekit ran it:\n\n" + block(publication.recipe_text, "yaml"),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(name: str, publication: Publication, provenance: Provenance, measured: Measured | None) -> str:
+    tags = ["mergekit", "merge", "mergekit-dam"] + (["dam", "backdoor-defense"] if publication.is_dam else [])
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(provenance.hub_ids.values())),
+        base_model_relation="merge",
+        library_name="transformers",
+        pipeline_tag=_pipeline(publication.config),
+        license=provenance.licence,
+        datasets=list(provenance.datasets) or None,
+        tags=tags,
+        model_name=name if measured else None,
+        eval_results=_eval_results(publication, measured) if measured else None,
+    )
+    return str(data.to_yaml()).rstrip()
+
+
+def _pipeline(config: Mapping[str, Any]) -> str | None:
+    architecture = str((config.get("architectures") or [""])[0])
+    return PIPELINES.get(architecture) or next(
+        (task for suffix, task in PIPELINES.items() if suffix.startswith("For") and architecture.endswith(suffix)),
+        "text-generation" if architecture.endswith("LMHeadModel") else None,
+    )
+
+
+def _eval_results(publication: Publication, measured: Measured) -> list[EvalResult]:
+    pipeline = _pipeline(publication.config)
+
+    def result(task: str, metric: str, title: str, rate: Rate) -> EvalResult:
+        data = measured.datasets.get(task, task)
+        return EvalResult(
+            task_type=pipeline if pipeline and "classification" in pipeline else "other", task_name=task,
+            dataset_type=data, dataset_name=data, metric_type=metric, metric_name=title,
+            metric_value=round(rate.percent, 2), metric_args={"hits": rate.hits, "total": rate.total},
+        )  # fmt: skip
+
+    return [result(t, "accuracy", "clean accuracy (%)", rate) for t, rate in measured.accuracy.items()] + [
+        result(t, "attack_success_rate", f"attack success rate (%), {attack}", rate)
+        for attack, rates in measured.attack_success.items()
+        for t, rate in rates.items()
+    ]
+
+
+def _introduction(publication: Publication, provenance: Provenance) -> str:
+    base = publication.recipe.get("base_model")
+    inputs = [
+        _reference(ref.model.path, ref.model.revision, provenance)
+        + (f" + {_reference(ref.lora.path, ref.lora.revision, provenance)}" if ref.lora else "")
+        for ref in publication.references
+    ]
+    listed = "\n".join(
+        f"* {text}" + (" (base)" if i == 0 and base else "") for i, text in enumerate(inputs)
+    )  # references put the base first
+    method = method_md(str(publication.recipe["merge_method"]))
+    return (
+        "This is a merge of pre-trained models created using [mergekit](https://github.com/arcee-ai/mergekit), by "
+        f"the merge method {method if publication.is_dam or '](' in method else code(method)}. It has "
+        f"{publication.num_tensors:,} tensors with {publication.num_parameters:,} parameters.\n\n"
+        f"## Models merged\n\n{listed}"
+    )
+
+
+def _reference(path: str, revision: str | None, provenance: Provenance) -> str:
+    known = provenance.hub_ids.get(path)
+    text = f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(path)} (not on the Hub)"
+    return f"{text} at {code(revision)}" if revision else text
+
+
+def _use(publication: Publication) -> str:
+    heads = sorted(p.stem for p in (publication.folder / "dam" / "heads").glob("*.safetensors"))
+    if not heads:
+        return ""
+    example = f"from mergekit_dam import load_merged\n\nmodel = load_merged(FOLDER, task={heads[0]!r})"
+    return (
+        "## Use\n\nThe body is shared and each task has its own head. Download the repository (`hf download`) to "
+        f"FOLDER, then:\n\n{block(example, 'python')}\n\nTasks: {', '.join(code(h) for h in heads)}."
+    )
+
+
+def _defence(publication: Publication) -> str:
+    masks = publication.masks
+    opening = (
+        "## Defence against backdoors\n\n"
+        f"The models were merged by [Defense-Aware Merging]({PAPER}): masks over the task vectors and merging "
+        "coefficients are learned from unlabelled data, without knowing a trigger, a target, or which model is bad."
+    )
+    closing = (
+        "This lowers the risk that a backdoor of an input model survives the merge. It is no proof that there is "
+        "none, and it says nothing about attacks that the base model itself carries."
+    )
+    if not masks:
+        return f"{opening}\n\nThe record of the learning was not kept with this merge.\n\n{closing}"
+    settings = masks.get("settings") or {}
+    rows = [
+        [code(m.get("name")), code(str(m.get("sha256", ""))[:16]), str(len(m.get("samples") or []))]
+        for m in masks.get("models") or []
+    ]
+    densities = ", ".join(f"{code(k)} {float(v):.3f}" for k, v in (masks.get("densities") or {}).items())
+    return "\n\n".join(
+        part for part in (
+            opening,
+            f"Objective {code(settings.get('objective'))}, seed {code(masks.get('seed'))}"
+            + (f"; mean kept share of the masks: {densities}" if densities else "") + ".",
+            table(["model", "SHA-256 of its weights (start)", "calibration samples"], rows),
+            _scan(masks, settings),
+            closing,
+            f"Versions: {', '.join(code(f'{k} {v}') for k, v in (masks.get('versions') or {}).items())}. "
+            f"Settings that differ from the defaults: {_changed(settings)}.",
+        ) if part
+    )  # fmt: skip
+
+
+def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    if settings.get("objective") != "inversion":
+        return "No scan for triggers was made: this objective has none."
+    findings = masks.get("audit") or []
+    if not findings:
+        return "No class could be scanned for triggers: these models have none (causal LMs), or no head was known."
+    suspects = [one for one in findings if one.get("suspect")]
+    scanned = len({(one.get("task"), one.get("target")) for one in findings})
+    rule = f"a class counts as suspect from {code(settings.get('suspicion'))} on"
+    if not suspects:
+        return (
+            f"A blind search for small triggers looked at {scanned} classes of the input models and found none that "
+            f"is suspect ({rule}). A trigger of another kind may have been missed."
+        )
+    rows = [
+        [code(one.get("task")), code(one.get("target")), *(f"{float(one.get(k, 0)):.2f}" for k in _FINDING)]
+        for one in suspects
+    ]
+    return (
+        f"A blind search for small triggers looked at {scanned} classes of the input models; {len(rows)} are suspect "
+        f"({rule}), and the masks were fitted against what was found. A suspect class can be a false alarm.\n\n"
+        + table(["model", "class", "trigger works on the model", "on the base", "difference"], rows)
+    )
+
+
+_FINDING = ("success", "control", "suspicion")
+
+
+def _changed(settings: Mapping[str, Any]) -> str:
+    defaults = DamConfig(objective=settings["objective"]) if settings.get("objective") in {"paper"} else DamConfig()
+    changed = [
+        f"{key}: {settings[key]}" for key in DamConfig.model_fields
+        if key in settings and settings[key] != getattr(defaults, key)
+    ]  # fmt: skip
+    return ", ".join(code(one) for one in changed) or "none"
+
+
+def _figures_table(measured: Measured | None) -> str:
+    title = "## What was measured\n\n"
+    if measured is None:
+        return (
+            title + "Nothing: neither clean accuracy nor the success of any attack was measured on this merge before "
+            "it was published."
+        )
+    attacks = list(measured.attack_success)
+    tasks = list(dict.fromkeys([*measured.accuracy, *(t for r in measured.attack_success.values() for t in r)]))
+    rows = [
+        [
+            code(task), code(measured.datasets.get(task, "not said")), _rate(measured.accuracy.get(task)),
+            *(_rate(measured.attack_success[attack].get(task)) for attack in attacks),
+        ]
+        for task in tasks
+    ]  # fmt: skip
+    header = ["task", "data", "clean accuracy", *(f"attack success, {code(attack)}" for attack in attacks)]
+    text = title + table(header, rows) + f"\n\nHits and samples in brackets; reported by {code(measured.source)}"
+    text += " of the publisher, not checked by the Hub."
+    return text if attacks else text + " The success of attacks was not measured."
+
+
+def _rate(rate: Rate | None) -> str:
+    return "not measured" if rate is None else str(rate)
+
+
+def _plain(path: str) -> bool:
+    """Whether a file name of ours can stand in a link as it is."""
+    return all(c.isalnum() or c in "-_./" for c in path)
