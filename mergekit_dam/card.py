@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from mergekit.card import method_md
+from mergekit.common import ModelPath
 
 from mergekit_dam.attack import Rate
 from mergekit_dam.config import DamConfig
@@ -118,8 +119,7 @@ def _eval_results(publication: Publication, measured: Measured) -> list[EvalResu
 def _introduction(publication: Publication, provenance: Provenance) -> str:
     base = publication.recipe.get("base_model")
     inputs = [
-        _reference(ref.model.path, ref.model.revision, provenance)
-        + (f" + {_reference(ref.lora.path, ref.lora.revision, provenance)}" if ref.lora else "")
+        " + ".join(_reference(part, publication.commits, provenance) for part in (ref.model, ref.lora) if part)
         for ref in publication.references
     ]
     listed = "\n".join(
@@ -134,10 +134,11 @@ def _introduction(publication: Publication, provenance: Provenance) -> str:
     )
 
 
-def _reference(path: str, revision: str | None, provenance: Provenance) -> str:
-    known = provenance.hub_ids.get(path)
-    text = f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(path)} (not on the Hub)"
-    return f"{text} at {code(revision)}" if revision else text
+def _reference(part: ModelPath, commits: Mapping[str, str], provenance: Provenance) -> str:
+    known = provenance.hub_ids.get(part.path)
+    text = f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(part.path)} (not on the Hub)"
+    text += f" at {code(part.revision)}" if part.revision else ""
+    return f"{text}, commit {code(commits[str(part)])}" if str(part) in commits else text
 
 
 def _use(publication: Publication) -> str:

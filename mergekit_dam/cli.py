@@ -19,6 +19,8 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_dam.commands.push import push
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
+from mergekit_dam.hub_inputs import localise, record_inputs
+from mergekit_dam.learn import cache_folder
 from mergekit_dam.method import register_dam
 from mergekit_dam.plan import model_input
 from mergekit_dam.recipe import plan_of
@@ -46,9 +48,12 @@ def merge(merge_options: MergeOptions, config_file: Path, out_path: Path) -> Non
 
     merge_options.apply_global_options()
     source, config = _read(config_file)
+    inputs = localise(config, merge_options, lora_cache=cache_folder() / "lora")
+    config, merge_options = inputs.config, inputs.options
     if config.merge_method == "dam":
         plan_of(config, merge_options)
     run_merge(config, str(out_path), merge_options, config_source=source)
+    record_inputs(out_path / "dam", inputs.commits)
     if config.base_model is not None:
         base = model_input("base", config.base_model, ModelSettings(), merge_options)
         dtype = dtype_from_name(config.out_dtype or config.dtype)

@@ -46,7 +46,8 @@ def is_transient(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
         return status in {408, 429} or status >= 500
-    return isinstance(error, TransportError)
+    lost = isinstance(error, (TransportError, ConnectionError, TimeoutError))
+    return lost and not isinstance(error, OfflineModeIsEnabled)
 
 
 def hub_cause(error: BaseException) -> BaseException | None:

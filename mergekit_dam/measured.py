@@ -2,8 +2,8 @@
 
     {"accuracy": {task: [hits, total]}, "attack_success": {attack: {task: [hits, total]}}, "datasets": {task: name}}
 
-These are the counts of `evaluate.Scores`; `datasets` is optional. In a report they stand under `evaluation`, where
-`after` marks those of the merge itself.
+These are the counts of `evaluate.Scores`; `datasets` is optional. In dam/evaluation.json the merge's own stand under
+`after`, in dam/report.json under `evaluation`, then `after`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from mergekit_dam.artifact import MASKS_FILE
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.errors import DamError
+from mergekit_dam.hub_inputs import INPUTS_FILE
 from mergekit_dam.verify import verify_output
 
 RECIPE = "mergekit_config.yml"
@@ -36,7 +37,6 @@ class Publication:
         recipe_text: mergekit_config.yml as it stands.
         recipe: the same, parsed.
         masks: metadata of dam_masks.safetensors; empty where there is none.
-        report: dam/report.json, or None.
         num_tensors, num_parameters: of the merged weights.
     """
 
@@ -45,7 +45,6 @@ class Publication:
     recipe_text: str
     recipe: Mapping[str, Any]
     masks: Mapping[str, Any]
-    report: Path | None
     num_tensors: int
     num_parameters: int
 
@@ -60,6 +59,18 @@ class Publication:
         found += [entry["model"] for entry in self.recipe.get("models") or []]
         found += [s["model"] for piece in self.recipe.get("slices") or [] for s in piece["sources"]]
         return tuple(dict.fromkeys(ModelReference.model_validate(one) for one in found))
+
+    @property
+    def commits(self) -> Mapping[str, str]:
+        """Commits that the inputs from the Hub were read at, by their name in the recipe."""
+        file = self.folder / "dam" / INPUTS_FILE
+        return _json(file) if file.is_file() else {}
+
+    @property
+    def records(self) -> tuple[Path, ...]:
+        """Where measured figures may stand."""
+        files = (self.folder / "dam" / name for name in ("evaluation.json", "report.json"))
+        return tuple(file for file in files if file.is_file())
 
     @property
     def figures(self) -> tuple[str, ...]:
@@ -91,7 +102,6 @@ def inspect(folder: Path) -> Publication:
         publication = Publication(
             folder=folder, config=config, recipe_text=recipe_text, recipe=recipe,
             masks=_metadata(folder / "dam" / MASKS_FILE) if merge_method == "dam" else {},
-            report=report if (report := folder / "dam" / "report.json").is_file() else None,
             num_tensors=len(shapes), num_parameters=sum(_numel(shape) for shape in shapes),
         )  # fmt: skip
         base = publication.references[0].model.path if recipe.get("base_model") else None

@@ -6,12 +6,11 @@ import hashlib
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -19,16 +18,13 @@ from huggingface_hub.hf_api import RepoFile
 
 from mergekit_dam.card import model_card
 from mergekit_dam.errors import DamError
-from mergekit_dam.hub_errors import HUB_ERRORS, hub_cause, hub_error, is_hub_id, is_transient, status_of
+from mergekit_dam.hub_calls import patiently
+from mergekit_dam.hub_errors import is_hub_id
 from mergekit_dam.measured import read_measured
 from mergekit_dam.provenance import provenance
 from mergekit_dam.publication import files_to_publish, inspect, refuse_secrets
 
 LOG = logging.getLogger(__name__)
-T = TypeVar("T")
-_FAULTS: tuple[type[BaseException], ...] = (*HUB_ERRORS, ConnectionError, TimeoutError)
-ATTEMPTS = 4  # per call, besides those that huggingface_hub makes itself for uploads
-LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the Hub asks for
 _CHUNK = 1 << 24  # bytes hashed at a time
 
 
@@ -92,7 +88,7 @@ def plan_push(
         create_pr: as a pull request.
         include_masks: dam_masks.safetensors too, which others can apply again.
         licence: an identifier of the Hub such as apache-2.0; None derives it from the inputs.
-        results: measured figures (see `measured`); default: those of dam/report.json, if it has any.
+        results: measured figures (see `measured`); default: those kept in dam/, if there are any.
         card: a README.md to send in place of the generated one.
 
     Raises:
@@ -101,8 +97,8 @@ def plan_push(
     _check_id(repo_id)
     publication = inspect(folder)
     files, notes = files_to_publish(publication, include_masks=include_masks)
-    source = results or publication.report
-    measured = read_measured(source, required=results is not None) if source else None
+    sources = [results] if results else publication.records
+    measured = next((m for s in sources if (m := read_measured(s, required=results is not None))), None)
     if measured is None:
         notes.append("no figures were given (--results): the card says that nothing was measured")
     found, warnings = provenance(publication, HfApi(), licence=licence, public=public)
@@ -132,46 +128,13 @@ def push(plan: Push) -> Pushed:
                 commit_message="Upload a merge made with mergekit-dam",
             ),
             subject,
+            write=True,
             # a pull request whose answer was lost may be open: another call would open a second one
             repeat_lost=not plan.create_pr,
         )  # fmt: skip
         _compare(api, plan.repo_id, done.oid, folder, subject)
     url = f"{api.endpoint}/{plan.repo_id}"
     return Pushed(plan.repo_id, url, done.oid, done.pr_url, private)
-
-
-def patiently(call: Callable[[], T], subject: str, *, repeat_lost: bool = True) -> T:
-    """Call the Hub, again after a pause where that may help.
-
-    Args:
-        call: may be repeated without harm.
-        subject: for the error.
-        repeat_lost: also after a lost connection, where nobody knows whether the call was carried out.
-
-    Raises:
-        DamError: with the cure.
-    """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call()
-        except RuntimeError as error:  # an upload that huggingface_hub or hf_xet gave up after attempts of their own
-            raise hub_error(hub_cause(error) or error, subject, write=True) from error
-        except _FAULTS as error:
-            lost = status_of(error) is None
-            may_help = is_transient(error) or isinstance(error, (ConnectionError, TimeoutError))
-            if attempt == ATTEMPTS or not may_help or (lost and not repeat_lost):
-                raise hub_error(error, subject, write=True) from error
-            pause = min(_asked_pause(error) or 2.0 ** (attempt - 1), LONGEST_WAIT)
-            LOG.warning("%s: %s; again in %.0f s", subject, status_of(error) or type(error).__name__, pause)
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _asked_pause(error: BaseException) -> float | None:
-    """Seconds that the Hub asks to wait, where it does."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    value = str(headers.get("Retry-After", ""))
-    return float(value) if value.isdigit() else None
 
 
 def _check_id(repo_id: str) -> None:
@@ -193,9 +156,9 @@ def _ensure_repository(api: HfApi, plan: Push, subject: str) -> bool | None:
                 raise
             return None
 
-    info = patiently(look, subject)
+    info = patiently(look, subject, write=True)
     if info is None:
-        patiently(lambda: api.create_repo(plan.repo_id, private=not plan.public, exist_ok=True), subject)
+        patiently(lambda: api.create_repo(plan.repo_id, private=not plan.public, exist_ok=True), subject, write=True)
         return not plan.public
     if info.private is False and not plan.public and not plan.create_pr:
         raise DamError(

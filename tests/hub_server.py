@@ -182,8 +182,22 @@ class _Handler(BaseHTTPRequestHandler):
         files = repo.files_at(revision)
         if files is None:
             return self._answer(404, {"error": "no"}, {"X-Error-Code": "RevisionNotFound"})
-        inside = folder or ""
-        return self._answer(200, [self._entry(repo, f, c) for f, c in sorted(files.items()) if f.startswith(inside)])
+        start = f"{folder}/" if folder else ""
+        inside = {f: c for f, c in sorted(files.items()) if f.startswith(start)}
+        if inside == {} and folder:
+            return self._answer(404, {"error": "no"}, {"X-Error-Code": "EntryNotFound"})
+        if "recursive=true" in self.url.query.lower():
+            return self._answer(200, [self._entry(repo, f, c) for f, c in inside.items()])
+        deeper = dict.fromkeys(start + f[len(start) :].partition("/")[0] for f in inside if "/" in f[len(start) :])
+        entries = [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in deeper]
+        entries += [self._entry(repo, f, c) for f, c in inside.items() if "/" not in f[len(start) :]]
+        return self._answer(200, entries)
+
+    def auth_check(self, kind: str, name: str) -> None:
+        repo = self._repo(kind, name)
+        if repo is not None:
+            headers = {"X-Error-Code": "GatedRepo"} if repo.gated else {}
+            self._answer(403 if repo.gated else 200, {}, headers)
 
     @staticmethod
     def _entry(repo: Repo, name: str, content: bytes) -> dict[str, Any]:
@@ -292,6 +306,7 @@ _ROUTES: list[tuple[str, Any]] = [
     (r"POST /verify/(\w+)", _Handler.verify),
     (rf"POST /api/models/{_ID}/commit/(.+)", _Handler.commit),
     (rf"GET /api/(models|datasets)/{_ID}/tree/([^/]+|refs/pr/\d+)(?:/(.*))?", _Handler.tree),
+    (rf"GET /api/(models|datasets)/{_ID}/auth-check", _Handler.auth_check),
     (rf"GET /api/(models|datasets)/{_ID}(/revision/(.+))?", _Handler.info),
     (rf"(?:GET|HEAD) /(?:(datasets)/)?{_ID}/resolve/([^/]+|refs/pr/\d+)/(.+)", _Handler.resolve),
 ]

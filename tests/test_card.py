@@ -61,7 +61,7 @@ def publication(folder: Path, name: str, *, audit: list[dict[str, object]], **ma
     }  # fmt: skip
     return Publication(
         folder=folder, config={"architectures": ["ViTModel"]}, recipe_text=yaml.safe_dump(recipe), recipe=recipe,
-        masks=metadata, report=None, num_tensors=1, num_parameters=2,
+        masks=metadata, num_tensors=1, num_parameters=2,
     )  # fmt: skip
 
 

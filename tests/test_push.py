@@ -67,7 +67,7 @@ def test_measured_figures_reach_card_and_model_index(hub: HubServer, copy: Path,
         "accuracy": {"a": [90, 120]}, "datasets": {"a": "cars"},
         "attack_success": {"patch": {"a": [3, 96], "b": [0, 0]}},
     }  # fmt: skip
-    (copy / "dam" / "report.json").write_text(json.dumps({"evaluation": {"after": figures}}))
+    (copy / "dam" / "evaluation.json").write_text(json.dumps({"before": {}, "after": figures}))
     push(plan_push(copy, NAME))
     card = ModelCard(content(hub)["README.md"].decode())
     results = {(r.metric_type, r.task_name): r for r in card.data.eval_results}

@@ -18,7 +18,7 @@ from mergekit.options import PrettyPrintHelp
 @click.option("--license", "licence", help="Licence of the merge, e.g. apache-2.0; default: the one of all inputs.")
 @click.option(
     "--results", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSON with measured accuracy and attack success; default: what dam/report.json holds.",
+    help="JSON with measured accuracy and attack success; default: what `eval --save` kept.",
 )  # fmt: skip
 @click.option(
     "--card", type=click.Path(exists=True, dir_okay=False, path_type=Path),
