@@ -13,16 +13,11 @@ import click
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dam.commands.push import push
-from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
-from mergekit_dam.hub_inputs import localise, record_inputs
-from mergekit_dam.learn import cache_folder
 from mergekit_dam.method import register_dam
-from mergekit_dam.plan import model_input
 from mergekit_dam.recipe import plan_of
 
 
@@ -42,22 +37,10 @@ main.add_command(push)
 @add_merge_options
 def merge(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
     """Merge as mergekit-yaml does (any method), strict about settings, and compare the output with the base."""
-    from mergekit.common import dtype_from_name
-
-    from mergekit_dam.verify import verify_output
+    from mergekit_dam.api import merge as run
 
     merge_options.apply_global_options()
-    source, config = _read(config_file)
-    inputs = localise(config, merge_options, lora_cache=cache_folder() / "lora")
-    config, merge_options = inputs.config, inputs.options
-    if config.merge_method == "dam":
-        plan_of(config, merge_options)
-    run_merge(config, str(out_path), merge_options, config_source=source)
-    record_inputs(out_path / "dam", inputs.commits)
-    if config.base_model is not None:
-        base = model_input("base", config.base_model, ModelSettings(), merge_options)
-        dtype = dtype_from_name(config.out_dtype or config.dtype)
-        verify_output(out_path, base.path, dtype=dtype, base_config=base.config)
+    run(config_file, out_path, options=merge_options)
 
 
 @main.command()
