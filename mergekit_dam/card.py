@@ -52,20 +52,21 @@ class Provenance:
     datasets: Sequence[str] = ()
 
 
-def model_card(name: str, publication: Publication, provenance: Provenance, measured: Measured | None) -> str:
+def model_card(repo_id: str, publication: Publication, provenance: Provenance, measured: Measured | None) -> str:
     """The whole README.md.
 
     Args:
-        name: of the repository, without its namespace.
+        repo_id: ORG/NAME.
         publication: the merge.
         provenance: ids, licence and data sets, as far as known.
         measured: figures, or None.
     """
+    name = repo_id.rpartition("/")[2]
     parts = [
         f"---\n{_front_matter(name, publication, provenance, measured)}\n---",
         f"# {code(name)}",
         _introduction(publication, provenance),
-        _use(publication),
+        _use(repo_id, publication),
         _defence(publication) if publication.is_dam else "",
         _figures_table(measured),
         "\n\n".join(f"![{figure.rpartition('/')[2]}](<{figure}>)" for figure in publication.figures if _plain(figure)),
@@ -141,14 +142,14 @@ def _reference(part: ModelPath, commits: Mapping[str, str], provenance: Provenan
     return f"{text}, commit {code(commits[str(part)])}" if str(part) in commits else text
 
 
-def _use(publication: Publication) -> str:
+def _use(repo_id: str, publication: Publication) -> str:
     heads = sorted(p.stem for p in (publication.folder / "dam" / "heads").glob("*.safetensors"))
     if not heads:
         return ""
-    example = f"from mergekit_dam import load_merged\n\nmodel = load_merged(FOLDER, task={heads[0]!r})"
+    example = f"from mergekit_dam import load_merged\n\nmodel = load_merged({repo_id!r}, task={heads[0]!r})"
     return (
-        "## Use\n\nThe body is shared and each task has its own head. Download the repository (`hf download`) to "
-        f"FOLDER, then:\n\n{block(example, 'python')}\n\nTasks: {', '.join(code(h) for h in heads)}."
+        "## Use\n\nThe body is shared, and each task has its own head (`pip install mergekit-dam`):\n\n"
+        f"{block(example, 'python')}\n\nTasks: {', '.join(code(h) for h in heads)}."
     )
 
 
@@ -160,8 +161,8 @@ def _defence(publication: Publication) -> str:
         "coefficients are learned from unlabelled data, without knowing a trigger, a target, or which model is bad."
     )
     closing = (
-        "This lowers the risk that a backdoor of an input model survives the merge. It is no proof that there is "
-        "none, and it says nothing about attacks that the base model itself carries."
+        "This is meant to keep a backdoor of an input model from surviving the merge. It is no proof that there is "
+        "none (what was measured stands below), and it does not look at what the base model itself carries."
     )
     if not masks:
         return f"{opening}\n\nThe record of the learning was not kept with this merge.\n\n{closing}"

@@ -102,7 +102,7 @@ def plan_push(
     if measured is None:
         notes.append("no figures were given (--results): the card says that nothing was measured")
     found, warnings = provenance(publication, HfApi(), licence=licence, public=public)
-    text = card.read_text("utf-8") if card else model_card(repo_id.partition("/")[2], publication, found, measured)
+    text = card.read_text("utf-8") if card else model_card(repo_id, publication, found, measured)
     return Push(repo_id, public, create_pr, files, text, tuple(notes + warnings))
 
 
