@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 
 from mergekit_dam.commands.push import push as push_command
 from mergekit_dam.errors import DamError
-from mergekit_dam.push import plan_push, push
+from mergekit_dam.push import Push, plan_push, push
 from tests.hub_server import TOKEN, HubServer
 
 NAME = "org/merge"
@@ -24,6 +24,12 @@ NAME = "org/merge"
 
 def content(server: HubServer, branch: str = "main") -> dict[str, bytes]:
     return server.repos["model", NAME].branches[branch]
+
+
+@pytest.fixture(scope="module")
+def plan(merged: Path) -> Push:
+    """The inputs of this merge are local: nothing of the Hub enters the plan."""
+    return plan_push(merged, NAME)
 
 
 @pytest.fixture
@@ -133,10 +139,10 @@ PASSING: list[tuple[str, str, int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("method", "pattern", "status", "options"), PASSING)
 def test_a_passing_fault_is_waited_out(
-    hub: HubServer, merged: Path, method: str, pattern: str, status: int, options: dict[str, Any]
+    hub: HubServer, merged: Path, plan: Push, method: str, pattern: str, status: int, options: dict[str, Any]
 ) -> None:  # fmt: skip
     hub.fail(method, pattern, status, **options)
-    push(plan_push(merged, NAME))
+    push(plan)
     assert content(hub)["model.safetensors"] == (merged / "model.safetensors").read_bytes()
     assert not any(fault.times for fault in hub.faults), "the fault never happened"
     assert len(hub.repos["model", NAME].branches) == 1
@@ -157,9 +163,8 @@ LASTING: list[tuple[str, str, int, dict[str, str], str]] = [
 
 @pytest.mark.parametrize(("method", "pattern", "status", "headers", "cure"), LASTING)
 def test_a_lasting_fault_is_one_line_with_its_cure(
-    hub: HubServer, merged: Path, method: str, pattern: str, status: int, headers: dict[str, str], cure: str
+    hub: HubServer, merged: Path, plan: Push, method: str, pattern: str, status: int, headers: dict[str, str], cure: str
 ) -> None:  # fmt: skip
-    plan = plan_push(merged, NAME)
     hub.fail(method, pattern, status, headers=headers, times=100)
     with pytest.raises(DamError, match=cure) as caught:
         push(plan)
@@ -180,7 +185,7 @@ def test_a_lost_answer_opens_no_second_pull_request(hub: HubServer, merged: Path
 
 
 def test_other_content_on_the_hub_is_noticed(
-    hub: HubServer, merged: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, plan: Push, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     from tests.hub_server import _Handler
 
@@ -191,7 +196,7 @@ def test_other_content_on_the_hub_is_noticed(
 
     monkeypatch.setattr(_Handler, "_entry", staticmethod(damaged))
     with pytest.raises(DamError, match=r"config.json .*other content"):
-        push(plan_push(merged, NAME))
+        push(plan)
 
 
 def _without(name: str) -> Callable[[Path], object]:
@@ -266,10 +271,9 @@ def test_only_full_ids(hub: HubServer, merged: Path, name: str) -> None:
 
 
 def test_no_token_is_said_before_any_call(
-    hub: HubServer, merged: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, plan: Push, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.delenv("HF_TOKEN")
-    plan = plan_push(merged, NAME)
     with pytest.raises(DamError, match="hf auth login"):
         push(plan)
     assert hub.calls == []
