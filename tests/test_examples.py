@@ -144,7 +144,9 @@ def test_chain_in_mergekit_multi(place: Path, registered: None) -> None:
     from mergekit_dam.method import register_dam
 
     register_dam()
-    done = CliRunner().invoke(mergekit_multi, ["chain.yml", "-I", str(place / "stages"), "--out-path", str(place / "out")])
+    done = CliRunner().invoke(
+        mergekit_multi, ["chain.yml", "-I", str(place / "stages"), "--out-path", str(place / "out")]
+    )
     assert done.exit_code == 0, done.output
     verify_output(place / "out", base, dtype=torch.float32)
     assert (place / "stages" / "screened" / "dam" / MASKS_FILE).is_file()
