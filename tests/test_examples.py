@@ -173,7 +173,7 @@ def test_slurm_starts_every_node_once_and_merges_on_the_first(place: Path) -> No
     assert [line.split("--machine_rank ")[1].split()[0] for line in learn] == ["0", "1", "2"]
     for line in learn:
         assert "--num_machines 3" in line and "--num_processes 12" in line and "--main_process_ip n7" in line
-        assert line.endswith("-m mergekit_dam.cli learn dam.yml")
+        assert line.endswith("-m mergekit_dam learn dam.yml out dir-masks")
     assert last == f"mergekit-dam merge dam.yml out dir {place}/.dam-cache"
     stub(tools, "accelerate", "exit 3")
     Path("calls").unlink()
