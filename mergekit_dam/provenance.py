@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from mergekit_dam.card import Provenance
+from mergekit_dam.card_metadata import Provenance
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub_errors import HUB_ERRORS, hub_error, is_hub_id
 from mergekit_dam.publication import Publication

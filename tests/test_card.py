@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from mergekit_dam.attack import Rate
-from mergekit_dam.card import Provenance, model_card
+from mergekit_dam.card import model_card
+from mergekit_dam.card_metadata import Provenance
 from mergekit_dam.markdown import block, code, table
 from mergekit_dam.measured import Measured
 from mergekit_dam.publication import Publication
