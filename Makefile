@@ -11,11 +11,13 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench-tables clean
+.PHONY: help demo test lint bench-tables dist test-lowest test-newest clean
 help:
 	@echo "make demo   build four models, one of them backdoored, merge them and print accuracy and attack success"
 	@echo "make test   lint, types, import rules and tests"
 	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
+	@echo "make dist   sdist and wheel in dist/, checked"
+	@echo "make test-lowest, make test-newest  tests with the lowest or newest versions of the dependencies"
 	@echo "make clean  remove .venv and everything that was built"
 
 $(STAMP): constraints.txt setup.cfg pyproject.toml
@@ -44,6 +46,16 @@ test: lint
 bench-tables: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt 'matplotlib>=3.8'
 	$(BIN)/python -m mergekit_dam.bench.tables --write
+
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python .ci/check_dist.py versions
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/check_dist.py files dist
+
+test-lowest test-newest:
+	PYTHON=$(PYTHON) .ci/dependencies $(@:test-%=%)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/demo/build

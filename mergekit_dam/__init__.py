@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergekit_dam.api import learn_masks as learn_masks
+    from mergekit_dam.api import merge as merge
+    from mergekit_dam.errors import DamError as DamError
+    from mergekit_dam.heads import load_merged as load_merged
 
 __version__ = "0.1.0"
-__all__ = ["load_merged"]
+# name -> its module: imported on first use, since the autoload hook imports this package and that must stay cheap
+_EXPORTS = {"DamError": "errors", "learn_masks": "api", "load_merged": "heads", "merge": "api"}
+__all__ = ["DamError", "learn_masks", "load_merged", "merge"]
 
 
 def __getattr__(name: str) -> Any:
-    # lazy: the autoload hook imports this package, and that must stay cheap
-    if name == "load_merged":
-        from mergekit_dam.heads import load_merged
+    if name in _EXPORTS:
+        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-        return load_merged
-    raise AttributeError(f"module 'mergekit_dam' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

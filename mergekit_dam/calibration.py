@@ -17,6 +17,8 @@ from PIL import Image
 from mergekit_dam import seeds
 from mergekit_dam.config import ModelSettings, did_you_mean
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.hub_errors import is_hub_id
+from mergekit_dam.hub_inputs import require_dataset
 
 Kind = Literal["image", "text"]
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -90,8 +92,12 @@ def _dataset(path: Path, settings: ModelSettings, task: str) -> Any:
         if path.exists() or path.suffix in {*_LOADERS, ".txt"} or source.startswith((".", "/", "~")):
             raise FileNotFoundError("no such file" if not path.exists() else "an unknown kind of file")
         name, _, revision = source.partition("@")
+        if is_hub_id(name):
+            require_dataset(name, revision or None, f"calibration of {task} ({source})")
         return datasets.load_dataset(name, split=settings.split, revision=revision or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, DamError):
+            raise
         raise DamError(
             f"calibration of {task} ({source})", got=first_line(error),
             expected="a parquet, jsonl, json, csv or txt file, an image folder, or a Hub dataset id",

@@ -13,15 +13,20 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import did_you_mean
 from mergekit_dam.errors import DamError
+from mergekit_dam.hub_errors import is_hub_id
+from mergekit_dam.hub_inputs import fetch
 from mergekit_dam.module_names import meta_model, module_names, tied_names
 
 
-def load_merged(output: str | Path, task: str | None = None, *, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_merged(
+    output: str | Path, task: str | None = None, *, revision: str | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load a merge, in evaluation mode.
 
     Args:
-        output: the directory that mergekit wrote.
+        output: the directory that mergekit wrote, or the Hub id (ORG/NAME) of a merge that was pushed.
         task: an input model's name (the last part of its path) to get its own head; None for the body alone.
+        revision: branch, tag or commit on the Hub.
         device: where the parameters go.
 
     Returns:
@@ -30,7 +35,8 @@ def load_merged(output: str | Path, task: str | None = None, *, device: torch.de
     Raises:
         DamError: an unknown task, or tensors of the task's class that neither merge nor head has.
     """
-    output = Path(output)
+    hub_id = not Path(output).exists() and isinstance(output, str) and output.count("/") == 1 and is_hub_id(output)
+    output = fetch(str(output), revision, everything=True)[0] if hub_id else Path(output)
     if task is None:
         config = AutoConfig.from_pretrained(output)
         head: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, did_you_mean, parse, unknown_keys
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.families import register_architectures
+from mergekit_dam.hub_errors import hub_cause, hub_error
 from mergekit_dam.module_names import meta_model, module_names
 from mergekit_dam.verify import check_coverage
 
@@ -150,6 +151,8 @@ def model_input(name: str, ref: ModelReference, settings: ModelSettings, options
         config = ref.config(trust_remote_code=options.trust_remote_code)
         path = Path(merged.local_path(cache_dir=options.transformers_cache))
     except (OSError, RuntimeError, ValueError) as error:
+        if (cause := hub_cause(error)) is not None:
+            raise hub_error(cause, f"model {ref}") from error
         raise DamError(
             f"model {ref}", expected="a local model directory or a Hub id that can be read", got=first_line(error),
             cure="Check the path or id, and HF_TOKEN for gated models; model+lora needs --lora-merge-cache DIR.",

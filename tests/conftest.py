@@ -18,6 +18,7 @@ import transformers
 import yaml
 from PIL import Image
 
+from tests.hub import hub, merged  # noqa: F401 (fixtures for all)
 from tests.tiny_models import WORDS, make_model
 
 transformers.logging.set_verbosity_error()

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from mergekit.options import MergeOptions
 
 from mergekit_dam.cli import main
 from mergekit_dam.estimate import estimate
 from mergekit_dam.plan import Plan
+from mergekit_dam.prepared import prepare
 from tests.conftest import FAST
 from tests.tiny_models import make_model
 
@@ -162,12 +164,8 @@ def test_as_a_user_runs_it(recipe: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", ["steps", "batch_size", "scan_steps"])
 def test_more_work_takes_longer_and_larger_masks_more_memory(recipe: Path, setting: str) -> None:
-    from mergekit.options import MergeOptions
-
-    from mergekit_dam.commands.common import dam_plan, read_recipe
-
     def plan(**settings: Any) -> Plan:
-        return dam_plan(read_recipe(recipe, **settings)[1], MergeOptions())
+        return prepare(recipe, options=MergeOptions(), **settings).plan()
 
     less, more = (estimate(plan(**{setting: n}), flops_per_second=1e9) for n in (50, 200))
     assert less.seconds is not None and more.seconds is not None and less.seconds < more.seconds

@@ -14,19 +14,11 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_dam.artifact_folder import TRIGGERS_FILE
 from mergekit_dam.audit import audit as run
 from mergekit_dam.commands.check import show_plan
-from mergekit_dam.commands.common import (
-    FINDING,
-    config_file,
-    dam_plan,
-    dry_run_option,
-    json_option,
-    read_recipe,
-    say,
-    seed_option,
-)
+from mergekit_dam.commands.common import FINDING, config_file, dry_run_option, json_option, say, seed_option
 from mergekit_dam.errors import DamError
 from mergekit_dam.findings import load_triggers, save_triggers
 from mergekit_dam.learn import device_of
+from mergekit_dam.prepared import prepare
 from mergekit_dam.report.page import render, shown_triggers
 from mergekit_dam.report.write import write_whole
 
@@ -57,7 +49,7 @@ def audit(
     a model is over the threshold. A model below it is not proven to be clean.
     """
     merge_options.apply_global_options()
-    plan = dam_plan(read_recipe(config_file, seed=seed)[1], merge_options)
+    plan = prepare(config_file, options=merge_options, seed=seed).plan()
     if dry_run:
         show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
         return

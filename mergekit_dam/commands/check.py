@@ -12,20 +12,13 @@ import click
 import yaml
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_dam.commands.common import (
-    FINDING,
-    config_file,
-    dam_plan,
-    json_option,
-    read_recipe,
-    say,
-    seed_option,
-)
+from mergekit_dam.commands.common import FINDING, config_file, json_option, say, seed_option
 from mergekit_dam.errors import DamError
 from mergekit_dam.estimate import estimate, measured_speed
 from mergekit_dam.inspection import inspect
 from mergekit_dam.learn import device_of
 from mergekit_dam.plan import Plan
+from mergekit_dam.prepared import prepare
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -40,7 +33,7 @@ def check(merge_options: MergeOptions, config_file: Path, seed: int | None, as_j
     is printed with its cure; the exit code is then 3.
     """
     try:
-        plan = dam_plan(read_recipe(config_file, seed=seed)[1], merge_options)
+        plan = prepare(config_file, options=merge_options, seed=seed).plan()
         show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
     except DamError as error:
         error.show()

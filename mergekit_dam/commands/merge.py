@@ -7,25 +7,21 @@ import time
 from pathlib import Path
 
 import click
-from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dam.artifact import MASKS_FILE, load
 from mergekit_dam.commands.check import show_plan
 from mergekit_dam.commands.common import (
-    compare_with_base,
     config_file,
-    dam_plan,
     dry_run_option,
     json_option,
-    learning_cache,
     out_path,
-    read_recipe,
     resume_option,
     say,
     seed_option,
     suspects_of,
 )
+from mergekit_dam.prepared import prepare
 from mergekit_dam.report import write_report
 
 
@@ -49,14 +45,12 @@ def merge(
     """
     merge_options.apply_global_options()
     begun = time.perf_counter()
-    source, config = read_recipe(config_file, seed=seed)
-    plan = dam_plan(config, merge_options)
+    prepared = prepare(config_file, options=merge_options, seed=seed)
+    plan = prepared.plan()
     if dry_run:
         show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
         return
-    with learning_cache(resume=resume):
-        run_merge(config, str(out_path), merge_options, config_source=source)
-    compare_with_base(config, out_path, merge_options)
+    prepared.merge(out_path, resume=resume)
     result = {"output": str(out_path), "masks": str(out_path / "dam" / MASKS_FILE)}
     if report:
         page, notes = write_report(out_path, seconds=time.perf_counter() - begun)

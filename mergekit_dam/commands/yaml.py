@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from mergekit.merge import run_merge
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_dam.commands.common import compare_with_base, config_file, out_path, read_recipe
-from mergekit_dam.recipe import plan_of
+from mergekit_dam.commands.common import config_file, out_path
+from mergekit_dam.prepared import prepare
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -19,8 +18,4 @@ from mergekit_dam.recipe import plan_of
 def yaml(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
     """Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base."""
     merge_options.apply_global_options()
-    source, config = read_recipe(config_file)
-    if config.merge_method == "dam":
-        plan_of(config, merge_options)
-    run_merge(config, str(out_path), merge_options, config_source=source)
-    compare_with_base(config, out_path, merge_options)
+    prepare(config_file, options=merge_options).merge(out_path)

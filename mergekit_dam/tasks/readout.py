@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.hub_inputs import fetch
 
 PROMPT = "a photo of a {}."
 Readout = Callable[[Any], Tensor]
@@ -95,15 +96,19 @@ def prompts(names: Sequence[str], folders: Sequence[Path], owner: str) -> dict[s
 
 @torch.no_grad()
 def zero_shot_head(names: Sequence[str], clip_path: str, owner: str, device: torch.device) -> Readout:
-    """A fixed zero-shot head for a CLIP vision model: class features and projection of a full CLIP."""
+    """A fixed zero-shot head for a CLIP vision model: class features and projection of a full CLIP (or its Hub id)."""
     try:
-        clip = CLIPModel.from_pretrained(clip_path).eval()
+        path, _, revision = (clip_path, "", "") if Path(clip_path).exists() else clip_path.partition("@")
+        folder, _ = fetch(path, revision or None)
+        clip = CLIPModel.from_pretrained(folder).eval()
+    except DamError:
+        raise
     except (OSError, ValueError) as error:
         raise DamError(
             f"zero_shot_model of {owner}", expected="a full CLIP (CLIPModel)", got=first_line(error),
             cure="Name the CLIP that the vision models come from.",
         ) from error  # fmt: skip
-    text = clip.get_text_features(**prompts(names, (Path(clip_path),), owner))
+    text = clip.get_text_features(**prompts(names, (folder,), owner))
     features_KD = F.normalize(pooled(text) if not isinstance(text, Tensor) else text, dim=-1).to(device)
     projection, scale = clip.visual_projection.weight.to(device), clip.logit_scale.exp().to(device)
 

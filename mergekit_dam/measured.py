@@ -1,0 +1,85 @@
+"""Measured accuracy and attack success of a merge, as JSON that `mergekit-dam eval`, the report and the card share.
+
+    {"accuracy": {task: [hits, total]}, "attack_success": {attack: {task: [hits, total]}}, "datasets": {task: name}}
+
+These are the counts of `evaluate.Scores`; `datasets` is optional. In dam/evaluation.json the merge's own stand under
+`after`, in dam/report.json under `evaluation`, then `after`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_dam.attack import Rate
+from mergekit_dam.errors import DamError
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Counts by task, and by attack and task.
+
+    Attributes:
+        accuracy: task -> clean accuracy.
+        attack_success: attack -> task -> share of triggered inputs of other classes that get the target's.
+        datasets: task -> what it was measured on, where known.
+        source: the file that says so.
+    """
+
+    accuracy: Mapping[str, Rate]
+    attack_success: Mapping[str, Mapping[str, Rate]]
+    datasets: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+
+
+def read_measured(path: Path, *, required: bool) -> Measured | None:
+    """Figures from a results file or a report.
+
+    Args:
+        path: JSON.
+        required: whether a file without figures is a fault; a report may have none.
+
+    Raises:
+        DamError: not readable, no figures though required, or counts that cannot be.
+    """
+
+    def refuse(got: str) -> DamError:
+        return DamError(
+            f"results {path}", expected="JSON with counts: accuracy and attack_success", got=got,
+            cure='E.g. {"accuracy": {"cars": [90, 100]}, "attack_success": {"patch": {"cars": [3, 90]}}}.',
+        )  # fmt: skip
+
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise refuse(str(error)) from error
+    for key in ("evaluation", "after"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not isinstance(found.get("accuracy"), dict) or not found["accuracy"]:
+        if required:
+            raise refuse("none")
+        return None
+    try:
+        return Measured(
+            accuracy=_rates(found["accuracy"]),
+            attack_success={str(name): _rates(rates) for name, rates in (found.get("attack_success") or {}).items()},
+            datasets={str(k): str(v) for k, v in (found.get("datasets") or {}).items()},
+            source=path.name,
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise refuse(str(error)) from error
+
+
+def _rates(found: Mapping[str, Any]) -> dict[str, Rate]:
+    rates = {}
+    for task, counts in found.items():
+        hits, total = counts
+        if isinstance(hits, bool) or not (isinstance(hits, int) and isinstance(total, int) and 0 <= hits <= total):
+            raise ValueError(f"{counts!r} for {task}: not [hits, total]")
+        if total > 0:  # a rate of no samples is no measurement
+            rates[str(task)] = Rate(hits, total)
+    return rates

@@ -1,0 +1,160 @@
+"""A recipe made ready: its text, its models on this disk, and what can be done with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+import yaml
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+from mergekit_dam.artifact import MASKS_FILE
+from mergekit_dam.artifact_folder import copy_artifact
+from mergekit_dam.config import ModelSettings
+from mergekit_dam.errors import DamError
+from mergekit_dam.hub_inputs import Inputs, localise, record_inputs
+from mergekit_dam.learn import cache_folder
+from mergekit_dam.learn import learn_masks as learn
+from mergekit_dam.method import register_dam
+from mergekit_dam.plan import Plan, model_input
+from mergekit_dam.recipe import plan_of
+from mergekit_dam.verify import verify_output
+
+Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
+
+
+def prepare(recipe: Recipe, *, options: MergeOptions | None = None, **settings: Any) -> Prepared:
+    """A recipe with its models on this disk, and `dam` known to mergekit: what every command starts with.
+
+    Args: as for `merge`.
+
+    Raises:
+        DamError: no mergekit configuration, or a model that cannot be had.
+    """
+    register_dam()
+    source, config = read_recipe(recipe, settings)
+    return Prepared(source, localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora"))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that can be merged.
+
+    Attributes:
+        source: its text, with the settings that won over it.
+        inputs: mergekit's configuration and options, with every model on this disk.
+    """
+
+    source: str
+    inputs: Inputs
+
+    def plan(self) -> Plan:
+        """The plan of a `dam` recipe, strict about its settings.
+
+        Raises:
+            DamError: another merge method, or anything that `plan_of` refuses.
+        """
+        if self.inputs.config.merge_method != "dam":
+            raise DamError(
+                "merge_method", expected="dam", got=str(self.inputs.config.merge_method),
+                cure="Only dam learns masks. For other methods: `mergekit-dam yaml`, or `merge` in Python.",
+            )  # fmt: skip
+        return plan_of(self.inputs.config, self.inputs.options)
+
+    def merge(self, out: Path, *, resume: bool = True) -> Path:
+        """See `merge`; no report is written."""
+        config, options = self.inputs.config, self.inputs.options
+        if config.merge_method == "dam":
+            self.plan()
+        with _learning_cache(resume=resume):
+            run_merge(config, str(out), options, config_source=self.source)
+        record_inputs(out / "dam", self.inputs.commits)
+        if config.base_model is not None:
+            base = model_input("base", config.base_model, ModelSettings(), options)
+            dtype = dtype_from_name(config.out_dtype or config.dtype)
+            verify_output(out, base.path, dtype=dtype, base_config=base.config)
+        return out
+
+    def learn(self, out: Path | None, *, resume: bool = True) -> Path:
+        """See `learn_masks`."""
+        plan = self.plan()
+        if plan.config.masks is not None:
+            raise DamError(
+                "setting 'masks'", expected="none, where masks are to be learned", got=plan.config.masks,
+                cure="Remove it, or merge with these masks.",
+            )  # fmt: skip
+        if out is None and not resume:
+            raise DamError(
+                "learning anew", expected="a folder for the masks", got="none",
+                cure="Name one: masks that are learned anew do not go to the cache.",
+            )  # fmt: skip
+        with _learning_cache(resume=resume):
+            folder, _ = learn(plan, quiet=self.inputs.options.quiet)
+            if out is None:
+                return folder / MASKS_FILE
+            try:
+                copy_artifact(folder, out)
+            except OSError as error:
+                raise DamError(
+                    f"output {out}", expected="a folder that can be written", got=str(error),
+                    cure="Choose another output directory.",
+                ) from error  # fmt: skip
+        return out / MASKS_FILE
+
+
+@contextmanager
+def _learning_cache(*, resume: bool) -> Iterator[None]:
+    """Without `resume` masks are learned in an empty cache, which is gone afterwards; the real one stays as it is."""
+    if resume:
+        yield
+        return
+    root = cache_folder()
+    root.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("MERGEKIT_DAM_CACHE")
+    with TemporaryDirectory(prefix="anew-", dir=root) as folder:
+        os.environ["MERGEKIT_DAM_CACHE"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("MERGEKIT_DAM_CACHE")
+            if before is not None:
+                os.environ["MERGEKIT_DAM_CACHE"] = before
+
+
+def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, MergeConfiguration]:
+    """A recipe as text and as mergekit's configuration.
+
+    Args:
+        recipe: see `merge`.
+        settings: shared settings that win over the recipe's, and stand in the text too; None leaves the recipe's.
+
+    Raises:
+        DamError: no YAML, or not a mergekit configuration.
+    """
+    name = f"recipe {recipe}" if isinstance(recipe, (str, Path)) else "recipe"
+    try:
+        if isinstance(recipe, MergeConfiguration):
+            source = recipe.to_yaml()
+        elif isinstance(recipe, Mapping):
+            source = yaml.safe_dump(dict(recipe), sort_keys=False)
+        else:
+            source = Path(recipe).read_text("utf-8")
+        content = yaml.safe_load(source)
+        changed = {key: value for key, value in settings.items() if value is not None}
+        if changed and isinstance(content, dict):
+            content["parameters"] = {**(content.get("parameters") or {}), **changed}
+            source = yaml.safe_dump(content, sort_keys=False)
+        return source, MergeConfiguration.model_validate(content)
+    except (OSError, yaml.YAMLError, ValueError, RuntimeError) as error:
+        raise DamError(
+            name, expected="a mergekit configuration", got=" ".join(str(error).split())[:200],
+            cure="See the example in the README.",
+        ) from error  # fmt: skip
