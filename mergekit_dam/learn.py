@@ -22,6 +22,7 @@ from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.errors import DamError
 from mergekit_dam.merged_model import MergedModel
+from mergekit_dam.numerics import warn_about_masks, warn_about_task_vectors
 from mergekit_dam.plan import Plan
 from mergekit_dam.search import PaperSearch
 from mergekit_dam.task_vectors import TaskVectors, survey
@@ -45,14 +46,17 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
     Raises:
         DamError: anything wrong with models, data or settings, before the first step.
     """
-    digests = {model.name: Checkpoint.open(model.path).digest() for model in (plan.base, *plan.models)}
+    checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)}
+    digests = {name: checkpoint.digest() for name, checkpoint in checkpoints.items()}
     if plan.config.masks is not None:
         path = Path(plan.config.masks).expanduser()
         masks = load(path)
         verify(masks, plan, digests, path=path)
+        warn_about_masks(masks.probabilities, masks.coefficients)
         return path.parent, masks
     vectors = TaskVectors(plan)
     found = survey(vectors)
+    warn_about_task_vectors([model.name for model in plan.models], found.norms)
     device = _device(plan.config.device)
     tasks = build_tasks(plan, device)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
@@ -67,9 +71,11 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
             cure="Set MERGEKIT_DAM_CACHE to one.",
         ) from error  # fmt: skip
     with FileLock(folder / ".lock"):  # a second run on the same inputs waits and then finds the masks
-        if (folder / MASKS_FILE).is_file():
+        cached = _cached(folder / MASKS_FILE, plan, digests)
+        if cached is not None:
             LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
-            return folder, load(folder / MASKS_FILE)
+            warn_about_masks(cached.probabilities, cached.coefficients)
+            return folder, cached
         model = MergedModel(vectors, found.changed, device)
         start = torch.tensor([m.settings.weight for m in plan.models])
         _save_heads(tasks, folder / "heads")
@@ -96,8 +102,25 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
             "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
             "audit": search.audit(),
         }  # fmt: skip
+        warn_about_masks(probabilities, coefficients)
+        for checkpoint in checkpoints.values():
+            checkpoint.require_unchanged()
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata))
         return folder, load(folder / MASKS_FILE)
+
+
+def _cached(path: Path, plan: Plan, digests: dict[str, str]) -> LearnedMasks | None:
+    """Masks of an earlier run; None if there are none. A damaged file is set aside, so that a new one can be made."""
+    if not path.is_file():
+        return None
+    try:
+        masks = load(path)
+        verify(masks, plan, digests, path=path)
+        return masks
+    except DamError as error:
+        LOG.warning("dam: the cached masks cannot be used and are learned again: %s", error)
+        path.replace(path.with_suffix(".damaged"))
+        return None
 
 
 def _save_heads(tasks: Iterable[Task], folder: Path) -> None:

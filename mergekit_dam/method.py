@@ -8,7 +8,6 @@ planner, the config is read from there: settings are then checked before anythin
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -31,11 +30,14 @@ from mergekit.merge_methods.base import (
 from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, did_you_mean, unknown_keys
 from mergekit_dam.errors import DamError
 from mergekit_dam.exit_check import compare_at_exit
-from mergekit_dam.recipe import Context, configured, planner_context, refuse_moved_layers
+from mergekit_dam.numerics import require_finite
+from mergekit_dam.output import OutputLocks, keep
+from mergekit_dam.recipe import Context, configured, forget_planners, planner_context, planner_of, refuse_moved_layers
 
 LOG = logging.getLogger(__name__)
 Values = tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]  # raw settings: shared, and per model
 _KEPT_RUNS = 8  # merges whose masks stay open in one process; they are small handles on files
+_OVERFLOW = "Lower the models' weight, leave out a model with a huge task vector, or write bfloat16 or float32."
 _PROBES = 256  # elements compared to tell whether mergekit handed over the planned tensor
 
 
@@ -54,7 +56,7 @@ class _Run:
     def is_for(self, context: Context, base: Hashable, models: Sequence[Hashable]) -> bool:
         return (
             self.context is not None
-            and self.context.planner is context.planner  # a config may be run again, a planner is new each time
+            and self.context.planner() is context.planner()  # a config may be run again, a planner is new each time
             and (self.base, self.models) == (base, models)
         )
 
@@ -93,6 +95,7 @@ class DAM(GroupMergeMethod):
     def __init__(self) -> None:
         self._runs: list[_Run] = []
         self._lock = threading.Lock()
+        self._outputs = OutputLocks()
 
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
@@ -117,6 +120,7 @@ class DAM(GroupMergeMethod):
                 LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, KNOWN))
             run.plan = _build_plan(run)
             if context.out_path is not None:
+                self._outputs.claim(Path(context.out_path), until=planner_of(context).out_model_config)
                 compare_at_exit(context.out_path, run.plan, context.config)
         with self._lock:
             self._runs = [run, *self._runs][:_KEPT_RUNS]
@@ -131,6 +135,7 @@ class DAM(GroupMergeMethod):
         run = self._run_for(group, parameters)
         with run.lock:
             if run.state is None:
+                forget_planners()
                 run.state = _Applied(run, parameters)
         merged: torch.Tensor = run.state.merge(group)
         return merged
@@ -161,9 +166,10 @@ class _Applied:
         with torch.enable_grad():
             folder, self.masks = learn_masks(plan, quiet=run.context is not None and run.context.options.quiet)
         self.order = run.models
+        self.written = run.context and dtype_from_name(run.context.config.out_dtype)
         self.vectors = TaskVectors(plan)
         if run.context is not None and run.context.out_path is not None:
-            _keep(folder, Path(run.context.out_path) / "dam")
+            keep(folder, Path(run.context.out_path))
 
     def merge(self, group: TensorGroup) -> torch.Tensor:
         from mergekit_dam.merge_rule import merge
@@ -188,6 +194,8 @@ class _Applied:
             return base.clone()
         coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
         merged: torch.Tensor = merge(base, models, coefficients, self.masks.mask(spec.mask_name, base.device))
+        written = self.written or base.dtype
+        require_finite(merged.to(written), f"merged tensor {name} in {written}", "the merge", _OVERFLOW)
         return merged.to(base.dtype)
 
 
@@ -225,26 +233,6 @@ def _build_plan(run: _Run) -> Any:
         per_model={ref: {k: v for k, v in own.items() if k in KNOWN} for ref, own in per_model.items()},
         options=run.context.options if run.context is not None else None,
     )  # fmt: skip
-
-
-def _keep(folder: Path, target: Path) -> None:
-    """Masks, metrics and heads beside the output; mergekit reads only the directory's top level as weights."""
-    from mergekit_dam.artifact import MASKS_FILE
-
-    if folder.resolve() == target.resolve():
-        return
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name in (MASKS_FILE, "metrics.jsonl"):
-            if (folder / name).is_file():
-                shutil.copy2(folder / name, target / name)
-        if (folder / "heads").is_dir():
-            shutil.copytree(folder / "heads", target / "heads", dirs_exist_ok=True)
-    except OSError as error:
-        raise DamError(
-            f"output {target}", expected="a folder that can be written", got=str(error),
-            cure="Choose another output directory.",
-        ) from error  # fmt: skip
 
 
 def register_dam() -> None:
