@@ -95,6 +95,8 @@ def check_values(
         for name, values in by_name.items():
             if values.dtype != torch.float16 or not bool(((values >= 0) & (values <= 1)).all()):
                 raise ValueError(f"mask of {name} is not float16 within [0, 1]")
+            if len({by[name].shape for by in probabilities.values() if name in by}) > 1 or not values.numel():
+                raise ValueError(f"masks of {name} that are empty or differ in shape")
 
 
 def checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -63,6 +63,10 @@ class Checkpoint:
                 "from_pretrained(...).save_pretrained(...) in a sandbox."
                 if pickled else "Save the model with save_pretrained(...).",
             )  # fmt: skip
+        if not files:
+            raise DamError(
+                f"model {path}", expected="at least one tensor", got="none", cure="Download or save it again."
+            )
         return cls(path, files)
 
     @staticmethod

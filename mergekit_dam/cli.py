@@ -21,6 +21,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.method import register_dam
 from mergekit_dam.plan import model_input
 from mergekit_dam.recipe import plan_of
+from mergekit_dam.untrusted import load_yaml
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -130,8 +131,10 @@ def doctor() -> None:
 def _read(path: Path) -> tuple[str, MergeConfiguration]:
     source = path.read_text("utf-8")
     try:
-        return source, MergeConfiguration.model_validate(yaml.safe_load(source))
-    except (yaml.YAMLError, ValueError, RuntimeError) as error:
+        return source, MergeConfiguration.model_validate(load_yaml(source, f"recipe {path}"))
+    except (ValueError, RuntimeError, TypeError, RecursionError) as error:
+        if isinstance(error, DamError):
+            raise
         raise DamError(
             f"recipe {path}", expected="a mergekit configuration", got=" ".join(str(error).split())[:200],
             cure="See the example in the README.",

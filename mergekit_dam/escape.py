@@ -42,4 +42,4 @@ def code_span(text: object, *, longest: int = _LONGEST) -> str:
 
 def yaml_scalar(text: object, *, longest: int = _LONGEST) -> str:
     """For the front matter of a card: a double-quoted scalar (JSON's strings are YAML's)."""
-    return json.dumps(plain(text, longest=longest))
+    return json.dumps(plain(text, longest=longest), ensure_ascii=False)  # YAML has no surrogate pairs
