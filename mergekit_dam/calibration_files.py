@@ -24,7 +24,9 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # PIL knows EPS, too, 
 _PIXELS = 1 << 26  # of one image: 200 MB once decoded, three times what a phone takes
 _IMAGE_BYTES = 1 << 28
 _CHARACTERS = 1 << 17  # of one text; `max_length` cuts far below
-_BATCH_BYTES = 1 << 32  # that a batch of parquet rows could expand to
+_BATCH_BYTES = 1 << 30  # that a batch of parquet rows could expand to
+_EXPANSION = 200  # text packs to a tenth, images do not pack; bombs reach 10,000
+_SLACK = 1 << 26  # bytes that any file may expand to
 _ROWS = 50_000_000  # of one source; beyond it the shuffle alone takes gigabytes
 _PACKED = {
     b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard",
@@ -50,8 +52,10 @@ class ParquetColumn:
         except Exception as error:  # pyarrow and datasets raise many kinds on damaged headers
             raise unreadable(where, error) from error
         self.column = choose_column(features, column, kind, where)
-        self._type = self._file.schema_arrow.field(self.column).type
-        self._nested = pa.types.is_struct(self._type)
+        if not pa.types.is_nested(self._file.schema_arrow.field(self.column).type):
+            # a value that many rows use then stays one value in memory
+            self._file = pq.ParquetFile(path, metadata=self._file.metadata, read_dictionary=[self.column])
+        self._budget = _EXPANSION * path.stat().st_size + _SLACK
         self._rows = self._file.metadata.num_rows
         if self._rows > _ROWS:
             raise DamError(
@@ -90,8 +94,9 @@ class ParquetColumn:
         rows = max(1, min(1024, _BATCH_BYTES // max(1, size))) if shared else 1024
         columns = [self.column]
         for batch in self._file.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False):
-            if batch.nbytes > _BATCH_BYTES:
-                raise ValueError(f"{batch.nbytes} bytes in {batch.num_rows} rows")
+            self._budget -= batch.nbytes
+            if batch.nbytes > _BATCH_BYTES or self._budget < 0:
+                raise ValueError(f"a file that expands to more than {_EXPANSION} times its size")
             for row in wanted:
                 if start <= row < start + batch.num_rows:
                     found[row] = batch.column(0)[row - start].as_py()
