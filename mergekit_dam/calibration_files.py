@@ -52,7 +52,8 @@ class ParquetColumn:
         except Exception as error:  # pyarrow and datasets raise many kinds on damaged headers
             raise unreadable(where, error) from error
         self.column = choose_column(features, column, kind, where)
-        if not pa.types.is_nested(self._file.schema_arrow.field(self.column).type):
+        self._flat = not pa.types.is_nested(self._file.schema_arrow.field(self.column).type)
+        if self._flat:
             # a value that many rows use then stays one value in memory
             self._file = pq.ParquetFile(path, metadata=self._file.metadata, read_dictionary=[self.column])
         self._budget = _EXPANSION * path.stat().st_size + _SLACK
@@ -84,22 +85,27 @@ class ParquetColumn:
             raise unreadable(self.where, error) from error
 
     def _read(self, group: int, start: int, wanted: Sequence[int], found: dict[int, Any]) -> None:
+        import pyarrow as pa
+
         parts = [
             part
             for part in map(self._file.metadata.row_group(group).column, range(self._file.metadata.num_columns))
             if part.path_in_schema.split(".")[0] == self.column
         ]
         size = sum(part.total_uncompressed_size for part in parts)
-        shared = any(not _ONCE.issuperset(part.encodings) for part in parts)
-        rows = max(1, min(1024, _BATCH_BYTES // max(1, size))) if shared else 1024
+        # with the dictionary kept, only values that share a prefix grow
+        grows = [e for part in parts for e in part.encodings if e not in _ONCE and not (self._flat and "DICT" in e)]
+        rows = max(1, min(1024, _BATCH_BYTES // max(1, size))) if grows else 1024
         columns = [self.column]
         for batch in self._file.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False):
-            self._budget -= batch.nbytes
-            if batch.nbytes > _BATCH_BYTES or self._budget < 0:
+            values = batch.column(0)
+            once = isinstance(values, pa.DictionaryArray)  # its values stand in memory once, whatever the batch
+            self._budget -= values.indices.nbytes if once else values.nbytes
+            if values.nbytes > _BATCH_BYTES or self._budget < 0:
                 raise ValueError(f"a file that expands to more than {_EXPANSION} times its size")
             for row in wanted:
                 if start <= row < start + batch.num_rows:
-                    found[row] = batch.column(0)[row - start].as_py()
+                    found[row] = values[row - start].as_py()
             start += batch.num_rows
 
 

@@ -202,9 +202,9 @@ NASTY = st.one_of(
     st.text(max_size=60),
     st.sampled_from([
         "<script>alert(1)</script>", "](javascript:alert(1))", "[x](http://e.vil)", "![x](http://e.vil/p.png)",
-        "a\n\n# heading", "a\n---\ntags: [x]", "`` ` ``", "|a|b|", "&lt;b&gt;", "<http://e.vil>", "http://e.vil", "www.e.vil",
-        "1. x", "- x", "> x", "***x***", "a\\", "\u202eevil", "\x1b[31m", "$x$", "~~x~~", "<!-- x", "x</td><td>",
-        '" onload="x', "' x=1", "me@e.vil", "[^1]", "a\u2028b", "@user", "#1",
+        "a\n\n# heading", "a\n---\ntags: [x]", "`` ` ``", "|a|b|", "&lt;b&gt;", "<http://e.vil>", "http://e.vil",
+        "www.e.vil", "1. x", "- x", "> x", "***x***", "a\\", "\u202eevil", "\x1b[31m", "$x$",
+        "~~x~~", "<!-- x", "x</td><td>", '" onload="x', "' x=1", "me@e.vil", "[^1]", "a\u2028b", "@user", "#1",
     ]),
 )  # fmt: skip
 
