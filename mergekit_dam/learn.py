@@ -52,7 +52,7 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
         path = Path(plan.config.masks).expanduser()
         masks = load(path)
         verify(masks, plan, digests, path=path)
-        warn_about_masks(masks.probabilities, masks.coefficients, rescale=masks.metadata["settings"]["rescale"])
+        warn_about_masks(masks.probabilities, masks.coefficients)
         return path.parent, masks
     vectors = TaskVectors(plan)
     found = survey(vectors)
@@ -74,7 +74,7 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
         cached = _cached(folder / MASKS_FILE, plan, digests)
         if cached is not None:
             LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
-            warn_about_masks(cached.probabilities, cached.coefficients, rescale=plan.config.rescale)
+            warn_about_masks(cached.probabilities, cached.coefficients)
             return folder, cached
         model = MergedModel(vectors, found.changed, device)
         start = torch.tensor([m.settings.weight for m in plan.models])
@@ -102,7 +102,7 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
             "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
             "audit": search.audit(),
         }  # fmt: skip
-        warn_about_masks(probabilities, coefficients, rescale=plan.config.rescale)
+        warn_about_masks(probabilities, coefficients)
         for checkpoint in checkpoints.values():
             checkpoint.require_unchanged()
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata))

@@ -47,17 +47,13 @@ def require_finite_gradients(gradients: Mapping[str, Tensor | None], what: str, 
     )  # fmt: skip
 
 
-def warn_about_masks(
-    probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor, *, rescale: bool
-) -> list[str]:
+def warn_about_masks(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor) -> list[str]:
     """Log, and return, what makes learned masks meaningless: a mask all 0 or all 1, or coefficients all 0.
 
     Args:
         probabilities: mask name -> tensor name -> probabilities of any shape.
         coefficients: lambda, (T, 1) or (T, P).
-        rescale: whether masks are divided by their mean when they are applied.
     """
-    nothing = "dividing by the mean blows up what is left" if rescale else "the merge is theta_0"
     found = []
     for mask, by_name in probabilities.items():
         kept = sum(float(values.double().sum()) for values in by_name.values())
@@ -66,7 +62,7 @@ def warn_about_masks(
             continue
         mean = kept / units
         if mean < _COLLAPSED:
-            found.append(f"mask {mask} has collapsed to 0 (mean {mean:.2g}): {nothing}")
+            found.append(f"mask {mask} has collapsed to 0 (mean {mean:.2g}): it tells no weights apart")
         elif mean > 1 - _COLLAPSED:
             found.append(f"mask {mask} has collapsed to 1 (mean {mean:.6g}): it takes nothing out")
         dead = [name for name, values in by_name.items() if float(values.double().mean()) < _COLLAPSED]

@@ -162,19 +162,16 @@ def test_masks_that_collapse_are_reported(
     assert caplog.text.count(f"mask backdoor_detection has collapsed to {end}") == 2
     merge(bert / "base", [bert / "m1", bert / "m2"], out="given", parameters={"masks": str(out / "dam" / MASKS_FILE)})
     assert caplog.text.count(f"mask backdoor_detection has collapsed to {end}") == 3
-    if end == "0":
-        assert "the merge is theta_0" in caplog.text
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.booleans())
 def test_what_is_said_about_masks_follows_from_their_means(means: list[float], zero: bool) -> None:
     masks = {"m": {f"t{i}": torch.full((3,), mean, dtype=torch.float64) for i, mean in enumerate(means)}}
-    said = warn_about_masks(masks, torch.zeros(2, 1) if zero else torch.ones(2, 1), rescale=zero)
+    said = warn_about_masks(masks, torch.zeros(2, 1) if zero else torch.ones(2, 1))
     mean = sum(means) / len(means)
     assert any("coefficients are 0" in line for line in said) == zero
     assert any("collapsed to 0" in line for line in said) == (mean < 1e-3)
-    assert any("the merge is theta_0" in line and "collapsed" in line for line in said) == (mean < 1e-3 and not zero)
     assert any("collapsed to 1" in line for line in said) == (mean > 1 - 1e-3)
     assert any("is 0 in" in line for line in said) == (mean >= 1e-3 and any(m < 1e-3 for m in means))
 
