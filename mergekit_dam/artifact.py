@@ -14,6 +14,7 @@ of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by t
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -35,6 +36,7 @@ from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine, rescaled
 from mergekit_dam.plan import Plan
 
+LOG = logging.getLogger(__name__)
 SCHEMA = 1
 MASKS_FILE = "dam_masks.safetensors"
 _LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
@@ -181,6 +183,20 @@ def load(path: Path) -> LearnedMasks:
             cure="Learn the masks again.",
         ) from error  # fmt: skip
     return LearnedMasks(probabilities, coefficients, metadata)
+
+
+def load_cached(path: Path, plan: Plan, digests: Mapping[str, str]) -> LearnedMasks | None:
+    """Masks of an earlier run; None if there are none. A damaged file is set aside, so that a new one can be made."""
+    if not path.is_file():
+        return None
+    try:
+        masks = load(path)
+        verify(masks, plan, digests, path=path)
+        return masks
+    except DamError as error:
+        LOG.warning("dam: the cached masks cannot be used and are learned again: %s", error)
+        path.replace(path.with_suffix(".damaged"))
+        return None
 
 
 def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path: Path) -> None:

@@ -17,7 +17,7 @@ from accelerate.utils import tqdm
 from filelock import FileLock
 from safetensors.torch import save_file
 
-from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, save, verify
+from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, load_cached, save, verify
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.errors import DamError
@@ -71,7 +71,7 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
             cure="Set MERGEKIT_DAM_CACHE to one.",
         ) from error  # fmt: skip
     with FileLock(folder / ".lock"):  # a second run on the same inputs waits and then finds the masks
-        cached = _cached(folder / MASKS_FILE, plan, digests)
+        cached = load_cached(folder / MASKS_FILE, plan, digests)
         if cached is not None:
             LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
             warn_about_masks(cached.probabilities, cached.coefficients)
@@ -107,20 +107,6 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
             checkpoint.require_unchanged()
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata))
         return folder, load(folder / MASKS_FILE)
-
-
-def _cached(path: Path, plan: Plan, digests: dict[str, str]) -> LearnedMasks | None:
-    """Masks of an earlier run; None if there are none. A damaged file is set aside, so that a new one can be made."""
-    if not path.is_file():
-        return None
-    try:
-        masks = load(path)
-        verify(masks, plan, digests, path=path)
-        return masks
-    except DamError as error:
-        LOG.warning("dam: the cached masks cannot be used and are learned again: %s", error)
-        path.replace(path.with_suffix(".damaged"))
-        return None
 
 
 def _save_heads(tasks: Iterable[Task], folder: Path) -> None:

@@ -120,7 +120,8 @@ class DAM(GroupMergeMethod):
                 LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, KNOWN))
             run.plan = _build_plan(run)
             if context.out_path is not None:
-                self._outputs.claim(Path(context.out_path), until=planner_of(context).out_model_config)
+                inputs = [model.path for model in (run.plan.base, *run.plan.models)]
+                self._outputs.claim(Path(context.out_path), inputs, until=planner_of(context).out_model_config)
                 compare_at_exit(context.out_path, run.plan, context.config)
         with self._lock:
             self._runs = [run, *self._runs][:_KEPT_RUNS]

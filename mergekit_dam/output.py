@@ -8,10 +8,12 @@ the kernel's (flock): it ends with the process, however that ends.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from mergekit_dam.untrusted import require_no_links_out
 
 FOLDER = "dam"  # of masks, metrics and heads below the output
 LOCK_FILE = ".lock"
+# names that mergekit gives at the very end; shards under way are called model-1.safetensors
+_FINISHED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _KEPT = ("dam_masks.safetensors", "metrics.jsonl")
 
 
@@ -32,12 +36,18 @@ class OutputLocks:
         self._held: dict[Path, tuple[FileLock, int]] = {}
         self._guard = threading.Lock()
 
-    def claim(self, out_path: Path, *, until: Any) -> None:
+    def claim(self, out_path: Path, inputs: Iterable[Path], *, until: Any) -> None:
         """Take the output for this merge, until `until` (an object that lives as long as the merge) is gone.
 
         Raises:
-            DamError: another merge writes there, or a link in it leads elsewhere.
+            DamError: another merge writes there, a link in it leads elsewhere, or it is one of the inputs.
         """
+        for path in inputs:
+            if path.resolve() == out_path.resolve():
+                raise DamError(
+                    f"output {out_path}", expected="a directory of its own", got="one of the models that are merged",
+                    cure="Choose another output directory: this one would be overwritten while it is read.",
+                )  # fmt: skip
         require_no_links_out(out_path)
         path = out_path.resolve() / FOLDER / LOCK_FILE
         with self._guard:
@@ -72,7 +82,8 @@ class OutputLocks:
 def keep(folder: Path, out_path: Path) -> None:
     """Masks, metrics and heads beside the output; mergekit reads only the directory's top level as weights.
 
-    From here on the output's older files are replaced, so its config.json goes first.
+    From here on an older output is replaced, so its config.json goes first, and then its weights: left beside new
+    ones in other shards they would be loaded instead.
 
     Args:
         folder: where they were learned.
@@ -84,6 +95,9 @@ def keep(folder: Path, out_path: Path) -> None:
     target = out_path / FOLDER
     try:
         (out_path / "config.json").unlink(missing_ok=True)
+        for file in out_path.glob("model*.safetensors*") if out_path.is_dir() else ():
+            if _FINISHED.fullmatch(file.name):
+                file.unlink()
         if folder.resolve() == target.resolve():
             return
         target.mkdir(parents=True, exist_ok=True)
