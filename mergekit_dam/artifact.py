@@ -186,7 +186,12 @@ def load(path: Path) -> LearnedMasks:
 
 
 def load_cached(path: Path, plan: Plan, digests: Mapping[str, str]) -> LearnedMasks | None:
-    """Masks of an earlier run; None if there are none. A damaged file is set aside, so that a new one can be made."""
+    """Masks of an earlier run; None if there are none. A damaged file is set aside, so that a new one can be made.
+
+    The caller holds the folder's lock: what a killed run left half written is removed.
+    """
+    for stale in path.parent.glob(".*.tmp"):
+        stale.unlink()
     if not path.is_file():
         return None
     try:

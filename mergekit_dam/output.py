@@ -101,6 +101,8 @@ def keep(folder: Path, out_path: Path) -> None:
         if folder.resolve() == target.resolve():
             return
         target.mkdir(parents=True, exist_ok=True)
+        for stale in (*target.glob(".*.tmp"), *target.glob("heads/.*.tmp")):
+            stale.unlink()  # of a run that was killed; no other run is here, since this one holds the lock
         for name in _KEPT:
             if (folder / name).is_file():
                 copy(folder / name, target / name)
