@@ -36,7 +36,7 @@ from mergekit_dam.recipe import Context, configured, forget_planners, planner_co
 
 LOG = logging.getLogger(__name__)
 Values = tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]  # raw settings: shared, and per model
-_KEPT_RUNS = 8  # merges whose masks stay open in one process; they are small handles on files
+_KEPT_RUNS = 16  # merges whose masks stay open in one process; they are small handles on files
 _OVERFLOW = "Lower the models' weight, leave out a model with a huge task vector, or write bfloat16 or float32."
 _PROBES = 256  # elements compared to tell whether mergekit handed over the planned tensor
 
@@ -50,6 +50,7 @@ class _Run:
     context: Context | None
     values: Values | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    thread: int = field(default_factory=threading.get_ident)
     plan: Any = None
     state: _Applied | None = None
 
@@ -143,9 +144,9 @@ class DAM(GroupMergeMethod):
 
     def _run_for(self, group: TensorGroup, parameters: Mapping[str, Any]) -> _Run:
         with self._lock:
-            for run in self._runs:
-                if run.serves(group, parameters):
-                    return run
+            serving = [run for run in self._runs if run.serves(group, parameters)]
+            if serving:  # threads may run equal merges at once, each into its own output
+                return min(serving, key=lambda run: run.thread != threading.get_ident())
             assert group.base is not None
             models = tuple(entry.id for entry in group.non_base)
             run = _Run(group.base.id, models, None, _given(parameters, models))

@@ -1,12 +1,11 @@
-"""The short version of `make faults`: each row a few times, nothing lost."""
+"""The short version of `make faults`: each row a few times, nothing lost; and the table made from the long one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.faults.rows import ROWS, Row
+from tests.faults.suite import SUITE
+from tests.faults.table import DOCUMENT, RESULTS, render, table
 from tests.faults.world import World
 
 
@@ -15,7 +14,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("faults"), steps=3)
 
 
-@pytest.mark.parametrize("fault", ROWS, ids=lambda row: row.__name__)
-def test_nothing_is_lost(fault: Callable[[World, int], Row], world: World) -> None:
-    row = fault(world, ROWS[fault][1])
-    assert not row.notes and row.lost == 0 and row.tried >= ROWS[fault][1], row.notes
+@pytest.mark.parametrize("name", [name for name, entry in SUITE.items() if entry.short])
+def test_nothing_is_lost(name: str, world: World) -> None:
+    row = SUITE[name].run(world, SUITE[name].short)
+    assert not row.notes and row.lost == 0 and row.tried >= SUITE[name].short, row.notes
+
+
+def test_the_committed_table_is_made_from_the_committed_results() -> None:
+    assert DOCUMENT.read_text("utf-8") == render(DOCUMENT.read_text("utf-8"), table(RESULTS)), (
+        "run python -m tests.faults.table"
+    )
+
+
+def test_the_committed_results_are_complete_and_nothing_was_lost() -> None:
+    import json
+
+    facts = json.loads(RESULTS.read_text("utf-8"))
+    by_name = facts["rows"]
+    assert list(by_name) == list(SUITE)
+    assert all(row["lost"] == 0 and row["tried"] == row["survived"] > 0 for row in by_name.values())
+    assert sum(by_name[name]["hit"] for name in ("learn_killed", "merge_killed")) >= 50
+    assert by_name["fuzz"]["tried"] >= 10_000
