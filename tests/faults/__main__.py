@@ -1,6 +1,7 @@
 """`make faults`: every fault many times, a line per row, and the JSON from which docs/reliability.md is made.
 
 python -m tests.faults --out benchmarks/results/faults/faults.json            # all, some 8 minutes on one core
+python -m tests.faults --out benchmarks/results/faults/faults.json --seed 1   # once more, added to the counts
 python -m tests.faults --only learn_killed --scale 5                          # one row, five times as often
 python -m tests.faults --only one_process --scale 5                           # 500 merges in one process
 """
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -25,7 +27,7 @@ from tests.faults.world import World
 def main() -> int:
     """Run the rows; exit code 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON with the results; with --only, these rows of it are replaced")
+    parser.add_argument("--out", type=Path, help="JSON of results; a new seed adds to its rows")
     parser.add_argument("--only", action="append", choices=list(SUITE), help="only this row (may be repeated)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of trials")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments, sizes and bits")
@@ -45,7 +47,7 @@ def main() -> int:
                 sys.stdout.write(f"    lost: {note}\n")
             sys.stdout.flush()
             record = {key: value for key, value in vars(row).items() if key != "notes"}
-            record |= {"lost": row.lost, "seconds": round(seconds), "seed": options.seed}
+            record |= {"lost": row.lost, "seconds": round(seconds), "seeds": [options.seed]}
             lost += row.lost
             if options.out is not None:
                 _record(options.out, name, record)
@@ -53,14 +55,19 @@ def main() -> int:
     return int(lost > 0)
 
 
-def _record(path: Path, name: str, record: dict[str, object]) -> None:
-    """Put one row into the results; rows of other versions than now installed are dropped."""
+def _record(path: Path, name: str, record: dict[str, Any]) -> None:
+    """Put one row into the results: counts of other seeds are added up, rows of other versions are dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         facts = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         if facts.get("versions") != library_versions():
             facts = {"versions": library_versions(), "cores": os.cpu_count(), "rows": {}}
-        rows = facts["rows"] | {name: record}
+        rows: dict[str, Any] = facts["rows"]
+        earlier = rows.get(name)
+        if earlier is not None and not set(earlier["seeds"]) & set(record["seeds"]):
+            added = ("tried", "hit", "survived", "lost", "seconds", "seeds")
+            record |= {key: earlier[key] + record[key] for key in added}
+        rows[name] = record
         facts["rows"] = {known: rows[known] for known in SUITE if known in rows}
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

@@ -57,6 +57,7 @@ def measure(job: Job, merges: int, report: Path) -> None:
 def one_process(world: World, merges: int) -> Row:
     """Merges with ready masks in one process, more than 20 of them."""
     reference, job = world.reference(), world.job(cache=world.learned())
+    merges = max(merges, _WARM + 6)
     report = world.root / "usage.json"
     process = world.context.Process(target=measure, args=(job, merges, report))
     process.start()

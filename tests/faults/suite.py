@@ -21,8 +21,8 @@ class Entry:
 
 
 SUITE: dict[str, Entry] = {
-    "learn_killed": Entry(rows.learn_killed, 40, 3),
-    "merge_killed": Entry(rows.merge_killed, 30, 3),
+    "learn_killed": Entry(rows.learn_killed, 40, 2),
+    "merge_killed": Entry(rows.merge_killed, 30, 2),
     "disk_full": Entry(rows.disk_full, 16, 2),
     "artefact_killed": Entry(rows.artefact_killed, 100, 5),
     "artefact_damaged": Entry(rows.artefact_damaged, 1000, 50),

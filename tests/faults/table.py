@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tests.faults.suite import SUITE
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "faults" / "faults.json"
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -23,8 +25,11 @@ def table(results: Path) -> str:
         f"`python -m tests.faults --only {name}` |"
         for name, r in facts["rows"].items()
     ]
+    missing = [name for name in SUITE if name not in facts["rows"]]
+    if missing:
+        lines += ["", f"Not run with these versions yet: {', '.join(missing)}."]
     seconds = sum(r["seconds"] for r in facts["rows"].values())
-    seeds = ", ".join(sorted({str(r["seed"]) for r in facts["rows"].values()}))
+    seeds = ", ".join(map(str, sorted({seed for r in facts["rows"].values() for seed in r["seeds"]})))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += ["", f"Seeds {seeds}, {seconds} s in all, {facts['cores']} cores, {versions}."]
     return "\n".join(lines) + "\n"
