@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+AUDIT := .venv-audit
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # Without an NVIDIA device the CPU build is enough. PyTorch's own CPU index is used where it answers; elsewhere
@@ -11,11 +12,13 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench-tables dist test-lowest test-newest clean
+.PHONY: help demo test lint bench-tables faults audit-deps dist test-lowest test-newest clean
 help:
 	@echo "make demo   build four models, one of them backdoored, merge them and print accuracy and attack success"
 	@echo "make test   lint, types, import rules and tests"
 	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
+	@echo "make faults kill, fill, damage and race real merges; table in docs/reliability.md (about 10 minutes on a core)"
+	@echo "make audit-deps  look the pinned versions up in the databases of known vulnerabilities (network)"
 	@echo "make dist   sdist and wheel in dist/, checked"
 	@echo "make test-lowest, make test-newest  tests with the lowest or newest versions of the dependencies"
 	@echo "make clean  remove .venv and everything that was built"
@@ -47,6 +50,15 @@ bench-tables: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt 'matplotlib>=3.8'
 	$(BIN)/python -m mergekit_dam.bench.tables --write
 
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults --out benchmarks/results/faults/faults.json
+	$(BIN)/python -m tests.faults.table
+
+# in an environment of its own: its many dependencies are none of ours
+audit-deps:
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install -q pip-audit; }
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
 dist: $(STAMP)
 	rm -rf dist
 	$(BIN)/python .ci/check_dist.py versions
@@ -58,4 +70,4 @@ test-lowest test-newest:
 	PYTHON=$(PYTHON) .ci/dependencies $(@:test-%=%)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info examples/demo/build
+	rm -rf $(VENV) $(AUDIT) build dist *.egg-info examples/demo/build

@@ -53,7 +53,7 @@ def merge(
     ...     "dtype": "float32",
     ... }
     >>> out = merge(recipe, "out", report=False, steps=2, scan_steps=2, refresh_steps=1)
-    >>> sorted(path.name for path in (out / "dam").iterdir())
+    >>> sorted(path.name for path in (out / "dam").glob("[!.]*"))
     ['dam_masks.safetensors', 'heads', 'metrics.jsonl', 'run.json', 'triggers.safetensors']
     >>> type(load_merged(out, task="cars")).__name__
     'ViTForImageClassification'

@@ -4,7 +4,8 @@ Format (schema 1), a plain safetensors file:
     task_shared.<tensor>          float16, probability in [0, 1] that a unit is kept by M1
     backdoor_detection.<tensor>   float16, the same for M2
     coefficients                  float32, (T, 1) or (T, P): lambda per model, or per model and masked tensor
-    metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), versions
+    metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), versions,
+                                  content_sha256 (over all the rest; files written before it was added lack it)
 A tensor without a mask is not in the file and keeps the base's values: no model changed it. Masks have the shape
 of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by their mean when they are applied
 (setting `rescale`), so the file holds plain probabilities.
@@ -13,6 +14,7 @@ of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by t
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -28,11 +30,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergekit_dam.artifact_form import CHECKSUM, check_metadata, check_values, checksum, read_metadata
 from mergekit_dam.config import NOT_LEARNED
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine, rescaled
 from mergekit_dam.plan import Plan
 
+LOG = logging.getLogger(__name__)
 SCHEMA = 1
 MASKS_FILE = "dam_masks.safetensors"
 _LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
@@ -105,19 +109,38 @@ def save(path: Path, masks: LearnedMasks) -> None:
         for name, values in by_name.items()
     }
     tensors["coefficients"] = masks.coefficients.to(torch.float32).contiguous().cpu()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    os.close(handle)
+    metadata = {**masks.metadata, CHECKSUM: checksum(masks.metadata, tensors)}
+    temporary: str | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        os.close(handle)
         # one metadata entry only: safetensors writes several in random order, and equal masks get equal bytes
-        save_file(tensors, temporary, metadata={"dam": json.dumps(dict(masks.metadata))})
+        save_file(tensors, temporary, metadata={"dam": json.dumps(metadata)})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private, other files of a model are not
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise DamError(
+                f"masks {path}", expected="a folder with space that can be written", got=first_line(error),
+                cure="Free space there, or set MERGEKIT_DAM_CACHE to another folder, and run again.",
+            ) from error  # fmt: skip
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name itself reaches the disk; systems that cannot open folders need no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def load(path: Path) -> LearnedMasks:
@@ -133,13 +156,16 @@ def load(path: Path) -> LearnedMasks:
         )  # fmt: skip
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})["dam"])
+            metadata = read_metadata((file.metadata() or {})["dam"])
+            if metadata.get("schema") != SCHEMA:
+                raise DamError(
+                    f"masks {path}", expected=f"schema {SCHEMA}", got=str(metadata.get("schema"))[:80],
+                    cure="Learn the masks again with this version of mergekit-dam.",
+                )  # fmt: skip
+            check_metadata(metadata)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator there)
-        if metadata["schema"] != SCHEMA:
-            raise DamError(
-                f"masks {path}", expected=f"schema {SCHEMA}", got=str(metadata["schema"]),
-                cure="Learn the masks again with this version of mergekit-dam.",
-            )  # fmt: skip
+        if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(metadata, tensors):
+            raise ValueError("content that does not match its checksum")
         coefficients = tensors.pop("coefficients")
         listed = set(metadata["tensors"])
         probabilities: dict[str, dict[str, Tensor]] = {TASK_SHARED: {}, BACKDOOR_DETECTION: {}}
@@ -148,29 +174,34 @@ def load(path: Path) -> LearnedMasks:
             if name not in listed:
                 raise KeyError(f"{key} in the list of tensors")
             probabilities[mask][name] = values
-        masks = LearnedMasks(probabilities, coefficients, metadata)
-        _check_form(masks)
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        check_values(metadata, probabilities, coefficients)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, DamError):
             raise
         raise DamError(
-            f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({error})",
+            f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({first_line(error)})",
             cure="Learn the masks again.",
         ) from error  # fmt: skip
-    return masks
+    return LearnedMasks(probabilities, coefficients, metadata)
 
 
-def _check_form(masks: LearnedMasks) -> None:
-    models, tensors = len(masks.metadata["models"]), len(masks.metadata["tensors"])
-    shape = tuple(masks.coefficients.shape)
-    if shape not in {(models, 1), (models, tensors)} or masks.coefficients.dtype != torch.float32:
-        raise ValueError(f"coefficients of shape {shape} for {models} models and {tensors} tensors")
-    if not bool(torch.isfinite(masks.coefficients).all()):
-        raise ValueError("coefficients that are not finite")
-    for by_name in masks.probabilities.values():
-        for name, values in by_name.items():
-            if values.dtype != torch.float16 or not bool(((values >= 0) & (values <= 1)).all()):
-                raise ValueError(f"mask of {name} is not float16 within [0, 1]")
+def load_cached(path: Path, plan: Plan, digests: Mapping[str, str]) -> LearnedMasks | None:
+    """Masks of an earlier run; None if there are none. A damaged file is set aside, so that a new one can be made.
+
+    The caller holds the folder's lock: what a killed run left half written is removed.
+    """
+    for stale in path.parent.glob(".*.tmp"):
+        stale.unlink()
+    if not path.is_file():
+        return None
+    try:
+        masks = load(path)
+        verify(masks, plan, digests, path=path)
+        return masks
+    except DamError as error:
+        LOG.warning("dam: the cached masks cannot be used and are learned again: %s", error)
+        path.replace(path.with_suffix(".damaged"))
+        return None
 
 
 def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path: Path) -> None:

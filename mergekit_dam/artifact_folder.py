@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,25 @@ def copy_artifact(folder: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (folder / name).is_file():
-            shutil.copy2(folder / name, target / name)
-    if (folder / HEADS).is_dir():
-        shutil.copytree(folder / HEADS, target / HEADS, dirs_exist_ok=True)
+            copy(folder / name, target / name)
+    for file in sorted((folder / HEADS).glob("[!.]*")):
+        (target / HEADS).mkdir(exist_ok=True)
+        copy(file, target / HEADS / file.name)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A copy that is complete under its name or not there; a link at `target` is replaced, not followed."""
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file, source.open("rb") as original:
+            shutil.copyfileobj(original, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private, other files of a model are not
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def write_run(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:

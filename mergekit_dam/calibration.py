@@ -6,23 +6,33 @@ Labels never reach the search: only the chosen column is read, and a column of n
 from __future__ import annotations
 
 import hashlib
-import io
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from PIL import Image
 
 from mergekit_dam import seeds
-from mergekit_dam.config import ModelSettings, did_you_mean
-from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.calibration_files import (
+    IMAGES,
+    LOADERS,
+    DatasetColumn,
+    Kind,
+    ParquetColumn,
+    image_of,
+    refuse_packed,
+    text_of,
+    unreadable,
+)
+from mergekit_dam.config import ModelSettings
+from mergekit_dam.errors import DamError
 from mergekit_dam.hub_errors import is_hub_id
 from mergekit_dam.hub_inputs import require_dataset
 
-Kind = Literal["image", "text"]
-_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-_IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+LOG = logging.getLogger(__name__)
+_TEXT_BYTES = 1 << 30  # of a .txt file, which is read at once
 
 
 @dataclass(frozen=True)
@@ -50,28 +60,33 @@ def load_calibration(settings: ModelSettings, kind: Kind, *, num_samples: int, s
             f"calibration of {task}", expected=f"unlabelled {kind} data", got="none",
             cure="Set `calibration:` to a file, a folder or a Hub dataset id under the model's parameters.",
         )  # fmt: skip
+    where = f"calibration of {task} ({source})"
     path = Path(source).expanduser()
-    if path.is_dir() and kind == "image":
-        rows: Any = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGES)
-    elif path.suffix == ".txt" and path.is_file():
-        rows = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    else:
-        rows = _column(_dataset(path, settings, task), settings.column, kind, f"calibration of {task} ({source})")
+    before = file_states([path])
+    rows = _source(path, settings, kind, where)
     if len(rows) == 0:
+        raise DamError(where, expected="at least one sample", got="none", cure="Give a file or folder with data in it.")
+    order = torch.randperm(len(rows), generator=seeds.generator(seed, "samples", task))[:num_samples].tolist()
+    taken = rows.take(order)
+    files = [row for row in taken if isinstance(row, Path)]
+    before |= file_states(files)
+    if kind == "image":
+        trusted = () if path.exists() else _download_folders()
+        samples: list[Any] = [
+            image_of(row, f"sample {i} of {source}", trusted=trusted) for i, row in zip(order, taken, strict=True)
+        ]
+    else:
+        samples = [text for text in map(text_of, taken) if text.strip()]
+        _warn_about_labels(samples, where)
+    if file_states([path, *files]) != before:
         raise DamError(
-            f"calibration of {task} ({source})", expected="at least one sample", got="none",
-            cure="Give a file or folder with data in it.",
+            where, expected="data that stay as they are", got="a change while they were read",
+            cure="Run again when nothing writes to them.",
         )  # fmt: skip
-    order = torch.randperm(len(rows), generator=seeds.generator(seed, "samples", task))[:num_samples]
-    read = _image if kind == "image" else _text
-    samples = [read(rows[int(i)], f"sample {int(i)} of {source}") for i in order]
-    if kind == "text":
-        samples = [text for text in samples if str(text).strip()]
     if len(samples) < 2:
         raise DamError(
-            f"calibration of {task} ({source})", expected="at least 2 samples that are not blank",
-            got=str(len(samples)), cure="Give more data.",
-        )  # fmt: skip
+            where, expected="at least 2 samples that are not blank", got=str(len(samples)), cure="Give more data."
+        )
     return Calibration(tuple(samples), tuple(digest(sample) for sample in samples))
 
 
@@ -81,78 +96,77 @@ def digest(sample: Any) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _dataset(path: Path, settings: ModelSettings, task: str) -> Any:
+class _Listed:
+    """Rows that are at hand: lines of a text file, or paths of images."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, rows: Sequence[int]) -> list[Any]:
+        """The values of these rows."""
+        return [self._rows[row] for row in rows]
+
+
+def _source(path: Path, settings: ModelSettings, kind: Kind, where: str) -> _Listed | ParquetColumn | DatasetColumn:
     import datasets
 
     source = str(settings.calibration)
     try:
-        if path.is_file() and path.suffix in _LOADERS:
-            loader = _LOADERS[path.suffix]
-            return datasets.load_dataset(loader, data_files=str(path), split="train")
-        if path.exists() or path.suffix in {*_LOADERS, ".txt"} or source.startswith((".", "/", "~")):
+        if path.is_dir() and kind == "image":
+            return _Listed(sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file()))
+        if path.suffix == ".txt" and path.is_file():
+            return _Listed(_lines(path))
+        if path.suffix == ".parquet" and path.is_file():
+            return ParquetColumn(path, settings.column, kind, where)
+        if path.suffix in LOADERS and path.is_file():
+            refuse_packed(path, where)
+            data = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+        elif path.exists() or path.suffix in {*LOADERS, ".parquet", ".txt"} or source.startswith((".", "/", "~")):
             raise FileNotFoundError("no such file" if not path.exists() else "an unknown kind of file")
-        name, _, revision = source.partition("@")
-        if is_hub_id(name):
-            require_dataset(name, revision or None, f"calibration of {task} ({source})")
-        return datasets.load_dataset(name, split=settings.split, revision=revision or None)
+        else:
+            name, _, revision = source.partition("@")
+            if is_hub_id(name):
+                require_dataset(name, revision or None, where)
+            data = datasets.load_dataset(name, split=settings.split, revision=revision or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, DamError):
             raise
-        raise DamError(
-            f"calibration of {task} ({source})", got=first_line(error),
-            expected="a parquet, jsonl, json, csv or txt file, an image folder, or a Hub dataset id",
-            cure="Check the path (relative ones start at the working directory) or the id and split.",
-        ) from error  # fmt: skip
+        raise unreadable(where, error) from error
+    return DatasetColumn(data, settings.column, kind, where)
 
 
-def _column(data: Any, column: str | None, kind: Kind, where: str) -> Any:
-    """The rows of one column; nothing else of the data is touched."""
+def _lines(path: Path) -> list[str]:
+    """Lines that are not blank."""
+    size = path.stat().st_size
+    if size > _TEXT_BYTES:
+        raise ValueError(f"{size} bytes of text, at most {_TEXT_BYTES} are read: give parquet, or a part of it")
+    return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+
+
+def _download_folders() -> tuple[Path, ...]:
+    """Where datasets keeps what it downloaded; only files there may be named by a Hub dataset."""
     import datasets
+    import huggingface_hub
 
-    candidates = [name for name, feature in data.features.items() if _holds(feature, kind)]
-    if column is not None and column not in data.features:
-        raise DamError(
-            f"column of {where}", expected=f"one of {', '.join(data.features)}", got=repr(column),
-            cure=did_you_mean(column, data.features) or "Set `column:` to one of them.",
-        )  # fmt: skip
-    if column is not None and column not in candidates:
-        raise DamError(
-            f"column {column!r} of {where}", expected=f"{kind}s", got=f"{data.features[column]}",
-            cure="Labels never reach the search: name the column with the inputs.",
-        )  # fmt: skip
-    if column is None:
-        if len(candidates) != 1:
-            raise DamError(
-                f"columns of {where}", expected=f"exactly one with {kind}s",
-                got=", ".join(candidates) or f"none among {', '.join(data.features)}",
-                cure="Set `column:`.",
-            )  # fmt: skip
-        column = candidates[0]
-    selected = data.select_columns([column])
-    if kind == "image" and not isinstance(selected.features[column], datasets.Image):
-        selected = selected.cast_column(column, datasets.Image())
-    return selected[column]
+    return tuple(Path(folder) for folder in (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE))
 
 
-def _holds(feature: Any, kind: Kind) -> bool:
-    import datasets
-
-    if kind == "text":
-        return isinstance(feature, datasets.Value) and feature.dtype in {"string", "large_string"}
-    return (
-        isinstance(feature, datasets.Image)
-        or (isinstance(feature, dict) and "bytes" in feature)
-        or (isinstance(feature, datasets.Value) and feature.dtype in {"binary", "large_binary"})
-    )
-
-
-def _image(row: Any, where: str) -> Image.Image:
-    try:
-        image = row if isinstance(row, Image.Image) else Image.open(row if isinstance(row, Path) else io.BytesIO(row))
-        return image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DamError(where, expected="an image", got=str(error), cure="Remove or repair this sample.") from error
+def file_states(paths: Sequence[Path]) -> dict[Path, tuple[int, ...]]:
+    """Place, length and time of change (ns) of the files among `paths`."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            state = path.stat()
+        except OSError:
+            continue  # a Hub dataset, or a file whose absence the reader reports
+        found[path] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    return found
 
 
-def _text(row: Any, where: str) -> str:
-    return str(row or "")
+def _warn_about_labels(texts: Sequence[str], where: str) -> None:
+    distinct = len(set(texts))
+    if len(texts) >= 20 * distinct > 0:
+        LOG.warning("%s: only %d different texts among %d; are these labels?", where, distinct, len(texts))

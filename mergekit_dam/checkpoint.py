@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.untrusted import load_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -35,6 +35,7 @@ class Checkpoint:
         self.path = path
         self._files = files
         self._handles: dict[str, Any] = {}
+        self._seen: dict[str, tuple[int, ...] | None] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -62,23 +63,27 @@ class Checkpoint:
                 "from_pretrained(...).save_pretrained(...) in a sandbox."
                 if pickled else "Save the model with save_pretrained(...).",
             )  # fmt: skip
+        if not files:
+            raise DamError(
+                f"model {path}", expected="at least one tensor", got="none", cure="Download or save it again."
+            )
         return cls(path, files)
 
     @staticmethod
     def _read_index(path: Path) -> dict[str, str]:
         try:
-            weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = load_json(path / _INDEX)["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (KeyError, AttributeError) as error:
             raise DamError(
                 f"{path / _INDEX}", expected="JSON with a weight_map", got=repr(error),
                 cure="Save the model again with save_pretrained(...).",
             ) from error  # fmt: skip
         for file in sorted(set(files.values())):
-            if Path(file).name != file or not (path / file).is_file():
+            if Path(file).name != file or not file.endswith(".safetensors") or not (path / file).is_file():
                 raise DamError(
-                    f"{path / _INDEX}", expected="shard files beside the index", got=repr(file),
-                    cure="Download the missing shard; names with folders are refused.",
+                    f"{path / _INDEX}", expected="safetensors files beside the index", got=repr(file),
+                    cure="Download the missing shard; names with folders, and pickle files, are refused.",
                 )  # fmt: skip
         return files
 
@@ -95,7 +100,14 @@ class Checkpoint:
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:
-            self._handles[file] = _safe_open(self.path / file)
+            handle = _safe_open(self.path / file)
+            missing = {name for name, where in self._files.items() if where == file} - set(handle.keys())
+            if missing:
+                raise DamError(
+                    f"{self.path / file}", expected=f"the tensor {min(missing)}, as the index says", got="none",
+                    cure="Download the index and the shards again, of one revision.",
+                )  # fmt: skip
+            self._handles[file] = handle
         return self._handles[file]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -120,9 +132,32 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 over the content of all weight files (hex): names of files or their place do not enter."""
         files = sorted(set(self._files.values()))
+        self._seen = {file: _state(self.path / file) for file in files}
         with ThreadPoolExecutor(max_workers=4) as pool:
             parts = list(pool.map(lambda file: _sha256(self.path / file), files))
         return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
+
+    def require_unchanged(self) -> None:
+        """Refuse weight files that are not as they were when `digest` read them.
+
+        Raises:
+            DamError: a file was replaced, written to, or is gone.
+        """
+        for file, state in self._seen.items():
+            if _state(self.path / file) != state:
+                raise DamError(
+                    f"{self.path / file}", expected="the file that was read at the start", got="a changed one",
+                    cure="Run again, and leave the models alone while they are merged.",
+                )  # fmt: skip
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Place, length and time of change (ns); None if it is gone. Hashing again would read everything once more."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _safe_open(path: Path) -> Any:

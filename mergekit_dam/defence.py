@@ -25,6 +25,7 @@ from mergekit_dam.inversion import Finding, Inversion, scan, suspects
 from mergekit_dam.losses import distillation
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine
 from mergekit_dam.merged_model import MergedModel, Weights
+from mergekit_dam.numerics import require_finite_gradients
 from mergekit_dam.search import Progress, Track, calibration_batch, combined, masks_in_use, require_finite
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
@@ -167,7 +168,9 @@ class InversionSearch:
                 other = combine([self.masks[o].factor(probabilities[o][key]) for o in self.masks if o != name])
                 through = gradient if other is None else gradient * other
                 mask.logits[key].grad = mask.logit_gradient(probabilities[name][key], through)
+            require_finite_gradients({key: mask.logits[key].grad for key in gradients}, f"mask {name}", step)
         self.coefficients.grad = self.model.coefficient_gradients(weights, merged, self.coefficients)
+        require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
         share = 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(1, self.config.steps)))
         for optimiser, rate in self.optimisers:
             for group in optimiser.param_groups:

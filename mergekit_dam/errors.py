@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+_LONGEST = 2000  # characters of a message
+
 
 class DamError(click.ClickException, ValueError):
     """A fault in the input, the settings or the environment that the user can cure.
@@ -23,8 +25,7 @@ class DamError(click.ClickException, ValueError):
 
     def __init__(self, subject: str, *, expected: str, got: str, cure: str) -> None:
         self.subject, self.expected, self.got, self.cure = subject, expected, got, cure
-        message = " ".join(f"{subject}: expected {expected}, got {got}. {cure}".split())
-        super().__init__(message)
+        super().__init__(_one_line(f"{subject}: expected {expected}, got {got}. {cure}"))
 
     def __str__(self) -> str:
         return self.message
@@ -32,6 +33,14 @@ class DamError(click.ClickException, ValueError):
     def __reduce__(self) -> Any:
         """Errors of worker processes travel to the one that waits for them."""
         return partial(DamError, expected=self.expected, got=self.got, cure=self.cure), (self.subject,)
+
+
+def _one_line(text: str) -> str:
+    """Names come from strangers' files: control codes would move the cursor or hide text, so they are spelt out."""
+    line = " ".join(text.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
 
 
 def first_line(error: Exception) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import did_you_mean
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.hub_errors import is_hub_id
 from mergekit_dam.hub_inputs import fetch
 from mergekit_dam.module_names import meta_model, module_names, tied_names
+from mergekit_dam.untrusted import load_yaml, plain_name, require_plausible_config
 
 
 def load_merged(
@@ -38,7 +39,7 @@ def load_merged(
     hub_id = not Path(output).exists() and isinstance(output, str) and output.count("/") == 1 and is_hub_id(output)
     output = fetch(str(output), revision, everything=True)[0] if hub_id else Path(output)
     if task is None:
-        config = AutoConfig.from_pretrained(output)
+        config = _config(output)
         head: dict[str, Tensor] = {}
     else:
         config, head = _head(output, task)
@@ -73,9 +74,10 @@ def load_merged(
 
 def _head(output: Path, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]:
     """The task's config and head tensors: beside the output, else from the input model that the recipe names."""
+    plain_name(task, f"task {task!r}")
     folder = output / "dam" / "heads"
     if (folder / f"{task}.json").is_file():
-        return AutoConfig.from_pretrained(folder / f"{task}.json"), load_file(folder / f"{task}.safetensors")
+        return _config(folder / f"{task}.json"), _tensors(folder / f"{task}.safetensors")
     inputs = _input_models(output)
     if task not in inputs:
         known = sorted({*inputs, *(p.stem for p in folder.glob("*.json"))})
@@ -87,7 +89,7 @@ def _head(output: Path, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]
         )  # fmt: skip
     path = inputs[task]
     checkpoint, merged = Checkpoint.open(path), Checkpoint.open(output)
-    config = AutoConfig.from_pretrained(path)
+    config = _config(path)
     model = meta_model(config, torch.device("cpu"))
     covered = set(module_names(model, merged.names).values())
     own = module_names(model, checkpoint.names)
@@ -98,6 +100,37 @@ def _input_models(output: Path) -> dict[str, Path]:
     recipe = output / "mergekit_config.yml"
     if not recipe.is_file():
         return {}
-    models = (yaml.safe_load(recipe.read_text("utf-8")) or {}).get("models") or []
-    paths = [Path(str(entry["model"])) for entry in models]
+    values = load_yaml(recipe.read_text("utf-8"), str(recipe))
+    models = values.get("models") if isinstance(values, dict) else None
+    paths = [Path(str(entry["model"])) for entry in models or [] if isinstance(entry, dict) and "model" in entry]
     return {path.name: path for path in paths if path.is_dir()}
+
+
+def _config(path: Path) -> PretrainedConfig:
+    """A config, without running code that it names.
+
+    Raises:
+        DamError: not a config of a class that transformers itself has.
+    """
+    try:
+        if path.is_dir():
+            require_plausible_config(path)
+        found: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, DamError):
+            raise
+        raise DamError(
+            f"config {path}", expected="a model of the installed transformers", got=first_line(error),
+            cure="Merge again, or upgrade transformers; code that comes with a model is not run here.",
+        ) from error  # fmt: skip
+    return found
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DamError(
+            f"head {path}", expected="a complete safetensors file", got=first_line(error), cure="Merge again."
+        ) from error
+    return found

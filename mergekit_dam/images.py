@@ -5,8 +5,8 @@ Legend: B batch, C channels, H, W pixels.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.untrusted import load_json
+
 LOG = logging.getLogger(__name__)
+_LARGEST_EDGE = 4096  # pixels of a resized image; 200 MB for one, beyond what any encoder here takes
+_SMALLEST_STD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,16 @@ class Preprocessing:
         for folder in folders:
             file = folder / "preprocessor_config.json"
             if file.is_file():
-                return cls._from_json(json.loads(file.read_text("utf-8")), image_size)
+                values = load_json(file)
+                try:
+                    found = cls._from_json(values, image_size)
+                    found._require_plausible()
+                except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                    raise DamError(
+                        str(file), expected="sizes in pixels, and mean and std of three channels",
+                        got=first_line(error), cure="Download it again, or write it with save_pretrained(...).",
+                    ) from error  # fmt: skip
+                return found
         LOG.warning("no preprocessor_config.json: images are resized to %d, mean = std = 0.5", image_size)
         return cls((image_size, image_size), None, Image.Resampling.BILINEAR, (0.5,) * 3, (0.5,) * 3)
 
@@ -62,6 +76,18 @@ class Preprocessing:
             tuple(values.get("image_std", (0.5,) * 3)) if normalise else (1.0,) * 3,
         )  # fmt: skip
 
+    def _require_plausible(self) -> None:
+        """Raise ValueError for what would fill the memory or make NaN."""
+        edges = [*(self.resize if isinstance(self.resize, tuple) else (self.resize,)), *(self.crop or ())]
+        for edge in edges:
+            if not isinstance(edge, int) or not 1 <= edge <= _LARGEST_EDGE:
+                raise ValueError(f"an edge of {edge!r} pixels (1 to {_LARGEST_EDGE} can be)")
+        Image.Resampling(self.resample)
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
+        if not all(math.isfinite(v) for v in (*self.mean, *self.std)) or min(map(abs, self.std)) < _SMALLEST_STD:
+            raise ValueError(f"mean {self.mean} and std {self.std}")
+
     def pixels(self, images: Iterable[Image.Image]) -> Tensor:
         """uint8 pixels_BCHW: a quarter of the memory of floats, and what the file held."""
         return torch.stack([self._one(image) for image in images])
@@ -70,7 +96,7 @@ class Preprocessing:
         image = image.convert("RGB")
         if isinstance(self.resize, int):
             scale = self.resize / min(image.size)
-            width, height = (max(1, round(edge * scale)) for edge in image.size)
+            width, height = (min(max(1, round(edge * scale)), _LARGEST_EDGE) for edge in image.size)
         else:
             height, width = self.resize
         if image.size != (width, height):

@@ -15,13 +15,14 @@ import datasets
 import torch
 
 from mergekit_dam import seeds
-from mergekit_dam.calibration import Kind
+from mergekit_dam.calibration_files import IMAGES, LOADERS, Kind
 from mergekit_dam.config import did_you_mean
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.hub_errors import is_hub_id
+from mergekit_dam.hub_inputs import require_dataset
 
 Names = Mapping[str, int]
-_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-_IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+_LOADERS = {".parquet": "parquet", **LOADERS}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def read_labelled(source: Source, kind: Kind, name: str, known: Names) -> tuple[
 
 def _table(path: Path, source: Source, kind: Kind) -> datasets.Dataset:
     if path.is_dir() and kind == "image":
-        files = sorted(p for p in path.glob("*/*") if p.suffix.lower() in _IMAGES)
+        files = sorted(p for p in path.glob("*/*") if p.suffix.lower() in IMAGES)
         columns = {"image": [str(p) for p in files], source.label_column: [p.parent.name for p in files]}
         return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     if path.is_file():
@@ -85,6 +86,8 @@ def _table(path: Path, source: Source, kind: Kind) -> datasets.Dataset:
     if path.exists() or path.suffix in _LOADERS or source.data.startswith((".", "/", "~")):
         raise FileNotFoundError("no such file")
     dataset, _, revision = source.data.partition("@")
+    if is_hub_id(dataset):
+        require_dataset(dataset, revision or None, f"evaluation data ({source.data})")
     return datasets.load_dataset(dataset, split=source.split, revision=revision or None)
 
 

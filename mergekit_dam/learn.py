@@ -19,13 +19,14 @@ from accelerate.utils import tqdm
 from filelock import FileLock
 from safetensors.torch import save_file
 
-from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, save, verify
+from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, load_cached, save, verify
 from mergekit_dam.artifact_folder import METRICS_FILE, TRIGGERS_FILE, write_run
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.errors import DamError
 from mergekit_dam.findings import save_triggers
 from mergekit_dam.merged_model import MergedModel
+from mergekit_dam.numerics import warn_about_masks, warn_about_task_vectors
 from mergekit_dam.plan import Plan
 from mergekit_dam.search import PaperSearch
 from mergekit_dam.task_vectors import TaskVectors, survey
@@ -49,14 +50,17 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
     Raises:
         DamError: anything wrong with models, data or settings, before the first step.
     """
-    digests = {model.name: Checkpoint.open(model.path).digest() for model in (plan.base, *plan.models)}
+    checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)}
+    digests = {name: checkpoint.digest() for name, checkpoint in checkpoints.items()}
     if plan.config.masks is not None:
         path = Path(plan.config.masks).expanduser()
         masks = load(path)
         verify(masks, plan, digests, path=path)
+        warn_about_masks(masks.probabilities, masks.coefficients)
         return path.parent, masks
     vectors = TaskVectors(plan)
     found = survey(vectors)
+    warn_about_task_vectors([model.name for model in plan.models], found.norms)
     device = device_of(plan.config.device)
     tasks = build_tasks(plan, device)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
@@ -71,9 +75,11 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
             cure="Set MERGEKIT_DAM_CACHE to one.",
         ) from error  # fmt: skip
     with FileLock(folder / ".lock"):  # a second run on the same inputs waits and then finds the masks
-        if (folder / MASKS_FILE).is_file():
+        cached = load_cached(folder / MASKS_FILE, plan, digests)
+        if cached is not None:
             LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
-            return folder, load(folder / MASKS_FILE)
+            warn_about_masks(cached.probabilities, cached.coefficients)
+            return folder, cached
         model = MergedModel(vectors, found.changed, device)
         start = torch.tensor([m.settings.weight for m in plan.models])
         _save_heads(tasks, folder / "heads")
@@ -104,6 +110,9 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
             "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
             "audit": search.audit(),
         }  # fmt: skip
+        warn_about_masks(probabilities, coefficients)
+        for checkpoint in checkpoints.values():
+            checkpoint.require_unchanged()
         if isinstance(search, InversionSearch):
             save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
         write_run(

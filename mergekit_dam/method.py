@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -32,11 +32,14 @@ from mergekit.merge_methods.base import (
 from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, did_you_mean, unknown_keys
 from mergekit_dam.errors import DamError
 from mergekit_dam.exit_check import compare_at_exit
-from mergekit_dam.recipe import Context, configured, planner_context, refuse_moved_layers
+from mergekit_dam.numerics import require_finite
+from mergekit_dam.output import OutputLocks, keep
+from mergekit_dam.recipe import Context, configured, forget_planners, planner_context, planner_of, refuse_moved_layers
 
 LOG = logging.getLogger(__name__)
 Values = tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]  # raw settings: shared, and per model
-_KEPT_RUNS = 8  # merges whose masks stay open in one process; they are small handles on files
+_KEPT_RUNS = 16  # merges whose masks stay open in one process; they are small handles on files
+_OVERFLOW = "Lower the models' weight, leave out a model with a huge task vector, or write bfloat16 or float32."
 _PROBES = 256  # elements compared to tell whether mergekit handed over the planned tensor
 
 
@@ -49,13 +52,14 @@ class _Run:
     context: Context | None
     values: Values | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    thread: int = field(default_factory=threading.get_ident)
     plan: Any = None
     state: _Applied | None = None
 
     def is_for(self, context: Context, base: Hashable, models: Sequence[Hashable]) -> bool:
         return (
             self.context is not None
-            and self.context.planner is context.planner  # a config may be run again, a planner is new each time
+            and self.context.planner() is context.planner()  # a config may be run again, a planner is new each time
             and (self.base, self.models) == (base, models)
         )
 
@@ -94,6 +98,7 @@ class DAM(GroupMergeMethod):
     def __init__(self) -> None:
         self._runs: list[_Run] = []
         self._lock = threading.Lock()
+        self._outputs = OutputLocks()
 
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
@@ -118,6 +123,8 @@ class DAM(GroupMergeMethod):
                 LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, KNOWN))
             run.plan = _build_plan(run)
             if context.out_path is not None:
+                inputs = [model.path for model in (run.plan.base, *run.plan.models)]
+                self._outputs.claim(Path(context.out_path), inputs, until=planner_of(context).out_model_config)
                 compare_at_exit(context.out_path, run.plan, context.config)
         with self._lock:
             self._runs = [run, *self._runs][:_KEPT_RUNS]
@@ -132,15 +139,16 @@ class DAM(GroupMergeMethod):
         run = self._run_for(group, parameters)
         with run.lock:
             if run.state is None:
+                forget_planners()
                 run.state = _Applied(run, parameters)
         merged: torch.Tensor = run.state.merge(group)
         return merged
 
     def _run_for(self, group: TensorGroup, parameters: Mapping[str, Any]) -> _Run:
         with self._lock:
-            for run in self._runs:
-                if run.serves(group, parameters):
-                    return run
+            serving = [run for run in self._runs if run.serves(group, parameters)]
+            if serving:  # threads may run equal merges at once, each into its own output
+                return min(serving, key=lambda run: run.thread != threading.get_ident())
             assert group.base is not None
             models = tuple(entry.id for entry in group.non_base)
             run = _Run(group.base.id, models, None, _given(parameters, models))
@@ -162,9 +170,10 @@ class _Applied:
         with torch.enable_grad():
             folder, self.masks = learn_masks(plan, quiet=run.context is not None and run.context.options.quiet)
         self.order = run.models
+        self.written = run.context and dtype_from_name(run.context.config.out_dtype)
         self.vectors = TaskVectors(plan)
         if run.context is not None and run.context.out_path is not None:
-            _keep(folder, Path(run.context.out_path) / "dam")
+            keep(folder, Path(run.context.out_path))
 
     def merge(self, group: TensorGroup) -> torch.Tensor:
         from mergekit_dam.merge_rule import merge
@@ -189,6 +198,8 @@ class _Applied:
             return base.clone()
         coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
         merged: torch.Tensor = merge(base, models, coefficients, self.masks.mask(spec.mask_name, base.device))
+        written = self.written or base.dtype
+        require_finite(merged.to(written), f"merged tensor {name} in {written}", "the merge", _OVERFLOW)
         return merged.to(base.dtype)
 
 
@@ -226,19 +237,6 @@ def _build_plan(run: _Run) -> Any:
         per_model={ref: {k: v for k, v in own.items() if k in KNOWN} for ref, own in per_model.items()},
         options=run.context.options if run.context is not None else None,
     )  # fmt: skip
-
-
-def _keep(folder: Path, target: Path) -> None:
-    """Masks, metrics and heads beside the output; mergekit reads only the directory's top level as weights."""
-    from mergekit_dam.artifact_folder import copy_artifact
-
-    try:
-        copy_artifact(folder, target)
-    except OSError as error:
-        raise DamError(
-            f"output {target}", expected="a folder that can be written", got=str(error),
-            cure="Choose another output directory.",
-        ) from error  # fmt: skip
 
 
 def register_dam() -> None:

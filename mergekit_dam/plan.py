@@ -19,8 +19,12 @@ from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, did_you_mean, p
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.families import register_architectures
 from mergekit_dam.hub_errors import hub_cause, hub_error
+from mergekit_dam.hub_inputs import LocalReference
 from mergekit_dam.module_names import meta_model, module_names
+from mergekit_dam.untrusted import file_safe, require_plausible_config
 from mergekit_dam.verify import check_coverage
+
+_REMOTE_CODE = "It needs code of its own: read that code, then give --trust-remote-code if you trust it."
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def model_input(name: str, ref: ModelReference, settings: ModelSettings, options
     Raises:
         DamError: a model that cannot be read.
     """
+    refuse_unsafe(ref)
     try:
         merged = ref.merged(
             cache_dir=options.lora_merge_cache,
@@ -155,21 +160,45 @@ def model_input(name: str, ref: ModelReference, settings: ModelSettings, options
             raise hub_error(cause, f"model {ref}") from error
         raise DamError(
             f"model {ref}", expected="a local model directory or a Hub id that can be read", got=first_line(error),
-            cure="Check the path or id, and HF_TOKEN for gated models; model+lora needs --lora-merge-cache DIR.",
+            cure=_REMOTE_CODE if "trust_remote_code" in str(error) else "Check the path or id, and HF_TOKEN for gated "
+            "models; model+lora needs --lora-merge-cache DIR.",
         ) from error  # fmt: skip
+    if path != Path(ref.model.path):
+        require_plausible_config(path)
     return ModelInput(name, ref, path, config, settings)
+
+
+def refuse_unsafe(ref: ModelReference) -> None:
+    """Before any other library opens it: pickled weights, also of an adapter, and sizes that exhaust the machine.
+
+    Raises:
+        DamError: for a local directory that holds such things. What is not local yet is checked once it is.
+    """
+    local = isinstance(ref, LocalReference)
+    folder = Path(ref.model_folder if local else ref.model.path)
+    if folder.is_dir():
+        require_plausible_config(folder)
+        Checkpoint.open(folder)
+    adapter = Path((ref.lora_folder if local else None) or ref.lora.path) if ref.lora is not None else None
+    if adapter is not None and adapter.is_dir() and not (adapter / "adapter_model.safetensors").is_file():
+        raise DamError(
+            f"adapter {adapter}", expected="adapter_model.safetensors",
+            got=", ".join(sorted(p.name for p in adapter.glob("*.bin"))[:2]) or "no such file",
+            cure="Pickle can run code and is never loaded: save the adapter again with safe_serialization=True.",
+        )  # fmt: skip
 
 
 def _task_names(models: Sequence[ModelReference]) -> list[str]:
     """A short, unique, file-safe name per model: the last part of its path, numbered where two agree."""
     names: list[str] = []
+    taken = {"base"}  # theta_0's own name; compared without case, since some file systems know none
     for ref in models:
-        last = Path((ref.lora or ref.model).path).name
-        stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in last) or "model"
+        stem = file_safe(Path((ref.lora or ref.model).path).name)
         name, count = stem, 2
-        while name in names:
+        while name.casefold() in taken:
             name, count = f"{stem}-{count}", count + 1
         names.append(name)
+        taken.add(name.casefold())
     return names
 
 

@@ -24,8 +24,10 @@ from mergekit_dam.hub_inputs import Inputs, localise, record_inputs
 from mergekit_dam.learn import cache_folder
 from mergekit_dam.learn import learn_masks as learn
 from mergekit_dam.method import register_dam
+from mergekit_dam.output import cannot_write
 from mergekit_dam.plan import Plan, model_input
 from mergekit_dam.recipe import plan_of
+from mergekit_dam.untrusted import load_yaml
 from mergekit_dam.verify import verify_output
 
 Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
@@ -103,10 +105,7 @@ class Prepared:
             try:
                 copy_artifact(folder, out)
             except OSError as error:
-                raise DamError(
-                    f"output {out}", expected="a folder that can be written", got=str(error),
-                    cure="Choose another output directory.",
-                ) from error  # fmt: skip
+                raise cannot_write(out, error) from error
         return out / MASKS_FILE
 
 
@@ -147,13 +146,15 @@ def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, Merge
             source = yaml.safe_dump(dict(recipe), sort_keys=False)
         else:
             source = Path(recipe).read_text("utf-8")
-        content = yaml.safe_load(source)
+        content = load_yaml(source, name)
         changed = {key: value for key, value in settings.items() if value is not None}
         if changed and isinstance(content, dict):
             content["parameters"] = {**(content.get("parameters") or {}), **changed}
             source = yaml.safe_dump(content, sort_keys=False)
         return source, MergeConfiguration.model_validate(content)
-    except (OSError, yaml.YAMLError, ValueError, RuntimeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RuntimeError, TypeError, RecursionError) as error:
+        if isinstance(error, DamError):
+            raise
         raise DamError(
             name, expected="a mergekit configuration", got=" ".join(str(error).split())[:200],
             cure="See the example in the README.",

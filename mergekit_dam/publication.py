@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from mergekit_dam.artifact import MASKS_FILE
+from mergekit_dam.artifact_form import check_metadata, read_metadata
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub_inputs import INPUTS_FILE
 from mergekit_dam.measurements import EVALUATION_FILE
+from mergekit_dam.untrusted import load_yaml
 from mergekit_dam.verify import verify_output
 
 RECIPE = "mergekit_config.yml"
@@ -98,7 +100,7 @@ def inspect(folder: Path) -> Publication:
             ) from error  # fmt: skip
     recipe_text = _text(folder / RECIPE)
     try:
-        recipe = yaml.safe_load(recipe_text)
+        recipe = load_yaml(recipe_text, str(folder / RECIPE))
         merge_method = recipe["merge_method"]
         publication = Publication(
             folder=folder, config=config, recipe_text=recipe_text, recipe=recipe,
@@ -195,7 +197,8 @@ def _metadata(path: Path) -> dict[str, Any]:
         return {}
     try:
         with safe_open(str(path), framework="pt") as file:
-            found: dict[str, Any] = json.loads((file.metadata() or {})["dam"])
+            found = read_metadata((file.metadata() or {})["dam"])
+        check_metadata(found)
         return found
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DamError(

@@ -8,6 +8,7 @@ planner (the Python API for single tensors) simply has no context.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,19 +22,15 @@ from mergekit_dam.plan import Plan, build_plan
 
 @dataclass
 class Context:
-    """What the planner knows: read, never changed."""
+    """What the planner knows: read, never changed.
 
-    planner: Any
+    The planner itself is held weakly, so that what belongs to one merge is freed when that merge ends.
+    """
+
+    planner: weakref.ref[Any]
+    config: Any
+    options: MergeOptions
     out_path: str | None = None
-
-    @property
-    def config(self) -> Any:
-        return self.planner.config
-
-    @property
-    def options(self) -> MergeOptions:
-        options: MergeOptions = self.planner.options
-        return options
 
 
 def planner_context() -> Context | None:
@@ -45,12 +42,31 @@ def planner_context() -> Context | None:
     while frame is not None:
         planner = frame.f_locals.get("self")
         if context is None and isinstance(planner, MergePlanner):
-            context = Context(planner)
+            context = Context(weakref.ref(planner), planner.config, planner.options)
         if context is not None and frame.f_code.co_name == "plan_to_disk":
             context.out_path = frame.f_locals.get("out_path")
             break
         frame = frame.f_back  # type: ignore[assignment]
     return context
+
+
+def planner_of(context: Context) -> Any:
+    """The planner while it plans."""
+    planner = context.planner()
+    assert planner is not None, "validate_inputs is called by the planner"
+    return planner
+
+
+def forget_planners() -> None:
+    """Empty mergekit's cache on MergePlanner, which would keep the last 128 planners, and their merges, in memory.
+
+    Only planning reads it, and it is filled again when needed.
+    """
+    from mergekit.plan import MergePlanner
+
+    clear = getattr(MergePlanner._model_arch, "cache_clear", None)
+    if clear is not None:
+        clear()
 
 
 def configured(

@@ -22,6 +22,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, entropy
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, combine, mask_shape
 from mergekit_dam.merged_model import MergedModel, Weights, clear_gradients
+from mergekit_dam.numerics import require_finite_gradients
 from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.tasks import Task
 
@@ -93,7 +94,7 @@ class PaperSearch:
         self.ascend(weights, batches)
         turn = tuple(self.masks)[step % len(self.masks)]
         parts = self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION)
-        self.update(turn, samples, weights, coefficients)
+        self.update(turn, samples, weights, coefficients, step)
         density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
         total = sum(parts.values())
         record = {"phase": "masks", "step": step, "turn": turn, "loss": total, "loss/inner": before, **parts, **density}
@@ -148,7 +149,7 @@ class PaperSearch:
             loss.backward()
         return parts
 
-    def update(self, turn: str, samples: dict[str, Weights], weights: Weights, coefficients: Tensor) -> None:
+    def update(self, turn: str, samples: dict[str, Weights], weights: Weights, coefficients: Tensor, step: int) -> None:
         """Step 4, second half: one Adam step of the mask whose turn it is."""
         mask = self.masks[turn]
         shapes = {key: mask.logits[key].shape for key in self.model.mask_names}
@@ -158,6 +159,7 @@ class PaperSearch:
             other = combine(others)
             through = gradient if other is None else gradient * other
             mask.logits[key].grad = mask.logit_gradient(samples[turn][key], through)
+        require_finite_gradients({key: mask.logits[key].grad for key in gradients}, f"mask {turn}", step)
         self.optimisers[turn].step()
 
     def fit_coefficients(self, probabilities: dict[str, Weights]) -> Tensor:

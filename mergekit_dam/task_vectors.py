@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.errors import DamError
 from mergekit_dam.merge_rule import task_vector
+from mergekit_dam.numerics import require_finite
 from mergekit_dam.plan import Plan, TensorSpec
 
 
@@ -64,12 +64,12 @@ def survey(vectors: TaskVectors) -> Survey:
         base = vectors.base(spec.name)
         if not base.is_floating_point():
             continue
-        _require_finite(base, spec.base_source, plan.base.name)
+        require_finite(base, f"tensor {spec.base_source}", f"model {plan.base.name}")
         moved = False
         for t, model in enumerate(vectors.models(spec.name)):
             if model is None:
                 continue
-            _require_finite(model, str(spec.sources[t]), plan.models[t].name)
+            require_finite(model, f"tensor {spec.sources[t]}", f"model {plan.models[t].name}")
             square = float(task_vector(base, model).double().square().sum())
             squares[t] += square
             moved |= square > 0.0
@@ -81,13 +81,3 @@ def survey(vectors: TaskVectors) -> Survey:
             got="models equal to the base in every tensor", cure="Check base_model and the paths of the models.",
         )  # fmt: skip
     return Survey(tuple(changed), tuple(math.sqrt(square) for square in squares))
-
-
-def _require_finite(tensor: Tensor, name: str, owner: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise DamError(
-            f"tensor {name} of model {owner}", expected="finite weights",
-            got=f"{count} of {tensor.numel()} NaN or infinite",
-            cure="This model is damaged: download or train it again, or leave it out.",
-        )  # fmt: skip

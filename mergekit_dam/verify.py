@@ -53,7 +53,7 @@ def verify_output(
         DamError: tensors missing, added, or of another shape or type.
     """
     wanted, written = Checkpoint.open(base), Checkpoint.open(output)
-    model = meta_model(base_config or AutoConfig.from_pretrained(base), torch.device("cpu"))
+    model = meta_model(base_config or AutoConfig.from_pretrained(base, trust_remote_code=False), torch.device("cpu"))
     expected, got = _by_parameter(model, wanted), _by_parameter(model, written)
     taken = model.state_dict()
     # a tensor that this class does not load, like an old position_ids buffer, may be kept or dropped

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ from tests.tiny_models import WORDS, make_model
 
 transformers.logging.set_verbosity_error()
 FAST = {"steps": 3, "coefficient_steps": 2, "batch_size": 4, "num_samples": 8, "max_length": 12}
+
+
+def _stay_here(event: str, arguments: tuple[Any, ...]) -> None:
+    """Tests talk to servers of their own on this machine at most."""
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        address = arguments[1] if event == "socket.connect" else arguments
+        host = address[0] if isinstance(address, tuple) else None  # a path: a socket of this machine
+        if host not in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0"):
+            raise RuntimeError(f"tests must not use the network: {event} {host}")
+
+
+sys.addaudithook(_stay_here)
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from mergekit_dam.artifact import SCHEMA, LearnedMasks, load, save
 
 GOLDEN = Path(__file__).parent / "golden" / "dam_masks.safetensors"
+WITHOUT_CHECKSUM = GOLDEN.with_name("dam_masks_without_checksum.safetensors")  # as version 0.1 wrote it
 
 
 def _masks() -> LearnedMasks:
@@ -28,8 +30,9 @@ def test_writing_gives_the_golden_bytes(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-def test_the_golden_file_is_read_and_applied() -> None:
-    masks = load(GOLDEN)
+@pytest.mark.parametrize("file", [GOLDEN, WITHOUT_CHECKSUM])
+def test_the_golden_file_is_read_and_applied(file: Path) -> None:
+    masks = load(file)
     first = torch.arange(6).reshape(2, 3) / 8
     expected = (first / first.mean()) * ((1 - first) / (1 - first).mean())
     found = masks.mask("w")

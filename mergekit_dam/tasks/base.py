@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.module_names import meta_model, module_names, tied_names
+from mergekit_dam.numerics import require_finite
 from mergekit_dam.perturbation import Bounds, Perturb
 from mergekit_dam.plan import ModelInput, Plan
 
@@ -52,6 +53,8 @@ class Task(ABC):
         self.head = {
             name: self.checkpoint.tensor(name).to(device) for name, target in own.items() if target not in covered
         }
+        for name, tensor in self.head.items():
+            require_finite(tensor, f"tensor {name}", f"the head of model {self.name}")
         self._head_targets = {own[name]: tensor for name, tensor in self.head.items()}
         self._tied = tied_names(self.module)
 

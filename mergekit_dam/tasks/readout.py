@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.hub_inputs import fetch
+from mergekit_dam.numerics import require_finite
 
 PROMPT = "a photo of a {}."
 Readout = Callable[[Any], Tensor]
@@ -28,7 +29,13 @@ def tokenizer_of(folders: Sequence[Path], owner: str) -> Any:
     """The tokenizer of the first folder that has one."""
     for folder in folders:
         if any((folder / file).is_file() for file in _TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(folder)
+            try:
+                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            except Exception as error:  # the libraries below raise bare exceptions on damaged files
+                raise DamError(
+                    f"tokenizer of {owner} ({folder})", expected="files that transformers can read by itself",
+                    got=first_line(error), cure="Save it again with save_pretrained(...); code in it is never run.",
+                ) from error  # fmt: skip
     raise DamError(
         f"tokenizer of {owner}", expected="tokenizer files beside the model or the base", got="none",
         cure="Save the tokenizer into the model's directory.",
@@ -72,6 +79,9 @@ def linear_head(source: str, width: int, owner: str, device: torch.device) -> Re
             got=f"weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)}",
             cure="Give the head that belongs to this encoder.",
         )  # fmt: skip
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            require_finite(tensor, name, f"head of {owner} ({source})")
     return lambda output: F.linear(pooled(output), weight, bias)
 
 

@@ -1,0 +1,118 @@
+"""What a `dam_masks.safetensors` must look like before anything in it is believed: types, ranges and a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, StrictStr, StringConstraints, ValidationError
+from torch import Tensor
+
+CHECKSUM = "content_sha256"  # entry of the metadata
+Digest = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-zA-Z]{1,64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class _Settings(_Part):
+    rescale: StrictBool
+
+
+class _Base(_Part):
+    model: StrictStr
+    sha256: Digest
+
+
+class _Model(_Base):
+    name: StrictStr
+    samples: list[StrictStr]
+
+
+class _Metadata(_Part):
+    """The entries that this package reads; others are kept as they are."""
+
+    schema_: StrictInt
+    settings: _Settings
+    base: _Base
+    models: list[_Model]
+    tensors: list[StrictStr]
+
+
+def read_metadata(text: str) -> dict[str, Any]:
+    """The JSON object in the file's header.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        metadata = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("metadata nested too deeply") from error
+    if not isinstance(metadata, dict):
+        raise ValueError("metadata that are no object")
+    return metadata
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Every entry that is read later has its proper type.
+
+    Raises:
+        ValueError: saying which entry is wrong.
+    """
+    try:
+        _Metadata.model_validate({**metadata, "schema_": metadata.get("schema")})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"metadata {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except RecursionError as error:
+        raise ValueError("metadata nested too deeply") from error
+    if len(set(metadata["tensors"])) != len(metadata["tensors"]):
+        raise ValueError("a tensor that is listed twice")
+
+
+def check_values(
+    metadata: Mapping[str, Any], probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor
+) -> None:
+    """Shapes, types and ranges of what is multiplied into weights.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    models, tensors = len(metadata["models"]), len(metadata["tensors"])
+    shape = tuple(coefficients.shape)
+    if shape not in {(models, 1), (models, tensors)} or coefficients.dtype != torch.float32:
+        raise ValueError(f"coefficients of shape {shape} for {models} models and {tensors} tensors")
+    # no bound on their size: a start at nearly closed masks makes large ones, and the merge checks its results
+    if not bool(torch.isfinite(coefficients).all()):
+        raise ValueError("coefficients that are not finite")
+    for by_name in probabilities.values():
+        for name, values in by_name.items():
+            if values.dtype != torch.float16 or not bool(((values >= 0) & (values <= 1)).all()):
+                raise ValueError(f"mask of {name} is not float16 within [0, 1]")
+            if len({by[name].shape for by in probabilities.values() if name in by}) > 1 or not values.numel():
+                raise ValueError(f"masks of {name} that are empty or differ in shape")
+
+
+def checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over the metadata, and name, type, shape and bytes of every tensor, in the order of names.
+
+    It finds damage, not forgery: whoever writes a file can write its checksum.
+    """
+    rest = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    names = sorted(tensors)
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets go of Python's lock
+        for name, part in zip(names, pool.map(lambda name: _bytes_digest(tensors[name]), names), strict=True):
+            digest.update(repr((name, str(tensors[name].dtype), tuple(tensors[name].shape), part)).encode())
+    return digest.hexdigest()
+
+
+def _bytes_digest(tensor: Tensor) -> str:
+    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -1,0 +1,96 @@
+"""What runs in a process that will be killed: one merge as mergekit-yaml makes it, or endless writing of an artefact.
+
+The forkserver imports this module once, so that a child starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import contextlib
+import resource
+import sys
+import threading
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import datasets  # noqa: F401 (imported for the forkserver)
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from tqdm import tqdm
+
+from mergekit_dam.artifact import load, save
+from mergekit_dam.errors import DamError
+from mergekit_dam.learn import learn_masks
+from mergekit_dam.method import register_dam
+
+assert learn_masks  # imported for the forkserver, too
+tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a killed process leaves behind
+
+
+@dataclass(frozen=True)
+class Job:
+    """One merge.
+
+    Attributes:
+        recipe: of mergekit.
+        out: output directory.
+        cache: of learned masks.
+        log: file for standard error.
+        file_limit: bytes that a file may have (RLIMIT_FSIZE: what a full disk is to one file), or None.
+        options: of mergekit.
+    """
+
+    recipe: dict[str, Any]
+    out: Path
+    cache: Path
+    log: Path
+    file_limit: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def merge(job: Job) -> None:
+    """Merge; exit code 1 and one line in the log for an error that names itself, 2 and its text for any other."""
+    os.environ["MERGEKIT_DAM_CACHE"] = str(job.cache)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("w", encoding="utf-8", buffering=1) as log:
+        sys.stderr = sys.stdout = log
+        if job.file_limit is not None:  # the log grows, too, but Python ignores SIGXFSZ and the log is short
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_limit, resource.RLIM_INFINITY))
+        try:
+            merge_here(job)
+        except DamError as error:
+            _leave(1, str(error))
+        except Exception as error:
+            _leave(2, f"{type(error).__name__}: {error}")
+
+
+def merge_here(job: Job) -> None:
+    """The merge alone, in the caller's process."""
+    register_dam()
+    source = yaml.safe_dump(job.recipe)
+    config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    run_merge(config, str(job.out), MergeOptions(quiet=True, **job.options), config_source=source)
+
+
+def nothing() -> None:
+    """The first child pays for the forkserver's imports."""
+
+
+def write_for_ever(first: Path, second: Path, target: Path) -> None:
+    """Save one artefact after the other under the same name until killed."""
+    for masks in cycle([load(first), load(second)]):
+        save(target, masks)
+
+
+def _leave(code: int, message: str) -> None:
+    with contextlib.suppress(OSError):  # the log, too, may have met the limit
+        sys.stderr.write(message + "\n")
+    os._exit(code)

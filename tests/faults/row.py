@@ -1,0 +1,30 @@
+"""A line of the table of faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was done how often, and what came of it.
+
+    Attributes:
+        fault: what was done.
+        tried: trials.
+        hit: trials in which the fault struck (a kill may come too late, a limit may be wide enough).
+        survived: trials without loss.
+        outcome: what a user sees.
+        notes: of trials that were lost.
+    """
+
+    fault: str
+    tried: int
+    hit: int
+    survived: int
+    outcome: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> int:
+        return self.tried - self.survived

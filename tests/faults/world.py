@@ -1,0 +1,134 @@
+"""Small models, what a merge of them must give, and the question whether a directory holds such a merge."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import random
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergekit_dam.artifact import MASKS_FILE, load
+from mergekit_dam.errors import DamError
+from tests.faults.child import Job, merge, nothing
+from tests.tiny_models import WORDS, make_model
+
+STEPS = 12
+Content = dict[str, str]  # file below the output -> SHA-256
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended: exit code (negative: the signal), seconds it ran, what it wrote to its log."""
+
+    code: int | None
+    seconds: float
+    log: str
+
+
+class World:
+    """A base, two fine-tunes and calibration texts below `root`, and the reference results by seed."""
+
+    def __init__(self, root: Path, *, seed: int = 0, steps: int = STEPS) -> None:
+        self.root, self.steps = root, steps
+        self.random = random.Random(seed)
+        self.base = make_model("BertModel", root / "base")
+        self.models = [
+            make_model("BertForSequenceClassification", root / name, seed=i + 1, body=self.base)
+            for i, name in enumerate("ab")
+        ]
+        words = random.Random(0)
+        self.texts = root / "texts.txt"
+        self.texts.write_text("\n".join(" ".join(words.choices(WORDS, k=6)) for _ in range(24)))
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["tests.faults.child"])
+        warm = self.context.Process(target=nothing)
+        warm.start()
+        warm.join()
+        self._references: dict[int, Content] = {}
+        self._numbers = 0
+        self.seconds = 0.0
+
+    def job(self, *, seed: int = 0, cache: Path | None = None, **more: Any) -> Job:
+        """A merge into a directory of its own, with shards, so that writing takes several files."""
+        self._numbers += 1
+        place = self.root / f"run{self._numbers}"
+        settings = {
+            "calibration": str(self.texts), "steps": self.steps, "batch_size": 4, "num_samples": 16, "max_length": 12,
+            "scan_steps": 4, "refresh_every": 4, "refresh_steps": 2, "seed": seed,
+        }  # fmt: skip
+        recipe = {
+            "merge_method": "dam", "base_model": str(self.base), "dtype": "float32", "parameters": settings,
+            "models": [{"model": str(model)} for model in self.models],
+        }  # fmt: skip
+        job = Job(recipe, place / "out", cache or place / "cache", place / "log", options={"out_shard_size": 8000})
+        return replace(job, **more)
+
+    def start(self, job: Job) -> Any:
+        """The child, running."""
+        process = self.context.Process(target=merge, args=(job,))
+        process.start()
+        return process
+
+    def run(self, job: Job, *, kill_after: float | None = None) -> Outcome:
+        """A merge in a child of its own, ended by SIGKILL after so many seconds if it is not over by then."""
+        began = time.monotonic()
+        process = self.start(job)
+        process.join(kill_after if kill_after is not None else 300)
+        process.kill()
+        process.join()
+        log = job.log.read_text("utf-8", errors="replace") if job.log.is_file() else ""
+        return Outcome(process.exitcode, time.monotonic() - began, log)
+
+    def reference(self, seed: int = 0) -> Content:
+        """What an undisturbed merge gives."""
+        if seed not in self._references:
+            job = self.job(seed=seed)
+            outcome = self.run(job)
+            assert outcome.code == 0, outcome.log
+            self._references[seed] = content(job.out)
+            if seed == 0:
+                self.seconds = outcome.seconds
+                again = self.run(job)  # masks from the cache: the time of the merge alone
+                assert again.code == 0 and content(job.out) == self._references[0], again.log
+                self.merge_seconds = again.seconds
+            shutil.rmtree(job.out.parent)
+        return self._references[seed]
+
+    def learned(self, seed: int = 0) -> Path:
+        """A cache that holds the masks already."""
+        cache = self.root / f"cache-{seed}"
+        if not cache.is_dir():
+            job = self.job(seed=seed, cache=cache)
+            outcome = self.run(job)
+            assert outcome.code == 0, outcome.log
+            shutil.rmtree(job.out.parent)
+        return cache
+
+
+def content(out: Path) -> Content:
+    """Digests of weights, index, config, masks and heads; logs and cards may differ."""
+    names = ("*.safetensors", "*.json", "dam/*.safetensors", "dam/heads/*")
+    return {
+        str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for name in names for file in sorted(out.glob(name))
+    }  # fmt: skip
+
+
+def finished(out: Path) -> bool:
+    """Whether a directory looks like a model: it has a config.json."""
+    return (out / "config.json").is_file()
+
+
+def sound_masks(*places: Path) -> bool:
+    """Whether every artefact below `places` that has its final name can be loaded."""
+    try:
+        for place in places:
+            for file in place.rglob(MASKS_FILE):
+                load(file)
+    except DamError:
+        return False
+    return True

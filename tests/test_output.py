@@ -1,0 +1,110 @@
+"""One writer per output, none over an input, and no stale file beside new ones."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+import transformers
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.output import OutputLocks, keep
+from tests.conftest import FAST, Merge
+
+RECIPE = {**FAST, "scan_steps": 2, "steps": 1}
+
+
+class _Life:
+    """Something that lives as long as a merge."""
+
+
+def _lock(out: Path) -> FileLock:
+    return FileLock(out / "dam" / ".lock", thread_local=False)
+
+
+def test_an_output_is_free_again_when_its_merge_is_over(tmp_path: Path) -> None:
+    locks, life = OutputLocks(), _Life()
+    locks.claim(tmp_path / "out", [], until=life)
+    with pytest.raises(TimeoutError):
+        _lock(tmp_path / "out").acquire(blocking=False)
+    del life
+    gc.collect()
+    _lock(tmp_path / "out").acquire(blocking=False).lock.release()
+
+
+def test_the_same_thread_may_merge_again_another_may_not(tmp_path: Path) -> None:
+    locks, lives, said = OutputLocks(), [_Life(), _Life(), _Life()], []
+    locks.claim(tmp_path / "out", [], until=lives[0])
+    locks.claim(tmp_path / "out", [], until=lives[1])  # its first merge is over, though something still refers to it
+
+    def other() -> None:
+        try:
+            locks.claim(tmp_path / "out", [], until=lives[2])
+        except DamError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert said and "expected no other merge that writes there, got one under way" in said[0]
+    del lives[0]  # the end of the first must not free what the second holds
+    gc.collect()
+    with pytest.raises(TimeoutError):
+        _lock(tmp_path / "out").acquire(blocking=False)
+
+
+def test_a_real_merge_holds_its_output_until_it_returns(merge: Merge, vit: Path, images: Path, tmp_path: Path) -> None:
+    parameters = {**RECIPE, "calibration": str(images)}
+    with _lock(tmp_path / "out"), pytest.raises(DamError, match="got one under way"):
+        merge(vit / "base", [vit / "a", vit / "b"], parameters=parameters)
+    # without tokenizers to copy: mergekit logs an error about them, and the captured log would keep the merge alive
+    out = merge(vit / "base", [vit / "a", vit / "b"], parameters=parameters, options={"copy_tokenizer": False})
+    gc.collect()
+    _lock(out).acquire(blocking=False).lock.release()
+
+
+def test_an_input_is_not_an_output(merge: Merge, vit: Path, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(vit / "a")
+    before = (vit / "a" / "model.safetensors").read_bytes()
+    with pytest.raises(DamError, match="one of the models that are merged"):
+        merge(vit / "base", [vit / "a", vit / "b"], parameters={**RECIPE, "calibration": str(images)})
+    assert (vit / "a" / "model.safetensors").read_bytes() == before
+
+
+def test_an_older_output_in_other_shards_is_not_loaded(merge: Merge, vit: Path, images: Path) -> None:
+    """transformers prefers model.safetensors to an index: a stale one would be loaded in place of the new merge."""
+    parameters = {**RECIPE, "calibration": str(images)}
+    old = merge(vit / "base", [vit / "a", vit / "b"], parameters=parameters, dtype="float32")
+    stale = load_file(old / "model.safetensors")
+    out = merge(
+        vit / "base", [vit / "a", vit / "b"], parameters={**parameters, "seed": 1}, dtype="float32",
+        options={"out_shard_size": 4000},
+    )  # fmt: skip
+    assert out == old and not (out / "model.safetensors").exists()
+    parts = {k: v for file in out.glob("model-*-of-*.safetensors") for k, v in load_file(file).items()}
+    assert any(not parts[name].equal(tensor) for name, tensor in stale.items())
+    loaded = transformers.ViTModel.from_pretrained(out)
+    assert loaded.layernorm.weight.equal(parts["layernorm.weight"])
+
+
+def test_files_that_are_not_weights_stay(tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "cache"
+    (out / "dam" / "heads").mkdir(parents=True)
+    folder.mkdir()
+    stay = [
+        "notes.txt",
+        "model-1.safetensors",
+        "model_card.safetensors",
+        "adapter_model.safetensors",
+        "dam/report.html",
+    ]
+    go = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+          "dam/.abc.tmp", "dam/heads/.abc.tmp"]  # fmt: skip
+    for name in (*stay, *go):
+        (out / name).touch()
+    keep(folder, out)
+    assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == set(stay)
