@@ -91,9 +91,6 @@ class DamConfig(_Settings):
     refresh_size: float = setting(
         2.0, "Inversion: a new trigger joins while it is smaller than so many usual ones of the task.", gt=0.0
     )
-    refresh_size: float = setting(
-        2.0, "Inversion: a new trigger joins while it is smaller than so many usual ones of the task.", gt=0.0
-    )
     batch_size: int = setting(16, "Samples per task and step.", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)

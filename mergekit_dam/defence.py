@@ -98,15 +98,15 @@ class InversionSearch:
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge.
 
-        One that is larger than `refresh_size` times those of the task's other classes is left out: the merge has no backdoor there any more, and
-        training against what is inherent costs accuracy.
+        The search goes on from the latest one, grown until it works again. One that is larger than `refresh_size`
+        times those of the task's other classes is left out: what is inherent costs accuracy to train against.
         """
         weights = self.model.weights(self.combined(), self.coefficients)
         for (index, target), pool in self.pools.items():
             task = self.tasks[index]
             search = Inversion(
                 task, weights, torch.tensor([target]), batch_size=self.config.scan_batch_size,
-                generator=seeds.generator(self.config.seed, "refresh", task.name, target, step),
+                generator=seeds.generator(self.config.seed, "refresh", task.name, target, step), start=pool[-1],
             )  # fmt: skip
             found = search.run(self.config.refresh_steps).best
             if float(found.size()) < self.config.refresh_size * self.usual[index, target]:
