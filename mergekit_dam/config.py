@@ -88,12 +88,6 @@ class DamConfig(_Settings):
     )  # fmt: skip
     refresh_every: int = setting(10, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
     refresh_steps: int = setting(40, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
-    refresh_size: float = setting(
-        2.0, "Inversion: a new trigger joins while it is smaller than so many usual ones of the task.", gt=0.0
-    )
-    refresh_size: float = setting(
-        2.0, "Inversion: a new trigger joins while it is smaller than so many usual ones of the task.", gt=0.0
-    )
     batch_size: int = setting(16, "Samples per task and step.", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)
@@ -108,7 +102,7 @@ class DamConfig(_Settings):
     coefficient_learning_rate: float = setting(
         0.02, "Adam step of the coefficients (paper: 1e-3).", source=ADAMERGING, gt=0.0
     )
-    alpha: float = setting(1.0, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
+    alpha: float = setting(0.5, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
     eps: float = setting(
         0.25, "Bound of the universal perturbation, as a share of the valid range.", unit="range",
         source=UNIVERSAL, gt=0.0, le=1.0,

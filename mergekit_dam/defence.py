@@ -64,7 +64,6 @@ class InversionSearch:
         self.own = [task.own_weights() for task in tasks]
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
-        self.usual: dict[tuple[int, int], float] = {}
 
     def run(self) -> tuple[dict[str, Weights], Tensor]:
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
@@ -93,26 +92,23 @@ class InversionSearch:
         )
         for finding in suspects(self.findings, self.config.suspicion):
             self.pools[finding.task, finding.target] = [finding.trigger]
-            self.usual[finding.task, finding.target] = finding.usual
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
 
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge.
 
-        One that is larger than `refresh_size` times those of the task's other classes is left out: the merge has no backdoor there any more, and
-        training against what is inherent costs accuracy.
+        The search goes on from the latest one, which grows until it works again: started at random, what it finds in so
+        few steps is several times as large, and to train against that costs accuracy.
         """
         weights = self.model.weights(self.combined(), self.coefficients)
         for (index, target), pool in self.pools.items():
             task = self.tasks[index]
             search = Inversion(
                 task, weights, torch.tensor([target]), batch_size=self.config.scan_batch_size,
-                generator=seeds.generator(self.config.seed, "refresh", task.name, target, step),
+                generator=seeds.generator(self.config.seed, "refresh", task.name, target, step), start=pool[-1],
             )  # fmt: skip
-            found = search.run(self.config.refresh_steps).best
-            if float(found.size()) < self.config.refresh_size * self.usual[index, target]:
-                pool.append(found)
-                del pool[1 : len(pool) - (_POOL - 1)]
+            pool.append(search.run(self.config.refresh_steps).best)
+            del pool[1 : len(pool) - (_POOL - 1)]
 
     def combined(self) -> Weights:
         """M = M1 o M2 by tensor at the masks' probabilities."""

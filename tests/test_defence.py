@@ -175,8 +175,8 @@ def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
         whole.load_state_dict(task.parameters(merged))
         rates[name] = attack_success_rate(whole, evaluation, trigger, 3).percent
     audit = load(artefact / "dam_masks.safetensors").metadata["audit"]
-    smallest = min((found for found in audit if found["task"] == "shapes"), key=lambda found: found["size"])
-    assert smallest["target"] == 3 and smallest["suspect"] and smallest["control"] < 0.5
+    worst = max((found for found in audit if found["task"] == "shapes"), key=lambda found: found["suspicion"])
+    assert worst["target"] == 3 and worst["suspect"] and worst["control"] < 0.5, audit
     # how far it falls is the benchmark's business: these models are trained for seconds
     assert rates["defended"] < 0.9 * rates["undefended"]
 
