@@ -13,7 +13,7 @@ the recovered triggers. Legend: T tasks, P masked tensors, B batch, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,19 +21,22 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
+from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.inversion import Finding, invert, scan, suspects
 from mergekit_dam.losses import distillation
+from mergekit_dam.mask_pair import combined, final_probabilities, mask_state, masks_in_use
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine
 from mergekit_dam.merged_model import MergedModel, Weights
-from mergekit_dam.search import Progress, Track, calibration_batch, combined, masks_in_use, require_finite
+from mergekit_dam.search import Progress, Track, calibration_batch, require_finite
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
+_NUMBERS = ("task", "target", "size", "success", "control")
 _POOL = 8  # triggers kept per suspect: the first one, and the latest
 
 
-class InversionSearch:
+class InversionSearch(Resumable):
     """State of one optimisation.
 
     Args:
@@ -43,14 +46,15 @@ class InversionSearch:
         start: initial effective coefficients (what multiplies a task vector at the start), (T,).
         track: called with one flat record per step.
         progress: wraps an iterable of steps in a progress bar with a title.
+        snapshots: where the state is kept between runs; None: nowhere.
     """
 
     def __init__(
         self, model: MergedModel, tasks: Sequence[Task], config: DamConfig, start: Tensor, *,
-        track: Track, progress: Progress,
+        track: Track, progress: Progress, snapshots: Snapshots | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.tasks, self.config = model, tasks, config
-        self.track, self.progress = track, progress
+        self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
+        self.track, self.progress, self.snapshots = track, progress, snapshots
         self.masks = masks_in_use(model, config, temperature=1.0, offsets=_START)
         kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
         columns = 1 if config.coefficients == "task" else len(model.mask_names)
@@ -60,23 +64,47 @@ class InversionSearch:
             for mask in self.masks.values()
         ]
         self.optimisers.append((torch.optim.Adam([self.coefficients]), config.coefficient_learning_rate))
-        self.own = [task.own_weights() for task in tasks]
+        self.own = {index: task.own_weights() for index, task in enumerate(tasks) if self.shards.owns(index)}
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
 
     def run(self) -> tuple[dict[str, Weights], Tensor]:
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
-        if BACKDOOR_DETECTION in self.masks:
-            self.scan()
-        for step in self.progress(range(self.config.steps), "masks"):
+        phase, done = self.begin("scan")
+        if phase == "scan":
+            if BACKDOOR_DETECTION in self.masks:
+                self.scan(done)
+            done = 0
+        for step in self.progress(range(done, self.config.steps), "masks"):
             if step and step % self.config.refresh_every == 0:
                 self.refresh(step)
             self.step(step)
-        probabilities = {
-            name: {key: mask.expectation(key).to(torch.float16) for key in self.model.mask_names}
-            for name, mask in self.masks.items()
-        }
-        return probabilities, self.coefficients
+            self.keep("masks", step + 1)
+        return final_probabilities(self.masks), self.coefficients
+
+    def state(self, phase: str, done: int) -> State:
+        optimisers = {name: optimiser for name, (optimiser, _) in zip(self.masks, self.optimisers, strict=False)}
+        facts = {
+            "phase": phase, "done": done,
+            "findings": [{k: getattr(f, k) for k in _NUMBERS} for f in self.findings],
+            "pools": [[*key, len(pool)] for key, pool in self.pools.items()],
+        }  # fmt: skip
+        state = mask_state(self.masks, optimisers, facts)
+        state.tensors |= {"coefficients": self.coefficients}
+        state.tensors |= adam_state(self.optimisers[-1][0], "adam", ["coefficients"])
+        held = {f"finding/{i}": f.trigger for i, f in enumerate(self.findings)}
+        held |= {f"pool/{a}/{b}/{i}": t for (a, b), pool in self.pools.items() for i, t in enumerate(pool)}
+        state.tensors |= {f"{name}/{i}": p for name, t in held.items() for i, p in enumerate(t.parameters)}
+        return state
+
+    def lay_out(self, facts: Mapping[str, Any]) -> None:
+        self.findings = [Finding(trigger=self._blank(f["task"]), **f) for f in facts["findings"]]
+        self.pools = {(a, b): [self._blank(a) for _ in range(length)] for a, b, length in facts["pools"]}
+
+    def _blank(self, index: int) -> RecoveredTriggers:
+        """One trigger for a task, to be filled."""
+        task = self.tasks[index]
+        return RecoveredTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("blank"))
 
     def audit(self) -> list[dict[str, Any]]:
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
@@ -84,13 +112,14 @@ class InversionSearch:
             {**f.to_json(self.tasks[f.task].name), "suspect": (f.task, f.target) in self.pools} for f in self.findings
         ]
 
-    def scan(self) -> None:
+    def scan(self, done: int = 0) -> None:
         """Step 1."""
-        self.findings = scan(
-            self.tasks, self.model.base_weights(), self.config, self.progress(range(len(self.tasks)), "scan")
-        )
+        base = self.model.base_weights()
+        for index in self.progress(range(done, len(self.tasks)), "scan"):
+            self.findings += scan(self.tasks, base, self.config, [index])
+            self.keep("scan", index + 1)
         for finding in suspects(self.findings, self.config.suspicion):
-            self.pools[finding.task, finding.target] = [finding.trigger]
+            self.pools[finding.task, finding.target] = [finding.trigger.rows([0])]
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
 
     def refresh(self, step: int) -> None:
@@ -123,8 +152,10 @@ class InversionSearch:
         weights = self.model.weights(merged, self.coefficients)
         parts: dict[str, float] = {}
         for index, task in enumerate(self.tasks):
-            self.losses(index, task, weights, step, parts).backward()
+            if self.shards.owns(index):
+                self.losses(index, task, weights, step, parts).backward()
         self.update(probabilities, merged, weights, step)
+        parts = self.shards.union(parts)
         record = {
             "phase": "masks", "step": step, "loss": sum(parts.values()), **parts,
             **{f"density/{name}": mask.density() for name, mask in self.masks.items()},
@@ -155,13 +186,15 @@ class InversionSearch:
     def update(self, probabilities: dict[str, Weights], merged: Weights, weights: Weights, step: int) -> None:
         """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine."""
         shapes = {key: next(iter(self.masks.values())).logits[key].shape for key in self.model.mask_names}
-        gradients = self.model.mask_gradients(weights, self.coefficients, shapes)
+        found = self.model.gradients(weights)
+        whole = self.config.granularity == "tensor"
+        gradients = self.model.mask_gradients(found, self.coefficients, shapes, whole=whole)
         for name, mask in self.masks.items():
             for key, gradient in gradients.items():
-                other = combine([self.masks[o].factor(probabilities[o][key]) for o in self.masks if o != name])
+                other = combine([self.masks[o].factor(key, probabilities[o][key]) for o in self.masks if o != name])
                 through = gradient if other is None else gradient * other
-                mask.logits[key].grad = mask.logit_gradient(probabilities[name][key], through)
-        self.coefficients.grad = self.model.coefficient_gradients(weights, merged, self.coefficients)
+                mask.logits[key].grad = mask.logit_gradient(key, probabilities[name][key], through)
+        self.coefficients.grad = self.model.coefficient_gradients(found, merged, self.coefficients)
         share = 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(1, self.config.steps)))
         for optimiser, rate in self.optimisers:
             for group in optimiser.param_groups:

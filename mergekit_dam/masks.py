@@ -6,12 +6,14 @@ Two of them, Task-Shared (M1) and Backdoor-Detection (M2), make the mask M = M1 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.seeds import generator
 
 Granularity = Literal["element", "row", "tensor"]
@@ -38,15 +40,18 @@ class ConcreteMask:
         rescale: divide each tensor's mask by its mean, so that its density does not scale the task vector.
         initial_logit: start of all logits.
         device: where logits live.
+        shards: processes that hold the masks' rows; ALONE for masks that every process holds whole.
     """
 
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], *, name: str, temperature: float, rescale: bool,
-        initial_logit: float, device: torch.device,
+        initial_logit: float, device: torch.device, shards: Shards = ALONE,
     ) -> None:  # fmt: skip
-        self.name, self.temperature, self.rescale = name, temperature, rescale
+        self.name, self.temperature, self.rescale, self.shards = name, temperature, rescale, shards
+        self.shapes = dict(shapes)
         self.logits = {
-            key: torch.full(shape, initial_logit, dtype=torch.float32, device=device) for key, shape in shapes.items()
+            key: torch.full(shards.local_shape(shape), initial_logit, dtype=torch.float32, device=device)
+            for key, shape in shapes.items()
         }
 
     def sample(self, key: str, *, seed: int, step: int) -> Tensor:
@@ -56,30 +61,38 @@ class ConcreteMask:
         """
         logits = self.logits[key]
         source = generator(self.name, key, seed, step)
-        u = torch.rand(logits.shape, generator=source).clamp_(_SMALLEST, 1 - _SMALLEST)
-        noise = torch.logit(u).to(logits.device)
+        u = torch.rand(self.shapes[key], generator=source).clamp_(_SMALLEST, 1 - _SMALLEST)
+        noise = torch.logit(self.shards.local(u)).to(logits.device)
         return noise.add_(logits).div_(self.temperature).sigmoid_()
 
     def expectation(self, key: str) -> Tensor:
         """Probability that a unit is kept, sigmoid(logit): the mask that is saved, not one random sample."""
         return torch.sigmoid(self.logits[key])
 
-    def factor(self, sample: Tensor) -> Tensor:
+    def factor(self, key: str, sample: Tensor) -> Tensor:
         """What multiplies the task vectors: the sample, divided by its mean if `rescale`."""
-        return rescaled(sample) if self.rescale else sample
+        return sample / self._mean(key, sample) if self.rescale else sample
 
-    def logit_gradient(self, sample: Tensor, gradient: Tensor) -> Tensor:
+    def _mean(self, key: str, sample: Tensor) -> Tensor:
+        """Mean over the whole tensor, at least 1e-6."""
+        if self.shards.size == 1:
+            return sample.mean().clamp_min(_SMALLEST)
+        return (self.shards.sum(sample.sum()) / math.prod(self.shapes[key])).clamp_min(_SMALLEST)
+
+    def logit_gradient(self, key: str, sample: Tensor, gradient: Tensor) -> Tensor:
         """dL/dlogit from dL/dfactor, through the mean and the sigmoid."""
         if self.rescale:
-            mean = sample.mean().clamp_min(_SMALLEST)
-            through_mean = (gradient * sample).sum() / (mean * mean * sample.numel())
+            mean = self._mean(key, sample)
+            product = self.shards.sum((gradient * sample).sum())
+            through_mean = product / (mean * mean * math.prod(self.shapes[key]))
             gradient = gradient / mean - through_mean
         return gradient * sample * (1 - sample) / self.temperature
 
     def density(self) -> float:
         """Kept fraction over all masked units."""
-        kept = sum(float(torch.sigmoid(v).sum()) for v in self.logits.values())
-        return kept / max(1, sum(v.numel() for v in self.logits.values()))
+        parts = [torch.sigmoid(logits).sum() for logits in self.logits.values()]
+        kept = sum(self.shards.sum(torch.stack(parts)).tolist())
+        return float(kept) / max(1, sum(math.prod(shape) for shape in self.shapes.values()))
 
 
 def rescaled(mask: Tensor) -> Tensor:

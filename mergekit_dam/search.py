@@ -18,19 +18,20 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
+from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, entropy
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, combine, mask_shape
+from mergekit_dam.mask_pair import combined, final_probabilities, mask_state, masks_in_use
+from mergekit_dam.masks import BACKDOOR_DETECTION, combine
 from mergekit_dam.merged_model import MergedModel, Weights, clear_gradients
 from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.tasks import Task
 
 Track = Callable[[dict[str, Any]], None]
 Progress = Callable[[Iterable[int], str], Iterable[int]]
-_IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
 
 
-class PaperSearch:
+class PaperSearch(Resumable):
     """State of one optimisation.
 
     Args:
@@ -40,14 +41,15 @@ class PaperSearch:
         start: initial coefficients, (T,).
         track: called with one flat record per step.
         progress: wraps an iterable of steps in a progress bar with a title.
+        snapshots: where the state is kept between runs; None: nowhere.
     """
 
     def __init__(
         self, model: MergedModel, tasks: Sequence[Task], config: DamConfig, start: Tensor, *,
-        track: Track, progress: Progress,
+        track: Track, progress: Progress, snapshots: Snapshots | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.tasks, self.config = model, tasks, config
-        self.track, self.progress = track, progress
+        self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
+        self.track, self.progress, self.snapshots = track, progress, snapshots
         self.masks = masks_in_use(model, config, temperature=config.temperature)
         self.optimisers = {
             name: torch.optim.Adam(mask.logits.values(), lr=config.mask_learning_rate, fused=True)
@@ -55,6 +57,8 @@ class PaperSearch:
         }
         columns = 1 if config.coefficients == "task" else len(model.mask_names)
         self.start = start.to(model.device)[:, None].repeat(1, columns)
+        self.coefficients = self.start.clone()
+        self.coefficient_optimiser = torch.optim.Adam([self.coefficients], lr=config.coefficient_learning_rate)
         self.perturbations = [
             UniversalPerturbation(
                 task.perturbation_shape, task.bounds, eps=config.eps, inserts=len(task.perturbation_shape) == 2,
@@ -68,13 +72,25 @@ class PaperSearch:
 
     def run(self) -> tuple[dict[str, Weights], Tensor]:
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
-        for step in self.progress(range(self.config.steps), "masks"):
+        phase, done = self.begin("masks")
+        for step in self.progress(range(done if phase == "masks" else self.config.steps, self.config.steps), "masks"):
             self.step(step)
-        probabilities = {
-            name: {key: mask.expectation(key).to(torch.float16) for key in self.model.mask_names}
-            for name, mask in self.masks.items()
-        }
-        return probabilities, self.fit_coefficients(probabilities)
+            self.keep("masks", step + 1)
+        self.fit_coefficients(done if phase == "coefficients" else 0)
+        return final_probabilities(self.masks), self.coefficients
+
+    def state(self, phase: str, done: int) -> State:
+        state = mask_state(self.masks, self.optimisers, {"phase": phase, "done": done})
+        state.tensors |= {"coefficients": self.coefficients}
+        state.tensors |= adam_state(self.coefficient_optimiser, "adam", ["coefficients"])
+        for index, task in enumerate(self.tasks):
+            if self.shards.owns(index):
+                state.tensors |= {f"perturbation/{task.name}": self.perturbations[index].delta}
+                state.tensors |= adam_state(self.ascents[index], "adam/perturbation", [task.name])
+        return state
+
+    def lay_out(self, facts: Mapping[str, Any]) -> None:
+        """Nothing: all tensors are there from the start."""
 
     def audit(self) -> list[dict[str, Any]]:
         """Nothing: the published loop does not look at single models."""
@@ -87,12 +103,12 @@ class PaperSearch:
             for name, mask in self.masks.items()
         }
         merged_masks = combined(self.masks, samples)
-        batches = [task.inputs(calibration_batch(task, self.config, step)) for task in self.tasks]
+        batches = self.batches(step)
         coefficients, before = self.inner_step(merged_masks, batches)
         weights = self.model.weights(merged_masks, coefficients)
         self.ascend(weights, batches)
         turn = tuple(self.masks)[step % len(self.masks)]
-        parts = self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION)
+        parts = self.shards.union(self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION))
         self.update(turn, samples, weights, coefficients)
         density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
         total = sum(parts.values())
@@ -100,7 +116,15 @@ class PaperSearch:
         require_finite(record, step)
         self.track(record)
 
-    def inner_step(self, masks: Weights, batches: list[Weights]) -> tuple[Tensor, float]:
+    def batches(self, step: int) -> dict[int, Weights]:
+        """Inputs of a step for the tasks that are ours, by their index."""
+        return {
+            index: task.inputs(calibration_batch(task, self.config, step))
+            for index, task in enumerate(self.tasks)
+            if self.shards.owns(index)
+        }
+
+    def inner_step(self, masks: Weights, batches: dict[int, Weights]) -> tuple[Tensor, float]:
         """Step 2: from their start, one Adam step of the coefficients on the summed entropy, masks fixed."""
         coefficients = self.start.clone()
         optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
@@ -108,35 +132,37 @@ class PaperSearch:
         return coefficients, loss
 
     def coefficient_step(
-        self, masks: Weights, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: list[Weights]
+        self, masks: Weights, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: dict[int, Weights]
     ) -> float:
         weights = self.model.weights(masks, coefficients)
-        total = 0.0
-        for task, inputs in zip(self.tasks, batches, strict=True):
-            loss = entropy(task.logits(weights, inputs))
+        losses: dict[int, float] = {}
+        for index, inputs in batches.items():
+            loss = entropy(self.tasks[index].logits(weights, inputs))
             loss.backward()
-            total += float(loss)
-        coefficients.grad = self.model.coefficient_gradients(weights, masks, coefficients)
+            losses[index] = float(loss.detach())
+        coefficients.grad = self.model.coefficient_gradients(self.model.gradients(weights), masks, coefficients)
         optimiser.step()
-        return total
+        return float(sum(self.shards.union(losses).values()))
 
-    def ascend(self, weights: Weights, batches: list[Weights]) -> None:
+    def ascend(self, weights: Weights, batches: dict[int, Weights]) -> None:
         """Step 3: one ascent step of each universal perturbation, merged weights fixed."""
         fixed = {name: weight.detach() for name, weight in weights.items()}
-        for task, inputs, perturb, ascent in zip(self.tasks, batches, self.perturbations, self.ascents, strict=True):
+        for index, inputs in batches.items():
+            task, perturb = self.tasks[index], self.perturbations[index]
             with torch.no_grad():
                 clean = task.logits(fixed, inputs)
             (perturb.delta.grad,) = torch.autograd.grad(
                 disagreement(task.logits(fixed, inputs, perturb), clean), perturb.delta
             )
-            ascent.step()
+            self.ascents[index].step()
             perturb.project()
 
-    def outer_losses(self, weights: Weights, batches: list[Weights], *, safe: bool) -> dict[str, float]:
+    def outer_losses(self, weights: Weights, batches: dict[int, Weights], *, safe: bool) -> dict[str, float]:
         """Step 4: backward passes of L_perf (+ alpha L_safe) into the gradients of `weights`."""
         clear_gradients(weights)
         parts: dict[str, float] = {}
-        for task, inputs, perturb in zip(self.tasks, batches, self.perturbations, strict=True):
+        for index, inputs in batches.items():
+            task, perturb = self.tasks[index], self.perturbations[index]
             clean = task.logits(weights, inputs)
             loss = entropy(clean)
             parts[f"loss/perf/{task.name}"] = float(loss)
@@ -152,35 +178,34 @@ class PaperSearch:
         """Step 4, second half: one Adam step of the mask whose turn it is."""
         mask = self.masks[turn]
         shapes = {key: mask.logits[key].shape for key in self.model.mask_names}
-        gradients = self.model.mask_gradients(weights, coefficients, shapes)
+        found = self.model.gradients(weights)
+        gradients = self.model.mask_gradients(found, coefficients, shapes, whole=self.config.granularity == "tensor")
         for key, gradient in gradients.items():
-            others = [self.masks[o].factor(samples[o][key]) for o in self.masks if o != turn]
+            others = [self.masks[o].factor(key, samples[o][key]) for o in self.masks if o != turn]
             other = combine(others)
             through = gradient if other is None else gradient * other
-            mask.logits[key].grad = mask.logit_gradient(samples[turn][key], through)
+            mask.logits[key].grad = mask.logit_gradient(key, samples[turn][key], through)
         self.optimisers[turn].step()
 
-    def fit_coefficients(self, probabilities: dict[str, Weights]) -> Tensor:
+    def fit_coefficients(self, done: int = 0) -> None:
         """With the masks fixed at what will be saved, fit the coefficients on the summed entropy (AdaMerging)."""
-        masks = combined(
-            self.masks, {name: {k: v.float() for k, v in by.items()} for name, by in probabilities.items()}
-        )
-        coefficients = self.start.clone()
-        optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
-        for step in self.progress(range(self.config.coefficient_steps), "coefficients"):
-            batches = [
-                task.inputs(calibration_batch(task, self.config, self.config.steps + step)) for task in self.tasks
-            ]
-            loss = self.coefficient_step(masks, coefficients, optimiser, batches)
+        saved = {
+            name: {key: mask.expectation(key).to(torch.float16).float() for key in self.model.mask_names}
+            for name, mask in self.masks.items()
+        }
+        masks = combined(self.masks, saved)
+        for step in self.progress(range(done, self.config.coefficient_steps), "coefficients"):
+            batches = self.batches(self.config.steps + step)
+            loss = self.coefficient_step(masks, self.coefficients, self.coefficient_optimiser, batches)
             record = {
                 "phase": "coefficients",
                 "step": step,
                 "loss": loss,
-                "coefficients": coefficients.mean(1).tolist(),
+                "coefficients": self.coefficients.mean(1).tolist(),
             }
             require_finite(record, step)
             self.track(record)
-        return coefficients
+            self.keep("coefficients", step + 1)
 
 
 @contextmanager
@@ -191,30 +216,6 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
         yield
     finally:
         perturb.delta.requires_grad_(True)
-
-
-def masks_in_use(
-    model: MergedModel, config: DamConfig, *, temperature: float, offsets: Mapping[str, float] | None = None
-) -> dict[str, ConcreteMask]:
-    """The masks that `mask` asks for, by name; `offsets` are added to the setting `initial_logit`."""
-    shapes = {name: mask_shape(shape, config.granularity) for name, shape in model.mask_shapes.items()}
-    return {
-        name: ConcreteMask(
-            shapes, name=name, temperature=temperature, rescale=config.rescale,
-            initial_logit=config.initial_logit + (offsets or {}).get(name, 0.0), device=model.device,
-        )
-        for name in _IN_USE[config.mask]
-    }  # fmt: skip
-
-
-def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights]) -> Weights:
-    """M = M1 o M2 by tensor from one sample (or the probabilities) of each mask in use."""
-    merged: Weights = {}
-    for key in next(iter(samples.values())):
-        mask = combine([mask.factor(samples[name][key]) for name, mask in masks.items()])
-        assert mask is not None, "at least one mask is in use"
-        merged[key] = mask
-    return merged
 
 
 def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:

@@ -65,7 +65,7 @@ def test_mask_logit_gradient_is_autograds(rescale: bool) -> None:
     weight = torch.randn(4, 3, generator=generator(1))
     ((drawn / drawn.mean() if rescale else drawn) * weight).sum().backward()
     assert logits.grad is not None
-    torch.testing.assert_close(mask.logit_gradient(sample, weight), logits.grad)
+    torch.testing.assert_close(mask.logit_gradient("w", sample, weight), logits.grad)
 
 
 @given(st.integers(0, 50), st.sampled_from(["element", "row", "tensor"]))

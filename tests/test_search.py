@@ -79,8 +79,9 @@ def test_mask_gradients_through_the_model_are_autograds(plan: Any) -> None:
     inputs = task.inputs(torch.arange(4))
     weights = model.weights(masks, search.start)
     entropy(task.logits(weights, inputs)).backward()
-    found = model.mask_gradients(weights, search.start, {k: m.shape for k, m in masks.items()})
-    found_coefficients = model.coefficient_gradients(weights, masks, search.start)
+    gradients = model.gradients(weights)
+    found = model.mask_gradients(gradients, search.start, {k: m.shape for k, m in masks.items()})
+    found_coefficients = model.coefficient_gradients(gradients, masks, search.start)
 
     vectors = TaskVectors(search_plan := plan())
     leaves = {k: m.clone().requires_grad_(True) for k, m in masks.items()}

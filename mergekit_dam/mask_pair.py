@@ -1,0 +1,75 @@
+"""M1 and M2 together, as both searches hold them: made, combined, saved, and put into snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.config import DamConfig
+from mergekit_dam.distributed.shards import ALONE
+from mergekit_dam.distributed.snapshots import State, adam_state
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, combine, mask_shape
+from mergekit_dam.merged_model import MergedModel
+
+Weights = dict[str, Tensor]
+_IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
+
+
+def masks_in_use(
+    model: MergedModel, config: DamConfig, *, temperature: float, offsets: Mapping[str, float] | None = None
+) -> dict[str, ConcreteMask]:
+    """The masks that `mask` asks for, by name; `offsets` are added to the setting `initial_logit`."""
+    shapes = {name: mask_shape(shape, config.granularity) for name, shape in model.mask_shapes.items()}
+    return {
+        name: ConcreteMask(
+            shapes, name=name, temperature=temperature, rescale=config.rescale,
+            initial_logit=config.initial_logit + (offsets or {}).get(name, 0.0), device=model.device,
+            shards=ALONE if config.granularity == "tensor" else model.shards,
+        )
+        for name in _IN_USE[config.mask]
+    }  # fmt: skip
+
+
+def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights]) -> Weights:
+    """M = M1 o M2 by tensor from one sample (or the probabilities) of each mask in use."""
+    merged: Weights = {}
+    for key in next(iter(samples.values())):
+        mask = combine([mask.factor(key, samples[name][key]) for name, mask in masks.items()])
+        assert mask is not None, "at least one mask is in use"
+        merged[key] = mask
+    return merged
+
+
+def final_probabilities(masks: Mapping[str, ConcreteMask]) -> dict[str, Weights]:
+    """What is saved: whole float16 probabilities by mask and tensor, in the first process; nothing in the others."""
+    found: dict[str, Weights] = {}
+    for name, mask in masks.items():
+        found[name] = {}
+        for key, shape in mask.shapes.items():
+            whole = mask.shards.gather(mask.expectation(key).to(torch.float16), shape)
+            if mask.shards.rank == 0:
+                found[name][key] = whole
+    return found
+
+
+def mask_state(
+    masks: Mapping[str, ConcreteMask], optimisers: Mapping[str, torch.optim.Optimizer], facts: dict[str, Any]
+) -> State:
+    """Logits and Adam's moments of all masks: rows, or whole where every process holds them whole."""
+    state = State(facts)
+    for name, mask in masks.items():
+        found = {f"{name}/{key}": logits for key, logits in mask.logits.items()}
+        shapes = {f"{name}/{key}": shape for key, shape in mask.shapes.items()}
+        adam = adam_state(optimisers[name], "adam", list(found))
+        for key in shapes:
+            state.tensors[f"adam/step/{key}"] = adam[f"adam/step/{key}"]
+            tensors = {part: adam[part] for part in (f"adam/exp_avg/{key}", f"adam/exp_avg_sq/{key}")}
+            tensors[key] = found[key]
+            if mask.shards.size == 1:
+                state.tensors |= tensors
+            else:
+                state.rows |= {part: (rows, shapes[key]) for part, rows in tensors.items()}
+    return state
