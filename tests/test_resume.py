@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,14 @@ def killed(self, temporary):
 Snapshots.write, Snapshots._replace = counted, killed
 learn_masks(pickle.load(open(sys.argv[1], "rb")), quiet=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_debug_records() -> Iterator[None]:
+    """DCP writes a debug record per tensor, and pytest formats each."""
+    logging.disable(logging.DEBUG)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 class Stopped(Exception):
@@ -81,7 +91,7 @@ def another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("objective", SETTINGS)
-def test_stopped_after_any_unit_of_work(
+def test_stopped_after_units_of_every_phase(
     objective: str, vit: Path, images: Path, another_cache: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = _plan(vit, images, objective)
@@ -89,7 +99,7 @@ def test_stopped_after_any_unit_of_work(
         written = _stop_at(patch, -1)
         expected = _results(learn_masks(plan, quiet=True)[0])
     assert len(written) == {"inversion": 2 + 5, "paper": 3 + 3}[objective]
-    for number in written[: len(written) - 1]:
+    for number in {"inversion": (1, 2, 5), "paper": (2, 3, 5)}[objective]:
         another_cache(f"stopped-{number}")
         with monkeypatch.context() as patch:
             _stop_at(patch, number)

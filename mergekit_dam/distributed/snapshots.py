@@ -104,9 +104,7 @@ class Snapshots:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         with _single(self.shards) as no_dist:
             save(state.for_dcp(self.shards), storage_writer=writer, no_dist=no_dist)
-        for file in temporary.glob(f"shard-{self.shards.rank + 1:05d}-*"):
-            _flush(file)
-        self.shards.barrier()
+        self.shards.barrier()  # everyone's file is written and, by DCP, flushed
         if first:
             facts = state.facts | {"journal": self._journal(), "processes": self.shards.size}
             (temporary / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
