@@ -23,9 +23,9 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.inversion import Finding, invert, scan, suspects
 from mergekit_dam.losses import distillation
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
 from mergekit_dam.merged_model import MergedModel, Weights
-from mergekit_dam.search import Progress, Track, calibration_batch, combined, masks_in_use, require_finite
+from mergekit_dam.search import Progress, Track, calibration_batch, combined, masks_in_use, require_finite, step_of
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
@@ -60,7 +60,7 @@ class InversionSearch:
             for mask in self.masks.values()
         ]
         self.optimisers.append((torch.optim.Adam([self.coefficients]), config.coefficient_learning_rate))
-        self.own = [task.own_weights() for task in tasks]
+        self.own = [model.own_weights(index) for index in range(len(tasks))]
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
 
@@ -107,24 +107,18 @@ class InversionSearch:
             )  # fmt: skip
             del pool[1 : len(pool) - (_POOL - 1)]
 
-    def combined(self) -> Weights:
+    def combined(self) -> dict[str, MaskProduct]:
         """M = M1 o M2 by tensor at the masks' probabilities."""
-        return combined(self.masks, self._probabilities())
-
-    def _probabilities(self) -> dict[str, Weights]:
-        return {
-            name: {key: mask.expectation(key) for key in self.model.mask_names} for name, mask in self.masks.items()
-        }
+        return combined(self.masks)
 
     def step(self, step: int) -> None:
         """Step 2: one step of both masks and the coefficients."""
-        probabilities = self._probabilities()
-        merged = combined(self.masks, probabilities)
+        merged = self.combined()
         weights = self.model.weights(merged, self.coefficients)
         parts: dict[str, float] = {}
         for index, task in enumerate(self.tasks):
             self.losses(index, task, weights, step, parts).backward()
-        self.update(probabilities, merged, weights, step)
+        self.update(merged, weights, step)
         record = {
             "phase": "masks", "step": step, "loss": sum(parts.values()), **parts,
             **{f"density/{name}": mask.density() for name, mask in self.masks.items()},
@@ -152,19 +146,17 @@ class InversionSearch:
             loss = loss + safety
         return loss
 
-    def update(self, probabilities: dict[str, Weights], merged: Weights, weights: Weights, step: int) -> None:
+    def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
         """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine."""
-        shapes = {key: next(iter(self.masks.values())).logits[key].shape for key in self.model.mask_names}
-        gradients = self.model.mask_gradients(weights, self.coefficients, shapes)
-        for name, mask in self.masks.items():
-            for key, gradient in gradients.items():
-                other = combine([self.masks[o].factor(probabilities[o][key]) for o in self.masks if o != name])
-                through = gradient if other is None else gradient * other
-                mask.logits[key].grad = mask.logit_gradient(probabilities[name][key], through)
-        self.coefficients.grad = self.model.coefficient_gradients(weights, merged, self.coefficients)
         share = 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(1, self.config.steps)))
         for optimiser, rate in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate * share
-            optimiser.step()
+        self.coefficients.grad = torch.zeros_like(self.coefficients)
+        *mask_optimisers, (coefficient_optimiser, _) = self.optimisers
+        for key, gradient in self.model.chain(weights, merged, self.coefficients, self.coefficients.grad):
+            found = merged[key].logit_gradients(gradient, range(len(self.masks)))
+            for mask, (optimiser, _), part in zip(self.masks.values(), mask_optimisers, found, strict=True):
+                step_of(optimiser, mask.logits[key], part)
+        coefficient_optimiser.step()
         self.coefficients.clamp_(0.0, self.config.max_coefficient)

@@ -1,22 +1,23 @@
 """The merged weights as leaves of a graph, and the chain rule back to masks and coefficients.
 
 The forward passes of all tasks share one set of merged weights: each task's backward pass adds to their
-gradients, and `mask_gradients` / `coefficient_gradients` then turn those into dL/dM and dL/dlambda with one
-elementwise pass. No per-model product is stored, and no graph spans the merge. T models, P masks.
+gradients, and `chain` then turns those into dL/dM and dL/dlambda, tensor by tensor, in one reading of the task vectors.
+No per-model product is stored, no mask product, and no graph spans the merge. T models, P masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.merge_rule import coefficient_gradient, mask_gradient, merge
+from mergekit_dam.merge_rule import Mask, coefficient_gradient, gradients, merge
 from mergekit_dam.plan import TensorSpec
 from mergekit_dam.task_vectors import TaskVectors
 
 Weights = dict[str, Tensor]
+Masks = Mapping[str, Mask]
 
 
 class MergedModel:
@@ -35,7 +36,11 @@ class MergedModel:
         self.mask_shapes = {spec.mask_name: spec.shape for spec in changed}
         self.num_models = len(vectors.plan.models)
         self._column = {name: i for i, name in enumerate(self.mask_names)}
-        self._base = {spec.name: _placed(vectors.base(spec.name), device) for spec in vectors.plan.tensors}
+        self._tied: dict[str, list[TensorSpec]] = {name: [] for name in self.mask_names}
+        for spec in changed:
+            self._tied[spec.mask_name].append(spec)
+        self._specs = vectors.plan.tensors
+        self._base = {spec.name: _placed(vectors.base(spec.name), device) for spec in self._specs}
         self._models = {
             spec.name: [None if m is None else _placed(m, device) for m in vectors.models(spec.name)]
             for spec in changed
@@ -45,7 +50,16 @@ class MergedModel:
         """theta_0 by output name."""
         return dict(self._base)
 
-    def weights(self, masks: Mapping[str, Tensor], coefficients: Tensor) -> Weights:
+    def own_weights(self, index: int) -> Weights:
+        """theta_t by output name, as stored, without a copy: what no model changed is theta_0's."""
+        found = {}
+        for spec in self._specs:
+            tensor = self._models[spec.name][index] if spec.name in self._models else self._base[spec.name]
+            if tensor is not None and spec.sources[index] is not None:
+                found[spec.name] = tensor
+        return found
+
+    def weights(self, masks: Masks, coefficients: Tensor) -> Weights:
         """Merged weights by output name; those that change are float32 leaves with gradients.
 
         Args:
@@ -53,53 +67,63 @@ class MergedModel:
             coefficients: lambda, (T, 1) or (T, P).
         """
         weights = dict(self._base)
-        with torch.no_grad():
-            for spec in self.changed:
-                merged = merge(
-                    self._base[spec.name], self._models[spec.name],
-                    self.coefficients_of(coefficients, spec), masks.get(spec.mask_name),
-                )  # fmt: skip
-                weights[spec.name] = merged
+        lambdas = coefficients.detach().cpu()
         for spec in self.changed:
-            weights[spec.name].requires_grad_(True)
+            merged = merge(
+                self._base[spec.name], self._models[spec.name], self._of(lambdas, spec), masks.get(spec.mask_name)
+            )
+            weights[spec.name] = merged.requires_grad_(True)
         return weights
 
-    def coefficients_of(self, coefficients: Tensor, spec: TensorSpec) -> Tensor:
-        """lambda of the T models for one tensor, shape (T,)."""
-        return coefficients[:, 0 if coefficients.shape[1] == 1 else self._column[spec.mask_name]].detach()
+    def chain(
+        self, weights: Weights, masks: Masks, coefficients: Tensor, coefficient_gradient: Tensor
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Use up the gradients that the tasks left in `weights`: each is dropped as soon as it is turned into dL/dM.
 
-    def mask_gradients(self, weights: Weights, coefficients: Tensor, shapes: Mapping[str, torch.Size]) -> Weights:
-        """dL/dM by mask name from the gradients that the tasks left in `weights`; tied tensors add up."""
-        gradients: Weights = {}
-        for spec in self.changed:
-            gradient = weights[spec.name].grad
-            if gradient is None:
-                continue
-            part = mask_gradient(
-                gradient, self._base[spec.name], self._models[spec.name],
-                self.coefficients_of(coefficients, spec), shapes[spec.mask_name],
-            )  # fmt: skip
-            gradients[spec.mask_name] = gradients[spec.mask_name] + part if spec.mask_name in gradients else part
-        return gradients
+        Args:
+            weights: from `weights` with the same masks and coefficients.
+            coefficient_gradient: shaped like `coefficients`; dL/dlambda is added to it on the way.
 
-    def coefficient_gradients(self, weights: Weights, masks: Mapping[str, Tensor], coefficients: Tensor) -> Tensor:
+        Yields:
+            Name and dL/dM of one mask after another, of M's shape, float32; tied tensors add up.
+        """
+        lambdas = coefficients.detach().cpu()
+        for name, tied in self._tied.items():
+            mask = masks[name]
+            found = torch.zeros(mask.shape, dtype=torch.float32, device=self.device)
+            used = False
+            for spec in tied:
+                gradient = self._taken(weights[spec.name])
+                if gradient is not None:
+                    used = True
+                    gradients(
+                        gradient, self._base[spec.name], self._models[spec.name], self._of(lambdas, spec), mask,
+                        mask_out=found, coefficient_out=self._of(coefficient_gradient, spec),
+                    )  # fmt: skip
+            if used:
+                yield name, found
+
+    def coefficient_gradients(self, weights: Weights, masks: Masks, coefficients: Tensor) -> Tensor:
         """dL/dlambda, shaped like `coefficients`, from the gradients that the tasks left in `weights`."""
         total = torch.zeros_like(coefficients)
         for spec in self.changed:
             gradient = weights[spec.name].grad
-            if gradient is None:
-                continue
-            part = coefficient_gradient(
-                gradient, self._base[spec.name], self._models[spec.name], masks.get(spec.mask_name)
-            )
-            total[:, 0 if total.shape[1] == 1 else self._column[spec.mask_name]] += part
+            if gradient is not None:
+                self._of(total, spec).add_(
+                    coefficient_gradient(
+                        gradient, self._base[spec.name], self._models[spec.name], masks.get(spec.mask_name)
+                    )
+                )
         return total
 
+    def _taken(self, weight: Tensor) -> Tensor | None:
+        """The gradient that the tasks left in a merged tensor, and nothing in its place."""
+        gradient, weight.grad = weight.grad, None
+        return gradient
 
-def clear_gradients(weights: Weights) -> None:
-    """Forget what the tasks left, so that the same weights serve another loss."""
-    for weight in weights.values():
-        weight.grad = None
+    def _of(self, coefficients: Tensor, spec: TensorSpec) -> Tensor:
+        """lambda of the T models for one tensor, a view (T,)."""
+        return coefficients[:, 0 if coefficients.shape[1] == 1 else self._column[spec.mask_name]]
 
 
 def _placed(tensor: Tensor, device: torch.device) -> Tensor:

@@ -20,8 +20,8 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, entropy
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, combine, mask_shape
-from mergekit_dam.merged_model import MergedModel, Weights, clear_gradients
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, MaskProduct, mask_shape, product
+from mergekit_dam.merged_model import Masks, MergedModel, Weights
 from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.tasks import Task
 
@@ -90,17 +90,16 @@ class PaperSearch:
         batches = [task.inputs(calibration_batch(task, self.config, step)) for task in self.tasks]
         coefficients, before = self.inner_step(merged_masks, batches)
         weights = self.model.weights(merged_masks, coefficients)
-        self.ascend(weights, batches)
         turn = tuple(self.masks)[step % len(self.masks)]
         parts = self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION)
-        self.update(turn, samples, weights, coefficients)
+        self.update(turn, weights, merged_masks, coefficients)
         density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
         total = sum(parts.values())
         record = {"phase": "masks", "step": step, "turn": turn, "loss": total, "loss/inner": before, **parts, **density}
         require_finite(record, step)
         self.track(record)
 
-    def inner_step(self, masks: Weights, batches: list[Weights]) -> tuple[Tensor, float]:
+    def inner_step(self, masks: Masks, batches: list[Weights]) -> tuple[Tensor, float]:
         """Step 2: from their start, one Adam step of the coefficients on the summed entropy, masks fixed."""
         coefficients = self.start.clone()
         optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
@@ -108,63 +107,57 @@ class PaperSearch:
         return coefficients, loss
 
     def coefficient_step(
-        self, masks: Weights, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: list[Weights]
+        self, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: list[Weights]
     ) -> float:
         weights = self.model.weights(masks, coefficients)
         total = 0.0
         for task, inputs in zip(self.tasks, batches, strict=True):
             loss = entropy(task.logits(weights, inputs))
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         coefficients.grad = self.model.coefficient_gradients(weights, masks, coefficients)
         optimiser.step()
         return total
 
-    def ascend(self, weights: Weights, batches: list[Weights]) -> None:
-        """Step 3: one ascent step of each universal perturbation, merged weights fixed."""
-        fixed = {name: weight.detach() for name, weight in weights.items()}
-        for task, inputs, perturb, ascent in zip(self.tasks, batches, self.perturbations, self.ascents, strict=True):
-            with torch.no_grad():
-                clean = task.logits(fixed, inputs)
-            (perturb.delta.grad,) = torch.autograd.grad(
-                disagreement(task.logits(fixed, inputs, perturb), clean), perturb.delta
-            )
-            ascent.step()
-            perturb.project()
-
     def outer_losses(self, weights: Weights, batches: list[Weights], *, safe: bool) -> dict[str, float]:
-        """Step 4: backward passes of L_perf (+ alpha L_safe) into the gradients of `weights`."""
-        clear_gradients(weights)
+        """Steps 3 and 4: move each perturbation, then the backward passes of L_perf (+ alpha L_safe) into `weights`.
+
+        One clean forward pass serves both: step 3 needs its answers, step 4 its entropy.
+        """
         parts: dict[str, float] = {}
-        for task, inputs, perturb in zip(self.tasks, batches, self.perturbations, strict=True):
+        fixed = {name: weight.detach() for name, weight in weights.items()}
+        for index, (task, inputs) in enumerate(zip(self.tasks, batches, strict=True)):
             clean = task.logits(weights, inputs)
+            self.ascend(index, fixed, inputs, clean)
             loss = entropy(clean)
-            parts[f"loss/perf/{task.name}"] = float(loss)
+            parts[f"loss/perf/{task.name}"] = float(loss.detach())
             if safe:
+                perturb = self.perturbations[index]
                 with _fixed(perturb):
                     safety = self.config.alpha * consistency(task.logits(weights, inputs, perturb), clean)
-                parts[f"loss/safe/{task.name}"] = float(safety)
+                parts[f"loss/safe/{task.name}"] = float(safety.detach())
                 loss = loss + safety
             loss.backward()
         return parts
 
-    def update(self, turn: str, samples: dict[str, Weights], weights: Weights, coefficients: Tensor) -> None:
-        """Step 4, second half: one Adam step of the mask whose turn it is."""
-        mask = self.masks[turn]
-        shapes = {key: mask.logits[key].shape for key in self.model.mask_names}
-        gradients = self.model.mask_gradients(weights, coefficients, shapes)
-        for key, gradient in gradients.items():
-            others = [self.masks[o].factor(samples[o][key]) for o in self.masks if o != turn]
-            other = combine(others)
-            through = gradient if other is None else gradient * other
-            mask.logits[key].grad = mask.logit_gradient(samples[turn][key], through)
-        self.optimisers[turn].step()
+    def ascend(self, index: int, fixed: Weights, inputs: Weights, clean: Tensor) -> None:
+        """Step 3: one ascent step of a universal perturbation, merged weights fixed; `clean` are the clean logits."""
+        task, perturb = self.tasks[index], self.perturbations[index]
+        loss = disagreement(task.logits(fixed, inputs, perturb), clean)
+        (perturb.delta.grad,) = torch.autograd.grad(loss, perturb.delta)
+        self.ascents[index].step()
+        perturb.project()
+
+    def update(self, turn: str, weights: Weights, masks: Mapping[str, MaskProduct], coefficients: Tensor) -> None:
+        """Step 4, second half: one Adam step of the mask whose turn it is, tensor by tensor."""
+        unused = torch.zeros_like(coefficients)
+        for key, gradient in self.model.chain(weights, masks, coefficients, unused):
+            (found,) = masks[key].logit_gradients(gradient, [tuple(self.masks).index(turn)])
+            step_of(self.optimisers[turn], self.masks[turn].logits[key], found)
 
     def fit_coefficients(self, probabilities: dict[str, Weights]) -> Tensor:
         """With the masks fixed at what will be saved, fit the coefficients on the summed entropy (AdaMerging)."""
-        masks = combined(
-            self.masks, {name: {k: v.float() for k, v in by.items()} for name, by in probabilities.items()}
-        )
+        masks = combined(self.masks, probabilities)
         coefficients = self.start.clone()
         optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
         for step in self.progress(range(self.config.coefficient_steps), "coefficients"):
@@ -207,14 +200,22 @@ def masks_in_use(
     }  # fmt: skip
 
 
-def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights]) -> Weights:
-    """M = M1 o M2 by tensor from one sample (or the probabilities) of each mask in use."""
-    merged: Weights = {}
-    for key in next(iter(samples.values())):
-        mask = combine([mask.factor(samples[name][key]) for name, mask in masks.items()])
-        assert mask is not None, "at least one mask is in use"
-        merged[key] = mask
-    return merged
+def combined(
+    masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights] | None = None
+) -> dict[str, MaskProduct]:
+    """M = M1 o M2 by tensor, from one sample of each mask in use or from their probabilities."""
+    used = list(masks.values())
+    return {
+        key: product(used, key, None if samples is None else [samples[mask.name][key] for mask in used])
+        for key in used[0].logits
+    }
+
+
+def step_of(optimiser: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> None:
+    """One step of a single parameter: those without a gradient stay, so that no two gradients exist at once."""
+    parameter.grad = gradient
+    optimiser.step()
+    parameter.grad = None
 
 
 def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:
