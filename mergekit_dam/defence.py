@@ -24,8 +24,8 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.inversion import Finding, invert, scan, suspects
 from mergekit_dam.losses import distillation
-from mergekit_dam.mask_pair import combined, final_probabilities, mask_state, masks_in_use
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine
+from mergekit_dam.mask_pair import combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
 from mergekit_dam.merged_model import MergedModel, Weights
 from mergekit_dam.search import Progress, Track, calibration_batch, require_finite
 from mergekit_dam.tasks import Task
@@ -64,7 +64,7 @@ class InversionSearch(Resumable):
             for mask in self.masks.values()
         ]
         self.optimisers.append((torch.optim.Adam([self.coefficients]), config.coefficient_learning_rate))
-        self.own = {index: task.own_weights() for index, task in enumerate(tasks) if self.shards.owns(index)}
+        self.own = {index: model.own_weights(index) for index in range(len(tasks)) if self.shards.owns(index)}
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
 
@@ -101,10 +101,10 @@ class InversionSearch(Resumable):
         self.findings = [Finding(trigger=self._blank(f["task"]), **f) for f in facts["findings"]]
         self.pools = {(a, b): [self._blank(a) for _ in range(length)] for a, b, length in facts["pools"]}
 
-    def _blank(self, index: int) -> RecoveredTriggers:
-        """One trigger for a task, to be filled."""
+    def _blank(self, index: int, count: int = 1) -> RecoveredTriggers:
+        """Triggers for a task, to be filled."""
         task = self.tasks[index]
-        return RecoveredTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("blank"))
+        return RecoveredTriggers.start(count, task.perturbation_shape, task.bounds, seeds.generator("blank"))
 
     def audit(self) -> list[dict[str, Any]]:
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
@@ -113,48 +113,62 @@ class InversionSearch(Resumable):
         ]
 
     def scan(self, done: int = 0) -> None:
-        """Step 1."""
+        """Step 1: each process scans its share of the classes of its tasks."""
         base = self.model.base_weights()
-        for index in self.progress(range(done, len(self.tasks)), "scan"):
-            self.findings += scan(self.tasks, base, self.config, [index])
-            self.keep("scan", index + 1)
+        for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
+            indices = range(len(self.tasks))[first : first + self.shards.size]
+            ours = [
+                finding
+                for index, part in self.shards.units(indices)
+                for finding in scan(self.tasks, base, self.config, [index], part)
+            ]
+            self.findings += self._shared(ours)
+            self.keep("scan", indices.stop)
         for finding in suspects(self.findings, self.config.suspicion):
             self.pools[finding.task, finding.target] = [finding.trigger.rows([0])]
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
 
+    def _shared(self, ours: list[Finding]) -> list[Finding]:
+        """Everyone's findings of a turn in everyone's hands, by task and class."""
+        numbers = self.shards.union({self.shards.rank: [[getattr(f, k) for k in _NUMBERS] for f in ours]})
+        found = []
+        for owner, rows in numbers.items():
+            for number, row in enumerate(rows):
+                trigger = ours[number].trigger if owner == self.shards.rank else self._blank(row[0])
+                self.shards.broadcast(trigger.parameters, owner)
+                found.append(Finding(trigger=trigger, **dict(zip(_NUMBERS, row, strict=True))))
+        return sorted(found, key=lambda finding: (finding.task, finding.target))
+
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge."""
         weights = self.model.weights(self.combined(), self.coefficients)
-        for (index, target), pool in self.pools.items():
+        found = [self._blank(index) for index, _ in self.pools]
+        for turn, (index, target) in enumerate(self.pools):
             task = self.tasks[index]
-            pool.append(
-                invert(
+            if self.shards.owns(turn):
+                found[turn] = invert(
                     task, weights, torch.tensor([target]), steps=self.config.refresh_steps,
                     batch_size=self.config.scan_batch_size,
                     generator=seeds.generator(self.config.seed, "refresh", task.name, target, step),
-                )
-            )  # fmt: skip
+                )  # fmt: skip
+        for turn, pool in enumerate(self.pools.values()):
+            self.shards.broadcast(found[turn].parameters, self.shards.owner(turn))
+            pool.append(found[turn])
             del pool[1 : len(pool) - (_POOL - 1)]
 
-    def combined(self) -> Weights:
+    def combined(self) -> dict[str, MaskProduct]:
         """M = M1 o M2 by tensor at the masks' probabilities."""
-        return combined(self.masks, self._probabilities())
-
-    def _probabilities(self) -> dict[str, Weights]:
-        return {
-            name: {key: mask.expectation(key) for key in self.model.mask_names} for name, mask in self.masks.items()
-        }
+        return combined(self.masks)
 
     def step(self, step: int) -> None:
         """Step 2: one step of both masks and the coefficients."""
-        probabilities = self._probabilities()
-        merged = combined(self.masks, probabilities)
+        merged = self.combined()
         weights = self.model.weights(merged, self.coefficients)
         parts: dict[str, float] = {}
         for index, task in enumerate(self.tasks):
             if self.shards.owns(index):
                 self.losses(index, task, weights, step, parts).backward()
-        self.update(probabilities, merged, weights, step)
+        self.update(merged, weights, step)
         parts = self.shards.union(parts)
         record = {
             "phase": "masks", "step": step, "loss": sum(parts.values()), **parts,
@@ -183,21 +197,18 @@ class InversionSearch(Resumable):
             loss = loss + safety
         return loss
 
-    def update(self, probabilities: dict[str, Weights], merged: Weights, weights: Weights, step: int) -> None:
+    def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
         """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine."""
-        shapes = {key: next(iter(self.masks.values())).logits[key].shape for key in self.model.mask_names}
-        found = self.model.gradients(weights)
-        whole = self.config.granularity == "tensor"
-        gradients = self.model.mask_gradients(found, self.coefficients, shapes, whole=whole)
-        for name, mask in self.masks.items():
-            for key, gradient in gradients.items():
-                other = combine([self.masks[o].factor(key, probabilities[o][key]) for o in self.masks if o != name])
-                through = gradient if other is None else gradient * other
-                mask.logits[key].grad = mask.logit_gradient(key, probabilities[name][key], through)
-        self.coefficients.grad = self.model.coefficient_gradients(found, merged, self.coefficients)
         share = 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(1, self.config.steps)))
         for optimiser, rate in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate * share
-            optimiser.step()
+        self.coefficients.grad = torch.zeros_like(self.coefficients)
+        *mask_optimisers, (coefficient_optimiser, _) = self.optimisers
+        whole = self.config.granularity == "tensor"
+        for key, gradient in self.model.chain(weights, merged, self.coefficients, self.coefficients.grad, whole=whole):
+            found = merged[key].logit_gradients(gradient, range(len(self.masks)))
+            for mask, (optimiser, _), part in zip(self.masks.values(), mask_optimisers, found, strict=True):
+                step_of(optimiser, mask.logits[key], part)
+        coefficient_optimiser.step()
         self.coefficients.clamp_(0.0, self.config.max_coefficient)

@@ -67,13 +67,17 @@ def invert(
     steps: int,
     batch_size: int,
     generator: torch.Generator,
+    num_classes: int | None = None,
 ) -> RecoveredTriggers:
     """Smallest universal triggers that make a model answer `targets_R`, found by Adam, all rows at once.
 
     The price of size rises by 1.12 while a trigger works on 95 % of the last batches and falls by 1.25 otherwise; a
-    row's result is its smallest trigger that worked, or the last one.
+    row's result is its smallest trigger that worked, or the last one. With `num_classes` the start is drawn for all
+    classes, so that a search of some of them starts as one of all does.
     """
-    start = RecoveredTriggers.start(len(targets_R), task.perturbation_shape, task.bounds, generator)
+    start = RecoveredTriggers.start(num_classes or len(targets_R), task.perturbation_shape, task.bounds, generator)
+    if num_classes is not None:
+        start = start.rows(targets_R.tolist())
     triggers = RecoveredTriggers([p.requires_grad_(True) for p in start.parameters], task.bounds)
     optimiser = torch.optim.Adam(triggers.parameters, lr=_LEARNING_RATE, betas=(0.5, 0.9))
     best = triggers.rows(range(len(targets_R)))
@@ -118,7 +122,11 @@ def success_rates(
 
 
 def scan(
-    tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, tasks_in_turn: Iterable[int]
+    tasks: Sequence[Task],
+    base: Mapping[str, Tensor],
+    config: DamConfig,
+    tasks_in_turn: Iterable[int],
+    part: tuple[int, int] = (0, 1),
 ) -> list[Finding]:
     """Every class of every model that classifies.
 
@@ -126,7 +134,8 @@ def scan(
         tasks: one per model.
         base: theta_0 by output name.
         config: `scan_steps`, `scan_batch_size`, `seed`.
-        tasks_in_turn: their indices, wrapped in a progress bar.
+        tasks_in_turn: their indices.
+        part: (i, n) for the i-th of n shares of each task's classes.
     """
     findings = []
     for index in tasks_in_turn:
@@ -136,15 +145,18 @@ def scan(
         own = task.own_weights()
         with torch.no_grad():
             num_classes = task.logits(own, task.inputs(torch.arange(1))).shape[-1]
-        targets_R = torch.arange(num_classes)
+        targets_R = torch.arange(num_classes).tensor_split(part[1])[part[0]]
+        if not len(targets_R):
+            continue
         triggers = invert(
             task, own, targets_R, steps=config.scan_steps, batch_size=config.scan_batch_size,
-            generator=seeds.generator(config.seed, "scan", task.name),
+            generator=seeds.generator(config.seed, "scan", task.name), num_classes=num_classes,
         )  # fmt: skip
         success, control = (success_rates(task, w, triggers, targets_R) for w in (own, base))
         sizes = triggers.size().tolist()
         findings += [
-            Finding(index, k, triggers.rows([k]), sizes[k], success[k], control[k]) for k in range(num_classes)
+            Finding(index, k, triggers.rows([row]), sizes[row], success[row], control[row])
+            for row, k in enumerate(targets_R.tolist())
         ]
     return findings
 

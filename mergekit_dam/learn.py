@@ -118,7 +118,7 @@ def optimise(
             metrics.write(json.dumps(record) + "\n")
 
         def progress(steps: Iterable[int], title: str) -> Iterable[int]:
-            done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) else {}
+            done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) and steps.step == 1 else {}
             bar = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr, **done)
             for step in bar:
                 yield step

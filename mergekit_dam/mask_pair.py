@@ -11,10 +11,9 @@ from torch import Tensor
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.shards import ALONE
 from mergekit_dam.distributed.snapshots import State, adam_state
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, combine, mask_shape
-from mergekit_dam.merged_model import MergedModel
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, MaskProduct, mask_shape, product
+from mergekit_dam.merged_model import MergedModel, Weights
 
-Weights = dict[str, Tensor]
 _IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
 
 
@@ -33,14 +32,20 @@ def masks_in_use(
     }  # fmt: skip
 
 
-def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights]) -> Weights:
-    """M = M1 o M2 by tensor from one sample (or the probabilities) of each mask in use."""
-    merged: Weights = {}
-    for key in next(iter(samples.values())):
-        mask = combine([mask.factor(key, samples[name][key]) for name, mask in masks.items()])
-        assert mask is not None, "at least one mask is in use"
-        merged[key] = mask
-    return merged
+def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights] | None = None) -> dict[str, MaskProduct]:
+    """M = M1 o M2 by tensor, from one sample of each mask in use or from their probabilities."""
+    used = list(masks.values())
+    return {
+        key: product(used, key, None if samples is None else [samples[mask.name][key] for mask in used])
+        for key in used[0].logits
+    }
+
+
+def step_of(optimiser: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> None:
+    """One step of a single parameter: those without a gradient stay, so that no two gradients exist at once."""
+    parameter.grad = gradient
+    optimiser.step()
+    parameter.grad = None
 
 
 def final_probabilities(masks: Mapping[str, ConcreteMask]) -> dict[str, Weights]:

@@ -21,9 +21,9 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, entropy
-from mergekit_dam.mask_pair import combined, final_probabilities, mask_state, masks_in_use
-from mergekit_dam.masks import BACKDOOR_DETECTION, combine
-from mergekit_dam.merged_model import MergedModel, Weights, clear_gradients
+from mergekit_dam.mask_pair import combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.masks import BACKDOOR_DETECTION, MaskProduct
+from mergekit_dam.merged_model import Masks, MergedModel, Weights
 from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.tasks import Task
 
@@ -106,10 +106,9 @@ class PaperSearch(Resumable):
         batches = self.batches(step)
         coefficients, before = self.inner_step(merged_masks, batches)
         weights = self.model.weights(merged_masks, coefficients)
-        self.ascend(weights, batches)
         turn = tuple(self.masks)[step % len(self.masks)]
         parts = self.shards.union(self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION))
-        self.update(turn, samples, weights, coefficients)
+        self.update(turn, weights, merged_masks, coefficients)
         density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
         total = sum(parts.values())
         record = {"phase": "masks", "step": step, "turn": turn, "loss": total, "loss/inner": before, **parts, **density}
@@ -124,7 +123,7 @@ class PaperSearch(Resumable):
             if self.shards.owns(index)
         }
 
-    def inner_step(self, masks: Weights, batches: dict[int, Weights]) -> tuple[Tensor, float]:
+    def inner_step(self, masks: Masks, batches: dict[int, Weights]) -> tuple[Tensor, float]:
         """Step 2: from their start, one Adam step of the coefficients on the summed entropy, masks fixed."""
         coefficients = self.start.clone()
         optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
@@ -132,7 +131,7 @@ class PaperSearch(Resumable):
         return coefficients, loss
 
     def coefficient_step(
-        self, masks: Weights, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: dict[int, Weights]
+        self, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: dict[int, Weights]
     ) -> float:
         weights = self.model.weights(masks, coefficients)
         losses: dict[int, float] = {}
@@ -140,57 +139,52 @@ class PaperSearch(Resumable):
             loss = entropy(self.tasks[index].logits(weights, inputs))
             loss.backward()
             losses[index] = float(loss.detach())
-        coefficients.grad = self.model.coefficient_gradients(self.model.gradients(weights), masks, coefficients)
+        coefficients.grad = self.model.coefficient_gradients(weights, masks, coefficients)
         optimiser.step()
         return float(sum(self.shards.union(losses).values()))
 
-    def ascend(self, weights: Weights, batches: dict[int, Weights]) -> None:
-        """Step 3: one ascent step of each universal perturbation, merged weights fixed."""
+    def outer_losses(self, weights: Weights, batches: dict[int, Weights], *, safe: bool) -> dict[str, float]:
+        """Steps 3 and 4: move each perturbation, then the backward passes of L_perf (+ alpha L_safe) into `weights`.
+
+        One clean forward pass serves both: step 3 needs its answers, step 4 its entropy.
+        """
+        parts: dict[str, float] = {}
         fixed = {name: weight.detach() for name, weight in weights.items()}
         for index, inputs in batches.items():
-            task, perturb = self.tasks[index], self.perturbations[index]
-            with torch.no_grad():
-                clean = task.logits(fixed, inputs)
-            (perturb.delta.grad,) = torch.autograd.grad(
-                disagreement(task.logits(fixed, inputs, perturb), clean), perturb.delta
-            )
-            self.ascents[index].step()
-            perturb.project()
-
-    def outer_losses(self, weights: Weights, batches: dict[int, Weights], *, safe: bool) -> dict[str, float]:
-        """Step 4: backward passes of L_perf (+ alpha L_safe) into the gradients of `weights`."""
-        clear_gradients(weights)
-        parts: dict[str, float] = {}
-        for index, inputs in batches.items():
-            task, perturb = self.tasks[index], self.perturbations[index]
+            task = self.tasks[index]
             clean = task.logits(weights, inputs)
+            self.ascend(index, fixed, inputs, clean)
             loss = entropy(clean)
-            parts[f"loss/perf/{task.name}"] = float(loss)
+            parts[f"loss/perf/{task.name}"] = float(loss.detach())
             if safe:
+                perturb = self.perturbations[index]
                 with _fixed(perturb):
                     safety = self.config.alpha * consistency(task.logits(weights, inputs, perturb), clean)
-                parts[f"loss/safe/{task.name}"] = float(safety)
+                parts[f"loss/safe/{task.name}"] = float(safety.detach())
                 loss = loss + safety
             loss.backward()
         return parts
 
-    def update(self, turn: str, samples: dict[str, Weights], weights: Weights, coefficients: Tensor) -> None:
-        """Step 4, second half: one Adam step of the mask whose turn it is."""
-        mask = self.masks[turn]
-        shapes = {key: mask.logits[key].shape for key in self.model.mask_names}
-        found = self.model.gradients(weights)
-        gradients = self.model.mask_gradients(found, coefficients, shapes, whole=self.config.granularity == "tensor")
-        for key, gradient in gradients.items():
-            others = [self.masks[o].factor(key, samples[o][key]) for o in self.masks if o != turn]
-            other = combine(others)
-            through = gradient if other is None else gradient * other
-            mask.logits[key].grad = mask.logit_gradient(key, samples[turn][key], through)
-        self.optimisers[turn].step()
+    def ascend(self, index: int, fixed: Weights, inputs: Weights, clean: Tensor) -> None:
+        """Step 3: one ascent step of a universal perturbation, merged weights fixed; `clean` are the clean logits."""
+        task, perturb = self.tasks[index], self.perturbations[index]
+        loss = disagreement(task.logits(fixed, inputs, perturb), clean)
+        (perturb.delta.grad,) = torch.autograd.grad(loss, perturb.delta)
+        self.ascents[index].step()
+        perturb.project()
+
+    def update(self, turn: str, weights: Weights, masks: Mapping[str, MaskProduct], coefficients: Tensor) -> None:
+        """Step 4, second half: one Adam step of the mask whose turn it is, tensor by tensor."""
+        unused = torch.zeros_like(coefficients)
+        whole = self.config.granularity == "tensor"
+        for key, gradient in self.model.chain(weights, masks, coefficients, unused, whole=whole):
+            (found,) = masks[key].logit_gradients(gradient, [tuple(self.masks).index(turn)])
+            step_of(self.optimisers[turn], self.masks[turn].logits[key], found)
 
     def fit_coefficients(self, done: int = 0) -> None:
         """With the masks fixed at what will be saved, fit the coefficients on the summed entropy (AdaMerging)."""
         saved = {
-            name: {key: mask.expectation(key).to(torch.float16).float() for key in self.model.mask_names}
+            name: {key: mask.expectation(key).to(torch.float16) for key in self.model.mask_names}
             for name, mask in self.masks.items()
         }
         masks = combined(self.masks, saved)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from mergekit_dam import merge_rule
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, distillation, entropy
-from mergekit_dam.masks import ConcreteMask, combine, mask_shape, rescaled
+from mergekit_dam.masks import ConcreteMask, combine, mask_shape, product, rescaled
 from mergekit_dam.perturbation import Bounds, UniversalPerturbation
 from mergekit_dam.seeds import generator, stable_seed
 
@@ -41,7 +41,8 @@ def test_gradients_of_the_chain_rule_are_autograds(seed: int) -> None:
     mask.requires_grad_(True)
     theta = base + mask * sum(c * (m - base) for c, m in zip(coefficients, models, strict=True))
     (theta * weight).sum().backward()
-    found = merge_rule.mask_gradient(weight, base, list(models), coefficients.detach(), mask.shape)
+    found = torch.zeros_like(mask)
+    merge_rule.mask_gradient(weight, base, list(models), coefficients.detach(), found)
     torch.testing.assert_close(found, mask.grad)
     found = merge_rule.coefficient_gradient(weight, base, list(models), mask.detach())
     torch.testing.assert_close(found, coefficients.grad)
@@ -65,7 +66,8 @@ def test_mask_logit_gradient_is_autograds(rescale: bool) -> None:
     weight = torch.randn(4, 3, generator=generator(1))
     ((drawn / drawn.mean() if rescale else drawn) * weight).sum().backward()
     assert logits.grad is not None
-    torch.testing.assert_close(mask.logit_gradient("w", sample, weight), logits.grad)
+    (found,) = product([mask], "w", [sample]).logit_gradients(weight.clone(), [0])
+    torch.testing.assert_close(found, logits.grad)
 
 
 @given(st.integers(0, 50), st.sampled_from(["element", "row", "tensor"]))
@@ -98,8 +100,8 @@ def test_the_two_masks_are_two() -> None:
         make("backdoor_detection").sample("w", seed=0, step=0),
     )
     assert not torch.equal(first, second)
-    product = combine([first, second])
-    assert product is not None and torch.equal(product, first * second)
+    both = combine([first, second])
+    assert both is not None and torch.equal(both, first * second)
     assert combine([]) is None
 
 

@@ -9,7 +9,7 @@ must call them in the same order. Legend: W processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,18 @@ class Shards:
         self.size = 1 if mesh is None else mesh.size()
         self.rank = 0 if mesh is None else mesh.get_local_rank()
 
+    def owner(self, index: int) -> int:
+        """The process that does piece `index` of some work: pieces are dealt out in turn."""
+        return index % self.size
+
     def owns(self, index: int) -> bool:
-        """Whether task `index` is ours: they are dealt out in turn."""
-        return index % self.size == self.rank
+        """Whether piece `index` is ours."""
+        return self.owner(index) == self.rank
+
+    def units(self, tasks: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
+        """Our share of some tasks, each cut into as many parts as keep all processes busy: (task, (part, parts))."""
+        parts = math.ceil(self.size / len(tasks))
+        return [(task, (part, parts)) for task in tasks for part in range(parts)][self.rank :: self.size]
 
     def rows(self, count: int) -> slice:
         """Our rows out of `count`."""
@@ -89,10 +98,11 @@ class Shards:
         partial = DTensor.from_local(tensor, self.mesh, [Partial()], run_check=False)
         return partial.redistribute(placements=[Replicate()]).to_local()
 
-    def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Fill `tensor` with process `owner`'s."""
+    def broadcast(self, tensors: Iterable[Tensor], owner: int) -> None:
+        """Fill `tensors` with process `owner`'s."""
         if self.mesh is not None:
-            dist.broadcast(tensor, group_src=owner, group=self.mesh.get_group())
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), group_src=owner, group=self.mesh.get_group())
 
     def union(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
         """Everyone's small entries (numbers and texts, no tensors) in one mapping; keys are distinct."""

@@ -1,0 +1,254 @@
+"""What a step of the search costs, against the passes of the plain model that it contains: time and peak memory.
+
+The compute floor is transformers' own class with its own parameters, the same batches and readout, in the same
+process: nothing of the merge, the masks or the optimiser. Models are random, at the shapes of real ones; times do not
+depend on the values. Legend: T tasks, K classes, D width, L tokens.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from torch import Tensor
+
+from mergekit_dam.bench.shapes import make_models
+from mergekit_dam.defence import InversionSearch
+from mergekit_dam.losses import entropy
+from mergekit_dam.merged_model import MergedModel
+from mergekit_dam.perturbation import UniversalPerturbation
+from mergekit_dam.plan import build_plan
+from mergekit_dam.search import PaperSearch, calibration_batch
+from mergekit_dam.seeds import generator
+from mergekit_dam.task_vectors import TaskVectors, survey
+from mergekit_dam.tasks import Task, build_tasks
+
+# The passes of one step of one task, in order: a forward pass alone, one with a backward pass to the parameters, one
+# with a backward pass to the input. `paper` has M1's turn in even steps and M2's, with the safety loss, in odd ones.
+PASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "inversion": (("answer", "fit"), ("answer", "fit")),
+    "paper": (("fit", "fit", "input"), ("fit", "fit", "input", "fit")),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        shapes: `clip` (the vision tower of CLIP ViT-B/32) or `llama` (160 M parameters), see shapes.py.
+        objective: `inversion` or `paper`.
+        tasks: T.
+        steps: measured steps, each beside one measurement of the floor; a step before them warms up.
+        batch_size: samples per task and step.
+        device: `cpu` or `cuda`.
+        settings: further settings of dam, e.g. granularity.
+    """
+
+    shapes: str
+    objective: str
+    tasks: int
+    steps: int = 2
+    batch_size: int = 16
+    device: str = "cpu"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """File name of the result."""
+        more = "".join(f"-{key}-{value}" for key, value in sorted(self.settings.items()))
+        return f"{self.shapes}-{self.objective}-t{self.tasks}-{self.device}{more}"
+
+
+class Memory:
+    """Peak resident memory of this process, sampled every 10 ms: of its own, and with pages of mapped files."""
+
+    def __init__(self) -> None:
+        self.anonymous = self.total = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            now = resident_bytes()
+            self.anonymous = max(self.anonymous, now["RssAnon"])
+            self.total = max(self.total, now["VmRSS"])
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def resident_bytes() -> dict[str, int]:
+    """Resident memory of this process by kind, from /proc; zeros where there is none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return {key: found.get(key, 0) for key in ("RssAnon", "RssFile", "VmRSS")}
+
+
+class Clock:
+    """Seconds of a block: wall, and of this process's processor, which other jobs on the machine do not lengthen."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._finish()
+        wall, processor = time.perf_counter(), time.process_time()
+        yield
+        self._finish()
+        self.wall.append(time.perf_counter() - wall)
+        self.processor.append(time.process_time() - processor)
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @property
+    def seconds(self) -> list[float]:
+        """Processor seconds on a CPU with one thread, else wall seconds."""
+        return self.processor if self.device.type == "cpu" and torch.get_num_threads() == 1 else self.wall
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """Run one case. Models are made in `folder` where they are missing.
+
+    Returns:
+        Seconds of the floor and of the step (medians), their ratio, and bytes.
+    """
+    device = torch.device(case.device)
+    search, tasks, path = _search(case, folder, device)
+    passes = _counted(tasks)
+    floor, step = Clock(device), Clock(device)
+    with Memory() as memory:
+        for number in range(-1, case.steps):
+            with (step if number >= 0 else Clock(device))():
+                search.step(number + 1)
+            _expect(passes, case, number + 1)
+    device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    parameters = sum(torch.Size(spec.shape).numel() for spec in search.model.changed)
+    _plain(tasks, path, device)
+    with Memory() as floor_memory:
+        for number in range(-1, case.steps):
+            with (floor if number >= 0 else Clock(device))():
+                _floor(search, tasks, number + 1, PASSES[case.objective][(number + 1) % 2])
+    return {
+        "case": case.__dict__,
+        "parameters": parameters,
+        # sums over the same steps, so that turns of different cost have their share
+        "ratio": sum(step.seconds) / sum(floor.seconds),
+        "seconds": {"floor": floor.seconds, "step": step.seconds},
+        "wall_seconds": {"floor": floor.wall, "step": step.wall},
+        "bytes": {
+            "peak": memory.total, "peak_anonymous": memory.anonymous, "device": device_bytes,
+            "floor_and_state_anonymous": floor_memory.anonymous,
+        },
+        "environment": environment(device),
+    }  # fmt: skip
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What times depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
+    return {
+        "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSearch | PaperSearch, list[Task], Path]:
+    made = make_models(case.shapes, case.tasks, folder)
+    base, *models = (ModelReference.parse(str(path)) for path in made.models)
+    shared = {
+        "objective": case.objective, "batch_size": case.batch_size, "num_samples": case.batch_size,
+        "calibration": str(made.calibration), "head": made.head and str(made.head), "device": case.device,
+        "max_length": made.length or None, **case.settings,
+    }  # fmt: skip
+    plan = build_plan(base, models, shared=shared, per_model={})
+    vectors = TaskVectors(plan)
+    model = MergedModel(vectors, survey(vectors).changed, device)
+    tasks = build_tasks(plan, device)
+    searches: dict[str, Callable[..., Any]] = {"inversion": InversionSearch, "paper": PaperSearch}
+    search = searches[case.objective](
+        model, tasks, plan.config, torch.full((case.tasks,), 0.3), track=lambda record: None,
+        progress=lambda steps, title: steps,
+    )  # fmt: skip
+    return search, tasks, made.models[1]
+
+
+def _counted(tasks: Sequence[Task]) -> list[str]:
+    """A list that every forward pass of a task is noted in from now on: `fit` with a graph, `answer` without."""
+    seen: list[str] = []
+    for task in tasks:
+
+        def call(parameters: Any, *, plain: Callable[..., Any] = task.call, **inputs: Any) -> Any:
+            seen.append("with graph" if torch.is_grad_enabled() else "answer")
+            return plain(parameters, **inputs)
+
+        task.call = call  # type: ignore[method-assign]
+    return seen
+
+
+def _expect(passes: list[str], case: Case, step: int) -> None:
+    """The floor holds exactly the passes that the step made."""
+    made = ["answer" if kind == "answer" else "with graph" for kind in PASSES[case.objective][step % 2]] * case.tasks
+    if sorted(passes) != sorted(made):
+        raise AssertionError(f"step {step}: {sorted(passes)} instead of {sorted(made)}")
+    passes.clear()
+
+
+def _plain(tasks: Sequence[Task], path: Path, device: torch.device) -> None:
+    """From now on the tasks' passes are those of transformers' own model with its own parameters, one for all."""
+    model = type(tasks[0].module).from_pretrained(path, dtype=torch.float32).to(device).eval()
+    own = dict(model.named_parameters())
+    for task in tasks:
+        task.parameters = lambda weights: own  # type: ignore[method-assign, assignment]
+        task.call = lambda parameters, **inputs: model(**inputs)  # type: ignore[method-assign, assignment]
+
+
+def _floor(search: InversionSearch | PaperSearch, tasks: Sequence[Task], step: int, kinds: Sequence[str]) -> None:
+    """The passes of one step on the same batches; the gradients of all tasks add up, as in the search."""
+    parameters = tasks[0].parameters({})
+    for task in tasks:
+        inputs = task.inputs(calibration_batch(task, search.config, step))
+        for kind in kinds:
+            with torch.set_grad_enabled(kind != "answer"):
+                if kind == "input":
+                    _backward_to_the_input(task, inputs, list(parameters.values()))
+                    continue
+                loss = entropy(task.logits(parameters, inputs))
+            if kind == "fit":
+                loss.backward()
+    for parameter in parameters.values():
+        parameter.grad = None
+
+
+def _backward_to_the_input(task: Task, inputs: dict[str, Tensor], parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    perturb = UniversalPerturbation(
+        task.perturbation_shape, task.bounds, eps=0.1, inserts=len(task.perturbation_shape) == 2,
+        generator=generator("floor"),
+    )  # fmt: skip
+    torch.autograd.grad(entropy(task.logits({}, inputs, perturb)), perturb.delta)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
