@@ -115,6 +115,11 @@ class DamConfig(_Settings):
     worker_timeout: float = setting(
         1800.0, "Several processes: longest wait of one for another before all are ended.", unit="seconds", gt=0.0
     )
+    gather: Literal["model", "block"] = setting(
+        "model",
+        "Several processes: what of the merged weights and of their gradients is whole at a time. `block` takes one "
+        "more forward pass; the objective `paper` knows `model` alone.",
+    )  # fmt: skip
     resume: bool = setting(True, "Go on from the snapshot of a run that was cut short.")
     snapshot_every: float = setting(60.0, "Time between two snapshots; 0: after every step.", unit="seconds", ge=0.0)
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
@@ -138,7 +143,7 @@ PAPER: Mapping[str, Any] = {
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
-NOT_LEARNED = frozenset({"masks", "device", "num_processes", "worker_timeout", "resume", "snapshot_every"})
+NOT_LEARNED = frozenset({"masks", "device", "num_processes", "worker_timeout", "gather", "resume", "snapshot_every"})
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:

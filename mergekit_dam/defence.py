@@ -141,7 +141,7 @@ class InversionSearch(Resumable):
 
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge."""
-        weights = self.model.weights(self.combined(), self.coefficients)
+        weights = self.model.weights(self.combined(), self.coefficients, whole=True)
         found = [self._blank(index) for index, _ in self.pools]
         for turn, (index, target) in enumerate(self.pools):
             task = self.tasks[index]
@@ -165,9 +165,15 @@ class InversionSearch(Resumable):
         merged = self.combined()
         weights = self.model.weights(merged, self.coefficients)
         parts: dict[str, float] = {}
-        for index, task in enumerate(self.tasks):
-            if self.shards.owns(index):
-                self.losses(index, task, weights, step, parts).backward()
+        for first in range(0, len(self.tasks), self.shards.size):
+            index = first + self.shards.rank
+            loss = torch.zeros((), device=self.model.device)
+            if index < len(self.tasks):
+                loss = self.losses(index, self.tasks[index], weights, step, parts)
+            for _ in range(self._idle_passes(first)):
+                loss = loss + 0.0 * self.tasks[0].logits(weights, self.tasks[0].inputs(torch.arange(1))).sum()
+            if loss.requires_grad:
+                loss.backward()
         self.update(merged, weights, step)
         parts = self.shards.union(parts)
         record = {
@@ -176,6 +182,14 @@ class InversionSearch(Resumable):
         }  # fmt: skip
         require_finite(record, step)
         self.track(record)
+
+    def _idle_passes(self, first: int) -> int:
+        """Passes that we make for nothing beside the tasks `first`.., because streamed blocks wait for everyone."""
+        if not self.model.streamed:
+            return 0
+        passes = [1 + sum(owner == index for owner, _ in self.pools) for index in range(len(self.tasks))]
+        turn = passes[first : first + self.shards.size]
+        return max(turn) - (turn[self.shards.rank] if self.shards.rank < len(turn) else 0)
 
     def losses(self, index: int, task: Task, weights: Weights, step: int, parts: dict[str, float]) -> Tensor:
         """L of one task; its parts go into `parts`."""

@@ -6,35 +6,25 @@ import hashlib
 import json
 import logging
 import os
-import sys
-from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from filelock import FileLock
-from safetensors.torch import save_file
 
-from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, save, verify
+from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, verify
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import DamConfig
-from mergekit_dam.defence import InversionSearch
 from mergekit_dam.distributed.launcher import Job, run_workers
 from mergekit_dam.distributed.shards import ALONE, Shards
-from mergekit_dam.distributed.snapshots import Snapshots
 from mergekit_dam.errors import DamError
-from mergekit_dam.merged_model import MergedModel
+from mergekit_dam.optimise import optimise
 from mergekit_dam.plan import Plan
-from mergekit_dam.search import PaperSearch
-from mergekit_dam.task_vectors import TaskVectors, survey
-from mergekit_dam.tasks import Task, build_tasks
+from mergekit_dam.tasks import build_tasks
 
 LOG = logging.getLogger(__name__)
 CPU = torch.device("cpu")
-_OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
 
 
 def cache_folder() -> Path:
@@ -70,7 +60,7 @@ def learn_masks(
         return path.parent, masks
     count = num_processes(plan.config) if shards.size == 1 else 1
     # a parent of workers only reads the data: it must not open the accelerators that they will use
-    place = CPU if count > 1 else device or _device(plan.config.device)
+    place = CPU if count > 1 else device or device_of(plan.config.device)
     tasks = build_tasks(plan, place)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
     key = hashlib.sha256(json.dumps([description, library_versions()], sort_keys=True).encode()).hexdigest()[:32]
@@ -88,82 +78,12 @@ def learn_masks(
         return folder, load(folder / MASKS_FILE)
 
 
-def optimise(
-    plan: Plan, folder: Path, description: dict[str, Any], tasks: Sequence[Task], device: torch.device, *,
-    shards: Shards, quiet: bool,
-) -> None:  # fmt: skip
-    """Learn masks and save them, with metrics and heads, into `folder`; goes on where a run was cut short.
-
-    Args:
-        plan: what is merged.
-        folder: of the artefact, locked by the caller.
-        description: what the masks depend on.
-        tasks: of the plan.
-        device: of this process.
-        shards: processes that call this together.
-        quiet: no progress bar.
-    """
-    first, config = shards.rank == 0, plan.config
-    vectors = TaskVectors(plan)
-    found = survey(vectors, shards)
-    model = MergedModel(vectors, found.changed, device, shards)
-    snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
-    if first:
-        _save_heads(tasks, folder / "heads")
-    with _journal(folder / "metrics.jsonl" if first else Path(os.devnull), snapshots) as metrics:
-        last: dict[str, Any] = {}
-
-        def track(record: dict[str, Any]) -> None:
-            last.update(record)
-            metrics.write(json.dumps(record) + "\n")
-
-        def progress(steps: Iterable[int], title: str) -> Iterable[int]:
-            done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) and steps.step == 1 else {}
-            bar = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr, **done)
-            for step in bar:
-                yield step
-                shown = {k: f"{v:.3f}" for k, v in last.items() if k == "loss" or k.startswith("density/")}
-                bar.set_postfix(shown, refresh=False)
-
-        start = torch.tensor([m.settings.weight for m in plan.models])
-        search = _OBJECTIVES[config.objective](
-            model, tasks, config, start, track=track, progress=progress, snapshots=snapshots
-        )
-        probabilities, coefficients = search.run()
-    metadata = description | {
-        "tensors": list(model.mask_names), "seed": config.seed, "versions": library_versions(),
-        "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
-        "audit": search.audit(),
-    }  # fmt: skip
-    if first:
-        save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata))
-    shards.barrier()
-    snapshots.clear()
-
-
 def num_processes(config: DamConfig) -> int:
     """Processes to learn with: as set, else one per accelerator, and one on the CPU."""
     if config.num_processes is not None:
         return config.num_processes
     usable = config.device == "auto" and torch.accelerator.is_available()
     return max(1, torch.accelerator.device_count()) if usable else 1
-
-
-def _journal(path: Path, snapshots: Snapshots) -> IO[str]:
-    """metrics.jsonl as it was at the snapshot that the run goes on from, or empty."""
-    facts = snapshots.facts
-    file = path.open("a", encoding="utf-8")
-    if path.is_file():
-        file.truncate(min(path.stat().st_size, facts["journal"]) if facts is not None else 0)
-
-    def length() -> int:
-        file.flush()
-        if path.is_file():
-            os.fsync(file.fileno())
-        return file.tell()
-
-    snapshots.follow(length)
-    return file
 
 
 def _make(folder: Path) -> None:
@@ -176,17 +96,7 @@ def _make(folder: Path) -> None:
         ) from error  # fmt: skip
 
 
-def _save_heads(tasks: Iterable[Task], folder: Path) -> None:
-    """Heads that the base lacks stay per task: tensors, and the config of the class that holds them."""
-    for task in tasks:
-        if task.head:
-            folder.mkdir(exist_ok=True)
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in task.head.items()}
-            save_file(tensors, folder / f"{task.name}.safetensors", metadata={"format": "pt"})
-            task.input.config.to_json_file(folder / f"{task.name}.json", use_diff=False)
-
-
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """`auto` is accelerate's choice."""
     if name == "auto":
         chosen: torch.device = Accelerator().device

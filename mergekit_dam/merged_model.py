@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.merge_rule import Mask, coefficient_gradient, gradients, merge
@@ -32,12 +33,15 @@ class MergedModel:
         changed: tensors that some model changed; the others are theta_0's.
         device: where merging and the tasks run. On the CPU tensors stay views of the mapped files.
         shards: processes that share the rows.
+        streamed: output names that the tasks gather themselves, block by block.
     """
 
     def __init__(
-        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, shards: Shards = ALONE
-    ) -> None:
+        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, shards: Shards = ALONE,
+        streamed: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
         self.device, self.shards, self._vectors = device, shards, vectors
+        self.streamed = streamed if shards.size > 1 else frozenset()
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
         self.mask_shapes = {spec.mask_name: spec.shape for spec in changed}
@@ -79,8 +83,10 @@ class MergedModel:
                 found[spec.name] = tensor
         return found
 
-    def weights(self, masks: Masks, coefficients: Tensor) -> Weights:
-        """Merged weights by output name, whole; those that change are float32 leaves with gradients.
+    def weights(self, masks: Masks, coefficients: Tensor, *, whole: bool = False) -> Weights:
+        """Merged weights by output name; those that change are float32 leaves with gradients.
+
+        They are whole, except for streamed ones, which stay rows (DTensor) unless `whole` is asked for.
 
         Args:
             masks: our rows of M by mask name, each broadcastable to its tensors; a missing name keeps everything.
@@ -94,7 +100,8 @@ class MergedModel:
                 rows = merge(base, self._models[spec.name], self._of(lambdas, spec), masks.get(spec.mask_name))
             else:  # fewer rows than processes
                 rows = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-            weights[spec.name] = self.shards.gather(rows, spec.shape).requires_grad_(True)
+            join = self.shards.distributed if spec.name in self.streamed and not whole else self.shards.gather
+            weights[spec.name] = join(rows, spec.shape).requires_grad_(True)
         return weights
 
     def chain(
@@ -147,6 +154,8 @@ class MergedModel:
         """Our rows of the gradient that the tasks of all processes left in a merged tensor; None if it is unused."""
         if self.shards.size == 1:
             return weight.grad
+        if isinstance(weight, DTensor):  # summed already
+            return weight.grad.to_local() if isinstance(weight.grad, DTensor) else torch.zeros_like(weight.to_local())
         # other processes may have one where we have none
         return self.shards.scatter(torch.zeros_like(weight) if weight.grad is None else weight.grad)
 

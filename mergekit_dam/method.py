@@ -8,7 +8,8 @@ planner, the config is read from there: settings are then checked before anythin
 from __future__ import annotations
 
 import logging
-import shutil
+import os
+import sys
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -229,17 +230,10 @@ def _build_plan(run: _Run) -> Any:
 
 def _keep(folder: Path, target: Path) -> None:
     """Masks, metrics and heads beside the output; mergekit reads only the directory's top level as weights."""
-    from mergekit_dam.artifact import MASKS_FILE
+    from mergekit_dam.artifact_folder import copy_artifact
 
-    if folder.resolve() == target.resolve():
-        return
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name in (MASKS_FILE, "metrics.jsonl"):
-            if (folder / name).is_file():
-                shutil.copy2(folder / name, target / name)
-        if (folder / "heads").is_dir():
-            shutil.copytree(folder / "heads", target / "heads", dirs_exist_ok=True)
+        copy_artifact(folder, target)
     except OSError as error:
         raise DamError(
             f"output {target}", expected="a folder that can be written", got=str(error),
@@ -256,3 +250,7 @@ def register_dam() -> None:
     if not any(method.spec.name == DAM.spec.name for method in registry.registered_methods()):
         registry.register(DAM())
     register_architectures()
+
+
+if "_mergekit_dam_autoload" in sys.modules and os.environ.get("MERGEKIT_DAM_AUTOLOAD", "1") != "0":
+    register_dam()  # the hook steps aside when it meets this module half imported

@@ -12,7 +12,7 @@ import transformers
 from mergekit_dam.distributed.launcher import JOB, Job, end_with_parent, record_error
 from mergekit_dam.distributed.processes import joined
 from mergekit_dam.families import register_architectures
-from mergekit_dam.learn import optimise
+from mergekit_dam.optimise import optimise
 from mergekit_dam.tasks import build_tasks
 
 
@@ -28,6 +28,7 @@ def main(folder: Path) -> int:
         job: Job = pickle.loads((folder / JOB).read_bytes())
         config = job.plan.config
         with joined(device=config.device, timeout=config.worker_timeout) as (shards, device):
+            assert device is not None, "started with a group"
             tasks = build_tasks(job.plan, device)
             optimise(job.plan, job.folder, job.description, tasks, device, shards=shards, quiet=job.quiet)
     except Exception as error:

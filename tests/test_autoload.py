@@ -18,11 +18,18 @@ def _python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "first", ["import torch", "import mergekit.merge_methods", "import mergekit.merge_methods.registry"]
+    "first",
+    [
+        "import torch",
+        "import mergekit.merge_methods",
+        "import mergekit.merge_methods.registry",
+        "import mergekit_dam.method",
+        "import mergekit_dam.plan, mergekit_dam.method",
+    ],
 )
 def test_dam_is_known_in_every_order_of_imports(first: str) -> None:
     done = _python(f"{first}\nfrom mergekit.merge_methods import get\nprint(get('dam').spec.name)")
-    assert done.stdout.strip() == "dam", done.stderr
+    assert done.stdout.strip() == "dam" and "not available" not in done.stderr, done.stderr
 
 
 def test_torch_alone_loads_neither_mergekit_nor_us() -> None:

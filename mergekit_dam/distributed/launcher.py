@@ -24,6 +24,7 @@ from typing import Any
 from mergekit_dam.errors import DamError
 
 JOB, OUTCOME = "job", "outcome.json"
+WORKER = "mergekit_dam.worker"
 _GRACE = 15.0  # seconds in which the supervisor ends the workers; it kills those that do not listen after 10
 _ENDED_BY_US = -15  # what the supervisor ends workers with
 
@@ -49,12 +50,13 @@ class WorkerError(RuntimeError):
     """A worker failed in a way that no setting cures; the text holds its traceback."""
 
 
-def run_workers(job: Job, count: int) -> None:
+def run_workers(job: Any, count: int, worker: str = WORKER) -> None:
     """Have `count` workers do the job, and wait.
 
     Args:
-        job: what to do.
+        job: what to do, e.g. a `Job`; it is handed over as a pickle in a folder that only this user can enter.
         count: processes on this machine.
+        worker: the module that the workers run.
 
     Raises:
         DamError: as a worker raised it, or for a worker that was killed.
@@ -63,7 +65,7 @@ def run_workers(job: Job, count: int) -> None:
     with TemporaryDirectory(prefix="mergekit-dam-") as name:
         folder = Path(name)
         (folder / JOB).write_bytes(pickle.dumps(job))
-        command = [sys.executable, "-m", "mergekit_dam.distributed.supervisor", name, str(count)]
+        command = [sys.executable, "-m", "mergekit_dam.distributed.supervisor", worker, name, str(count)]
         threads = str(max(1, (os.cpu_count() or 1) // count))
         environment = {"OMP_NUM_THREADS": threads, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", **os.environ}
         # a session of its own: Ctrl-C reaches the parent alone, which then ends the others in order

@@ -17,32 +17,24 @@ from mergekit_dam.distributed.shards import ALONE, Shards
 
 
 @contextmanager
-def joined(*, device: str, timeout: float) -> Iterator[tuple[Shards, torch.device]]:
-    """Join the group, and leave it at the end if all went well.
+def joined(*, device: str, timeout: float) -> Iterator[tuple[Shards, torch.device | None]]:
+    """Join the group, and leave it at the end if all went well. A process without one is alone, on any device (None).
 
     Args:
         device: the setting; `cpu` keeps accelerators out.
         timeout: seconds that one process may wait for another.
     """
-    if _on_one_machine():  # names of hosts do not resolve in every container
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE, None
+        return
+    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE"):
+        # one machine: its name need not resolve to an address in every container
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     accelerator = Accelerator(
         cpu=device == "cpu" or not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
     )
-    if accelerator.num_processes == 1:
-        yield ALONE, accelerator.device
-        return
     # accelerate's own mesh refuses the CPU
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,), mesh_dim_names=("rows",))
     yield Shards(mesh), accelerator.device
     accelerator.end_training()
-
-
-def _on_one_machine() -> bool:
-    return os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")
-
-
-def _loopback() -> str:
-    """Name of the loopback interface: `lo` on Linux, `lo0` elsewhere."""
-    return "lo" if sys.platform == "linux" else "lo0"

@@ -1,4 +1,4 @@
-"""`python -m mergekit_dam.distributed.supervisor FOLDER COUNT`: torch's elastic agent around the workers of a job.
+"""`python -m mergekit_dam.distributed.supervisor WORKER FOLDER COUNT`: torch's elastic agent around a job's workers.
 
 A process of its own, since the agent handles signals and the parent may be in any thread of any program.
 """
@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mergekit_dam.distributed.launcher import OUTCOME, end_with_parent
 
 
-def main(folder: Path, count: int) -> int:
+def main(worker: str, folder: Path, count: int) -> int:
     """Exit code: 0 if all workers ended well."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent tells what happened
     end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -30,7 +30,7 @@ def main(folder: Path, count: int) -> int:
         rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, logs_specs=DefaultLogsSpecs(),
     )  # fmt: skip
     try:
-        elastic_launch(config, sys.executable)("-m", "mergekit_dam.worker", str(folder))
+        elastic_launch(config, sys.executable)("-m", worker, str(folder))
     except ChildFailedError as error:
         codes = {str(rank): failure.exitcode for rank, failure in error.failures.items()}
         (folder / OUTCOME).write_text(json.dumps(codes), encoding="utf-8")
@@ -41,4 +41,4 @@ def main(folder: Path, count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))

@@ -10,11 +10,29 @@ from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.image import ImageTask
 from mergekit_dam.tasks.text import CausalTask, TextTask
 
-__all__ = ["Task", "build_tasks"]
+__all__ = ["CausalTask", "ImageTask", "Task", "TextTask", "build_tasks", "family_of"]
 _ENCODERS: dict[str, type[Task]] = {
     "vit": ImageTask, "clip": ImageTask, "clip_vision_model": ImageTask,
     "bert": TextTask, "roberta": TextTask, "distilbert": TextTask,
 }  # fmt: skip
+
+
+def family_of(plan: Plan) -> type[Task]:
+    """The kind of task that the base model's class calls for.
+
+    Raises:
+        DamError: an unsupported family.
+    """
+    class_name = (plan.base.config.architectures or [""])[0]
+    if class_name.endswith(("ForCausalLM", "LMHeadModel")):
+        return CausalTask
+    family = _ENCODERS.get(plan.base.config.model_type)
+    if family is None:
+        raise DamError(
+            f"base model class {class_name}", expected=f"a causal LM or one of {', '.join(_ENCODERS)}",
+            got=plan.base.config.model_type, cure="See the README for the supported families.",
+        )  # fmt: skip
+    return family
 
 
 def build_tasks(plan: Plan, device: torch.device) -> list[Task]:
@@ -23,14 +41,5 @@ def build_tasks(plan: Plan, device: torch.device) -> list[Task]:
     Raises:
         DamError: an unsupported family, or data or heads that do not fit.
     """
-    class_name = (plan.base.config.architectures or [""])[0]
-    if class_name.endswith(("ForCausalLM", "LMHeadModel")):
-        family: type[Task] | None = CausalTask
-    else:
-        family = _ENCODERS.get(plan.base.config.model_type)
-    if family is None:
-        raise DamError(
-            f"base model class {class_name}", expected=f"a causal LM or one of {', '.join(_ENCODERS)}",
-            got=plan.base.config.model_type, cure="See the README for the supported families.",
-        )  # fmt: skip
+    family = family_of(plan)
     return [family(plan, index, device) for index in range(len(plan.models))]

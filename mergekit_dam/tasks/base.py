@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mergekit_dam.checkpoint import Checkpoint
+from mergekit_dam.distributed.blocks import stream_blocks
 from mergekit_dam.module_names import meta_model, module_names, tied_names
 from mergekit_dam.perturbation import Bounds, Perturb
 from mergekit_dam.plan import ModelInput, Plan
@@ -64,6 +65,15 @@ class Task(ABC):
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
     ) -> Tensor:
         """logits_BK for any weights by output name; `perturb` acts on pixels or word embeddings."""
+
+    def nearest_tokens(self, vectors_KD: Tensor) -> list[list[tuple[str, float]]]:
+        """Per row the words of the vocabulary that lie nearest, with their cosine; of no use but for text."""
+        return []
+
+    def stream_blocks(self) -> frozenset[str]:
+        """From now on the model's blocks take rows and gather them themselves; the output names that may be rows."""
+        streamed = stream_blocks(self.module)
+        return frozenset(name for name, target in self._targets.items() if target in streamed)
 
     def own_weights(self) -> dict[str, Tensor]:
         """Model t's tensors by output name, as stored."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.readout import Readout, linear_head, logits_of, tokenizer_of
 
 LOG = logging.getLogger(__name__)
+_NEAREST = 3  # words shown per recovered token
 _SAMPLED_AT_ONCE = 64  # sequences; bounds the memory of the key-value cache
 
 
@@ -33,10 +35,24 @@ class TextTask(Task):
         self._embedding = next(n for n, m in self.module.named_modules() if m is embedding) + ".weight"
         output_name = next(name for name, target in self._targets.items() if target == self._embedding)
         table = TaskVectors(plan).base(output_name).float()
+        self._table, self._folders = self._sources[output_name], (self.input.path, plan.base.path)
         self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
         self.perturbation_shape = (plan.config.perturbation_tokens, table.shape[1])
         self._sequences = self._calibrate(plan)
         self.num_samples = len(self._sequences)
+
+    def nearest_tokens(self, vectors_KD: Tensor) -> list[list[tuple[str, float]]]:
+        table_VD = F.normalize(self.checkpoint.tensor(str(self._table)).float(), dim=1)
+        cosines_KV = F.normalize(vectors_KD.float().cpu(), dim=1) @ table_VD.T
+        tokenizer = tokenizer_of(self._folders, self.name)
+        nearest = cosines_KV.topk(min(_NEAREST, cosines_KV.shape[1]), dim=1)
+        return [
+            [
+                (str(tokenizer.convert_ids_to_tokens(i) or f"#{i}"), round(c, 4))
+                for c, i in zip(row_c, row_i, strict=True)
+            ]
+            for row_c, row_i in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)
+        ]
 
     def _readout(self) -> Readout:
         """The class's own logits, or a linear head."""
@@ -50,7 +66,7 @@ class TextTask(Task):
             cure="Give the fine-tuned model with its head; only the base may be without one.",
         )  # fmt: skip
 
-    def _calibrate(self, plan: Plan) -> list[Tensor]:
+    def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
         data = load_calibration(
             self.input.settings, "text", num_samples=plan.config.num_samples, seed=plan.config.seed, task=self.name
         )
@@ -84,18 +100,35 @@ class TextTask(Task):
         return self.call(parameters, inputs_embeds=embedded, attention_mask=mask, **options)
 
 
+class _Later(Sequence[Tensor]):
+    """Sequences that are made when the first one is asked for: of several processes only a task's own needs them."""
+
+    def __init__(self, length: int, make: Callable[[], Tensor]) -> None:
+        self._length, self._make = length, make
+
+    @cached_property
+    def _made(self) -> Tensor:
+        return self._make()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+
 class CausalTask(TextTask):
     """Causal LMs: a sample is a predicted position, its classes are the vocabulary."""
 
     classifies = False
 
-    def _calibrate(self, plan: Plan) -> list[Tensor]:
+    def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
         if self.input.settings.calibration is not None:
             return [ids for ids in super()._calibrate(plan) if len(ids) > 1]
         LOG.warning("%s: no calibration data given; it samples its own text (seed %d)", self.name, plan.config.seed)
-        sequences = self._sample_text(plan.config.num_samples, plan.config.max_length, plan.config.seed)
         self.sample_digests = ()  # nothing of the outside world, hence nothing to keep apart from evaluation
-        return list(sequences)
+        config = plan.config
+        return _Later(config.num_samples, lambda: self._sample_text(config.num_samples, config.max_length, config.seed))
 
     @torch.no_grad()
     def _sample_text(self, num_samples: int, length: int, seed: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Commands of `mergekit-dam`, one module each; `cli.COMMANDS` registers them."""

@@ -1,0 +1,99 @@
+"""`mergekit-dam eval`: clean accuracy and attack success of a model directory on labelled data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from mergekit_dam.artifact import MASKS_FILE, load
+from mergekit_dam.commands.common import existing_folder, json_option, quiet_option, say
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluate import accuracy, attack_success_rate, calibration_digests, refuse_overlap
+from mergekit_dam.heads import load_merged
+from mergekit_dam.labelled import Reading, labelled_data
+from mergekit_dam.labelled_files import Source
+from mergekit_dam.learn import device_of
+from mergekit_dam.measurements import add_measurement
+from mergekit_dam.trigger_text import EXAMPLE, parse_trigger
+
+
+@click.command()
+@click.argument("model_path", type=existing_folder)
+@click.option("--data", required=True, help="Labelled file, folder with a sub-folder per class, or Hub dataset id.")
+@click.option("--task", help="Input model whose head reads the merge's output; default: the model's own head.")
+@click.option("--split", default="test", show_default=True, help="Split of a dataset that has several.")
+@click.option("--column", help="Column with the image or the text; default: the only one there is.")
+@click.option("--label-column", default="label", show_default=True, help="Column with class numbers or names.")
+@click.option("--classes", help="CLIP and causal LMs: class names, separated by commas, or a file of them.")
+@click.option("--head", help="A safetensors file with `weight` and optional `bias`, for a model without a head.")
+@click.option("--zero-shot-model", help="A full CLIP, for a CLIP vision model with --classes.")
+@click.option("--trigger", help=f"Trigger whose success is measured. {EXAMPLE}")
+@click.option("--target", type=click.IntRange(0), help="Class that the trigger shall cause; needed with --trigger.")
+@click.option("--num-samples", type=click.IntRange(1), help="Take so many samples; default: all.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses these samples.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or an accelerator.")
+@click.option("--save", type=existing_folder, help="Add the counts to the report of this merge (a directory).")
+@json_option
+@quiet_option
+def eval(
+    model_path: Path, data: str, task: str | None, split: str, column: str | None, label_column: str,
+    classes: str | None, head: str | None, zero_shot_model: str | None, trigger: str | None, target: int | None,
+    num_samples: int | None, seed: int, device: str, save: Path | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.
+
+    Attack success is the share of triggered samples of other classes that are answered with the target.
+    Samples that the merge was calibrated on are refused.
+    """
+    if (trigger is None) != (target is None):
+        raise DamError(
+            "--trigger and --target", expected="both or neither", got="one of them",
+            cure="Give the class that the trigger shall cause as --target N.",
+        )  # fmt: skip
+    attack = None if trigger is None else parse_trigger(trigger)
+    own = _recorded(model_path, task)
+    how = Reading(classes or own.get("classes"), head or own.get("head"), zero_shot_model or own.get("zero_shot_model"))
+    model = load_merged(model_path, task, device=device_of(device))
+    name = task or (model_path.resolve().name if save is not None else model_path.name) or "model"
+    folders = [folder for folder in (_folder(own.get("path")), model_path) if folder is not None]
+    samples = labelled_data(model, folders, name, Source(data, split, column, label_column, num_samples, seed), how)
+    if (model_path / "dam" / MASKS_FILE).is_file():
+        refuse_overlap(samples, calibration_digests(model_path / "dam" / MASKS_FILE))
+    say(f"{len(samples)} samples of {data}", quiet=quiet)
+    torch.manual_seed(seed)
+    clean = accuracy(model, samples)
+    result: dict[str, Any] = {
+        "model": str(model_path), "accuracy": {name: [clean.hits, clean.total]}, "attack_success": {},
+        "datasets": {name: data},
+    }  # fmt: skip
+    lines = [f"{name}: accuracy {clean}"]
+    if attack is not None and target is not None:
+        rate = attack_success_rate(model, samples, attack, target)
+        result["attack_success"] = {f"{trigger} -> {target}": {name: [rate.hits, rate.total]}}
+        lines.append(f"{name}: attack success {rate} of {trigger} to class {target}")
+    if save is not None:
+        when = "after" if save.resolve() == model_path.resolve() else "before"
+        add_measurement(save / "dam", when, result)  # type: ignore[arg-type]
+        say(f"added to {save / 'dam'}; `mergekit-dam report {save}` shows it", quiet=quiet)
+    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+
+
+def _recorded(model_path: Path, task: str | None) -> dict[str, Any]:
+    """What the masks beside a merge say about one of its input models: settings, and where it was."""
+    file = model_path / "dam" / MASKS_FILE
+    if task is None or not file.is_file():
+        return {}
+    metadata = load(file).metadata
+    for model in metadata["models"]:
+        if model["name"] == task:
+            shared = {"zero_shot_model": metadata["settings"].get("zero_shot_model")}
+            return {**model["settings"], **shared, "path": model["model"]}
+    return {}
+
+
+def _folder(path: str | None) -> Path | None:
+    return Path(path) if path is not None and Path(path).is_dir() else None

@@ -1,0 +1,70 @@
+"""`mergekit-dam merge`: learn, merge with mergekit, verify, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_dam.artifact import MASKS_FILE, load
+from mergekit_dam.commands.check import show_plan
+from mergekit_dam.commands.common import (
+    compare_with_base,
+    config_file,
+    dam_plan,
+    dry_run_option,
+    json_option,
+    learning_cache,
+    out_path,
+    read_recipe,
+    resume_option,
+    say,
+    seed_option,
+    suspects_of,
+)
+from mergekit_dam.report import write_report
+
+
+@click.command(cls=PrettyPrintHelp)
+@config_file
+@out_path
+@seed_option
+@resume_option
+@dry_run_option
+@json_option
+@click.option("--report/--no-report", default=True, show_default=True, help="Write OUT_PATH/dam/report.html and .json.")
+@add_merge_options
+def merge(
+    merge_options: MergeOptions, config_file: Path, out_path: Path, seed: int | None, resume: bool, dry_run: bool,
+    as_json: bool, report: bool,
+) -> None:  # fmt: skip
+    """Learn the masks of a recipe, merge with them, and write a report.
+
+    OUT_PATH becomes mergekit's usual directory; OUT_PATH/dam holds the masks, the recovered triggers, the log of every
+    step and report.html. The output's tensors are compared with the base's.
+    """
+    merge_options.apply_global_options()
+    begun = time.perf_counter()
+    source, config = read_recipe(config_file, seed=seed)
+    plan = dam_plan(config, merge_options)
+    if dry_run:
+        show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
+        return
+    with learning_cache(resume=resume):
+        run_merge(config, str(out_path), merge_options, config_source=source)
+    compare_with_base(config, out_path, merge_options)
+    result = {"output": str(out_path), "masks": str(out_path / "dam" / MASKS_FILE)}
+    if report:
+        page, notes = write_report(out_path, seconds=time.perf_counter() - begun)
+        for note in notes:
+            say(note, quiet=merge_options.quiet)
+        result["report"] = str(page)
+    found = suspects_of(load(out_path / "dam" / MASKS_FILE).metadata)
+    for one in found:
+        say(f"suspect: {one['task']}, class {one['target']} (suspicion {one['suspicion']})", quiet=merge_options.quiet)
+    facts = {**result, "suspects": found, "seconds": round(time.perf_counter() - begun, 1)}
+    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(result.values()))

@@ -1,0 +1,107 @@
+"""`triggers.safetensors`: what the scan recovered, for people to look at.
+
+    metadata "dam_triggers"   JSON list, one entry per trigger: the finding's numbers, `suspect`, `kind`, and for text
+                              `tokens`: per inserted position the nearest words of the vocabulary with their cosine
+    <i>.mask, <i>.pattern     float16, (1, H, W) and (C, H, W) in [0, 1], of entry i with kind "pixels":
+                              an image becomes x (1 - mask) + pattern mask
+    <i>.embeddings            float32, (K, D), of entry i with kind "tokens": inserted after the first token
+Kept are all suspects, and of every model the class that came nearest. Legend: C, H, W of images, K tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.inversion import Finding
+from mergekit_dam.tasks import Task
+from mergekit_dam.triggers import RecoveredTriggers
+
+
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """One entry of the file.
+
+    Attributes:
+        facts: the finding's numbers, `task`, `target`, `suspect`, `kind`; for text also `tokens`.
+        tensors: `mask` and `pattern`, or `embeddings`.
+    """
+
+    facts: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def save_triggers(
+    path: Path, findings: Sequence[Finding], tasks: Sequence[Task], suspects: Collection[tuple[int, Any]]
+) -> None:
+    """Write the suspects and each model's most suspect class.
+
+    Args:
+        suspects: (task, target) of the findings that count as suspect.
+    """
+    top: dict[int, Finding] = {}
+    for finding in findings:
+        if finding.task not in top or finding.suspicion > top[finding.task].suspicion:
+            top[finding.task] = finding
+    kept = [f for f in findings if (f.task, f.target) in suspects or top[f.task] is f]
+    entries: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for i, finding in enumerate(kept):
+        task = tasks[finding.task]
+        parts = _content(finding.trigger)
+        entry = {**finding.to_json(task.name), "suspect": (finding.task, finding.target) in suspects}
+        entry["kind"] = "tokens" if "embeddings" in parts else "pixels"
+        if "embeddings" in parts:
+            entry["tokens"] = task.nearest_tokens(parts["embeddings"])
+        entries.append(entry)
+        tensors |= {f"{i}.{name}": tensor.contiguous().cpu() for name, tensor in parts.items()}
+    part = path.with_name(f".{path.name}.part")
+    save_file(tensors, part, metadata={"dam_triggers": json.dumps(entries)})
+    os.replace(part, path)
+
+
+def load_triggers(path: Path) -> list[Recovered]:
+    """Read the file; empty if there is none.
+
+    Raises:
+        DamError: a damaged file.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            entries = json.loads((file.metadata() or {})["dam_triggers"])
+            names = sorted(file.keys())
+            return [
+                Recovered(dict(entry), {n.partition(".")[2]: file.get_tensor(n) for n in names if _row(n) == i})
+                for i, entry in enumerate(entries)
+            ]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise DamError(
+            f"triggers {path}", expected="the file that learning wrote", got=f"a damaged one ({error})",
+            cure="Remove it and learn again.",
+        ) from error  # fmt: skip
+
+
+def _row(name: str) -> int:
+    return int(name.partition(".")[0])
+
+
+@torch.no_grad()
+def _content(trigger: RecoveredTriggers) -> dict[str, Tensor]:
+    """The first row as it is applied: within the bounds, in the units of the inputs."""
+    bounds, first = trigger.bounds, [parameter.detach()[0] for parameter in trigger.parameters]
+    if len(first) == 1:
+        return {"embeddings": bounds.clamp(bounds.centre + first[0] * bounds.span).float()}
+    mask, pattern = (part.sigmoid() for part in first)
+    return {"mask": mask.half(), "pattern": (bounds.lower + pattern * bounds.span).half()}
