@@ -18,7 +18,7 @@ from mergekit_dam.seeds import generator
 Granularity = Literal["element", "row", "tensor"]
 TASK_SHARED, BACKDOOR_DETECTION = "task_shared", "backdoor_detection"
 _SMALLEST = 1e-6  # keeps the noise finite and the mean of a mask away from zero
-_IN_CACHE = 1 << 15  # elements: a handful of float32 buffers of this size fit a core's own cache (512 KiB and up)
+_IN_CACHE = 1 << 17  # elements, 512 KiB in float32: smaller ones cost more in calls than the cache saves (measured)
 _ON_DEVICE = 1 << 26  # elements: 256 MiB in float32; here a launch costs more than a pass through memory
 
 

@@ -7,6 +7,7 @@ depend on the values. Legend: T tasks, K classes, D width, L tokens.
 
 from __future__ import annotations
 
+import copy
 import platform
 import threading
 import time
@@ -47,7 +48,8 @@ class Case:
         shapes: `clip` (the vision tower of CLIP ViT-B/32) or `llama` (160 M parameters), see shapes.py.
         objective: `inversion` or `paper`.
         tasks: T.
-        steps: measured steps, each beside one measurement of the floor; a step before them warms up.
+        steps: steps whose time is measured, each beside one measurement of the floor.
+        warm_up: steps before them, in which memory is measured.
         batch_size: samples per task and step.
         device: `cpu` or `cuda`.
         settings: further settings of dam, e.g. granularity.
@@ -57,6 +59,7 @@ class Case:
     objective: str
     tasks: int
     steps: int = 2
+    warm_up: int = 1
     batch_size: int = 16
     device: str = "cpu"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -130,37 +133,48 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Run one case. Models are made in `folder` where they are missing.
 
     Returns:
-        Seconds of the floor and of the step (medians), their ratio, and bytes.
+        Seconds of the floor and of the step, their ratio, and bytes.
     """
     device = torch.device(case.device)
     search, tasks, path = _search(case, folder, device)
     passes = _counted(tasks)
     floor, step = Clock(device), Clock(device)
-    with Memory() as memory:
-        for number in range(-1, case.steps):
-            with (step if number >= 0 else Clock(device))():
-                search.step(number + 1)
-            _expect(passes, case, number + 1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with Memory() as memory:  # before there is a plain model
+        for number in range(case.warm_up):
+            search.step(number)
+            _expect(passes, case, number)
     device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    plain = _plain(tasks, path, device)
+    _floor(search, plain, 0, PASSES[case.objective][0])
+    # in turn, so that what else the machine does meets both
+    for number in range(case.warm_up, case.warm_up + case.steps):
+        with step():
+            search.step(number)
+        _expect(passes, case, number)
+        with floor():
+            _floor(search, plain, number, PASSES[case.objective][number % 2])
     parameters = sum(torch.Size(spec.shape).numel() for spec in search.model.changed)
-    _plain(tasks, path, device)
-    with Memory() as floor_memory:
-        for number in range(-1, case.steps):
-            with (floor if number >= 0 else Clock(device))():
-                _floor(search, tasks, number + 1, PASSES[case.objective][(number + 1) % 2])
     return {
         "case": case.__dict__,
         "parameters": parameters,
+        "passes": PASSES[case.objective],
         # sums over the same steps, so that turns of different cost have their share
         "ratio": sum(step.seconds) / sum(floor.seconds),
         "seconds": {"floor": floor.seconds, "step": step.seconds},
         "wall_seconds": {"floor": floor.wall, "step": step.wall},
         "bytes": {
             "peak": memory.total, "peak_anonymous": memory.anonymous, "device": device_bytes,
-            "floor_and_state_anonymous": floor_memory.anonymous,
+            "state": _state_bytes(search),
         },
         "environment": environment(device),
     }  # fmt: skip
+
+
+def _state_bytes(search: InversionSearch | PaperSearch) -> int:
+    """Bytes of the mask logits and of Adam's two moments."""
+    return 3 * sum(t.numel() * t.element_size() for mask in search.masks.values() for t in mask.logits.values())
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -216,13 +230,15 @@ def _expect(passes: list[str], case: Case, step: int) -> None:
     passes.clear()
 
 
-def _plain(tasks: Sequence[Task], path: Path, device: torch.device) -> None:
-    """From now on the tasks' passes are those of transformers' own model with its own parameters, one for all."""
+def _plain(tasks: Sequence[Task], path: Path, device: torch.device) -> list[Task]:
+    """Tasks with the same data and readout, but transformers' own model with its own parameters, one for all."""
     model = type(tasks[0].module).from_pretrained(path, dtype=torch.float32).to(device).eval()
     own = dict(model.named_parameters())
-    for task in tasks:
+    found = [copy.copy(task) for task in tasks]
+    for task in found:
         task.parameters = lambda weights: own  # type: ignore[method-assign, assignment]
         task.call = lambda parameters, **inputs: model(**inputs)  # type: ignore[method-assign, assignment]
+    return found
 
 
 def _floor(search: InversionSearch | PaperSearch, tasks: Sequence[Task], step: int, kinds: Sequence[str]) -> None:
