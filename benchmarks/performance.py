@@ -30,16 +30,16 @@ from mergekit_dam.errors import DamError
 LOG = logging.getLogger("performance")
 RESULTS = Path(__file__).parent / "results" / "performance"
 CASES = [
-    Case("clip", "inversion", 2), Case("clip", "inversion", 4), Case("clip", "inversion", 8, steps=1, batch_size=8),
-    Case("clip", "paper", 2), Case("clip", "paper", 4, warm_up=2), Case("clip", "paper", 8, steps=1, batch_size=8),
-    Case("llama", "inversion", 2, batch_size=8), Case("llama", "inversion", 4, steps=1, batch_size=8),
-    Case("clip", "inversion", 4, steps=1, settings={"granularity": "row"}),
-    Case("clip", "inversion", 4, steps=1, settings={"offload": "disk"}),
-    Case("clip", "inversion", 2, steps=1, settings={"offload": "disk"}),
+    Case("clip", "inversion", 2, batch_size=8), Case("clip", "inversion", 4), Case("clip", "inversion", 4, batch_size=8),
+    Case("clip", "inversion", 8, steps=1, batch_size=8), Case("clip", "paper", 2, batch_size=8),
+    Case("clip", "paper", 4, batch_size=8), Case("clip", "paper", 8, steps=1, batch_size=8),
+    Case("llama", "inversion", 2, steps=1, batch_size=8), Case("llama", "inversion", 4, steps=1, batch_size=8),
+    Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"granularity": "row"}),
+    Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"offload": "disk"}),
 ]  # fmt: skip
 RATIO = {2: 1.25, 4: 1.25, 8: 1.4}  # highest step time over the floor, by number of tasks
 PEER_TIME, PEER_MEMORY, MERGE = 0.6, 0.4, 0.9
-PEER_TASKS = 4
+PEER_TASKS, PEER_BATCH = 4, 8
 Row = tuple[str, str, str, str]
 
 
@@ -72,7 +72,7 @@ def _jobs(device: str) -> dict[str, Callable[[Path], dict[str, Any]]]:
         case.name: lambda folder, case=case: measure(case, folder)  # type: ignore[misc]
         for case in cases
     }
-    jobs[f"peer-t{PEER_TASKS}-{device}"] = lambda folder: _peer(device, folder)
+    jobs[f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"] = lambda folder: _peer(device, folder)
     jobs["merge-clip-t4"] = lambda folder: measure_merges("clip", 4, folder)
     return jobs
 
@@ -92,8 +92,8 @@ def _peer(device: str, folder: Path) -> dict[str, Any]:
         python = peer_python()
     except DamError as error:
         raise SystemExit(str(error)) from error
-    command = [str(python), str(FOLDER / "run.py"), "--random-clip", str(PEER_TASKS), "--steps", "3"]
-    command += ["--coefficient-steps", "0", "--device", device, "--out", str(folder / "peer")]
+    command = [str(python), str(FOLDER / "run.py"), "--random-clip", str(PEER_TASKS), "--steps", "2"]
+    command += ["--batch-size", str(PEER_BATCH), "--coefficient-steps", "0", "--device", device, "--out", str(folder / "peer")]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     found: dict[str, Any] = json.loads((folder / "peer" / "peer.json").read_text("utf-8"))
@@ -112,7 +112,7 @@ def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
         if "ratio" in result:
             rows += _step_rows(name, result)
     for device in ("cpu", "cuda"):
-        peer, ours = found.get(f"peer-t{PEER_TASKS}-{device}"), found.get(f"clip-paper-t{PEER_TASKS}-{device}")
+        peer, ours = found.get(f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"), found.get(f"clip-paper-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
         if peer and ours:
             rows += _peer_rows(peer, ours, device)
     for name, result in results:
@@ -129,15 +129,16 @@ def _step_rows(name: str, result: dict[str, Any]) -> list[Row]:
     rows = [_row(f"{name}: step / floor", result["ratio"], None if streamed else RATIO[case["tasks"]])]
     peak = size["device"] or size["peak_anonymous"]
     rows.append((f"{name}: peak, own memory", f"{peak / 2**30:.2f} GiB", "", ""))
-    if "limit" in size:
-        rows.append(_row(f"{name}: peak growth / (state + 3 blocks + activations)", size["grown"] / size["limit"], 1.0))
+    if streamed:
+        limit = size["state"] + 3 * size["block"] + size["activations"]
+        rows.append(_row(f"{name}: peak / (state + 3 blocks + activations)", size["grown"] / limit, 1.0))
     return rows
 
 
 def _peer_rows(peer: dict[str, Any], ours: dict[str, Any], device: str) -> list[Row]:
-    steps = peer["seconds"]["mask_steps"][1:]
     mine = ours["seconds"]["step"]
-    theirs = peer["seconds"].get("mask_step_cpu", steps)[-len(steps) :] if device == "cpu" else steps
+    # their first step allocates
+    theirs = peer["seconds"]["mask_steps_processor" if device == "cpu" else "mask_steps"][1:]
     memory = ours["bytes"]["device"] or ours["bytes"]["peak"]
     other = peer["peak_device_bytes"] or peer["peak_rss_bytes"]
     return [

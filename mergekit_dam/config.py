@@ -108,6 +108,11 @@ class DamConfig(_Settings):
         3, "Text: soft tokens that the perturbation inserts.", unit="tokens", ge=1, le=64
     )
     zero_shot_model: str | None = setting(None, "A full CLIP whose text tower makes the heads of CLIP vision models.")
+    offload: Literal["none", "cpu", "disk"] = setting(
+        "none",
+        "Where the models wait while masks are learned: on the device, in host memory, or on disk. With the last two "
+        "the merged model exists block by block only: less memory, more time.",
+    )
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
@@ -129,7 +134,7 @@ PAPER: Mapping[str, Any] = {
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
-NOT_LEARNED = frozenset({"masks", "device"})
+NOT_LEARNED = frozenset({"masks", "device", "offload"})
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:

@@ -189,20 +189,10 @@ def product(masks: Sequence[ConcreteMask], key: str, samples: Sequence[Tensor] |
     means = None
     if masks[0].rescale:
         values = factors if samples is not None else tuple(mask.expectation(key) for mask in masks)
-        means = tuple(value.float().mean().clamp_min(_SMALLEST) for value in values)
+        means = means_of(values)
     return MaskProduct(factors, samples is None, means, masks[0].temperature)
 
 
-def rescaled(mask: Tensor) -> Tensor:
-    """The mask divided by its mean over the whole tensor (step 1 of the published loop)."""
-    return mask / mask.mean().clamp_min(_SMALLEST)
-
-
-def combine(masks: list[Tensor]) -> Tensor | None:
-    """M = M1 o M2 from the factors in use; None when there is none (all kept)."""
-    if not masks:
-        return None
-    product = masks[0]
-    for mask in masks[1:]:
-        product = product * mask
-    return product
+def means_of(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Mean of each factor over its whole tensor, by which it is divided (step 1 of the published loop); not zero."""
+    return tuple(value.mean(dtype=torch.float32).clamp_min(_SMALLEST) for value in values)

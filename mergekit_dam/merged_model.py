@@ -3,20 +3,28 @@
 The forward passes of all tasks share one set of merged weights: each task's backward pass adds to their
 gradients, and `chain` then turns those into dL/dM and dL/dlambda, tensor by tensor, in one reading of the task vectors.
 No per-model product is stored, no mask product, and no graph spans the merge. T models, P masks.
+
+With `offload` the merged weights never exist as a whole: a block's are formed before it runs, formed again for its
+backward pass, and their gradients are turned into dL/dM at once, see tasks/streamed.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mergekit_dam.gradient_store import GradientStore
 from mergekit_dam.merge_rule import Mask, coefficient_gradient, gradients, merge
+from mergekit_dam.pages import drop_pages
 from mergekit_dam.plan import TensorSpec
 from mergekit_dam.task_vectors import TaskVectors
+from mergekit_dam.tasks.streamed import StreamedWeights
 
-Weights = dict[str, Tensor]
+Offload = Literal["none", "cpu", "disk"]
+Weights = Mapping[str, Tensor]
 Masks = Mapping[str, Mask]
 
 
@@ -27,10 +35,14 @@ class MergedModel:
         vectors: where theta_0 and theta_t come from.
         changed: tensors that some model changed; the others are theta_0's.
         device: where merging and the tasks run. On the CPU tensors stay views of the mapped files.
+        offload: where theta_0 and theta_t wait: `none` on the device; `cpu` in host memory, pinned for an accelerator;
+            `disk` in their files, of which no page stays in memory, beside a file with the gradients.
     """
 
-    def __init__(self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *, offload: Offload = "none"
+    ) -> None:
+        self.device, self.offload = device, offload
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
         self.mask_shapes = {spec.mask_name: spec.shape for spec in changed}
@@ -40,15 +52,14 @@ class MergedModel:
         for spec in changed:
             self._tied[spec.mask_name].append(spec)
         self._specs = vectors.plan.tensors
-        self._base = {spec.name: _placed(vectors.base(spec.name), device) for spec in self._specs}
+        self._base = {spec.name: self._placed(vectors.base(spec.name)) for spec in self._specs}
         self._models = {
-            spec.name: [None if m is None else _placed(m, device) for m in vectors.models(spec.name)]
-            for spec in changed
+            spec.name: [None if m is None else self._placed(m) for m in vectors.models(spec.name)] for spec in changed
         }
 
     def base_weights(self) -> Weights:
         """theta_0 by output name."""
-        return dict(self._base)
+        return self._fixed(dict(self._base))
 
     def own_weights(self, index: int) -> Weights:
         """theta_t by output name, as stored, without a copy: what no model changed is theta_0's."""
@@ -57,7 +68,7 @@ class MergedModel:
             tensor = self._models[spec.name][index] if spec.name in self._models else self._base[spec.name]
             if tensor is not None and spec.sources[index] is not None:
                 found[spec.name] = tensor
-        return found
+        return self._fixed(found)
 
     def weights(self, masks: Masks, coefficients: Tensor) -> Weights:
         """Merged weights by output name; those that change are float32 leaves with gradients.
@@ -66,8 +77,10 @@ class MergedModel:
             masks: M by mask name, each broadcastable to its tensors; a missing name keeps everything.
             coefficients: lambda, (T, 1) or (T, P).
         """
-        weights = dict(self._base)
         lambdas = coefficients.detach().cpu()
+        if self.offload != "none":
+            return self._streamed(masks, lambdas)
+        weights = dict(self._base)
         for spec in self.changed:
             merged = merge(
                 self._base[spec.name], self._models[spec.name], self._of(lambdas, spec), masks.get(spec.mask_name)
@@ -87,6 +100,10 @@ class MergedModel:
         Yields:
             Name and dL/dM of one mask after another, of M's shape, float32; tied tensors add up.
         """
+        if isinstance(weights, _Streamed):
+            coefficient_gradient += weights.store.take_coefficients(coefficient_gradient)
+            yield from weights.store.take(self.device)
+            return
         lambdas = coefficients.detach().cpu()
         for name, tied in self._tied.items():
             mask = masks[name]
@@ -106,6 +123,8 @@ class MergedModel:
     def coefficient_gradients(self, weights: Weights, masks: Masks, coefficients: Tensor) -> Tensor:
         """dL/dlambda, shaped like `coefficients`, from the gradients that the tasks left in `weights`."""
         total = torch.zeros_like(coefficients)
+        if isinstance(weights, _Streamed):
+            return weights.store.take_coefficients(total)
         for spec in self.changed:
             gradient = weights[spec.name].grad
             if gradient is not None:
@@ -115,6 +134,58 @@ class MergedModel:
                     )
                 )
         return total
+
+    def _streamed(self, masks: Masks, lambdas: Tensor) -> _Streamed:
+        specs = {spec.name: spec for spec in self.changed}
+        store = GradientStore(on_disk=self.offload == "disk")
+
+        def form(name: str) -> Tensor:
+            base = self._moved(self._base[name])
+            if name not in specs:
+                return _float32(base)
+            spec = specs[name]
+            return merge(base, self._moved_models(name), self._of(lambdas, spec), masks.get(spec.mask_name))
+
+        def consume(name: str, gradient: Tensor) -> None:
+            spec = specs.get(name)
+            if spec is not None:
+                mask = masks[spec.mask_name]
+                found = store.of(spec.mask_name, mask.shape, self.device)
+                gradients(
+                    gradient, self._moved(self._base[name]), self._moved_models(name), self._of(lambdas, spec), mask,
+                    mask_out=found, coefficient_out=self._of(store.coefficients(lambdas, self.device), spec),
+                )  # fmt: skip
+                store.rest(spec.mask_name, found)
+
+        return _Streamed([spec.name for spec in self._specs], form, consume=consume, release=self._release, store=store)
+
+    def _fixed(self, tensors: dict[str, Tensor]) -> Weights:
+        if self.offload == "none":
+            return tensors
+        form = lambda name: _float32(self._moved(tensors[name]))  # noqa: E731
+        return StreamedWeights(tensors, form, consume=None, release=self._release)
+
+    def _moved_models(self, name: str) -> list[Tensor | None]:
+        return [None if m is None else self._moved(m) for m in self._models[name]]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
+
+    def _release(self, names: Iterable[str]) -> None:
+        """No page of these tensors is needed for now."""
+        if self.offload == "disk":
+            for name in names:
+                for tensor in (self._base[name], *self._models.get(name, ())):
+                    if tensor is not None:
+                        drop_pages(tensor)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """Where a frozen tensor waits."""
+        if self.offload == "none":
+            return self._moved(tensor)
+        if self.offload == "disk":
+            return tensor
+        return tensor.clone() if self.device.type == "cpu" else tensor.pin_memory()
 
     def _taken(self, weight: Tensor) -> Tensor | None:
         """The gradient that the tasks left in a merged tensor, and nothing in its place."""
@@ -126,5 +197,20 @@ class MergedModel:
         return coefficients[:, 0 if coefficients.shape[1] == 1 else self._column[spec.mask_name]]
 
 
-def _placed(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+class _Streamed(StreamedWeights):
+    """Merged weights of one step, with the gradients that the tasks' backward passes have added up so far."""
+
+    def __init__(self, *args: Any, store: GradientStore, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.store = store
+
+
+def fixed(weights: Weights) -> Weights:
+    """The same weights without gradients."""
+    if isinstance(weights, StreamedWeights):
+        return weights.fixed()
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

@@ -21,7 +21,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, entropy
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, MaskProduct, mask_shape, product
-from mergekit_dam.merged_model import Masks, MergedModel, Weights
+from mergekit_dam.merged_model import Masks, MergedModel, Weights, fixed
 from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.tasks import Task
 
@@ -125,10 +125,10 @@ class PaperSearch:
         One clean forward pass serves both: step 3 needs its answers, step 4 its entropy.
         """
         parts: dict[str, float] = {}
-        fixed = {name: weight.detach() for name, weight in weights.items()}
+        still = fixed(weights)
         for index, (task, inputs) in enumerate(zip(self.tasks, batches, strict=True)):
             clean = task.logits(weights, inputs)
-            self.ascend(index, fixed, inputs, clean)
+            self.ascend(index, still, inputs, clean)
             loss = entropy(clean)
             parts[f"loss/perf/{task.name}"] = float(loss.detach())
             if safe:
@@ -140,10 +140,10 @@ class PaperSearch:
             loss.backward()
         return parts
 
-    def ascend(self, index: int, fixed: Weights, inputs: Weights, clean: Tensor) -> None:
-        """Step 3: one ascent step of a universal perturbation, merged weights fixed; `clean` are the clean logits."""
+    def ascend(self, index: int, still: Weights, inputs: Weights, clean: Tensor) -> None:
+        """Step 3: one ascent step of a universal perturbation, with weights that stay; `clean` are the clean logits."""
         task, perturb = self.tasks[index], self.perturbations[index]
-        loss = disagreement(task.logits(fixed, inputs, perturb), clean)
+        loss = disagreement(task.logits(still, inputs, perturb), clean)
         (perturb.delta.grad,) = torch.autograd.grad(loss, perturb.delta)
         self.ascents[index].step()
         perturb.project()

@@ -68,7 +68,7 @@ class Case:
     def name(self) -> str:
         """File name of the result."""
         more = "".join(f"-{key}-{value}" for key, value in sorted(self.settings.items()))
-        return f"{self.shapes}-{self.objective}-t{self.tasks}-{self.device}{more}"
+        return f"{self.shapes}-{self.objective}-t{self.tasks}-b{self.batch_size}-{self.device}{more}"
 
 
 class Memory:
@@ -141,13 +141,20 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     floor, step = Clock(device), Clock(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    state = _state_bytes(search)
+    logits = state // 3  # they are there already, Adam's moments are not
+    before = resident_bytes()["RssAnon"] - logits
     with Memory() as memory:  # before there is a plain model
         for number in range(case.warm_up):
             search.step(number)
             _expect(passes, case, number)
     device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     plain = _plain(tasks, path, device)
-    _floor(search, plain, 0, PASSES[case.objective][0])
+    parameters = sum(torch.Size(spec.shape).numel() for spec in search.model.changed)
+    gradients, idle = 4 * parameters, resident_bytes()["RssAnon"]
+    with Memory() as passes_memory:
+        _floor(search, plain, 0, PASSES[case.objective][0])
+    activations = max(0, passes_memory.anonymous - idle - gradients)
     # in turn, so that what else the machine does meets both
     for number in range(case.warm_up, case.warm_up + case.steps):
         with step():
@@ -155,7 +162,6 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         _expect(passes, case, number)
         with floor():
             _floor(search, plain, number, PASSES[case.objective][number % 2])
-    parameters = sum(torch.Size(spec.shape).numel() for spec in search.model.changed)
     return {
         "case": case.__dict__,
         "parameters": parameters,
@@ -166,7 +172,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "wall_seconds": {"floor": floor.wall, "step": step.wall},
         "bytes": {
             "peak": memory.total, "peak_anonymous": memory.anonymous, "device": device_bytes,
-            "state": _state_bytes(search),
+            # own memory that the steps took, and what it is made of; a block in float32
+            "grown": memory.anonymous - before, "state": state, "block": _block_bytes(search), "activations": activations,
         },
         "environment": environment(device),
     }  # fmt: skip
@@ -175,6 +182,17 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 def _state_bytes(search: InversionSearch | PaperSearch) -> int:
     """Bytes of the mask logits and of Adam's two moments."""
     return 3 * sum(t.numel() * t.element_size() for mask in search.masks.values() for t in mask.logits.values())
+
+
+def _block_bytes(search: InversionSearch | PaperSearch) -> int:
+    """Bytes in float32 of the largest part that runs at once: a block, or all that is outside of them."""
+    task = search.tasks[0]
+    shapes = {spec.name: torch.Size(spec.shape).numel() for spec in search.model.changed}
+    sizes: dict[str, int] = {}
+    for name, target in task.targets.items():
+        block = task.block_of.get(target, "")
+        sizes[block] = sizes.get(block, 0) + 4 * shapes.get(name, 0)
+    return max(sizes.values())
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -199,7 +217,7 @@ def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSe
     }  # fmt: skip
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors = TaskVectors(plan)
-    model = MergedModel(vectors, survey(vectors).changed, device)
+    model = MergedModel(vectors, survey(vectors).changed, device, offload=plan.config.offload)
     tasks = build_tasks(plan, device)
     searches: dict[str, Callable[..., Any]] = {"inversion": InversionSearch, "paper": PaperSearch}
     search = searches[case.objective](
