@@ -1,6 +1,6 @@
 """Peak memory per process of a learning step, for 1, 2 and 4 processes: `python benchmarks/processes.py`.
 
-A random Llama of 20 M parameters and two fine-tunes of it, float32, on the CPU (gloo). Counted is anonymous memory
+A random Llama of 9 M parameters and two fine-tunes of it, float32, on the CPU (gloo). Counted is anonymous memory
 above what the process held before: masks, Adam's moments, merged weights, gradients, activations. Pages of the mapped
 model files are not counted, since the system can drop them. The result goes to benchmarks/processes.json.
 """
@@ -36,7 +36,7 @@ RESULT = Path(__file__).with_suffix(".json")
 CPU = torch.device("cpu")
 TASKS, STEPS = 2, 2
 CONFIG = transformers.LlamaConfig(
-    vocab_size=2048, hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6,
+    vocab_size=1024, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
     max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 CASES = [(1, "model"), (2, "model"), (4, "model"), (2, "block"), (4, "block")]
@@ -73,8 +73,7 @@ def measure(rank: int, count: int, gather: str, paths: list[Path], folder: str) 
     dist.barrier()
     before = resident_bytes()["RssAnon"]
     with Memory() as memory:
-        streamed = frozenset.intersection(*(task.stream_blocks() for task in tasks)) if gather == "block" else None
-        model = MergedModel(vectors, changed, CPU, shards, streamed or frozenset())
+        model = MergedModel(vectors, changed, CPU, shards=shards, blockwise=gather == "block")
         search = InversionSearch(
             model, tasks, plan.config, torch.full((TASKS,), 0.3), track=lambda record: None,
             progress=lambda steps, title: steps,
@@ -97,7 +96,9 @@ def main() -> None:
         paths = make_models(Path(root))
         for count, gather in CASES:
             with tempfile.TemporaryDirectory() as folder:
-                start_processes(measure, (count, gather, paths, folder), nprocs=count, start_method="spawn")
+                start_processes(
+                    measure, (count, gather, paths, folder), nprocs=count, start_method="fork"
+                )  # imports once
                 found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count)]
             per_parameter = [round(one["bytes"] / one["parameters"], 2) for one in found]
             results.append(

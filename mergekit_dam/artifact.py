@@ -30,11 +30,12 @@ from torch import Tensor
 
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine, rescaled
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct, means_of
 from mergekit_dam.plan import Plan
 
 SCHEMA = 1
 MASKS_FILE = "dam_masks.safetensors"
+_ONE_AS_FLOAT16_BITS = 0x3C00
 _LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
 
 
@@ -52,10 +53,17 @@ class LearnedMasks:
     coefficients: Tensor
     metadata: Mapping[str, Any]
 
+    def product(self, name: str, device: torch.device | str = "cpu") -> MaskProduct | None:
+        """M = M1 o M2 of a tensor, rescaled, to be formed where it is used; None if no mask is in use."""
+        factors = tuple(masks[name].to(device) for masks in self.probabilities.values() if name in masks)
+        if not factors:
+            return None
+        return MaskProduct(factors, means=means_of(factors) if self.metadata["settings"]["rescale"] else None)
+
     def mask(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
-        """M = M1 o M2 of a tensor, float32, rescaled; None if no mask is in use."""
-        factors = [masks[name].to(device, torch.float32) for masks in self.probabilities.values() if name in masks]
-        return combine([rescaled(f) if self.metadata["settings"]["rescale"] else f for f in factors])
+        """`product` as one tensor, float32."""
+        product = self.product(name, device)
+        return None if product is None else product.full()
 
     def has(self, name: str) -> bool:
         """Whether some model changed the tensor (else it stays the base's)."""
@@ -169,8 +177,16 @@ def _check_form(masks: LearnedMasks) -> None:
         raise ValueError("coefficients that are not finite")
     for by_name in masks.probabilities.values():
         for name, values in by_name.items():
-            if values.dtype != torch.float16 or not bool(((values >= 0) & (values <= 1)).all()):
+            if values.dtype != torch.float16 or not _within_unit_interval(values):
                 raise ValueError(f"mask of {name} is not float16 within [0, 1]")
+
+
+def _within_unit_interval(values: Tensor) -> bool:
+    """Whether all float16 values are in [0, 1]: as integers their bit patterns are ordered alike, NaN above 1."""
+    if values.numel() == 0:
+        return True
+    low, high = values.view(torch.int16).aminmax()
+    return int(low) >= 0 and int(high) <= _ONE_AS_FLOAT16_BITS
 
 
 def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path: Path) -> None:

@@ -117,11 +117,16 @@ class DamConfig(_Settings):
     )
     gather: Literal["model", "block"] = setting(
         "model",
-        "Several processes: what of the merged weights and of their gradients is whole at a time. `block` takes one "
-        "more forward pass; the objective `paper` knows `model` alone.",
+        "Several processes: what of the merged weights and of their gradients is whole at a time. `block` sends them "
+        "once more per pass; objective inversion.",
     )  # fmt: skip
     resume: bool = setting(True, "Go on from the snapshot of a run that was cut short.")
     snapshot_every: float = setting(60.0, "Time between two snapshots; 0: after every step.", unit="seconds", ge=0.0)
+    offload: Literal["none", "cpu", "disk"] = setting(
+        "none",
+        "Where the models wait while masks are learned: on the device, in host memory, or on disk. With the last two "
+        "the merged model exists block by block only: less memory, more time.",
+    )
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
@@ -143,7 +148,9 @@ PAPER: Mapping[str, Any] = {
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
-NOT_LEARNED = frozenset({"masks", "device", "num_processes", "worker_timeout", "gather", "resume", "snapshot_every"})
+NOT_LEARNED = frozenset(
+    {"masks", "device", "num_processes", "worker_timeout", "gather", "offload", "resume", "snapshot_every"}
+)
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:

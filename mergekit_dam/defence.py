@@ -24,7 +24,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.inversion import Finding, invert, scan, suspects
 from mergekit_dam.losses import distillation
-from mergekit_dam.mask_pair import combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
 from mergekit_dam.merged_model import MergedModel, Weights
 from mergekit_dam.search import Progress, Track, calibration_batch, require_finite
@@ -68,7 +68,7 @@ class InversionSearch(Resumable):
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
 
-    def run(self) -> tuple[dict[str, Weights], Tensor]:
+    def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
         phase, done = self.begin("scan")
         if phase == "scan":
@@ -141,7 +141,7 @@ class InversionSearch(Resumable):
 
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge."""
-        weights = self.model.weights(self.combined(), self.coefficients, whole=True)
+        weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
         found = [self._blank(index) for index, _ in self.pools]
         for turn, (index, target) in enumerate(self.pools):
             task = self.tasks[index]
@@ -184,8 +184,8 @@ class InversionSearch(Resumable):
         self.track(record)
 
     def _idle_passes(self, first: int) -> int:
-        """Passes that we make for nothing beside the tasks `first`.., because streamed blocks wait for everyone."""
-        if not self.model.streamed:
+        """Passes that we make for nothing beside the tasks `first`.., because blocks wait for all processes."""
+        if self.shards.size == 1 or not self.model.blockwise:
             return 0
         passes = [1 + sum(owner == index for owner, _ in self.pools) for index in range(len(self.tasks))]
         turn = passes[first : first + self.shards.size]

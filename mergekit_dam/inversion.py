@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
+from mergekit_dam.merged_model import fixed
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
@@ -85,10 +86,10 @@ def invert(
     price_R = torch.full(targets_R.shape, _PENALTY[unit], device=task.device)
     smallest_R = torch.full_like(price_R, torch.inf)
     success_R: Tensor | None = None
-    fixed = {name: weight.detach() for name, weight in weights.items()}
+    still = fixed(weights)
     for _ in range(steps):
         rows_B = torch.randint(task.num_samples, (min(batch_size, task.num_samples),), generator=generator)
-        logits = _triggered(task, fixed, triggers, rows_B)
+        logits = _triggered(task, still, triggers, rows_B)
         targets = targets_R.to(task.device).repeat_interleave(len(rows_B))
         losses_R = F.cross_entropy(logits, targets, reduction="none").view(len(targets_R), -1).mean(1)
         size_R = triggers.size()

@@ -14,6 +14,8 @@ from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, MaskProduct, mask_shape, product
 from mergekit_dam.merged_model import MergedModel, Weights
 
+Whole = dict[str, dict[str, Tensor]]
+
 _IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
 
 
@@ -48,9 +50,9 @@ def step_of(optimiser: torch.optim.Optimizer, parameter: Tensor, gradient: Tenso
     parameter.grad = None
 
 
-def final_probabilities(masks: Mapping[str, ConcreteMask]) -> dict[str, Weights]:
+def final_probabilities(masks: Mapping[str, ConcreteMask]) -> Whole:
     """What is saved: whole float16 probabilities by mask and tensor, in the first process; nothing in the others."""
-    found: dict[str, Weights] = {}
+    found: Whole = {}
     for name, mask in masks.items():
         found[name] = {}
         for key, shape in mask.shapes.items():

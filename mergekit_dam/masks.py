@@ -20,7 +20,7 @@ from mergekit_dam.seeds import generator
 Granularity = Literal["element", "row", "tensor"]
 TASK_SHARED, BACKDOOR_DETECTION = "task_shared", "backdoor_detection"
 _SMALLEST = 1e-6  # keeps the noise finite and the mean of a mask away from zero
-_IN_CACHE = 1 << 15  # elements: a handful of float32 buffers of this size fit a core's own cache (512 KiB and up)
+_IN_CACHE = 1 << 17  # elements, 512 KiB in float32: smaller ones cost more in calls than the cache saves (measured)
 _ON_DEVICE = 1 << 26  # elements: 256 MiB in float32; here a launch costs more than a pass through memory
 
 
@@ -182,9 +182,9 @@ class ConcreteMask:
         return int(self.shards.rows(shape[0]).start) * math.prod(shape[1:])
 
     def mean(self, key: str, values: Tensor) -> Tensor:
-        """Mean over the whole of a mask from our values of it, 0-dim, at least 1e-6."""
+        """Mean over the whole of a mask from our values of it, 0-dim, not zero."""
         if self.shards.size == 1:
-            return values.float().mean().clamp_min(_SMALLEST)
+            return means_of([values])[0]
         return (self.shards.sum(values.float().sum()) / math.prod(self.shapes[key])).clamp_min(_SMALLEST)
 
     def expectation(self, key: str) -> Tensor:
@@ -214,16 +214,6 @@ def product(masks: Sequence[ConcreteMask], key: str, samples: Sequence[Tensor] |
     )
 
 
-def rescaled(mask: Tensor) -> Tensor:
-    """The mask divided by its mean over the whole tensor (step 1 of the published loop)."""
-    return mask / mask.mean().clamp_min(_SMALLEST)
-
-
-def combine(masks: list[Tensor]) -> Tensor | None:
-    """M = M1 o M2 from the factors in use; None when there is none (all kept)."""
-    if not masks:
-        return None
-    product = masks[0]
-    for mask in masks[1:]:
-        product = product * mask
-    return product
+def means_of(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Mean of each factor over its whole tensor, by which it is divided (step 1 of the published loop); not zero."""
+    return tuple(value.mean(dtype=torch.float32).clamp_min(_SMALLEST) for value in values)

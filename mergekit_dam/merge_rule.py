@@ -184,7 +184,9 @@ class _Work:
         products: Sequence[list[Tensor]] = (),
     ) -> Tensor:
         """sum_t lambda_t tau_t; <masked, tau_t> is noted in `products` on the way."""
-        total, tau = self._like(0, base).zero_(), self._like(1, base)
+        total, tau = self._like(0, base), self._like(1, base)
+        if lambdas is not None:
+            total.zero_()
         for t, model in enumerate(models):
             if model is None:
                 continue

@@ -6,22 +6,30 @@ No per-model product is stored, no mask product, and no graph spans the merge. T
 
 With several processes each one reads and merges its own rows of every tensor; the merged tensors are gathered, and
 their gradients are summed over the processes and handed out by rows, one tensor at a time.
+
+With `offload`, or if blocks are gathered one by one, the merged weights never exist as a whole: a block's are formed
+before it runs, formed again for its backward pass, and their gradients are turned into dL/dM at once, see
+tasks/streamed.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mergekit_dam.distributed.shards import ALONE, Shards
+from mergekit_dam.gradient_store import GradientStore
 from mergekit_dam.merge_rule import Mask, coefficient_gradient, gradients, merge
+from mergekit_dam.pages import drop_pages
 from mergekit_dam.plan import TensorSpec
 from mergekit_dam.task_vectors import TaskVectors
+from mergekit_dam.tasks.streamed import StreamedWeights
 
-Weights = dict[str, Tensor]
+Offload = Literal["none", "cpu", "disk"]
+Weights = Mapping[str, Tensor]
 Masks = Mapping[str, Mask]
 
 
@@ -32,16 +40,19 @@ class MergedModel:
         vectors: where theta_0 and theta_t come from.
         changed: tensors that some model changed; the others are theta_0's.
         device: where merging and the tasks run. On the CPU tensors stay views of the mapped files.
+        offload: where theta_0 and theta_t wait: `none` on the device; `cpu` in host memory, pinned for an accelerator;
+            `disk` in their files, of which no page stays in memory, beside a file with the gradients.
         shards: processes that share the rows.
-        streamed: output names that the tasks gather themselves, block by block.
+        blockwise: whether the merged weights exist block by block only; with `offload` they do so anyhow. Several
+            processes must then run equally many passes in the same order, since a block waits for all of them.
     """
 
     def __init__(
-        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, shards: Shards = ALONE,
-        streamed: frozenset[str] = frozenset(),
+        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *, offload: Offload = "none",
+        shards: Shards = ALONE, blockwise: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.shards, self._vectors = device, shards, vectors
-        self.streamed = streamed if shards.size > 1 else frozenset()
+        self.device, self.offload, self.shards, self._vectors = device, offload, shards, vectors
+        self.blockwise = blockwise or offload != "none"
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
         self.mask_shapes = {spec.mask_name: spec.shape for spec in changed}
@@ -52,57 +63,62 @@ class MergedModel:
             self._tied[spec.mask_name].append(spec)
         self._specs = vectors.plan.tensors
         masked = {spec.name for spec in changed}
-        self._unchanged = {
-            spec.name: _placed(vectors.base(spec.name), device) for spec in self._specs if spec.name not in masked
+        # rows of mapped files: what is not ours is never read; what no model changed is whole
+        self._base = {
+            spec.name: self._placed(shards.local(base) if spec.name in masked else base)
+            for spec in self._specs
+            for base in [vectors.base(spec.name)]
         }
-        # rows of mapped files: what is not ours is never read
-        self._base = {spec.name: _placed(shards.local(vectors.base(spec.name)), device) for spec in changed}
         self._models = {
-            spec.name: [None if m is None else _placed(shards.local(m), device) for m in vectors.models(spec.name)]
+            spec.name: [None if m is None else self._placed(shards.local(m)) for m in vectors.models(spec.name)]
             for spec in changed
         }
 
     def base_weights(self) -> Weights:
         """theta_0 by output name, whole."""
-        if self.shards.size == 1:
-            return self._unchanged | self._base
-        return self._unchanged | {s.name: _placed(self._vectors.base(s.name), self.device) for s in self.changed}
+        return self._fixed(self._base | self._whole({s.name: self._vectors.base(s.name) for s in self.changed}))
 
     def own_weights(self, index: int) -> Weights:
-        """theta_t by output name, whole, as stored (a view, for one process)."""
+        """theta_t by output name, whole, as stored: what no model changed is theta_0's."""
         found = {}
         for spec in self._specs:
-            if spec.name in self._unchanged:
-                tensor: Tensor | None = self._unchanged[spec.name]
-            elif self.shards.size == 1:
-                tensor = self._models[spec.name][index]
-            else:
-                whole = self._vectors.models(spec.name)[index]
-                tensor = None if whole is None else _placed(whole, self.device)
+            tensor = self._models[spec.name][index] if spec.name in self._models else self._base[spec.name]
             if tensor is not None and spec.sources[index] is not None:
                 found[spec.name] = tensor
-        return found
+        stored = {name: self._vectors.models(name)[index] for name in found if name in self._models}
+        return self._fixed(found | self._whole(stored))
 
-    def weights(self, masks: Masks, coefficients: Tensor, *, whole: bool = False) -> Weights:
+    def _whole(self, stored: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The stored tensors in place of our rows of them."""
+        if self.shards.size == 1:
+            return {}
+        found = {name: tensor for name, tensor in stored.items() if tensor is not None}
+        return {n: self._moved(t) for n, t in found.items()} if self.offload == "none" else found
+
+    def weights(self, masks: Masks, coefficients: Tensor, *, in_step: bool = True) -> Weights:
         """Merged weights by output name; those that change are float32 leaves with gradients.
-
-        They are whole, except for streamed ones, which stay rows (DTensor) unless `whole` is asked for.
 
         Args:
             masks: our rows of M by mask name, each broadcastable to its tensors; a missing name keeps everything.
             coefficients: lambda, (T, 1) or (T, P).
+            in_step: whether all processes make the same passes with them; else they are whole from the start.
         """
-        weights = dict(self._unchanged)
         lambdas = coefficients.detach().cpu()
+        if self.blockwise and (in_step or self.shards.size == 1):
+            return self._streamed(masks, lambdas)
+        weights = {name: self._moved(tensor) for name, tensor in self._base.items()}
         for spec in self.changed:
-            base = self._base[spec.name]
-            if base.numel():
-                rows = merge(base, self._models[spec.name], self._of(lambdas, spec), masks.get(spec.mask_name))
-            else:  # fewer rows than processes
-                rows = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-            join = self.shards.distributed if spec.name in self.streamed and not whole else self.shards.gather
-            weights[spec.name] = join(rows, spec.shape).requires_grad_(True)
+            weights[spec.name] = self._merged(spec, masks, lambdas).requires_grad_(True)
         return weights
+
+    def _merged(self, spec: TensorSpec, masks: Masks, lambdas: Tensor) -> Tensor:
+        """One merged tensor, whole."""
+        base = self._moved(self._base[spec.name])
+        if base.numel():
+            rows = merge(base, self._moved_models(spec.name), self._of(lambdas, spec), masks.get(spec.mask_name))
+        else:  # fewer rows than processes
+            rows = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+        return self.shards.gather(rows, spec.shape)
 
     def chain(
         self, weights: Weights, masks: Masks, coefficients: Tensor, coefficient_gradient: Tensor, *, whole: bool = False
@@ -118,6 +134,11 @@ class MergedModel:
         Yields:
             Name and our rows of dL/dM of one mask after another, of M's shape, float32; tied tensors add up.
         """
+        if isinstance(weights, _Streamed):
+            coefficient_gradient += self.shards.sum(weights.store.take_coefficients(coefficient_gradient))
+            for name, found in weights.store.take(self.device):
+                yield name, self.shards.sum(found) if whole else found
+            return
         lambdas = coefficients.detach().cpu()
         for name, tied in self._tied.items():
             mask = masks[name]
@@ -140,6 +161,8 @@ class MergedModel:
     def coefficient_gradients(self, weights: Weights, masks: Masks, coefficients: Tensor) -> Tensor:
         """dL/dlambda, shaped like `coefficients`, from the gradients that the tasks left in `weights`."""
         total = torch.zeros_like(coefficients)
+        if isinstance(weights, _Streamed):
+            return self.shards.sum(weights.store.take_coefficients(total))
         for spec in self.changed:
             gradient = self._rows(weights[spec.name])
             if gradient is not None and gradient.numel():
@@ -150,12 +173,63 @@ class MergedModel:
                 )
         return self.shards.sum(total)
 
+    def _streamed(self, masks: Masks, lambdas: Tensor) -> _Streamed:
+        specs = {spec.name: spec for spec in self.changed}
+        store = GradientStore(on_disk=self.offload == "disk")
+
+        def form(name: str) -> Tensor:
+            if name in specs:
+                return self._merged(specs[name], masks, lambdas)
+            return _float32(self._moved(self._base[name]))
+
+        def consume(name: str, gradient: Tensor) -> None:
+            spec = specs.get(name)
+            if spec is not None:
+                mask = masks[spec.mask_name]
+                found = store.of(spec.mask_name, mask.shape, self.device)
+                gradient = self.shards.scatter(gradient)
+                if not gradient.numel():
+                    return
+                gradients(
+                    gradient, self._moved(self._base[name]), self._moved_models(name), self._of(lambdas, spec), mask,
+                    mask_out=found, coefficient_out=self._of(store.coefficients(lambdas, self.device), spec),
+                )  # fmt: skip
+                store.rest(spec.mask_name, found)
+
+        return _Streamed([spec.name for spec in self._specs], form, consume=consume, release=self._release, store=store)
+
+    def _fixed(self, tensors: dict[str, Tensor]) -> Weights:
+        if self.offload == "none":
+            return tensors
+        form = lambda name: _float32(self._moved(tensors[name]))  # noqa: E731
+        return StreamedWeights(tensors, form, consume=None, release=self._release)
+
+    def _moved_models(self, name: str) -> list[Tensor | None]:
+        return [None if m is None else self._moved(m) for m in self._models[name]]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
+
+    def _release(self, names: Iterable[str]) -> None:
+        """No page of these tensors is needed for now."""
+        if self.offload == "disk":
+            for name in names:
+                for tensor in (self._base[name], *self._models.get(name, ())):
+                    if tensor is not None:
+                        drop_pages(tensor)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """Where a frozen tensor waits."""
+        if self.offload == "none":
+            return self._moved(tensor)
+        if self.offload == "disk":
+            return tensor
+        return tensor.clone() if self.device.type == "cpu" else tensor.pin_memory()
+
     def _rows(self, weight: Tensor) -> Tensor | None:
         """Our rows of the gradient that the tasks of all processes left in a merged tensor; None if it is unused."""
         if self.shards.size == 1:
             return weight.grad
-        if isinstance(weight, DTensor):  # summed already
-            return weight.grad.to_local() if isinstance(weight.grad, DTensor) else torch.zeros_like(weight.to_local())
         # other processes may have one where we have none
         return self.shards.scatter(torch.zeros_like(weight) if weight.grad is None else weight.grad)
 
@@ -164,5 +238,20 @@ class MergedModel:
         return coefficients[:, 0 if coefficients.shape[1] == 1 else self._column[spec.mask_name]]
 
 
-def _placed(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+class _Streamed(StreamedWeights):
+    """Merged weights of one step, with the gradients that the tasks' backward passes have added up so far."""
+
+    def __init__(self, *args: Any, store: GradientStore, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.store = store
+
+
+def fixed(weights: Weights) -> Weights:
+    """The same weights without gradients."""
+    if isinstance(weights, StreamedWeights):
+        return weights.fixed()
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

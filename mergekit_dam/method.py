@@ -37,7 +37,7 @@ from mergekit_dam.recipe import Context, configured, planner_context, refuse_mov
 LOG = logging.getLogger(__name__)
 Values = tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]  # raw settings: shared, and per model
 _KEPT_RUNS = 8  # merges whose masks stay open in one process; they are small handles on files
-_PROBES = 256  # elements compared to tell whether mergekit handed over the planned tensor
+_PROBES = 64  # elements compared to tell whether mergekit handed over the planned tensor
 
 
 @dataclass
@@ -188,7 +188,7 @@ class _Applied:
         if not self.masks.has(spec.mask_name):
             return base.clone()
         coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
-        merged: torch.Tensor = merge(base, models, coefficients, self.masks.mask(spec.mask_name, base.device))
+        merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, base.device))
         return merged.to(base.dtype)
 
 

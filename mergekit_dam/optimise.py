@@ -24,6 +24,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.distributed.shards import Shards
 from mergekit_dam.distributed.snapshots import Snapshots
+from mergekit_dam.errors import DamError
 from mergekit_dam.findings import save_triggers
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.plan import Plan
@@ -52,8 +53,10 @@ def optimise(
     first, config = shards.rank == 0, plan.config
     vectors = TaskVectors(plan)
     found = survey(vectors, shards)
-    streamed = [task.stream_blocks() for task in tasks] if _streams(config, shards) else []
-    model = MergedModel(vectors, found.changed, device, shards, frozenset.intersection(*streamed or [frozenset()]))
+    blockwise = shards.size > 1 and config.gather == "block"
+    if shards.size > 1 and (blockwise or config.offload != "none"):
+        _require_equal_passes(tasks, config)
+    model = MergedModel(vectors, found.changed, device, offload=config.offload, shards=shards, blockwise=blockwise)
     snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
     if first:
         _save_heads(tasks, folder / "heads")
@@ -95,9 +98,20 @@ def optimise(
     snapshots.clear()
 
 
-def _streams(config: DamConfig, shards: Shards) -> bool:
-    """Whether blocks are gathered one by one. The published loop's passes differ between processes in number."""
-    return config.gather == "block" and config.objective == "inversion" and shards.size > 1
+def _require_equal_passes(tasks: Sequence[Task], config: DamConfig) -> None:
+    """Blocks that wait for all processes need the same passes in each of them.
+
+    Raises:
+        DamError: tasks of different classes or tensors, or the published loop, whose passes differ.
+    """
+    kinds = {(type(task.module), tuple(task.targets)) for task in tasks}
+    if len(kinds) > 1 or config.objective == "paper":
+        raise DamError(
+            "settings 'gather' and 'offload'",
+            expected="for several processes objective inversion, and models of one class with equal tensors",
+            got=f"objective {config.objective} and {len(kinds)} kinds of models",
+            cure="Leave both out, or learn with num_processes: 1.",
+        )  # fmt: skip
 
 
 def _journal(path: Path, snapshots: Snapshots) -> IO[str]:

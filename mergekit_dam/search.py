@@ -21,13 +21,14 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, entropy
-from mergekit_dam.mask_pair import combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
 from mergekit_dam.masks import BACKDOOR_DETECTION, MaskProduct
-from mergekit_dam.merged_model import Masks, MergedModel, Weights
+from mergekit_dam.merged_model import Masks, MergedModel, Weights, fixed
 from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.tasks import Task
 
 Track = Callable[[dict[str, Any]], None]
+Batch = dict[str, Tensor]  # inputs of one task
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
@@ -70,7 +71,7 @@ class PaperSearch(Resumable):
             torch.optim.Adam([p.delta], lr=config.perturbation_learning_rate, maximize=True) for p in self.perturbations
         ]
 
-    def run(self) -> tuple[dict[str, Weights], Tensor]:
+    def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
         phase, done = self.begin("masks")
         for step in self.progress(range(done if phase == "masks" else self.config.steps, self.config.steps), "masks"):
@@ -115,7 +116,7 @@ class PaperSearch(Resumable):
         require_finite(record, step)
         self.track(record)
 
-    def batches(self, step: int) -> dict[int, Weights]:
+    def batches(self, step: int) -> dict[int, Batch]:
         """Inputs of a step for the tasks that are ours, by their index."""
         return {
             index: task.inputs(calibration_batch(task, self.config, step))
@@ -123,7 +124,7 @@ class PaperSearch(Resumable):
             if self.shards.owns(index)
         }
 
-    def inner_step(self, masks: Masks, batches: dict[int, Weights]) -> tuple[Tensor, float]:
+    def inner_step(self, masks: Masks, batches: dict[int, Batch]) -> tuple[Tensor, float]:
         """Step 2: from their start, one Adam step of the coefficients on the summed entropy, masks fixed."""
         coefficients = self.start.clone()
         optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
@@ -131,7 +132,7 @@ class PaperSearch(Resumable):
         return coefficients, loss
 
     def coefficient_step(
-        self, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: dict[int, Weights]
+        self, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: dict[int, Batch]
     ) -> float:
         weights = self.model.weights(masks, coefficients)
         losses: dict[int, float] = {}
@@ -143,17 +144,17 @@ class PaperSearch(Resumable):
         optimiser.step()
         return float(sum(self.shards.union(losses).values()))
 
-    def outer_losses(self, weights: Weights, batches: dict[int, Weights], *, safe: bool) -> dict[str, float]:
+    def outer_losses(self, weights: Weights, batches: dict[int, Batch], *, safe: bool) -> dict[str, float]:
         """Steps 3 and 4: move each perturbation, then the backward passes of L_perf (+ alpha L_safe) into `weights`.
 
         One clean forward pass serves both: step 3 needs its answers, step 4 its entropy.
         """
         parts: dict[str, float] = {}
-        fixed = {name: weight.detach() for name, weight in weights.items()}
+        still = fixed(weights)
         for index, inputs in batches.items():
             task = self.tasks[index]
             clean = task.logits(weights, inputs)
-            self.ascend(index, fixed, inputs, clean)
+            self.ascend(index, still, inputs, clean)
             loss = entropy(clean)
             parts[f"loss/perf/{task.name}"] = float(loss.detach())
             if safe:
@@ -165,10 +166,10 @@ class PaperSearch(Resumable):
             loss.backward()
         return parts
 
-    def ascend(self, index: int, fixed: Weights, inputs: Weights, clean: Tensor) -> None:
-        """Step 3: one ascent step of a universal perturbation, merged weights fixed; `clean` are the clean logits."""
+    def ascend(self, index: int, still: Weights, inputs: Batch, clean: Tensor) -> None:
+        """Step 3: one ascent step of a universal perturbation, with weights that stay; `clean` are the clean logits."""
         task, perturb = self.tasks[index], self.perturbations[index]
-        loss = disagreement(task.logits(fixed, inputs, perturb), clean)
+        loss = disagreement(task.logits(still, inputs, perturb), clean)
         (perturb.delta.grad,) = torch.autograd.grad(loss, perturb.delta)
         self.ascents[index].step()
         perturb.project()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from mergekit_dam import merge_rule
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, distillation, entropy
-from mergekit_dam.masks import ConcreteMask, combine, mask_shape, product, rescaled
+from mergekit_dam.masks import ConcreteMask, MaskProduct, mask_shape, product
 from mergekit_dam.perturbation import Bounds, UniversalPerturbation
 from mergekit_dam.seeds import generator, stable_seed
 
@@ -78,7 +78,7 @@ def test_masks_broadcast_and_rescaling_keeps_the_mean(seed: int, granularity: st
     sample = mask.sample("w", seed=seed, step=1)
     assert torch.broadcast_shapes(sample.shape, (6, 5)) == (6, 5)
     assert bool(((sample > 0) & (sample < 1)).all())
-    torch.testing.assert_close(rescaled(sample).mean(), torch.tensor(1.0))
+    torch.testing.assert_close(product([mask], "w", [sample]).full().mean(), torch.tensor(1.0))
     assert torch.equal(sample, mask.sample("w", seed=seed, step=1))
     assert not torch.equal(sample, mask.sample("w", seed=seed, step=2))
 
@@ -100,9 +100,7 @@ def test_the_two_masks_are_two() -> None:
         make("backdoor_detection").sample("w", seed=0, step=0),
     )
     assert not torch.equal(first, second)
-    both = combine([first, second])
-    assert both is not None and torch.equal(both, first * second)
-    assert combine([]) is None
+    assert torch.equal(MaskProduct((first, second)).full(), first * second)
 
 
 def test_consistency_does_not_reward_a_confident_answer_with_the_target() -> None:

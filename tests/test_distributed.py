@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from mergekit.common import ModelReference
-from torch.distributed.tensor import DTensor
 
 from mergekit_dam.artifact import LearnedMasks
 from mergekit_dam.distributed.shards import ALONE, Shards
@@ -22,6 +21,7 @@ from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.seeds import generator
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import build_tasks
+from mergekit_dam.tasks.streamed import StreamedWeights
 from tests.conftest import FAST
 from tests.processes import group
 
@@ -87,14 +87,13 @@ def test_every_part_of_every_task_is_done_by_one_process(count: int, tasks: int)
 def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
     """dL/dlogit of M1 by name, whole, dL/dlambda, and the bytes of task vectors that this process holds."""
     vectors, tasks = TaskVectors(plan), build_tasks(plan, CPU)
-    streamed = [task.stream_blocks() for task in tasks] if plan.config.gather == "block" else [frozenset[str]()]
-    model = MergedModel(vectors, survey(vectors, shards).changed, CPU, shards, frozenset.intersection(*streamed))
+    blockwise = plan.config.gather == "block" and shards.size > 1
+    model = MergedModel(vectors, survey(vectors, shards).changed, CPU, shards=shards, blockwise=blockwise)
     masks = masks_in_use(model, plan.config, temperature=0.5)
     merged = combined(masks, {n: {k: m.sample(k, seed=0, step=1) for k in model.mask_names} for n, m in masks.items()})
     coefficients = torch.full((2, len(model.mask_names)), 0.3)
     weights = model.weights(merged, coefficients)
-    rows = {name for name, weight in weights.items() if isinstance(weight, DTensor)}
-    assert rows == model.streamed and bool(rows) == (plan.config.gather == "block" and shards.size > 1)
+    assert isinstance(weights, StreamedWeights) == blockwise
     for index, task in enumerate(tasks):
         if shards.owns(index):
             entropy(task.logits(weights, task.inputs(torch.arange(4)))).backward()

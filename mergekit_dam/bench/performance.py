@@ -7,11 +7,8 @@ depend on the values. Legend: T tasks, K classes, D width, L tokens.
 
 from __future__ import annotations
 
-import platform
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 
+from mergekit_dam.bench.gauges import Clock, Memory, environment, resident_bytes
 from mergekit_dam.bench.shapes import make_models
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.losses import entropy
@@ -47,7 +45,8 @@ class Case:
         shapes: `clip` (the vision tower of CLIP ViT-B/32) or `llama` (160 M parameters), see shapes.py.
         objective: `inversion` or `paper`.
         tasks: T.
-        steps: measured steps, each beside one measurement of the floor; a step before them warms up.
+        steps: steps whose time is measured, each beside one measurement of the floor.
+        warm_up: steps before them, in which memory is measured.
         batch_size: samples per task and step.
         device: `cpu` or `cuda`.
         settings: further settings of dam, e.g. granularity.
@@ -57,6 +56,7 @@ class Case:
     objective: str
     tasks: int
     steps: int = 2
+    warm_up: int = 1
     batch_size: int = 16
     device: str = "cpu"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -65,114 +65,74 @@ class Case:
     def name(self) -> str:
         """File name of the result."""
         more = "".join(f"-{key}-{value}" for key, value in sorted(self.settings.items()))
-        return f"{self.shapes}-{self.objective}-t{self.tasks}-{self.device}{more}"
-
-
-class Memory:
-    """Peak resident memory of this process, sampled every 10 ms: of its own, and with pages of mapped files."""
-
-    def __init__(self) -> None:
-        self.anonymous = self.total = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            now = resident_bytes()
-            self.anonymous = max(self.anonymous, now["RssAnon"])
-            self.total = max(self.total, now["VmRSS"])
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-def resident_bytes() -> dict[str, int]:
-    """Resident memory of this process by kind, from /proc; zeros where there is none."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
-    return {key: found.get(key, 0) for key in ("RssAnon", "RssFile", "VmRSS")}
-
-
-class Clock:
-    """Seconds of a block: wall, and of this process's processor, which other jobs on the machine do not lengthen."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.wall: list[float] = []
-        self.processor: list[float] = []
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        self._finish()
-        wall, processor = time.perf_counter(), time.process_time()
-        yield
-        self._finish()
-        self.wall.append(time.perf_counter() - wall)
-        self.processor.append(time.process_time() - processor)
-
-    def _finish(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    @property
-    def seconds(self) -> list[float]:
-        """Processor seconds on a CPU with one thread, else wall seconds."""
-        return self.processor if self.device.type == "cpu" and torch.get_num_threads() == 1 else self.wall
+        return f"{self.shapes}-{self.objective}-t{self.tasks}-b{self.batch_size}-{self.device}{more}"
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Run one case. Models are made in `folder` where they are missing.
 
     Returns:
-        Seconds of the floor and of the step (medians), their ratio, and bytes.
+        Seconds of the floor and of the step, their ratio, and bytes.
     """
     device = torch.device(case.device)
     search, tasks, path = _search(case, folder, device)
     passes = _counted(tasks)
     floor, step = Clock(device), Clock(device)
-    with Memory() as memory:
-        for number in range(-1, case.steps):
-            with (step if number >= 0 else Clock(device))():
-                search.step(number + 1)
-            _expect(passes, case, number + 1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    state = _state_bytes(search)
+    logits = state // 3  # they are there already, Adam's moments are not
+    before = resident_bytes()["RssAnon"] - logits
+    with Memory() as memory:  # before there is a plain model
+        for number in range(case.warm_up):
+            search.step(number)
+            _expect(passes, case, number)
     device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    plain = _plain(tasks, path, device)
     parameters = sum(torch.Size(spec.shape).numel() for spec in search.model.changed)
-    _plain(tasks, path, device)
-    with Memory() as floor_memory:
-        for number in range(-1, case.steps):
-            with (floor if number >= 0 else Clock(device))():
-                _floor(search, tasks, number + 1, PASSES[case.objective][(number + 1) % 2])
+    gradients, idle = 4 * parameters, resident_bytes()["RssAnon"]
+    with Memory() as passes_memory:
+        _floor(search, plain, 0, PASSES[case.objective][0])
+    activations = max(0, passes_memory.anonymous - idle - gradients)
+    # in turn, so that what else the machine does meets both
+    for number in range(case.warm_up, case.warm_up + case.steps):
+        with step():
+            search.step(number)
+        _expect(passes, case, number)
+        with floor():
+            _floor(search, plain, number, PASSES[case.objective][number % 2])
     return {
         "case": case.__dict__,
         "parameters": parameters,
+        "passes": PASSES[case.objective],
         # sums over the same steps, so that turns of different cost have their share
         "ratio": sum(step.seconds) / sum(floor.seconds),
         "seconds": {"floor": floor.seconds, "step": step.seconds},
         "wall_seconds": {"floor": floor.wall, "step": step.wall},
         "bytes": {
             "peak": memory.total, "peak_anonymous": memory.anonymous, "device": device_bytes,
-            "floor_and_state_anonymous": floor_memory.anonymous,
+            # own memory that the steps took, and what it is made of; a block in float32
+            "grown": memory.anonymous - before, "state": state, "block": _block_bytes(search),
+            "activations": activations,
         },
         "environment": environment(device),
     }  # fmt: skip
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What times depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    return {
-        "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
+def _state_bytes(search: InversionSearch | PaperSearch) -> int:
+    """Bytes of the mask logits and of Adam's two moments."""
+    return 3 * sum(t.numel() * t.element_size() for mask in search.masks.values() for t in mask.logits.values())
+
+
+def _block_bytes(search: InversionSearch | PaperSearch) -> int:
+    """Bytes in float32 of the largest part that runs at once: a block, or all that is outside of them."""
+    task = search.tasks[0]
+    shapes = {spec.name: torch.Size(spec.shape).numel() for spec in search.model.changed}
+    sizes: dict[str, int] = {}
+    for name, target in task.targets.items():
+        block = task.block_of.get(target, "")
+        sizes[block] = sizes.get(block, 0) + 4 * shapes.get(name, 0)
+    return max(sizes.values())
 
 
 def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSearch | PaperSearch, list[Task], Path]:
@@ -185,8 +145,8 @@ def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSe
     }  # fmt: skip
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors = TaskVectors(plan)
-    model = MergedModel(vectors, survey(vectors).changed, device)
     tasks = build_tasks(plan, device)
+    model = MergedModel(vectors, survey(vectors).changed, device, offload=plan.config.offload, dtype=tasks[0].dtype)
     searches: dict[str, Callable[..., Any]] = {"inversion": InversionSearch, "paper": PaperSearch}
     search = searches[case.objective](
         model, tasks, plan.config, torch.full((case.tasks,), 0.3), track=lambda record: None,
@@ -216,13 +176,15 @@ def _expect(passes: list[str], case: Case, step: int) -> None:
     passes.clear()
 
 
-def _plain(tasks: Sequence[Task], path: Path, device: torch.device) -> None:
-    """From now on the tasks' passes are those of transformers' own model with its own parameters, one for all."""
+def _plain(tasks: Sequence[Task], path: Path, device: torch.device) -> list[Task]:
+    """Tasks with the same data and readout, but transformers' own model with its own parameters, one for all."""
     model = type(tasks[0].module).from_pretrained(path, dtype=torch.float32).to(device).eval()
     own = dict(model.named_parameters())
-    for task in tasks:
+    found = [copy.copy(task) for task in tasks]
+    for task in found:
         task.parameters = lambda weights: own  # type: ignore[method-assign, assignment]
         task.call = lambda parameters, **inputs: model(**inputs)  # type: ignore[method-assign, assignment]
+    return found
 
 
 def _floor(search: InversionSearch | PaperSearch, tasks: Sequence[Task], step: int, kinds: Sequence[str]) -> None:

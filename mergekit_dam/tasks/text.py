@@ -33,7 +33,7 @@ class TextTask(Task):
         self._read = self._readout()
         embedding = self.module.get_input_embeddings()
         self._embedding = next(n for n, m in self.module.named_modules() if m is embedding) + ".weight"
-        output_name = next(name for name, target in self._targets.items() if target == self._embedding)
+        output_name = next(name for name, target in self.targets.items() if target == self._embedding)
         table = TaskVectors(plan).base(output_name).float()
         self._table, self._folders = self._sources[output_name], (self.input.path, plan.base.path)
         self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
