@@ -22,15 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mergekit_dam.bench.performance import Case, measure
 from mergekit_dam.bench.peer import FOLDER, peer_python
+from mergekit_dam.bench.performance import Case, measure
 from mergekit_dam.bench.throughput import measure_merges
 from mergekit_dam.errors import DamError
 
 LOG = logging.getLogger("performance")
 RESULTS = Path(__file__).parent / "results" / "performance"
 CASES = [
-    Case("clip", "inversion", 2, batch_size=8), Case("clip", "inversion", 4), Case("clip", "inversion", 4, batch_size=8),
+    Case("clip", "inversion", 2, batch_size=8), Case("clip", "inversion", 4),
+    Case("clip", "inversion", 4, batch_size=8),
     Case("clip", "inversion", 8, steps=1, batch_size=8), Case("clip", "paper", 2, batch_size=8),
     Case("clip", "paper", 4, batch_size=8), Case("clip", "paper", 8, steps=1, batch_size=8),
     Case("llama", "inversion", 2, steps=1, batch_size=8), Case("llama", "inversion", 4, steps=1, batch_size=8),
@@ -93,7 +94,16 @@ def _peer(device: str, folder: Path) -> dict[str, Any]:
     except DamError as error:
         raise SystemExit(str(error)) from error
     command = [str(python), str(FOLDER / "run.py"), "--random-clip", str(PEER_TASKS), "--steps", "2"]
-    command += ["--batch-size", str(PEER_BATCH), "--coefficient-steps", "0", "--device", device, "--out", str(folder / "peer")]
+    command += [
+        "--batch-size",
+        str(PEER_BATCH),
+        "--coefficient-steps",
+        "0",
+        "--device",
+        device,
+        "--out",
+        str(folder / "peer"),
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     found: dict[str, Any] = json.loads((folder / "peer" / "peer.json").read_text("utf-8"))
@@ -112,12 +122,17 @@ def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
         if "ratio" in result:
             rows += _step_rows(name, result)
     for device in ("cpu", "cuda"):
-        peer, ours = found.get(f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"), found.get(f"clip-paper-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
+        peer, ours = (
+            found.get(f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"),
+            found.get(f"clip-paper-t{PEER_TASKS}-b{PEER_BATCH}-{device}"),
+        )
         if peer and ours:
             rows += _peer_rows(peer, ours, device)
     for name, result in results:
         for method, ratio in result.get("throughput_ratio", {}).items():
-            rows.append(_row(f"{name}: dam over {method}", ratio, MERGE if method == "task_arithmetic" else None, low=True))
+            rows.append(
+                _row(f"{name}: dam over {method}", ratio, MERGE if method == "task_arithmetic" else None, low=True)
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         LOG.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -141,8 +156,9 @@ def _peer_rows(peer: dict[str, Any], ours: dict[str, Any], device: str) -> list[
     theirs = peer["seconds"]["mask_steps_processor" if device == "cpu" else "mask_steps"][1:]
     memory = ours["bytes"]["device"] or ours["bytes"]["peak"]
     other = peer["peak_device_bytes"] or peer["peak_rss_bytes"]
+    time = (sum(mine) / len(mine)) / (sum(theirs) / len(theirs))
     return [
-        _row(f"paper / fusion_bench ({device}): step time", (sum(mine) / len(mine)) / (sum(theirs) / len(theirs)), PEER_TIME),
+        _row(f"paper / fusion_bench ({device}): step time", time, PEER_TIME),
         _row(f"paper / fusion_bench ({device}): peak memory", memory / other, PEER_MEMORY),
     ]  # fmt: skip
 

@@ -108,6 +108,11 @@ class DamConfig(_Settings):
         3, "Text: soft tokens that the perturbation inserts.", unit="tokens", ge=1, le=64
     )
     zero_shot_model: str | None = setting(None, "A full CLIP whose text tower makes the heads of CLIP vision models.")
+    compute_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "What the merged model computes in while masks are learned. Masks, merging and losses stay in float32; "
+        "bfloat16 suits accelerators and halves merged weights and activations.",
+    )
     offload: Literal["none", "cpu", "disk"] = setting(
         "none",
         "Where the models wait while masks are learned: on the device, in host memory, or on disk. With the last two "

@@ -70,7 +70,7 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
         if (folder / MASKS_FILE).is_file():
             LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
             return folder, load(folder / MASKS_FILE)
-        model = MergedModel(vectors, found.changed, device, offload=plan.config.offload)
+        model = MergedModel(vectors, found.changed, device, offload=plan.config.offload, dtype=tasks[0].dtype)
         start = torch.tensor([m.settings.weight for m in plan.models])
         _save_heads(tasks, folder / "heads")
         with (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:

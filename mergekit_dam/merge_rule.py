@@ -63,9 +63,7 @@ def mask_gradient(
     gradients(gradient, base, models, coefficients, None, mask_out=out)
 
 
-def coefficient_gradient(
-    gradient: Tensor, base: Tensor, models: Sequence[Tensor | None], mask: Mask | None
-) -> Tensor:
+def coefficient_gradient(gradient: Tensor, base: Tensor, models: Sequence[Tensor | None], mask: Mask | None) -> Tensor:
     """dL/dlambda_t = <dL/dtheta, M o tau_t>, shape (T,)."""
     out = torch.zeros(len(models), dtype=torch.float32, device=base.device)
     gradients(gradient, base, models, None, mask, coefficient_out=out)
@@ -121,7 +119,9 @@ class _Layout:
         numel = like.numel()
         entries = torch.Size(mask_shape).numel()
         self.single = entries == 1 and numel > 1
-        self.rows = not self.single and entries != numel and tuple(mask_shape) == (like.shape[0], *[1] * (like.ndim - 1))
+        self.rows = (
+            not self.single and entries != numel and tuple(mask_shape) == (like.shape[0], *[1] * (like.ndim - 1))
+        )
         self.expand = not self.single and not self.rows and entries != numel
         chunk = chunk_numel(like.device)
         self.size = max(1, chunk // max(1, numel // entries)) if self.rows else chunk

@@ -37,12 +37,14 @@ class MergedModel:
         device: where merging and the tasks run. On the CPU tensors stay views of the mapped files.
         offload: where theta_0 and theta_t wait: `none` on the device; `cpu` in host memory, pinned for an accelerator;
             `disk` in their files, of which no page stays in memory, beside a file with the gradients.
+        dtype: of the merged weights; merging itself is done in float32.
     """
 
     def __init__(
-        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *, offload: Offload = "none"
-    ) -> None:
-        self.device, self.offload = device, offload
+        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *,
+        offload: Offload = "none", dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.device, self.offload, self.dtype = device, offload, dtype
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
         self.mask_shapes = {spec.mask_name: spec.shape for spec in changed}
@@ -71,7 +73,7 @@ class MergedModel:
         return self._fixed(found)
 
     def weights(self, masks: Masks, coefficients: Tensor) -> Weights:
-        """Merged weights by output name; those that change are float32 leaves with gradients.
+        """Merged weights by output name; those that change are leaves with gradients.
 
         Args:
             masks: M by mask name, each broadcastable to its tensors; a missing name keeps everything.
@@ -82,9 +84,7 @@ class MergedModel:
             return self._streamed(masks, lambdas)
         weights = dict(self._base)
         for spec in self.changed:
-            merged = merge(
-                self._base[spec.name], self._models[spec.name], self._of(lambdas, spec), masks.get(spec.mask_name)
-            )
+            merged = self._merged(spec, self._base[spec.name], self._models[spec.name], masks, lambdas)
             weights[spec.name] = merged.requires_grad_(True)
         return weights
 
@@ -142,9 +142,9 @@ class MergedModel:
         def form(name: str) -> Tensor:
             base = self._moved(self._base[name])
             if name not in specs:
-                return _float32(base)
+                return self._computed(base)
             spec = specs[name]
-            return merge(base, self._moved_models(name), self._of(lambdas, spec), masks.get(spec.mask_name))
+            return self._merged(spec, base, self._moved_models(name), masks, lambdas)
 
         def consume(name: str, gradient: Tensor) -> None:
             spec = specs.get(name)
@@ -159,10 +159,19 @@ class MergedModel:
 
         return _Streamed([spec.name for spec in self._specs], form, consume=consume, release=self._release, store=store)
 
+    def _merged(
+        self, spec: TensorSpec, base: Tensor, models: Sequence[Tensor | None], masks: Masks, lambdas: Tensor
+    ) -> Tensor:
+        out = torch.empty(base.shape, dtype=self.dtype, device=self.device)
+        return merge(base, models, self._of(lambdas, spec), masks.get(spec.mask_name), out=out)
+
+    def _computed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
     def _fixed(self, tensors: dict[str, Tensor]) -> Weights:
         if self.offload == "none":
             return tensors
-        form = lambda name: _float32(self._moved(tensors[name]))  # noqa: E731
+        form = lambda name: self._computed(self._moved(tensors[name]))  # noqa: E731
         return StreamedWeights(tensors, form, consume=None, release=self._release)
 
     def _moved_models(self, name: str) -> list[Tensor | None]:
@@ -210,7 +219,3 @@ def fixed(weights: Weights) -> Weights:
     if isinstance(weights, StreamedWeights):
         return weights.fixed()
     return {name: weight.detach() for name, weight in weights.items()}
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

@@ -200,9 +200,7 @@ def masks_in_use(
     }  # fmt: skip
 
 
-def combined(
-    masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights] | None = None
-) -> dict[str, MaskProduct]:
+def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights] | None = None) -> dict[str, MaskProduct]:
     """M = M1 o M2 by tensor, from one sample of each mask in use or from their probabilities."""
     used = list(masks.values())
     return {

@@ -8,11 +8,7 @@ depend on the values. Legend: T tasks, K classes, D width, L tokens.
 from __future__ import annotations
 
 import copy
-import platform
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 
+from mergekit_dam.bench.gauges import Clock, Memory, environment, resident_bytes
 from mergekit_dam.bench.shapes import make_models
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.losses import entropy
@@ -71,64 +68,6 @@ class Case:
         return f"{self.shapes}-{self.objective}-t{self.tasks}-b{self.batch_size}-{self.device}{more}"
 
 
-class Memory:
-    """Peak resident memory of this process, sampled every 10 ms: of its own, and with pages of mapped files."""
-
-    def __init__(self) -> None:
-        self.anonymous = self.total = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            now = resident_bytes()
-            self.anonymous = max(self.anonymous, now["RssAnon"])
-            self.total = max(self.total, now["VmRSS"])
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-def resident_bytes() -> dict[str, int]:
-    """Resident memory of this process by kind, from /proc; zeros where there is none."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
-    return {key: found.get(key, 0) for key in ("RssAnon", "RssFile", "VmRSS")}
-
-
-class Clock:
-    """Seconds of a block: wall, and of this process's processor, which other jobs on the machine do not lengthen."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.wall: list[float] = []
-        self.processor: list[float] = []
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        self._finish()
-        wall, processor = time.perf_counter(), time.process_time()
-        yield
-        self._finish()
-        self.wall.append(time.perf_counter() - wall)
-        self.processor.append(time.process_time() - processor)
-
-    def _finish(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    @property
-    def seconds(self) -> list[float]:
-        """Processor seconds on a CPU with one thread, else wall seconds."""
-        return self.processor if self.device.type == "cpu" and torch.get_num_threads() == 1 else self.wall
-
-
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Run one case. Models are made in `folder` where they are missing.
 
@@ -173,7 +112,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "bytes": {
             "peak": memory.total, "peak_anonymous": memory.anonymous, "device": device_bytes,
             # own memory that the steps took, and what it is made of; a block in float32
-            "grown": memory.anonymous - before, "state": state, "block": _block_bytes(search), "activations": activations,
+            "grown": memory.anonymous - before, "state": state, "block": _block_bytes(search),
+            "activations": activations,
         },
         "environment": environment(device),
     }  # fmt: skip
@@ -195,18 +135,6 @@ def _block_bytes(search: InversionSearch | PaperSearch) -> int:
     return max(sizes.values())
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What times depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    return {
-        "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
-
-
 def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSearch | PaperSearch, list[Task], Path]:
     made = make_models(case.shapes, case.tasks, folder)
     base, *models = (ModelReference.parse(str(path)) for path in made.models)
@@ -217,8 +145,8 @@ def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSe
     }  # fmt: skip
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors = TaskVectors(plan)
-    model = MergedModel(vectors, survey(vectors).changed, device, offload=plan.config.offload)
     tasks = build_tasks(plan, device)
+    model = MergedModel(vectors, survey(vectors).changed, device, offload=plan.config.offload, dtype=tasks[0].dtype)
     searches: dict[str, Callable[..., Any]] = {"inversion": InversionSearch, "paper": PaperSearch}
     search = searches[case.objective](
         model, tasks, plan.config, torch.full((case.tasks,), 0.3), track=lambda record: None,

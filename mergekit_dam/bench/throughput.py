@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import yaml
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from mergekit.common import ModelReference
 
 from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, save
-from mergekit_dam.bench.performance import environment
+from mergekit_dam.bench.gauges import environment
 from mergekit_dam.bench.shapes import make_models
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
@@ -64,7 +64,9 @@ def _merge(
     )  # fmt: skip
     config = MergeConfiguration.model_validate(yaml.safe_load(source))
     wall, start = time.perf_counter(), _processor_seconds()
-    run_merge(config, str(out), MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False), config_source=source)
+    run_merge(
+        config, str(out), MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False), config_source=source
+    )
     elapsed = _processor_seconds() - start if torch.get_num_threads() == 1 else time.perf_counter() - wall
     shutil.rmtree(out)
     return elapsed
