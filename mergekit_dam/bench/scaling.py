@@ -78,12 +78,26 @@ def step_traffic(job: Job) -> float:
     return job.parameters * (2 * frozen + 2 * job.computed + 4 * logits + 2 * logits * (1 + _MOMENTS))
 
 
-def step_seconds(job: Job, tokens: int, *, flops: float, bandwidth: float, processes: int = 1) -> float:
-    """Seconds per step: tasks and elementwise work are spread over W; what is exchanged between devices is not counted.
+def streamed_bytes(job: Job) -> float:
+    """Bytes that `offload` brings to the devices in one step: all of theta_0 and theta_t three times per task.
+
+    Once for the forward pass, once for the backward pass, once for the chain rule.
+    """
+    if job.offload == "none":
+        return 0.0
+    return 3.0 * job.tasks * job.stored * (job.tasks + 1) * job.parameters
+
+
+def step_seconds(
+    job: Job, tokens: int, *, flops: float, bandwidth: float, link: float = 25e9, processes: int = 1
+) -> float:
+    """Seconds per step: tasks and elementwise work are spread over W; what devices exchange is not counted.
 
     Args:
         flops: floating-point operations per second that one device reaches in the model's passes.
         bandwidth: bytes per second of its memory.
+        link: bytes per second from where offloaded tensors wait to one device; not overlapped with computing.
     """
     used = min(processes, job.tasks)
-    return step_flops(job, tokens) / (flops * used) + step_traffic(job) / (bandwidth * processes)
+    elementwise = step_traffic(job) / bandwidth + streamed_bytes(job) / link
+    return step_flops(job, tokens) / (flops * used) + elementwise / processes
