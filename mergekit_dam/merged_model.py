@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergekit_dam.gradient_store import GradientStore
 from mergekit_dam.merge_rule import Mask, coefficient_gradient, gradients, merge
-from mergekit_dam.pages import drop_pages
+from mergekit_dam.pages import drop_pages, views_of_files
 from mergekit_dam.plan import TensorSpec
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks.streamed import StreamedWeights
@@ -58,6 +58,10 @@ class MergedModel:
         self._models = {
             spec.name: [None if m is None else self._placed(m) for m in vectors.models(spec.name)] for spec in changed
         }
+        self._mapped: frozenset[int] = frozenset()
+        if offload == "disk":
+            models = (m for tensors in self._models.values() for m in tensors if m is not None)
+            self._mapped = views_of_files([*self._base.values(), *models])
 
     def base_weights(self) -> Weights:
         """theta_0 by output name."""
@@ -182,11 +186,10 @@ class MergedModel:
 
     def _release(self, names: Iterable[str]) -> None:
         """No page of these tensors is needed for now."""
-        if self.offload == "disk":
-            for name in names:
-                for tensor in (self._base[name], *self._models.get(name, ())):
-                    if tensor is not None:
-                        drop_pages(tensor)
+        for name in names if self._mapped else ():
+            for tensor in (self._base[name], *self._models.get(name, ())):
+                if tensor is not None and tensor.data_ptr() in self._mapped:
+                    drop_pages(tensor)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """Where a frozen tensor waits."""

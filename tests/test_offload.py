@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor, nn
 
+from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.merged_model import MergedModel
-from mergekit_dam.pages import drop_pages
+from mergekit_dam.pages import drop_pages, views_of_files
 from mergekit_dam.plan import build_plan
 from mergekit_dam.search import PaperSearch
 from mergekit_dam.task_vectors import TaskVectors, survey
@@ -147,3 +149,9 @@ def test_dropped_pages_are_read_again(tmp_path: Path) -> None:
     tensor[5] += 1.0
     drop_pages(tensor[3:])  # not at the start of a page
     assert float(tensor.double().sum()) == total + 1.0
+    own = torch.zeros(numel)
+    assert views_of_files([tensor, own]) <= {tensor.data_ptr()}
+    if sys.platform == "linux":
+        opened = Checkpoint.open(make_model("BertModel", tmp_path / "bert"))
+        views = [opened.tensor(name) for name in opened.names]
+        assert views_of_files([*views, own]) == {view.data_ptr() for view in views}
