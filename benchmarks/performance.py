@@ -24,7 +24,7 @@ from typing import Any
 
 from mergekit_dam.bench.peer import FOLDER, peer_python
 from mergekit_dam.bench.performance import Case, measure
-from mergekit_dam.bench.throughput import measure_merges
+from mergekit_dam.bench.throughput import METHODS, measure_merges
 from mergekit_dam.errors import DamError
 
 LOG = logging.getLogger("performance")
@@ -74,7 +74,8 @@ def _jobs(device: str) -> dict[str, Callable[[Path], dict[str, Any]]]:
         for case in cases
     }
     jobs[f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"] = lambda folder: _peer(device, folder)
-    jobs["merge-clip-t4"] = lambda folder: measure_merges("clip", 4, folder)
+    for other in METHODS:
+        jobs[f"merge-clip-t4-{other}"] = lambda folder, other=other: measure_merges("clip", 4, other, folder)  # type: ignore[misc]
     return jobs
 
 

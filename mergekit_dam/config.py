@@ -122,6 +122,11 @@ class DamConfig(_Settings):
     )  # fmt: skip
     resume: bool = setting(True, "Go on from the snapshot of a run that was cut short.")
     snapshot_every: float = setting(60.0, "Time between two snapshots; 0: after every step.", unit="seconds", ge=0.0)
+    compute_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "What the merged model computes in while masks are learned. Masks, merging and losses stay in float32; "
+        "bfloat16 suits accelerators and halves merged weights and activations.",
+    )
     offload: Literal["none", "cpu", "disk"] = setting(
         "none",
         "Where the models wait while masks are learned: on the device, in host memory, or on disk. With the last two "

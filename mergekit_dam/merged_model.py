@@ -23,7 +23,7 @@ from torch import Tensor
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.gradient_store import GradientStore
 from mergekit_dam.merge_rule import Mask, coefficient_gradient, gradients, merge
-from mergekit_dam.pages import drop_pages
+from mergekit_dam.pages import drop_pages, views_of_files
 from mergekit_dam.plan import TensorSpec
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks.streamed import StreamedWeights
@@ -43,15 +43,16 @@ class MergedModel:
         offload: where theta_0 and theta_t wait: `none` on the device; `cpu` in host memory, pinned for an accelerator;
             `disk` in their files, of which no page stays in memory, beside a file with the gradients.
         shards: processes that share the rows.
+        dtype: of the merged weights; merging itself is done in float32.
         blockwise: whether the merged weights exist block by block only; with `offload` they do so anyhow. Several
             processes must then run equally many passes in the same order, since a block waits for all of them.
     """
 
     def __init__(
         self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *, offload: Offload = "none",
-        shards: Shards = ALONE, blockwise: bool = False,
+        dtype: torch.dtype = torch.float32, shards: Shards = ALONE, blockwise: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.offload, self.shards, self._vectors = device, offload, shards, vectors
+        self.device, self.offload, self.dtype, self.shards, self._vectors = device, offload, dtype, shards, vectors
         self.blockwise = blockwise or offload != "none"
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
@@ -73,6 +74,10 @@ class MergedModel:
             spec.name: [None if m is None else self._placed(shards.local(m)) for m in vectors.models(spec.name)]
             for spec in changed
         }
+        self._mapped: frozenset[int] = frozenset()
+        if offload == "disk":
+            models = (m for tensors in self._models.values() for m in tensors if m is not None)
+            self._mapped = views_of_files([*self._base.values(), *models])
 
     def base_weights(self) -> Weights:
         """theta_0 by output name, whole."""
@@ -96,7 +101,7 @@ class MergedModel:
         return {n: self._moved(t) for n, t in found.items()} if self.offload == "none" else found
 
     def weights(self, masks: Masks, coefficients: Tensor, *, in_step: bool = True) -> Weights:
-        """Merged weights by output name; those that change are float32 leaves with gradients.
+        """Merged weights by output name; those that change are leaves with gradients.
 
         Args:
             masks: our rows of M by mask name, each broadcastable to its tensors; a missing name keeps everything.
@@ -114,10 +119,10 @@ class MergedModel:
     def _merged(self, spec: TensorSpec, masks: Masks, lambdas: Tensor) -> Tensor:
         """One merged tensor, whole."""
         base = self._moved(self._base[spec.name])
-        if base.numel():
-            rows = merge(base, self._moved_models(spec.name), self._of(lambdas, spec), masks.get(spec.mask_name))
-        else:  # fewer rows than processes
-            rows = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+        rows = torch.empty(base.shape, dtype=self.dtype, device=self.device)
+        if base.numel():  # none where there are fewer rows than processes
+            models, mask = self._moved_models(spec.name), masks.get(spec.mask_name)
+            merge(base, models, self._of(lambdas, spec), mask, out=rows)
         return self.shards.gather(rows, spec.shape)
 
     def chain(
@@ -180,14 +185,14 @@ class MergedModel:
         def form(name: str) -> Tensor:
             if name in specs:
                 return self._merged(specs[name], masks, lambdas)
-            return _float32(self._moved(self._base[name]))
+            return self._computed(self._moved(self._base[name]))
 
         def consume(name: str, gradient: Tensor) -> None:
             spec = specs.get(name)
             if spec is not None:
                 mask = masks[spec.mask_name]
                 found = store.of(spec.mask_name, mask.shape, self.device)
-                gradient = self.shards.scatter(gradient)
+                gradient = gradient if self.shards.size == 1 else self.shards.scatter(gradient.float())
                 if not gradient.numel():
                     return
                 gradients(
@@ -198,10 +203,13 @@ class MergedModel:
 
         return _Streamed([spec.name for spec in self._specs], form, consume=consume, release=self._release, store=store)
 
+    def _computed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
     def _fixed(self, tensors: dict[str, Tensor]) -> Weights:
         if self.offload == "none":
             return tensors
-        form = lambda name: _float32(self._moved(tensors[name]))  # noqa: E731
+        form = lambda name: self._computed(self._moved(tensors[name]))  # noqa: E731
         return StreamedWeights(tensors, form, consume=None, release=self._release)
 
     def _moved_models(self, name: str) -> list[Tensor | None]:
@@ -212,11 +220,10 @@ class MergedModel:
 
     def _release(self, names: Iterable[str]) -> None:
         """No page of these tensors is needed for now."""
-        if self.offload == "disk":
-            for name in names:
-                for tensor in (self._base[name], *self._models.get(name, ())):
-                    if tensor is not None:
-                        drop_pages(tensor)
+        for name in names if self._mapped else ():
+            for tensor in (self._base[name], *self._models.get(name, ())):
+                if tensor is not None and tensor.data_ptr() in self._mapped:
+                    drop_pages(tensor)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """Where a frozen tensor waits."""
@@ -231,7 +238,7 @@ class MergedModel:
         if self.shards.size == 1:
             return weight.grad
         # other processes may have one where we have none
-        return self.shards.scatter(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+        return self.shards.scatter((torch.zeros_like(weight) if weight.grad is None else weight.grad).float())
 
     def _of(self, coefficients: Tensor, spec: TensorSpec) -> Tensor:
         """lambda of the T models for one tensor, a view (T,)."""
@@ -251,7 +258,3 @@ def fixed(weights: Weights) -> Weights:
     if isinstance(weights, StreamedWeights):
         return weights.fixed()
     return {name: weight.detach() for name, weight in weights.items()}
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

@@ -56,7 +56,9 @@ def optimise(
     blockwise = shards.size > 1 and config.gather == "block"
     if shards.size > 1 and (blockwise or config.offload != "none"):
         _require_equal_passes(tasks, config)
-    model = MergedModel(vectors, found.changed, device, offload=config.offload, shards=shards, blockwise=blockwise)
+    model = MergedModel(
+        vectors, found.changed, device, offload=config.offload, dtype=tasks[0].dtype, shards=shards, blockwise=blockwise
+    )
     snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
     if first:
         _save_heads(tasks, folder / "heads")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor, nn
 
+from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.merged_model import MergedModel
-from mergekit_dam.pages import drop_pages
+from mergekit_dam.pages import drop_pages, views_of_files
 from mergekit_dam.plan import build_plan
 from mergekit_dam.search import PaperSearch
 from mergekit_dam.task_vectors import TaskVectors, survey
@@ -38,7 +40,13 @@ def learned(root: Path, calibration: Path, **settings: Any) -> tuple[dict[str, T
     base, *models = (ModelReference.parse(str(root / name)) for name in ("base", "a", "b"))
     plan = build_plan(base, models, shared={**FAST, "calibration": str(calibration), **settings}, per_model={})
     vectors = TaskVectors(plan)
-    model = MergedModel(vectors, survey(vectors).changed, CPU, offload=plan.config.offload)
+    model = MergedModel(
+        vectors,
+        survey(vectors).changed,
+        CPU,
+        offload=plan.config.offload,
+        dtype=getattr(torch, plan.config.compute_dtype),
+    )
     losses: list[float] = []
     search = SEARCHES[plan.config.objective](
         model, build_tasks(plan, CPU), plan.config, torch.full((2,), 0.3),
@@ -74,6 +82,15 @@ def test_a_causal_lm_with_tied_embeddings_streams(llama: Path, texts: Path) -> N
     whole, streamed = (learned(llama, texts, objective="inversion", offload=how) for how in ("none", "disk"))
     assert whole[2] == pytest.approx(streamed[2], rel=1e-4)
     torch.testing.assert_close(streamed[1], whole[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_bfloat16_learns_about_the_same(offload: str, llama: Path, texts: Path) -> None:
+    settings: dict[str, Any] = {"objective": "inversion", "offload": offload}
+    exact, rough = (learned(llama, texts, compute_dtype=name, **settings) for name in ("float32", "bfloat16"))
+    assert rough[2] == pytest.approx(exact[2], rel=0.1) and rough[2] != exact[2]
+    assert all(logits.dtype == torch.float32 for logits in rough[0].values())
+    torch.testing.assert_close(rough[1], exact[1], rtol=0.1, atol=0.03)
 
 
 class Net(nn.Module):
@@ -132,3 +149,9 @@ def test_dropped_pages_are_read_again(tmp_path: Path) -> None:
     tensor[5] += 1.0
     drop_pages(tensor[3:])  # not at the start of a page
     assert float(tensor.double().sum()) == total + 1.0
+    own = torch.zeros(numel)
+    assert views_of_files([tensor, own]) <= {tensor.data_ptr()}
+    if sys.platform == "linux":
+        opened = Checkpoint.open(make_model("BertModel", tmp_path / "bert"))
+        views = [opened.tensor(name) for name in opened.names]
+        assert views_of_files([*views, own]) == {view.data_ptr() for view in views}

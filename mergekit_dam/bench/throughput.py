@@ -25,15 +25,18 @@ from mergekit_dam.method import register_dam
 from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.seeds import generator
 
-_REPEATS = 2  # after one run that warms the page cache up; the fastest counts
-METHODS: Mapping[str, dict[str, Any]] = {"task_arithmetic": {}, "ties": {"density": 0.5}, "dam": {}}
+_RUNS = 3  # of each method in turn; the fastest counts
+METHODS: Mapping[str, dict[str, Any]] = {"task_arithmetic": {}, "ties": {"density": 0.5}}
 
 
-def measure_merges(shapes: str, tasks: int, folder: Path) -> dict[str, Any]:
-    """Processor seconds of whole merges, read to written, by method; `dam` with ready masks of random values.
+def measure_merges(shapes: str, tasks: int, other: str, folder: Path) -> dict[str, Any]:
+    """Processor seconds of whole merges, read to written; `dam` has ready masks of random values.
+
+    Args:
+        other: one of METHODS, to compare with.
 
     Returns:
-        Seconds by method, and `throughput_ratio`: parameters per second of dam over those of each other method.
+        Seconds by method, and `throughput_ratio`: parameters per second of dam over those of the other method.
     """
     made = make_models(shapes, tasks, folder)
     base, *models = (ModelReference.parse(str(path.absolute())) for path in made.models)
@@ -41,11 +44,13 @@ def measure_merges(shapes: str, tasks: int, folder: Path) -> dict[str, Any]:
     _random_masks(build_plan(base, models, shared={}, per_model={}), masks)
     register_dam()
     seconds: dict[str, list[float]] = {}
-    for _ in range(1 + _REPEATS):
-        for method, parameters in METHODS.items():
-            own = {"masks": str(masks)} if method == "dam" else {"weight": 0.3, **parameters}
+    parameters: dict[str, dict[str, Any]] = {
+        "dam": {"masks": str(masks)}, other: {"weight": 0.3, **METHODS[other]},
+    }  # fmt: skip
+    for _ in range(_RUNS):
+        for method, own in parameters.items():
             seconds.setdefault(method, []).append(_merge(method, own, base, models, folder / "merged"))
-    best = {method: min(found[1:]) for method, found in seconds.items()}
+    best = {method: min(found) for method, found in seconds.items()}
     return {
         "shapes": shapes, "tasks": tasks, "seconds": seconds,
         "throughput_ratio": {method: value / best["dam"] for method, value in best.items() if method != "dam"},

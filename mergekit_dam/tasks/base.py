@@ -46,6 +46,7 @@ class Task(ABC):
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         model: ModelInput = plan.models[index]
         self.name, self.input, self.device = model.name, model, device
+        self.dtype: torch.dtype = getattr(torch, plan.config.compute_dtype)
         self.module = meta_model(model.config, device)
         self.checkpoint = Checkpoint.open(model.path)
         own = module_names(self.module, self.checkpoint.names)
@@ -68,7 +69,7 @@ class Task(ABC):
     def logits(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
     ) -> Tensor:
-        """logits_BK for any weights by output name; `perturb` acts on pixels or word embeddings."""
+        """logits_BK, float32, for any weights by output name; `perturb` acts on pixels or word embeddings."""
 
     def nearest_tokens(self, vectors_KD: Tensor) -> list[list[tuple[str, float]]]:
         """Per row the words of the vocabulary that lie nearest, with their cosine; of no use but for text."""
@@ -79,12 +80,12 @@ class Task(ABC):
         return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self._sources.items()}
 
     def parameters(self, weights: Mapping[str, Tensor]) -> Parameters:
-        """By module name: the caller's weights and the head, floats in float32; of streamed weights no block's."""
+        """By module name: the caller's weights and the head, floats in `compute_dtype`; no block's if streamed."""
         streamed = weights if isinstance(weights, StreamedWeights) else None
         names = {t: n for n, t in self.targets.items() if streamed is None or t not in self.block_of}
-        found = Parameters({target: _floating(weights[name]) for target, name in names.items()})
+        found = Parameters({target: self._floating(weights[name]) for target, name in names.items()})
         found.streamed, found.outside = streamed, {names[target]: found[target] for target in names}
-        found.update({target: _floating(tensor) for target, tensor in self._head_targets.items()})
+        found.update({target: self._floating(tensor) for target, tensor in self._head_targets.items()})
         for alias, main in self._tied.items():
             if main in found:
                 found[alias] = found[main]
@@ -100,6 +101,9 @@ class Task(ABC):
             output = functional_call(self.module, dict(parameters), kwargs=inputs, tie_weights=False)
         parameters.streamed.let_go(parameters.outside)
         return output
+
+    def _floating(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     @cached_property
     def _blocks(self) -> dict[str, dict[str, str]]:
@@ -121,7 +125,3 @@ class Parameters(dict[str, Tensor]):
 
     streamed: StreamedWeights | None = None
     outside: Mapping[str, Tensor]
-
-
-def _floating(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

@@ -96,8 +96,8 @@ class TextTask(Task):
         if perturb is None:
             return self.call(parameters, **inputs, **options)
         embedded = F.embedding(inputs["input_ids"], parameters[self._embedding])
-        embedded, mask = perturb(embedded, inputs["attention_mask"])
-        return self.call(parameters, inputs_embeds=embedded, attention_mask=mask, **options)
+        embedded, mask = perturb(embedded.float(), inputs["attention_mask"])
+        return self.call(parameters, inputs_embeds=embedded.to(self.dtype), attention_mask=mask, **options)
 
 
 class _Later(Sequence[Tensor]):
@@ -160,4 +160,4 @@ class CausalTask(TextTask):
         output = self._forward(weights, inputs, perturb, use_cache=False)
         # inserted tokens come after position 0, so the last L - 1 positions are the clean text's
         logits: Tensor = output.logits[:, -positions:][inputs["attention_mask"][:, 1:].bool()]
-        return logits
+        return logits.float()
