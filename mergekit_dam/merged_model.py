@@ -1,15 +1,12 @@
 """The merged weights as leaves of a graph, and the chain rule back to masks and coefficients.
 
-The forward passes of all tasks share one set of merged weights: each task's backward pass adds to their
-gradients, and `chain` then turns those into dL/dM and dL/dlambda, tensor by tensor, in one reading of the task vectors.
-No per-model product is stored, no mask product, and no graph spans the merge. T models, P masks.
+All tasks share one set of merged weights: each backward pass adds to their gradients, and `chain` turns those into
+dL/dM and dL/dlambda, tensor by tensor, in one reading of the task vectors. No per-model product is stored, no mask
+product, and no graph spans the merge. T models, P masks.
 
-With several processes each one reads and merges its own rows of every tensor; the merged tensors are gathered, and
-their gradients are summed over the processes and handed out by rows, one tensor at a time.
-
-With `offload`, or if blocks are gathered one by one, the merged weights never exist as a whole: a block's are formed
-before it runs, formed again for its backward pass, and their gradients are turned into dL/dM at once, see
-tasks/streamed.py.
+With several processes each one reads and merges its own rows of every tensor; merged tensors are gathered, and their
+gradients summed over the processes and handed out by rows, one tensor at a time. With `offload`, or if blocks are
+gathered one by one, the merged weights never exist as a whole, see tasks/streamed.py.
 """
 
 from __future__ import annotations

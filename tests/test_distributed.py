@@ -28,7 +28,7 @@ from tests.processes import group
 CPU = torch.device("cpu")
 SETTINGS: dict[str, dict[str, Any]] = {
     "inversion": {"suspicion": 0.0, "scan_steps": 3, "refresh_every": 2, "refresh_steps": 2, "steps": 4},
-    "paper": {"objective": "paper", "steps": 4, "coefficient_steps": 3},
+    "paper": {"objective": "paper", "steps": 4, "coefficient_steps": 3, "mask_learning_rate": 0.1},
 }
 SHAPES = [(), (1,), (3,), (8,), (5, 4), (2, 3), (7, 2, 2), (1, 1, 6)]  # uneven, and fewer rows than processes
 # Sums over tasks are formed in another order: float32 rounding, which a few steps of Adam carry on.
