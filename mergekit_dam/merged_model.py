@@ -62,11 +62,8 @@ class MergedModel:
         self._specs = vectors.plan.tensors
         masked = {spec.name for spec in changed}
         # rows of mapped files: what is not ours is never read; what no model changed is whole
-        self._base = {
-            spec.name: self._placed(shards.local(base) if spec.name in masked else base)
-            for spec in self._specs
-            for base in [vectors.base(spec.name)]
-        }
+        stored = {spec.name: vectors.base(spec.name) for spec in self._specs}
+        self._base = {n: self._placed(shards.local(base) if n in masked else base) for n, base in stored.items()}
         self._models = {
             spec.name: [None if m is None else self._placed(shards.local(m)) for m in vectors.models(spec.name)]
             for spec in changed
@@ -168,11 +165,8 @@ class MergedModel:
         for spec in self.changed:
             gradient = self._rows(weights[spec.name])
             if gradient is not None and gradient.numel():
-                self._of(total, spec).add_(
-                    coefficient_gradient(
-                        gradient, self._base[spec.name], self._models[spec.name], masks.get(spec.mask_name)
-                    )
-                )
+                models, mask = self._models[spec.name], masks.get(spec.mask_name)
+                self._of(total, spec).add_(coefficient_gradient(gradient, self._base[spec.name], models, mask))
         return self.shards.sum(total)
 
     def _streamed(self, masks: Masks, lambdas: Tensor) -> _Streamed:
