@@ -12,11 +12,12 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench-tables faults audit-deps dist test-lowest test-newest clean
+.PHONY: help demo test lint bench-tables bench-performance faults audit-deps dist test-lowest test-newest clean
 help:
 	@echo "make demo   build four models, one of them backdoored, merge them and print accuracy and attack success"
 	@echo "make test   lint, types, import rules and tests"
 	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
+	@echo "make bench-performance  step time over the compute floor, memory, merge throughput (about half an hour of CPU)"
 	@echo "make faults kill, fill, damage and race real merges; table in docs/reliability.md (about 10 minutes on a core)"
 	@echo "make audit-deps  look the pinned versions up in the databases of known vulnerabilities (network)"
 	@echo "make dist   sdist and wheel in dist/, checked"
@@ -49,6 +50,9 @@ test: lint
 bench-tables: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt 'matplotlib>=3.8'
 	$(BIN)/python -m mergekit_dam.bench.tables --write
+
+bench-performance: $(STAMP)
+	$(BIN)/python benchmarks/performance.py
 
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults --out benchmarks/results/faults/faults.json

@@ -1,6 +1,8 @@
-"""`python -m mergekit_dam`, which is what `accelerate launch -m` starts."""
+"""`python -m mergekit_dam`, also as what `accelerate launch -m` starts."""
+
+from __future__ import annotations
 
 from mergekit_dam.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="mergekit-dam")

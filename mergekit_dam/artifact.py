@@ -33,7 +33,7 @@ from torch import Tensor
 from mergekit_dam.artifact_form import CHECKSUM, check_metadata, check_values, checksum, read_metadata
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine, rescaled
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct, means_of
 from mergekit_dam.plan import Plan
 
 LOG = logging.getLogger(__name__)
@@ -56,10 +56,17 @@ class LearnedMasks:
     coefficients: Tensor
     metadata: Mapping[str, Any]
 
+    def product(self, name: str, device: torch.device | str = "cpu") -> MaskProduct | None:
+        """M = M1 o M2 of a tensor, rescaled, to be formed where it is used; None if no mask is in use."""
+        factors = tuple(masks[name].to(device) for masks in self.probabilities.values() if name in masks)
+        if not factors:
+            return None
+        return MaskProduct(factors, means=means_of(factors) if self.metadata["settings"]["rescale"] else None)
+
     def mask(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
-        """M = M1 o M2 of a tensor, float32, rescaled; None if no mask is in use."""
-        factors = [masks[name].to(device, torch.float32) for masks in self.probabilities.values() if name in masks]
-        return combine([rescaled(f) if self.metadata["settings"]["rescale"] else f for f in factors])
+        """`product` as one tensor, float32."""
+        product = self.product(name, device)
+        return None if product is None else product.full()
 
     def has(self, name: str) -> bool:
         """Whether some model changed the tensor (else it stays the base's)."""

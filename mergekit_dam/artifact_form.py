@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, StrictStr, St
 from torch import Tensor
 
 CHECKSUM = "content_sha256"  # entry of the metadata
+_ONE_AS_FLOAT16_BITS = 0x3C00
 Digest = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-zA-Z]{1,64}$")]
 
 
@@ -93,10 +94,18 @@ def check_values(
         raise ValueError("coefficients that are not finite")
     for by_name in probabilities.values():
         for name, values in by_name.items():
-            if values.dtype != torch.float16 or not bool(((values >= 0) & (values <= 1)).all()):
+            if values.dtype != torch.float16 or not _within_unit_interval(values):
                 raise ValueError(f"mask of {name} is not float16 within [0, 1]")
             if len({by[name].shape for by in probabilities.values() if name in by}) > 1 or not values.numel():
                 raise ValueError(f"masks of {name} that are empty or differ in shape")
+
+
+def _within_unit_interval(values: Tensor) -> bool:
+    """Whether all float16 values are in [0, 1]: as integers their bit patterns are ordered alike, NaN above 1."""
+    if values.numel() == 0:
+        return True
+    low, high = values.view(torch.int16).aminmax()
+    return int(low) >= 0 and int(high) <= _ONE_AS_FLOAT16_BITS
 
 
 def checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -115,6 +115,30 @@ class DamConfig(_Settings):
         3, "Text: soft tokens that the perturbation inserts.", unit="tokens", ge=1, le=64
     )
     zero_shot_model: str | None = setting(None, "A full CLIP whose text tower makes the heads of CLIP vision models.")
+    num_processes: int | None = setting(
+        None, "Processes to learn with; default: one per accelerator of this machine, one on the CPU.",
+        unit="processes", ge=1,
+    )  # fmt: skip
+    worker_timeout: float = setting(
+        1800.0, "Several processes: longest wait of one for another before all are ended.", unit="seconds", gt=0.0
+    )
+    gather: Literal["model", "block"] = setting(
+        "model",
+        "Several processes: what of the merged weights and of their gradients is whole at a time. `block` sends them "
+        "once more per pass; objective inversion.",
+    )  # fmt: skip
+    resume: bool = setting(True, "Go on from the snapshot of a run that was cut short.")
+    snapshot_every: float = setting(60.0, "Time between two snapshots; 0: after every step.", unit="seconds", ge=0.0)
+    compute_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "What the merged model computes in while masks are learned. Masks, merging and losses stay in float32; "
+        "bfloat16 suits accelerators and halves merged weights and activations.",
+    )
+    offload: Literal["none", "cpu", "disk"] = setting(
+        "none",
+        "Where the models wait while masks are learned: on the device, in host memory, or on disk. With the last two "
+        "the merged model exists block by block only: less memory, more time.",
+    )
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
@@ -136,7 +160,9 @@ PAPER: Mapping[str, Any] = {
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
-NOT_LEARNED = frozenset({"masks", "device"})
+NOT_LEARNED = frozenset(
+    {"masks", "device", "num_processes", "worker_timeout", "gather", "offload", "resume", "snapshot_every"}
+)
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:

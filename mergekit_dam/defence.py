@@ -13,7 +13,7 @@ the recovered triggers. Legend: T tasks, P masked tensors, B batch, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +21,23 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
+from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.inversion import Finding, Inversion, scan, suspects
 from mergekit_dam.losses import distillation
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine
+from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
 from mergekit_dam.merged_model import MergedModel, Weights
-from mergekit_dam.numerics import require_finite_gradients
-from mergekit_dam.search import Progress, Track, calibration_batch, combined, masks_in_use, require_finite
+from mergekit_dam.numerics import finite_flag, require_finite_gradients, require_flags
+from mergekit_dam.search import Progress, Track, calibration_batch, require_finite
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
+_NUMBERS = ("task", "target", "size", "usual", "success", "control")
 _POOL = 8  # triggers kept per suspect: the first one, and the latest
 
 
-class InversionSearch:
+class InversionSearch(Resumable):
     """State of one optimisation.
 
     Args:
@@ -44,14 +47,15 @@ class InversionSearch:
         start: initial effective coefficients (what multiplies a task vector at the start), (T,).
         track: called with one flat record per step.
         progress: wraps an iterable of steps in a progress bar with a title.
+        snapshots: where the state is kept between runs; None: nowhere.
     """
 
     def __init__(
         self, model: MergedModel, tasks: Sequence[Task], config: DamConfig, start: Tensor, *,
-        track: Track, progress: Progress,
+        track: Track, progress: Progress, snapshots: Snapshots | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.tasks, self.config = model, tasks, config
-        self.track, self.progress = track, progress
+        self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
+        self.track, self.progress, self.snapshots = track, progress, snapshots
         self.masks = masks_in_use(model, config, temperature=1.0, offsets=_START)
         kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
         columns = 1 if config.coefficients == "task" else len(model.mask_names)
@@ -61,23 +65,47 @@ class InversionSearch:
             for mask in self.masks.values()
         ]
         self.optimisers.append((torch.optim.Adam([self.coefficients]), config.coefficient_learning_rate))
-        self.own = [task.own_weights() for task in tasks]
+        self.own = {index: model.own_weights(index) for index in range(len(tasks)) if self.shards.owns(index)}
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
 
-    def run(self) -> tuple[dict[str, Weights], Tensor]:
+    def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
-        if BACKDOOR_DETECTION in self.masks:
-            self.scan()
-        for step in self.progress(range(self.config.steps), "masks"):
+        phase, done = self.begin("scan")
+        if phase == "scan":
+            if BACKDOOR_DETECTION in self.masks:
+                self.scan(done)
+            done = 0
+        for step in self.progress(range(done, self.config.steps), "masks"):
             if step and step % self.config.refresh_every == 0:
                 self.refresh(step)
             self.step(step)
-        probabilities = {
-            name: {key: mask.expectation(key).to(torch.float16) for key in self.model.mask_names}
-            for name, mask in self.masks.items()
-        }
-        return probabilities, self.coefficients
+            self.keep("masks", step + 1)
+        return final_probabilities(self.masks), self.coefficients
+
+    def state(self, phase: str, done: int) -> State:
+        optimisers = {name: optimiser for name, (optimiser, _) in zip(self.masks, self.optimisers, strict=False)}
+        facts = {
+            "phase": phase, "done": done,
+            "findings": [{k: getattr(f, k) for k in _NUMBERS} for f in self.findings],
+            "pools": [[*key, len(pool)] for key, pool in self.pools.items()],
+        }  # fmt: skip
+        state = mask_state(self.masks, optimisers, facts)
+        state.tensors |= {"coefficients": self.coefficients}
+        state.tensors |= adam_state(self.optimisers[-1][0], "adam", ["coefficients"])
+        held = {f"finding/{i}": f.trigger for i, f in enumerate(self.findings)}
+        held |= {f"pool/{a}/{b}/{i}": t for (a, b), pool in self.pools.items() for i, t in enumerate(pool)}
+        state.tensors |= {f"{name}/{i}": p for name, t in held.items() for i, p in enumerate(t.parameters)}
+        return state
+
+    def lay_out(self, facts: Mapping[str, Any]) -> None:
+        self.findings = [Finding(trigger=self._blank(f["task"]), **f) for f in facts["findings"]]
+        self.pools = {(a, b): [self._blank(a) for _ in range(length)] for a, b, length in facts["pools"]}
+
+    def _blank(self, index: int, count: int = 1) -> RecoveredTriggers:
+        """Triggers for a task, to be filled."""
+        task = self.tasks[index]
+        return RecoveredTriggers.start(count, task.perturbation_shape, task.bounds, seeds.generator("blank"))
 
     def audit(self) -> list[dict[str, Any]]:
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
@@ -85,14 +113,28 @@ class InversionSearch:
             {**f.to_json(self.tasks[f.task].name), "suspect": (f.task, f.target) in self.pools} for f in self.findings
         ]
 
-    def scan(self) -> None:
-        """Step 1."""
-        self.findings = scan(
-            self.tasks, self.model.base_weights(), self.config, self.progress(range(len(self.tasks)), "scan")
-        )
+    def scan(self, done: int = 0) -> None:
+        """Step 1: each process scans a task at a time."""
+        base = self.model.base_weights()
+        for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
+            indices = range(len(self.tasks))[first : first + self.shards.size]
+            own = indices[self.shards.rank : self.shards.rank + 1]
+            self.findings += self._shared(scan(self.tasks, base, self.config, own))
+            self.keep("scan", indices.stop)
         for finding in suspects(self.findings, self.config.suspicion):
-            self.pools[finding.task, finding.target] = [finding.trigger]
+            self.pools[finding.task, finding.target] = [finding.trigger.rows([0])]
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
+
+    def _shared(self, ours: list[Finding]) -> list[Finding]:
+        """Everyone's findings of a turn in everyone's hands, by task and class."""
+        numbers = self.shards.union({self.shards.rank: [[getattr(f, k) for k in _NUMBERS] for f in ours]})
+        found = []
+        for owner, rows in numbers.items():
+            for number, row in enumerate(rows):
+                trigger = ours[number].trigger if owner == self.shards.rank else self._blank(row[0])
+                self.shards.broadcast(trigger.parameters, owner)
+                found.append(Finding(trigger=trigger, **dict(zip(_NUMBERS, row, strict=True))))
+        return sorted(found, key=lambda finding: (finding.task, finding.target))
 
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge.
@@ -100,40 +142,55 @@ class InversionSearch:
         The search goes on from the latest one, which grows until it works again: started at random, what it finds in so
         few steps is several times as large, and to train against that costs accuracy.
         """
-        weights = self.model.weights(self.combined(), self.coefficients)
-        for (index, target), pool in self.pools.items():
+        weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
+        found = [self._blank(index) for index, _ in self.pools]
+        for turn, ((index, target), pool) in enumerate(self.pools.items()):
             task = self.tasks[index]
-            search = Inversion(
-                task, weights, torch.tensor([target]), batch_size=self.config.scan_batch_size,
-                generator=seeds.generator(self.config.seed, "refresh", task.name, target, step), start=pool[-1],
-            )  # fmt: skip
-            pool.append(search.run(self.config.refresh_steps).best)
+            if self.shards.owns(turn):
+                search = Inversion(
+                    task, weights, torch.tensor([target]), batch_size=self.config.scan_batch_size,
+                    generator=seeds.generator(self.config.seed, "refresh", task.name, target, step), start=pool[-1],
+                )  # fmt: skip
+                found[turn] = search.run(self.config.refresh_steps).best
+        for turn, pool in enumerate(self.pools.values()):
+            self.shards.broadcast(found[turn].parameters, self.shards.owner(turn))
+            pool.append(found[turn])
             del pool[1 : len(pool) - (_POOL - 1)]
 
-    def combined(self) -> Weights:
+    def combined(self) -> dict[str, MaskProduct]:
         """M = M1 o M2 by tensor at the masks' probabilities."""
-        return combined(self.masks, self._probabilities())
-
-    def _probabilities(self) -> dict[str, Weights]:
-        return {
-            name: {key: mask.expectation(key) for key in self.model.mask_names} for name, mask in self.masks.items()
-        }
+        return combined(self.masks)
 
     def step(self, step: int) -> None:
         """Step 2: one step of both masks and the coefficients."""
-        probabilities = self._probabilities()
-        merged = combined(self.masks, probabilities)
+        merged = self.combined()
         weights = self.model.weights(merged, self.coefficients)
         parts: dict[str, float] = {}
-        for index, task in enumerate(self.tasks):
-            self.losses(index, task, weights, step, parts).backward()
-        self.update(probabilities, merged, weights, step)
+        for first in range(0, len(self.tasks), self.shards.size):
+            index = first + self.shards.rank
+            loss = torch.zeros((), device=self.model.device)
+            if index < len(self.tasks):
+                loss = self.losses(index, self.tasks[index], weights, step, parts)
+            for _ in range(self._idle_passes(first)):
+                loss = loss + 0.0 * self.tasks[0].logits(weights, self.tasks[0].inputs(torch.arange(1))).sum()
+            if loss.requires_grad:
+                loss.backward()
+        self.update(merged, weights, step)
+        parts = self.shards.union(parts)
         record = {
             "phase": "masks", "step": step, "loss": sum(parts.values()), **parts,
             **{f"density/{name}": mask.density() for name, mask in self.masks.items()},
         }  # fmt: skip
         require_finite(record, step)
         self.track(record)
+
+    def _idle_passes(self, first: int) -> int:
+        """Passes that we make for nothing beside the tasks `first`.., because blocks wait for all processes."""
+        if self.shards.size == 1 or not self.model.blockwise:
+            return 0
+        passes = [1 + sum(owner == index for owner, _ in self.pools) for index in range(len(self.tasks))]
+        turn = passes[first : first + self.shards.size]
+        return max(turn) - (turn[self.shards.rank] if self.shards.rank < len(turn) else 0)
 
     def losses(self, index: int, task: Task, weights: Weights, step: int, parts: dict[str, float]) -> Tensor:
         """L of one task; its parts go into `parts`."""
@@ -155,21 +212,23 @@ class InversionSearch:
             loss = loss + safety
         return loss
 
-    def update(self, probabilities: dict[str, Weights], merged: Weights, weights: Weights, step: int) -> None:
+    def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
         """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine."""
-        shapes = {key: next(iter(self.masks.values())).logits[key].shape for key in self.model.mask_names}
-        gradients = self.model.mask_gradients(weights, self.coefficients, shapes)
-        for name, mask in self.masks.items():
-            for key, gradient in gradients.items():
-                other = combine([self.masks[o].factor(probabilities[o][key]) for o in self.masks if o != name])
-                through = gradient if other is None else gradient * other
-                mask.logits[key].grad = mask.logit_gradient(probabilities[name][key], through)
-            require_finite_gradients({key: mask.logits[key].grad for key in gradients}, f"mask {name}", step)
-        self.coefficients.grad = self.model.coefficient_gradients(weights, merged, self.coefficients)
-        require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
         share = 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(1, self.config.steps)))
         for optimiser, rate in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate * share
-            optimiser.step()
+        self.coefficients.grad = torch.zeros_like(self.coefficients)
+        *mask_optimisers, (coefficient_optimiser, _) = self.optimisers
+        whole = self.config.granularity == "tensor"
+        finite: dict[str, dict[str, Tensor]] = {name: {} for name in self.masks}
+        for key, gradient in self.model.chain(weights, merged, self.coefficients, self.coefficients.grad, whole=whole):
+            found = merged[key].logit_gradients(gradient, range(len(self.masks)))
+            for mask, (optimiser, _), part in zip(self.masks.values(), mask_optimisers, found, strict=True):
+                finite[mask.name][key] = finite_flag(part)
+                step_of(optimiser, mask.logits[key], part)
+        for name, flags in finite.items():
+            require_flags(flags, f"mask {name}", step)
+        require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
+        coefficient_optimiser.step()
         self.coefficients.clamp_(0.0, self.config.max_coefficient)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
+from mergekit_dam.merged_model import fixed
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
@@ -84,7 +85,7 @@ class Inversion:
         batch_size: int, generator: torch.Generator, start: RecoveredTriggers | None = None,
     ) -> None:  # fmt: skip
         self.task, self.generator, self.targets_R = task, generator, targets_R
-        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        self.weights = fixed(weights)
         self.batch_size = min(batch_size, task.num_samples)
         count = len(targets_R)
         start = start or RecoveredTriggers.start(count, task.perturbation_shape, task.bounds, generator)
@@ -154,7 +155,11 @@ def success_rates(
 
 
 def scan(
-    tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, tasks_in_turn: Iterable[int]
+    tasks: Sequence[Task],
+    base: Mapping[str, Tensor],
+    config: DamConfig,
+    tasks_in_turn: Iterable[int],
+    part: tuple[int, int] = (0, 1),
 ) -> list[Finding]:
     """The most suspect classes of every model that classifies, at most `scan_finalists` of each.
 

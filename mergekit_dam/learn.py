@@ -1,4 +1,4 @@
-"""Plan -> masks: check everything, look into the cache, else learn and save."""
+"""Plan -> masks: check everything, look into the cache, else learn, here or in worker processes, and save."""
 
 from __future__ import annotations
 
@@ -6,34 +6,26 @@ import hashlib
 import json
 import logging
 import os
-import sys
-import time
-from collections.abc import Iterable
-from datetime import datetime, timezone
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from filelock import FileLock
-from safetensors.torch import save_file
 
-from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, load_cached, save, verify
-from mergekit_dam.artifact_folder import METRICS_FILE, TRIGGERS_FILE, write_run
+from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, load_cached, verify
 from mergekit_dam.checkpoint import Checkpoint
-from mergekit_dam.defence import InversionSearch
+from mergekit_dam.config import DamConfig
+from mergekit_dam.distributed.launcher import Job, run_workers
+from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
-from mergekit_dam.findings import save_triggers
-from mergekit_dam.merged_model import MergedModel
-from mergekit_dam.numerics import warn_about_masks, warn_about_task_vectors
+from mergekit_dam.numerics import warn_about_masks
+from mergekit_dam.optimise import optimise
 from mergekit_dam.plan import Plan
-from mergekit_dam.search import PaperSearch
-from mergekit_dam.task_vectors import TaskVectors, survey
-from mergekit_dam.tasks import Task, build_tasks
+from mergekit_dam.tasks import build_tasks
 
 LOG = logging.getLogger(__name__)
-_OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
+CPU = torch.device("cpu")
 
 
 def cache_folder() -> Path:
@@ -41,32 +33,68 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MERGEKIT_DAM_CACHE") or Path.home() / ".cache" / "mergekit-dam")
 
 
-def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]:
+def learn_masks(
+    plan: Plan, *, quiet: bool = False, shards: Shards = ALONE, device: torch.device | None = None
+) -> tuple[Path, LearnedMasks]:
     """Masks for a plan: given ones verified, cached ones loaded, or new ones learned.
+
+    Args:
+        plan: what is merged.
+        quiet: no progress bar.
+        shards: the processes that call this together (`accelerate launch`); alone, workers are started if the
+            setting `num_processes` asks for them.
+        device: of this process; None: as the setting `device` says.
 
     Returns:
         The folder of the artefact (masks, heads, metrics.jsonl) and the masks.
 
     Raises:
-        DamError: anything wrong with models, data or settings, before the first step.
+        DamError: anything wrong with models, data or settings, before the first step; or a worker that failed.
     """
-    checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)}
-    digests = {name: checkpoint.digest() for name, checkpoint in checkpoints.items()}
+    first = shards.rank == 0
+    checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)} if first else {}
+    digests = shards.union({name: checkpoint.digest() for name, checkpoint in checkpoints.items()})
     if plan.config.masks is not None:
         path = Path(plan.config.masks).expanduser()
         masks = load(path)
         verify(masks, plan, digests, path=path)
         warn_about_masks(masks.probabilities, masks.coefficients)
         return path.parent, masks
-    vectors = TaskVectors(plan)
-    found = survey(vectors)
-    warn_about_task_vectors([model.name for model in plan.models], found.norms)
-    device = device_of(plan.config.device)
-    tasks = build_tasks(plan, device)
+    count = num_processes(plan.config) if shards.size == 1 else 1
+    # a parent of workers only reads the data: it must not open the accelerators that they will use
+    place = CPU if count > 1 else device or device_of(plan.config.device)
+    tasks = build_tasks(plan, place)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
-    versions = library_versions()
-    key = hashlib.sha256(json.dumps([description, versions], sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([description, library_versions()], sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / key
+    if first:
+        _make(folder)
+    # a second run on the same inputs waits and then finds the masks
+    with FileLock(folder / ".lock") if first else nullcontext():
+        cached = load_cached(folder / MASKS_FILE, plan, digests) if first else None
+        if shards.union({"there": cached is not None} if first else {})["there"]:
+            masks = cached or load(folder / MASKS_FILE)
+            if first:
+                LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
+                warn_about_masks(masks.probabilities, masks.coefficients)
+            return folder, masks
+        inputs = tuple(checkpoints.values())
+        if count > 1:
+            run_workers(Job(plan, folder, description, inputs, quiet), count)
+        else:
+            optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
+        return folder, load(folder / MASKS_FILE)
+
+
+def num_processes(config: DamConfig) -> int:
+    """Processes to learn with: as set, else one per accelerator, and one on the CPU."""
+    if config.num_processes is not None:
+        return config.num_processes
+    usable = config.device == "auto" and torch.accelerator.is_available()
+    return max(1, torch.accelerator.device_count()) if usable else 1
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,62 +102,6 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
             f"cache {folder}", expected="a folder that can be written", got=str(error),
             cure="Set MERGEKIT_DAM_CACHE to one.",
         ) from error  # fmt: skip
-    with FileLock(folder / ".lock"):  # a second run on the same inputs waits and then finds the masks
-        cached = load_cached(folder / MASKS_FILE, plan, digests)
-        if cached is not None:
-            LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
-            warn_about_masks(cached.probabilities, cached.coefficients)
-            return folder, cached
-        model = MergedModel(vectors, found.changed, device)
-        start = torch.tensor([m.settings.weight for m in plan.models])
-        _save_heads(tasks, folder / "heads")
-        started = datetime.now(timezone.utc)
-        seconds: dict[str, float] = {}
-        with (folder / METRICS_FILE).open("w", encoding="utf-8") as metrics:
-            last: dict[str, Any] = {}
-
-            def track(record: dict[str, Any]) -> None:
-                last.update(record)
-                metrics.write(json.dumps(record) + "\n")
-
-            def progress(steps: Iterable[int], title: str) -> Iterable[int]:
-                bar = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr)
-                begun = time.perf_counter()
-                for step in bar:
-                    yield step
-                    shown = {k: f"{v:.3f}" for k, v in last.items() if k == "loss" or k.startswith("density/")}
-                    bar.set_postfix(shown, refresh=False)
-                seconds[title] = round(time.perf_counter() - begun, 3)
-
-            search = _OBJECTIVES[plan.config.objective](
-                model, tasks, plan.config, start, track=track, progress=progress
-            )
-            probabilities, coefficients = search.run()
-        metadata = description | {
-            "tensors": list(model.mask_names), "seed": plan.config.seed, "versions": versions,
-            "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
-            "audit": search.audit(),
-        }  # fmt: skip
-        warn_about_masks(probabilities, coefficients)
-        for checkpoint in checkpoints.values():
-            checkpoint.require_unchanged()
-        if isinstance(search, InversionSearch):
-            save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
-        write_run(
-            folder, plan, {"started": started.isoformat(timespec="seconds"), "seconds": seconds, "device": str(device)}
-        )
-        save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata))
-        return folder, load(folder / MASKS_FILE)
-
-
-def _save_heads(tasks: Iterable[Task], folder: Path) -> None:
-    """Heads that the base lacks stay per task: tensors, and the config of the class that holds them."""
-    for task in tasks:
-        if task.head:
-            folder.mkdir(exist_ok=True)
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in task.head.items()}
-            save_file(tensors, folder / f"{task.name}.safetensors", metadata={"format": "pt"})
-            task.input.config.to_json_file(folder / f"{task.name}.json", use_diff=False)
 
 
 def device_of(name: str) -> torch.device:

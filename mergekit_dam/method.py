@@ -40,7 +40,7 @@ LOG = logging.getLogger(__name__)
 Values = tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]  # raw settings: shared, and per model
 _KEPT_RUNS = 16  # merges whose masks stay open in one process; they are small handles on files
 _OVERFLOW = "Lower the models' weight, leave out a model with a huge task vector, or write bfloat16 or float32."
-_PROBES = 256  # elements compared to tell whether mergekit handed over the planned tensor
+_PROBES = 64  # elements compared to tell whether mergekit handed over the planned tensor
 
 
 @dataclass
@@ -197,7 +197,7 @@ class _Applied:
         if not self.masks.has(spec.mask_name):
             return base.clone()
         coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
-        merged: torch.Tensor = merge(base, models, coefficients, self.masks.mask(spec.mask_name, base.device))
+        merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, base.device))
         written = self.written or base.dtype
         require_finite(merged.to(written), f"merged tensor {name} in {written}", "the merge", _OVERFLOW)
         return merged.to(base.dtype)

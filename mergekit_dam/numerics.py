@@ -23,7 +23,7 @@ def require_finite(tensor: Tensor, name: str, owner: str, cure: str = _DAMAGED) 
     Raises:
         DamError: `name` of `owner`, and how many of its elements.
     """
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not bool(finite_flag(tensor)):
         count = int((~torch.isfinite(tensor)).sum())
         raise DamError(
             f"{name} of {owner}", expected="finite weights", got=f"{count} of {tensor.numel()} NaN or infinite",
@@ -31,16 +31,32 @@ def require_finite(tensor: Tensor, name: str, owner: str, cure: str = _DAMAGED) 
         )  # fmt: skip
 
 
+def finite_flag(tensor: Tensor) -> Tensor:
+    """Whether all elements are finite: 0-dim bool on the tensor's device, from one pass that copies nothing."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    low, high = tensor.detach().aminmax()  # NaN wins
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
 def require_finite_gradients(gradients: Mapping[str, Tensor | None], what: str, step: int) -> None:
-    """Refuse NaN or infinity in gradients before a step makes them permanent; one wait for the device in all.
+    """Refuse NaN or infinity in gradients by name.
 
     Raises:
         DamError: the first tensor concerned, and the step.
     """
-    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    if not present or bool(torch.stack([torch.isfinite(gradient).all() for gradient in present.values()]).all()):
+    require_flags({name: finite_flag(g) for name, g in gradients.items() if g is not None}, what, step)
+
+
+def require_flags(flags: Mapping[str, Tensor], what: str, step: int) -> None:
+    """Refuse a step in which some gradient was not finite (`finite_flag`); one wait for the device in all.
+
+    Raises:
+        DamError: the first tensor concerned, and the step.
+    """
+    if not flags or bool(torch.stack(list(flags.values())).all()):
         return
-    name = next(name for name, gradient in present.items() if not bool(torch.isfinite(gradient).all()))
+    name = next(name for name, flag in flags.items() if not bool(flag))
     raise DamError(
         f"gradient of {what} for {name} at step {step}", expected="finite numbers", got="NaN or infinity",
         cure="Lower mask_learning_rate or the models' weight; nothing of this step is kept.",

@@ -19,6 +19,8 @@ from mergekit.options import MergeOptions
 from mergekit_dam.artifact import MASKS_FILE
 from mergekit_dam.artifact_folder import copy_artifact
 from mergekit_dam.config import ModelSettings
+from mergekit_dam.distributed.processes import joined
+from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub_inputs import Inputs, localise, record_inputs
 from mergekit_dam.learn import cache_folder
@@ -86,7 +88,7 @@ class Prepared:
         return out
 
     def learn(self, out: Path | None, *, resume: bool = True) -> Path:
-        """See `learn_masks`."""
+        """See `learn_masks`. Processes that `accelerate launch` started learn together, and the first one writes."""
         plan = self.plan()
         if plan.config.masks is not None:
             raise DamError(
@@ -98,19 +100,24 @@ class Prepared:
                 "learning anew", expected="a folder for the masks", got="none",
                 cure="Name one: masks that are learned anew do not go to the cache.",
             )  # fmt: skip
-        with _learning_cache(resume=resume):
-            folder, _ = learn(plan, quiet=self.inputs.options.quiet)
+        config = plan.config
+        with (
+            joined(device=config.device, timeout=config.worker_timeout) as (shards, device),
+            _learning_cache(resume=resume, shards=shards),
+        ):
+            folder, _ = learn(plan, quiet=self.inputs.options.quiet, shards=shards, device=device)
             if out is None:
                 return folder / MASKS_FILE
-            try:
-                copy_artifact(folder, out)
-            except OSError as error:
-                raise cannot_write(out, error) from error
+            if shards.rank == 0:
+                try:
+                    copy_artifact(folder, out)
+                except OSError as error:
+                    raise cannot_write(out, error) from error
         return out / MASKS_FILE
 
 
 @contextmanager
-def _learning_cache(*, resume: bool) -> Iterator[None]:
+def _learning_cache(*, resume: bool, shards: Shards = ALONE) -> Iterator[None]:
     """Without `resume` masks are learned in an empty cache, which is gone afterwards; the real one stays as it is."""
     if resume:
         yield
@@ -118,10 +125,11 @@ def _learning_cache(*, resume: bool) -> Iterator[None]:
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("MERGEKIT_DAM_CACHE")
-    with TemporaryDirectory(prefix="anew-", dir=root) as folder:
-        os.environ["MERGEKIT_DAM_CACHE"] = folder
+    with TemporaryDirectory(prefix="anew-", dir=root) as own:
+        os.environ["MERGEKIT_DAM_CACHE"] = shards.union({"folder": own} if shards.rank == 0 else {})["folder"]
         try:
             yield
+            shards.barrier()  # the folder goes when no process reads it any more
         finally:
             os.environ.pop("MERGEKIT_DAM_CACHE")
             if before is not None:

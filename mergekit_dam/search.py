@@ -18,20 +18,22 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
+from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, entropy
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, combine, mask_shape
-from mergekit_dam.merged_model import MergedModel, Weights, clear_gradients
-from mergekit_dam.numerics import require_finite_gradients
+from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.masks import BACKDOOR_DETECTION, MaskProduct
+from mergekit_dam.merged_model import Masks, MergedModel, Weights, fixed
+from mergekit_dam.numerics import finite_flag, require_flags
 from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.tasks import Task
 
 Track = Callable[[dict[str, Any]], None]
+Batch = dict[str, Tensor]  # inputs of one task
 Progress = Callable[[Iterable[int], str], Iterable[int]]
-_IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
 
 
-class PaperSearch:
+class PaperSearch(Resumable):
     """State of one optimisation.
 
     Args:
@@ -41,14 +43,15 @@ class PaperSearch:
         start: initial coefficients, (T,).
         track: called with one flat record per step.
         progress: wraps an iterable of steps in a progress bar with a title.
+        snapshots: where the state is kept between runs; None: nowhere.
     """
 
     def __init__(
         self, model: MergedModel, tasks: Sequence[Task], config: DamConfig, start: Tensor, *,
-        track: Track, progress: Progress,
+        track: Track, progress: Progress, snapshots: Snapshots | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.tasks, self.config = model, tasks, config
-        self.track, self.progress = track, progress
+        self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
+        self.track, self.progress, self.snapshots = track, progress, snapshots
         self.masks = masks_in_use(model, config, temperature=config.temperature)
         self.optimisers = {
             name: torch.optim.Adam(mask.logits.values(), lr=config.mask_learning_rate, fused=True)
@@ -56,6 +59,8 @@ class PaperSearch:
         }
         columns = 1 if config.coefficients == "task" else len(model.mask_names)
         self.start = start.to(model.device)[:, None].repeat(1, columns)
+        self.coefficients = self.start.clone()
+        self.coefficient_optimiser = torch.optim.Adam([self.coefficients], lr=config.coefficient_learning_rate)
         self.perturbations = [
             UniversalPerturbation(
                 task.perturbation_shape, task.bounds, eps=config.eps, inserts=len(task.perturbation_shape) == 2,
@@ -67,15 +72,27 @@ class PaperSearch:
             torch.optim.Adam([p.delta], lr=config.perturbation_learning_rate, maximize=True) for p in self.perturbations
         ]
 
-    def run(self) -> tuple[dict[str, Weights], Tensor]:
+    def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
-        for step in self.progress(range(self.config.steps), "masks"):
+        phase, done = self.begin("masks")
+        for step in self.progress(range(done if phase == "masks" else self.config.steps, self.config.steps), "masks"):
             self.step(step)
-        probabilities = {
-            name: {key: mask.expectation(key).to(torch.float16) for key in self.model.mask_names}
-            for name, mask in self.masks.items()
-        }
-        return probabilities, self.fit_coefficients(probabilities)
+            self.keep("masks", step + 1)
+        self.fit_coefficients(done if phase == "coefficients" else 0)
+        return final_probabilities(self.masks), self.coefficients
+
+    def state(self, phase: str, done: int) -> State:
+        state = mask_state(self.masks, self.optimisers, {"phase": phase, "done": done})
+        state.tensors |= {"coefficients": self.coefficients}
+        state.tensors |= adam_state(self.coefficient_optimiser, "adam", ["coefficients"])
+        for index, task in enumerate(self.tasks):
+            if self.shards.owns(index):
+                state.tensors |= {f"perturbation/{task.name}": self.perturbations[index].delta}
+                state.tensors |= adam_state(self.ascents[index], "adam/perturbation", [task.name])
+        return state
+
+    def lay_out(self, facts: Mapping[str, Any]) -> None:
+        """Nothing: all tensors are there from the start."""
 
     def audit(self) -> list[dict[str, Any]]:
         """Nothing: the published loop does not look at single models."""
@@ -88,20 +105,27 @@ class PaperSearch:
             for name, mask in self.masks.items()
         }
         merged_masks = combined(self.masks, samples)
-        batches = [task.inputs(calibration_batch(task, self.config, step)) for task in self.tasks]
+        batches = self.batches(step)
         coefficients, before = self.inner_step(merged_masks, batches)
         weights = self.model.weights(merged_masks, coefficients)
-        self.ascend(weights, batches)
         turn = tuple(self.masks)[step % len(self.masks)]
-        parts = self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION)
-        self.update(turn, samples, weights, coefficients, step)
+        parts = self.shards.union(self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION))
+        self.update(turn, weights, merged_masks, coefficients, step)
         density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
         total = sum(parts.values())
         record = {"phase": "masks", "step": step, "turn": turn, "loss": total, "loss/inner": before, **parts, **density}
         require_finite(record, step)
         self.track(record)
 
-    def inner_step(self, masks: Weights, batches: list[Weights]) -> tuple[Tensor, float]:
+    def batches(self, step: int) -> dict[int, Batch]:
+        """Inputs of a step for the tasks that are ours, by their index."""
+        return {
+            index: task.inputs(calibration_batch(task, self.config, step))
+            for index, task in enumerate(self.tasks)
+            if self.shards.owns(index)
+        }
+
+    def inner_step(self, masks: Masks, batches: dict[int, Batch]) -> tuple[Tensor, float]:
         """Step 2: from their start, one Adam step of the coefficients on the summed entropy, masks fixed."""
         coefficients = self.start.clone()
         optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
@@ -109,80 +133,80 @@ class PaperSearch:
         return coefficients, loss
 
     def coefficient_step(
-        self, masks: Weights, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: list[Weights]
+        self, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: dict[int, Batch]
     ) -> float:
         weights = self.model.weights(masks, coefficients)
-        total = 0.0
-        for task, inputs in zip(self.tasks, batches, strict=True):
-            loss = entropy(task.logits(weights, inputs))
+        losses: dict[int, float] = {}
+        for index, inputs in batches.items():
+            loss = entropy(self.tasks[index].logits(weights, inputs))
             loss.backward()
-            total += float(loss)
+            losses[index] = float(loss.detach())
         coefficients.grad = self.model.coefficient_gradients(weights, masks, coefficients)
         optimiser.step()
-        return total
+        return float(sum(self.shards.union(losses).values()))
 
-    def ascend(self, weights: Weights, batches: list[Weights]) -> None:
-        """Step 3: one ascent step of each universal perturbation, merged weights fixed."""
-        fixed = {name: weight.detach() for name, weight in weights.items()}
-        for task, inputs, perturb, ascent in zip(self.tasks, batches, self.perturbations, self.ascents, strict=True):
-            with torch.no_grad():
-                clean = task.logits(fixed, inputs)
-            (perturb.delta.grad,) = torch.autograd.grad(
-                disagreement(task.logits(fixed, inputs, perturb), clean), perturb.delta
-            )
-            ascent.step()
-            perturb.project()
+    def outer_losses(self, weights: Weights, batches: dict[int, Batch], *, safe: bool) -> dict[str, float]:
+        """Steps 3 and 4: move each perturbation, then the backward passes of L_perf (+ alpha L_safe) into `weights`.
 
-    def outer_losses(self, weights: Weights, batches: list[Weights], *, safe: bool) -> dict[str, float]:
-        """Step 4: backward passes of L_perf (+ alpha L_safe) into the gradients of `weights`."""
-        clear_gradients(weights)
+        One clean forward pass serves both: step 3 needs its answers, step 4 its entropy.
+        """
         parts: dict[str, float] = {}
-        for task, inputs, perturb in zip(self.tasks, batches, self.perturbations, strict=True):
+        still = fixed(weights)
+        for index, inputs in batches.items():
+            task = self.tasks[index]
             clean = task.logits(weights, inputs)
+            self.ascend(index, still, inputs, clean)
             loss = entropy(clean)
-            parts[f"loss/perf/{task.name}"] = float(loss)
+            parts[f"loss/perf/{task.name}"] = float(loss.detach())
             if safe:
+                perturb = self.perturbations[index]
                 with _fixed(perturb):
                     safety = self.config.alpha * consistency(task.logits(weights, inputs, perturb), clean)
-                parts[f"loss/safe/{task.name}"] = float(safety)
+                parts[f"loss/safe/{task.name}"] = float(safety.detach())
                 loss = loss + safety
             loss.backward()
         return parts
 
-    def update(self, turn: str, samples: dict[str, Weights], weights: Weights, coefficients: Tensor, step: int) -> None:
-        """Step 4, second half: one Adam step of the mask whose turn it is."""
-        mask = self.masks[turn]
-        shapes = {key: mask.logits[key].shape for key in self.model.mask_names}
-        gradients = self.model.mask_gradients(weights, coefficients, shapes)
-        for key, gradient in gradients.items():
-            others = [self.masks[o].factor(samples[o][key]) for o in self.masks if o != turn]
-            other = combine(others)
-            through = gradient if other is None else gradient * other
-            mask.logits[key].grad = mask.logit_gradient(samples[turn][key], through)
-        require_finite_gradients({key: mask.logits[key].grad for key in gradients}, f"mask {turn}", step)
-        self.optimisers[turn].step()
+    def ascend(self, index: int, still: Weights, inputs: Batch, clean: Tensor) -> None:
+        """Step 3: one ascent step of a universal perturbation, with weights that stay; `clean` are the clean logits."""
+        task, perturb = self.tasks[index], self.perturbations[index]
+        loss = disagreement(task.logits(still, inputs, perturb), clean)
+        (perturb.delta.grad,) = torch.autograd.grad(loss, perturb.delta)
+        self.ascents[index].step()
+        perturb.project()
 
-    def fit_coefficients(self, probabilities: dict[str, Weights]) -> Tensor:
+    def update(
+        self, turn: str, weights: Weights, masks: Mapping[str, MaskProduct], coefficients: Tensor, step: int
+    ) -> None:
+        """Step 4, second half: one Adam step of the mask whose turn it is, tensor by tensor."""
+        unused = torch.zeros_like(coefficients)
+        whole = self.config.granularity == "tensor"
+        finite: dict[str, Tensor] = {}
+        for key, gradient in self.model.chain(weights, masks, coefficients, unused, whole=whole):
+            (found,) = masks[key].logit_gradients(gradient, [tuple(self.masks).index(turn)])
+            finite[key] = finite_flag(found)
+            step_of(self.optimisers[turn], self.masks[turn].logits[key], found)
+        require_flags(finite, f"mask {turn}", step)
+
+    def fit_coefficients(self, done: int = 0) -> None:
         """With the masks fixed at what will be saved, fit the coefficients on the summed entropy (AdaMerging)."""
-        masks = combined(
-            self.masks, {name: {k: v.float() for k, v in by.items()} for name, by in probabilities.items()}
-        )
-        coefficients = self.start.clone()
-        optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
-        for step in self.progress(range(self.config.coefficient_steps), "coefficients"):
-            batches = [
-                task.inputs(calibration_batch(task, self.config, self.config.steps + step)) for task in self.tasks
-            ]
-            loss = self.coefficient_step(masks, coefficients, optimiser, batches)
+        saved = {
+            name: {key: mask.expectation(key).to(torch.float16) for key in self.model.mask_names}
+            for name, mask in self.masks.items()
+        }
+        masks = combined(self.masks, saved)
+        for step in self.progress(range(done, self.config.coefficient_steps), "coefficients"):
+            batches = self.batches(self.config.steps + step)
+            loss = self.coefficient_step(masks, self.coefficients, self.coefficient_optimiser, batches)
             record = {
                 "phase": "coefficients",
                 "step": step,
                 "loss": loss,
-                "coefficients": coefficients.mean(1).tolist(),
+                "coefficients": self.coefficients.mean(1).tolist(),
             }
             require_finite(record, step)
             self.track(record)
-        return coefficients
+            self.keep("coefficients", step + 1)
 
 
 @contextmanager
@@ -193,30 +217,6 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
         yield
     finally:
         perturb.delta.requires_grad_(True)
-
-
-def masks_in_use(
-    model: MergedModel, config: DamConfig, *, temperature: float, offsets: Mapping[str, float] | None = None
-) -> dict[str, ConcreteMask]:
-    """The masks that `mask` asks for, by name; `offsets` are added to the setting `initial_logit`."""
-    shapes = {name: mask_shape(shape, config.granularity) for name, shape in model.mask_shapes.items()}
-    return {
-        name: ConcreteMask(
-            shapes, name=name, temperature=temperature, rescale=config.rescale,
-            initial_logit=config.initial_logit + (offsets or {}).get(name, 0.0), device=model.device,
-        )
-        for name in _IN_USE[config.mask]
-    }  # fmt: skip
-
-
-def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights]) -> Weights:
-    """M = M1 o M2 by tensor from one sample (or the probabilities) of each mask in use."""
-    merged: Weights = {}
-    for key in next(iter(samples.values())):
-        mask = combine([mask.factor(samples[name][key]) for name, mask in masks.items()])
-        assert mask is not None, "at least one mask is in use"
-        merged[key] = mask
-    return merged
 
 
 def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:

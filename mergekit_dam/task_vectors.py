@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mergekit_dam.checkpoint import Checkpoint
+from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
 from mergekit_dam.merge_rule import task_vector
 from mergekit_dam.numerics import require_finite
@@ -51,33 +53,37 @@ class Survey:
     norms: tuple[float, ...]
 
 
-def survey(vectors: TaskVectors) -> Survey:
+def survey(vectors: TaskVectors, shards: Shards = ALONE) -> Survey:
     """Read every tensor once: refuse NaN and infinity, find what changed, measure the task vectors.
+
+    With several processes each one reads its rows, and all get the same survey.
 
     Raises:
         DamError: a weight that is not finite, or models that equal the base in every tensor.
     """
     plan = vectors.plan
-    squares = [0.0] * len(plan.models)
-    changed = []
+    squares = torch.zeros(len(plan.models), dtype=torch.float64)
+    moved: dict[str, bool] = {}
     for spec in plan.tensors:
-        base = vectors.base(spec.name)
+        base = shards.local(vectors.base(spec.name))
         if not base.is_floating_point():
             continue
         require_finite(base, f"tensor {spec.base_source}", f"model {plan.base.name}")
-        moved = False
+        moved[spec.name] = False
         for t, model in enumerate(vectors.models(spec.name)):
             if model is None:
                 continue
+            model = shards.local(model)
             require_finite(model, f"tensor {spec.sources[t]}", f"model {plan.models[t].name}")
             square = float(task_vector(base, model).double().square().sum())
             squares[t] += square
-            moved |= square > 0.0
-        if moved:
-            changed.append(spec)
+            moved[spec.name] |= square > 0.0
+    found = shards.union({shards.rank: (squares.tolist(), moved)})
+    changed = [spec for spec in plan.tensors if any(there.get(spec.name) for _, there in found.values())]
     if not changed:
         raise DamError(
             "task vectors", expected="models that differ from the base",
             got="models equal to the base in every tensor", cure="Check base_model and the paths of the models.",
         )  # fmt: skip
-    return Survey(tuple(changed), tuple(math.sqrt(square) for square in squares))
+    totals = [math.fsum(there[t] for there, _ in found.values()) for t in range(len(plan.models))]
+    return Survey(tuple(changed), tuple(math.sqrt(total) for total in totals))

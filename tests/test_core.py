@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from mergekit_dam import merge_rule
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, distillation, entropy
-from mergekit_dam.masks import ConcreteMask, combine, mask_shape, rescaled
+from mergekit_dam.masks import ConcreteMask, MaskProduct, mask_shape, product
 from mergekit_dam.perturbation import Bounds, UniversalPerturbation
 from mergekit_dam.seeds import generator, stable_seed
 
@@ -41,7 +41,8 @@ def test_gradients_of_the_chain_rule_are_autograds(seed: int) -> None:
     mask.requires_grad_(True)
     theta = base + mask * sum(c * (m - base) for c, m in zip(coefficients, models, strict=True))
     (theta * weight).sum().backward()
-    found = merge_rule.mask_gradient(weight, base, list(models), coefficients.detach(), mask.shape)
+    found = torch.zeros_like(mask)
+    merge_rule.mask_gradient(weight, base, list(models), coefficients.detach(), found)
     torch.testing.assert_close(found, mask.grad)
     found = merge_rule.coefficient_gradient(weight, base, list(models), mask.detach())
     torch.testing.assert_close(found, coefficients.grad)
@@ -65,7 +66,8 @@ def test_mask_logit_gradient_is_autograds(rescale: bool) -> None:
     weight = torch.randn(4, 3, generator=generator(1))
     ((drawn / drawn.mean() if rescale else drawn) * weight).sum().backward()
     assert logits.grad is not None
-    torch.testing.assert_close(mask.logit_gradient(sample, weight), logits.grad)
+    (found,) = product([mask], "w", [sample]).logit_gradients(weight.clone(), [0])
+    torch.testing.assert_close(found, logits.grad)
 
 
 @given(st.integers(0, 50), st.sampled_from(["element", "row", "tensor"]))
@@ -76,7 +78,7 @@ def test_masks_broadcast_and_rescaling_keeps_the_mean(seed: int, granularity: st
     sample = mask.sample("w", seed=seed, step=1)
     assert torch.broadcast_shapes(sample.shape, (6, 5)) == (6, 5)
     assert bool(((sample > 0) & (sample < 1)).all())
-    torch.testing.assert_close(rescaled(sample).mean(), torch.tensor(1.0))
+    torch.testing.assert_close(product([mask], "w", [sample]).full().mean(), torch.tensor(1.0))
     assert torch.equal(sample, mask.sample("w", seed=seed, step=1))
     assert not torch.equal(sample, mask.sample("w", seed=seed, step=2))
 
@@ -98,9 +100,7 @@ def test_the_two_masks_are_two() -> None:
         make("backdoor_detection").sample("w", seed=0, step=0),
     )
     assert not torch.equal(first, second)
-    product = combine([first, second])
-    assert product is not None and torch.equal(product, first * second)
-    assert combine([]) is None
+    assert torch.equal(MaskProduct((first, second)).full(), first * second)
 
 
 def test_consistency_does_not_reward_a_confident_answer_with_the_target() -> None:

@@ -79,8 +79,11 @@ def test_mask_gradients_through_the_model_are_autograds(plan: Any) -> None:
     inputs = task.inputs(torch.arange(4))
     weights = model.weights(masks, search.start)
     entropy(task.logits(weights, inputs)).backward()
-    found = model.mask_gradients(weights, search.start, {k: m.shape for k, m in masks.items()})
     found_coefficients = model.coefficient_gradients(weights, masks, search.start)
+    on_the_way = torch.zeros_like(found_coefficients)
+    found = dict(model.chain(weights, masks, search.start, on_the_way))
+    torch.testing.assert_close(on_the_way, found_coefficients)
+    assert all(weight.grad is None for weight in weights.values())
 
     vectors = TaskVectors(search_plan := plan())
     leaves = {k: m.clone().requires_grad_(True) for k, m in masks.items()}

@@ -43,6 +43,7 @@ class PublicStep(ConcreteSafeTaskWiseAdaMergingForCLIP):
         self._data, self._batch_size = dict(data), batch_size
         self._iterators: dict[str, Iterator[Any]] = {}
         self.step_seconds: list[float] = []
+        self.step_processor_seconds: list[float] = []
         self.coefficient_seconds = 0.0
 
     def setup_models(self) -> Any:
@@ -62,7 +63,7 @@ class PublicStep(ConcreteSafeTaskWiseAdaMergingForCLIP):
         return self._iterators[task]
 
     def train_mask(self, module: Any, mask_model: Any) -> None:
-        self._last = time.perf_counter()
+        self._last, self._last_processor = time.perf_counter(), time.process_time()
         super().train_mask(module, mask_model)
 
     def print_profile_summary(self, title: str | None = None) -> None:
@@ -70,12 +71,15 @@ class PublicStep(ConcreteSafeTaskWiseAdaMergingForCLIP):
         now = time.perf_counter()
         self.step_seconds.append(now - self._last)
         self._last = now
+        processor = time.process_time()
+        self.step_processor_seconds.append(processor - self._last_processor)
+        self._last_processor = processor
 
     def run_adamerging(self, module: Any, mask: Any) -> Any:
         start, mask_steps = time.perf_counter(), len(self.step_seconds)
         merged = super().run_adamerging(module, mask)
         self.coefficient_seconds = time.perf_counter() - start
-        del self.step_seconds[mask_steps:]
+        del self.step_seconds[mask_steps:], self.step_processor_seconds[mask_steps:]
         return merged
 
 

@@ -199,6 +199,7 @@ def report(args: argparse.Namespace, step: PublicStep, seconds: float) -> dict[s
             "all": seconds,
             "per_mask_step_median": statistics.median(seen) if seen else None,
             "mask_steps": step.step_seconds,
+            "mask_steps_processor": step.step_processor_seconds,
             "per_coefficient_step": step.coefficient_seconds / max(1, args.coefficient_steps),
         },
         "peak_rss_bytes": peak_rss_bytes(),

@@ -20,6 +20,7 @@ from mergekit_dam.commands.common import (
     seed_option,
     suspects_of,
 )
+from mergekit_dam.distributed.processes import is_first
 from mergekit_dam.prepared import prepare
 
 
@@ -37,6 +38,8 @@ def learn(
 ) -> None:  # fmt: skip
     """Learn the masks of a recipe into OUT_PATH, without merging.
 
+    On several machines: `accelerate launch -m mergekit_dam learn CONFIG_FILE OUT_PATH`, with MERGEKIT_DAM_CACHE in a
+    folder that all of them see.
     The setting `masks: OUT_PATH/dam_masks.safetensors` then merges with them, in any process and on any machine.
     """
     merge_options.apply_global_options()
@@ -45,6 +48,8 @@ def learn(
         show_plan(prepared.plan(), as_json=as_json, quiet=merge_options.quiet)
         return
     file = prepared.learn(out_path, resume=resume)
+    if not is_first():  # of the processes that `accelerate launch` started, one says it for all
+        return
     metadata = load(file).metadata
     found = suspects_of(metadata)
     for one in found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mergekit_dam.module_names import meta_model, module_names, tied_names
 from mergekit_dam.numerics import require_finite
 from mergekit_dam.perturbation import Bounds, Perturb
 from mergekit_dam.plan import ModelInput, Plan
+from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
 
 
 class Task(ABC):
@@ -30,6 +32,8 @@ class Task(ABC):
         perturbation_shape: (C, H, W) for images, (tokens, width) for text.
         bounds: valid box of what a perturbation acts on.
         head: tensors of model t that the base lacks, by name in t's checkpoint.
+        targets: output name -> parameter name of the module.
+        block_of: parameter name -> the block that it lives in, see streamed.py.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
     """
 
@@ -43,13 +47,14 @@ class Task(ABC):
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         model: ModelInput = plan.models[index]
         self.name, self.input, self.device = model.name, model, device
+        self.dtype: torch.dtype = getattr(torch, plan.config.compute_dtype)
         self.module = meta_model(model.config, device)
         self.checkpoint = Checkpoint.open(model.path)
         own = module_names(self.module, self.checkpoint.names)
         sources = {spec.name: spec.sources[index] for spec in plan.tensors}
         self._sources = {name: source for name, source in sources.items() if source in own}
-        self._targets = {name: own[source] for name, source in self._sources.items()}
-        covered = set(self._targets.values())
+        self.targets = {name: own[source] for name, source in self._sources.items()}
+        covered = set(self.targets.values())
         self.head = {
             name: self.checkpoint.tensor(name).to(device) for name, target in own.items() if target not in covered
         }
@@ -57,6 +62,7 @@ class Task(ABC):
             require_finite(tensor, f"tensor {name}", f"the head of model {self.name}")
         self._head_targets = {own[name]: tensor for name, tensor in self.head.items()}
         self._tied = tied_names(self.module)
+        self.block_of = blocks_of(self.module)
 
     @abstractmethod
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
@@ -66,7 +72,7 @@ class Task(ABC):
     def logits(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
     ) -> Tensor:
-        """logits_BK for any weights by output name; `perturb` acts on pixels or word embeddings."""
+        """logits_BK, float32, for any weights by output name; `perturb` acts on pixels or word embeddings."""
 
     def nearest_tokens(self, vectors_KD: Tensor) -> list[list[tuple[str, float]]]:
         """Per row the words of the vocabulary that lie nearest, with their cosine; of no use but for text."""
@@ -76,10 +82,13 @@ class Task(ABC):
         """Model t's tensors by output name, as stored."""
         return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self._sources.items()}
 
-    def parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By module name: the caller's weights and the head, floats in float32."""
-        found = {target: _floating(weights[name]) for name, target in self._targets.items()}
-        found |= {target: _floating(tensor) for target, tensor in self._head_targets.items()}
+    def parameters(self, weights: Mapping[str, Tensor]) -> Parameters:
+        """By module name: the caller's weights and the head, floats in `compute_dtype`; no block's if streamed."""
+        streamed = weights if isinstance(weights, StreamedWeights) else None
+        names = {t: n for n, t in self.targets.items() if streamed is None or t not in self.block_of}
+        found = Parameters({target: self._floating(weights[name]) for target, name in names.items()})
+        found.streamed, found.outside = streamed, {names[target]: found[target] for target in names}
+        found.update({target: self._floating(tensor) for target, tensor in self._head_targets.items()})
         for alias, main in self._tied.items():
             if main in found:
                 found[alias] = found[main]
@@ -87,10 +96,35 @@ class Task(ABC):
                 found[main] = found[alias]
         return found
 
-    def call(self, parameters: Mapping[str, Tensor], **inputs: Any) -> Any:
+    def call(self, parameters: Parameters, **inputs: Any) -> Any:
         """The module's output with these parameters."""
-        return functional_call(self.module, dict(parameters), kwargs=inputs, tie_weights=False)
+        if parameters.streamed is None:
+            return functional_call(self.module, dict(parameters), kwargs=inputs, tie_weights=False)
+        with streamed_blocks(self.module, parameters.streamed, self._blocks):
+            output = functional_call(self.module, dict(parameters), kwargs=inputs, tie_weights=False)
+        parameters.streamed.let_go(parameters.outside)
+        return output
+
+    def _floating(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    @cached_property
+    def _blocks(self) -> dict[str, dict[str, str]]:
+        """Block -> parameter name -> output name."""
+        found: dict[str, dict[str, str]] = {}
+        for name, target in self.targets.items():
+            if target in self.block_of:
+                found.setdefault(self.block_of[target], {})[target] = name
+        return found
 
 
-def _floating(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+class Parameters(dict[str, Tensor]):
+    """Tensors by module name.
+
+    Attributes:
+        streamed: where the blocks' tensors come from; None if they are here, too.
+        outside: the caller's tensors that are here, by output name.
+    """
+
+    streamed: StreamedWeights | None = None
+    outside: Mapping[str, Tensor]

@@ -45,7 +45,7 @@ class ImageTask(Task):
             names = class_names(settings.classes, self.name)
             tokens = prompts(names, (self.input.path, plan.base.path), self.name)
             self._prompts = {key: tensor.to(self.device) for key, tensor in tokens.items()}
-            return lambda output: torch.as_tensor(output.logits_per_image)
+            return lambda output: torch.as_tensor(output.logits_per_image).float()
         if settings.classes is not None and plan.config.zero_shot_model is not None:
             names = class_names(settings.classes, self.name)
             return zero_shot_head(names, plan.config.zero_shot_model, self.name, self.device)
@@ -63,7 +63,7 @@ class ImageTask(Task):
         pixels = inputs["pixels"]
         if perturb is not None:
             pixels, _ = perturb(pixels, None)
-        normalised = self.preprocessing.normalise(pixels)
+        normalised = self.preprocessing.normalise(pixels).to(self.dtype)
         return self._read(self.call(self.parameters(weights), pixel_values=normalised, **self._prompts))
 
 

@@ -44,7 +44,7 @@ def tokenizer_of(folders: Sequence[Path], owner: str) -> Any:
 
 def logits_of(output: Any) -> Tensor:
     """The logits of a class with a head of its own."""
-    logits: Tensor = output.logits
+    logits: Tensor = output.logits.float()
     return logits
 
 
@@ -53,8 +53,8 @@ def pooled(output: Any) -> Tensor:
     for name in ("image_embeds", "pooler_output"):
         features = getattr(output, name, None)
         if features is not None:
-            return torch.as_tensor(features)
-    first: Tensor = output.last_hidden_state[:, 0]
+            return torch.as_tensor(features).float()
+    first: Tensor = output.last_hidden_state[:, 0].float()
     return first
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class TextTask(Task):
         self._read = self._readout()
         embedding = self.module.get_input_embeddings()
         self._embedding = next(n for n, m in self.module.named_modules() if m is embedding) + ".weight"
-        output_name = next(name for name, target in self._targets.items() if target == self._embedding)
+        output_name = next(name for name, target in self.targets.items() if target == self._embedding)
         table = TaskVectors(plan).base(output_name).float()
         self._table, self._folders = self._sources[output_name], (self.input.path, plan.base.path)
         self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
@@ -65,7 +66,7 @@ class TextTask(Task):
             cure="Give the fine-tuned model with its head; only the base may be without one.",
         )  # fmt: skip
 
-    def _calibrate(self, plan: Plan) -> list[Tensor]:
+    def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
         data = load_calibration(
             self.input.settings, "text", num_samples=plan.config.num_samples, seed=plan.config.seed, task=self.name
         )
@@ -95,8 +96,25 @@ class TextTask(Task):
         if perturb is None:
             return self.call(parameters, **inputs, **options)
         embedded = F.embedding(inputs["input_ids"], parameters[self._embedding])
-        embedded, mask = perturb(embedded, inputs["attention_mask"])
-        return self.call(parameters, inputs_embeds=embedded, attention_mask=mask, **options)
+        embedded, mask = perturb(embedded.float(), inputs["attention_mask"])
+        return self.call(parameters, inputs_embeds=embedded.to(self.dtype), attention_mask=mask, **options)
+
+
+class _Later(Sequence[Tensor]):
+    """Sequences that are made when the first one is asked for: of several processes only a task's own needs them."""
+
+    def __init__(self, length: int, make: Callable[[], Tensor]) -> None:
+        self._length, self._make = length, make
+
+    @cached_property
+    def _made(self) -> Tensor:
+        return self._make()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
 
 
 class CausalTask(TextTask):
@@ -104,13 +122,13 @@ class CausalTask(TextTask):
 
     classifies = False
 
-    def _calibrate(self, plan: Plan) -> list[Tensor]:
+    def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
         if self.input.settings.calibration is not None:
             return [ids for ids in super()._calibrate(plan) if len(ids) > 1]
         LOG.warning("%s: no calibration data given; it samples its own text (seed %d)", self.name, plan.config.seed)
-        sequences = self._sample_text(plan.config.num_samples, plan.config.max_length, plan.config.seed)
         self.sample_digests = ()  # nothing of the outside world, hence nothing to keep apart from evaluation
-        return list(sequences)
+        config = plan.config
+        return _Later(config.num_samples, lambda: self._sample_text(config.num_samples, config.max_length, config.seed))
 
     @torch.no_grad()
     def _sample_text(self, num_samples: int, length: int, seed: int) -> Tensor:
@@ -142,4 +160,4 @@ class CausalTask(TextTask):
         output = self._forward(weights, inputs, perturb, use_cache=False)
         # inserted tokens come after position 0, so the last L - 1 positions are the clean text's
         logits: Tensor = output.logits[:, -positions:][inputs["attention_mask"][:, 1:].bool()]
-        return logits
+        return logits.float()

@@ -1,0 +1,175 @@
+"""Step time over the compute floor, peak memory, the peer's step and merge throughput: one run, ratios, bars.
+
+    make bench-performance                                            # all of it, on the CPU
+    python benchmarks/performance.py --only clip-inversion-t4         # cases whose name starts like this
+    python benchmarks/performance.py --device cuda
+    python benchmarks/performance.py --table                          # measure nothing, print the table again
+
+Each measurement runs in a process of its own and writes benchmarks/results/performance/NAME.json. Seconds on the CPU
+are those of the process (one thread), which other jobs of the machine lengthen less than they do the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mergekit_dam.bench.peer import FOLDER, peer_python
+from mergekit_dam.bench.performance import Case, measure
+from mergekit_dam.bench.throughput import METHODS, measure_merges
+from mergekit_dam.errors import DamError
+
+LOG = logging.getLogger("performance")
+RESULTS = Path(__file__).parent / "results" / "performance"
+CASES = [
+    Case("clip", "inversion", 2, batch_size=8), Case("clip", "inversion", 4),
+    Case("clip", "inversion", 4, batch_size=8),
+    Case("clip", "inversion", 8, steps=1, batch_size=8), Case("clip", "paper", 2, batch_size=8),
+    Case("clip", "paper", 4, batch_size=8), Case("clip", "paper", 8, steps=1, batch_size=8),
+    Case("llama", "inversion", 2, steps=1, batch_size=8), Case("llama", "inversion", 4, steps=1, batch_size=8),
+    Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"granularity": "row"}),
+    Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"offload": "disk"}),
+]  # fmt: skip
+RATIO = {2: 1.25, 4: 1.25, 8: 1.4}  # highest step time over the floor, by number of tasks
+PEER_TIME, PEER_MEMORY, MERGE = 0.6, 0.4, 0.9
+PEER_TASKS, PEER_BATCH = 4, 8
+Row = tuple[str, str, str, str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="only measurements whose name starts like this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", type=Path, help="folder that the random models are kept in; a temporary one else")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # the name of one measurement: this process makes it
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    jobs = _jobs(args.device)
+    if args.run:
+        (RESULTS / f"{args.run}.json").write_text(json.dumps(jobs[args.run](args.models), indent=1) + "\n", "utf-8")
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in jobs:
+                if name.startswith(args.only):
+                    _start(name, args.device, args.models or Path(folder))
+    _print([_read(path) for path in sorted(RESULTS.glob("*.json"))])
+
+
+def _jobs(device: str) -> dict[str, Callable[[Path], dict[str, Any]]]:
+    """What can be measured, by name."""
+    cases = [Case(**{**case.__dict__, "device": device}) for case in CASES]
+    jobs: dict[str, Callable[[Path], dict[str, Any]]] = {
+        case.name: lambda folder, case=case: measure(case, folder)  # type: ignore[misc]
+        for case in cases
+    }
+    jobs[f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"] = lambda folder: _peer(device, folder)
+    for other in METHODS:
+        jobs[f"merge-clip-t4-{other}"] = lambda folder, other=other: measure_merges("clip", 4, other, folder)  # type: ignore[misc]
+    return jobs
+
+
+def _start(name: str, device: str, models: Path) -> None:
+    """One measurement in a process of its own, so that peaks of memory are its own."""
+    LOG.info("%s ...", name)
+    command = [sys.executable, __file__, "--run", name, "--device", device, "--models", str(models)]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    if done.returncode:
+        LOG.warning("%s failed (exit code %d); its old result, if any, stays", name, done.returncode)
+
+
+def _peer(device: str, folder: Path) -> dict[str, Any]:
+    """fusion_bench's step at the same shapes, from its own environment (`make -C benchmarks/peer`)."""
+    try:
+        python = peer_python()
+    except DamError as error:
+        raise SystemExit(str(error)) from error
+    command = [str(python), str(FOLDER / "run.py"), "--random-clip", str(PEER_TASKS), "--steps", "2"]
+    command += [
+        "--batch-size",
+        str(PEER_BATCH),
+        "--coefficient-steps",
+        "0",
+        "--device",
+        device,
+        "--out",
+        str(folder / "peer"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads((folder / "peer" / "peer.json").read_text("utf-8"))
+    return found
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    return path.stem, json.loads(path.read_text("utf-8"))
+
+
+def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
+    """The table: measurement, figure, bar, and whether it holds."""
+    found = dict(results)
+    rows: list[Row] = [("measurement", "figure", "bar", "")]
+    for name, result in results:
+        if "ratio" in result:
+            rows += _step_rows(name, result)
+    for device in ("cpu", "cuda"):
+        peer, ours = (
+            found.get(f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"),
+            found.get(f"clip-paper-t{PEER_TASKS}-b{PEER_BATCH}-{device}"),
+        )
+        if peer and ours:
+            rows += _peer_rows(peer, ours, device)
+    for name, result in results:
+        for method, ratio in result.get("throughput_ratio", {}).items():
+            rows.append(
+                _row(f"{name}: dam over {method}", ratio, MERGE if method == "task_arithmetic" else None, low=True)
+            )
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        LOG.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _step_rows(name: str, result: dict[str, Any]) -> list[Row]:
+    case, size = result["case"], result["bytes"]
+    streamed = case["settings"].get("offload", "none") != "none"
+    rows = [_row(f"{name}: step / floor", result["ratio"], None if streamed else RATIO[case["tasks"]])]
+    peak = size["device"] or size["peak_anonymous"]
+    rows.append((f"{name}: peak, own memory", f"{peak / 2**30:.2f} GiB", "", ""))
+    if streamed:
+        limit = size["state"] + 3 * size["block"] + size["activations"]
+        rows.append(_row(f"{name}: peak / (state + 3 blocks + activations)", size["grown"] / limit, 1.0))
+    return rows
+
+
+def _peer_rows(peer: dict[str, Any], ours: dict[str, Any], device: str) -> list[Row]:
+    mine = ours["seconds"]["step"]
+    # their first step allocates
+    theirs = peer["seconds"]["mask_steps_processor" if device == "cpu" else "mask_steps"][1:]
+    memory = ours["bytes"]["device"] or ours["bytes"]["peak"]
+    other = peer["peak_device_bytes"] or peer["peak_rss_bytes"]
+    time = (sum(mine) / len(mine)) / (sum(theirs) / len(theirs))
+    return [
+        _row(f"paper / fusion_bench ({device}): step time", time, PEER_TIME),
+        _row(f"paper / fusion_bench ({device}): peak memory", memory / other, PEER_MEMORY),
+    ]  # fmt: skip
+
+
+def _row(name: str, figure: float, bar: float | None, *, low: bool = False) -> Row:
+    if bar is None:
+        return name, f"{figure:.2f}", "", ""
+    holds = figure >= bar if low else figure <= bar
+    return name, f"{figure:.2f}", f"{'>=' if low else '<='} {bar:g}", "holds" if holds else "does not hold"
+
+
+if __name__ == "__main__":
+    main()

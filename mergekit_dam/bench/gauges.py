@@ -1,0 +1,83 @@
+"""Time and memory of this process, and what they depend on."""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Memory:
+    """Peak resident memory of this process, sampled every 10 ms: of its own, and with pages of mapped files."""
+
+    def __init__(self) -> None:
+        self.anonymous = self.total = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            now = resident_bytes()
+            self.anonymous = max(self.anonymous, now["RssAnon"])
+            self.total = max(self.total, now["VmRSS"])
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def resident_bytes() -> dict[str, int]:
+    """Resident memory of this process by kind, from /proc; zeros where there is none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return {key: found.get(key, 0) for key in ("RssAnon", "RssFile", "VmRSS")}
+
+
+class Clock:
+    """Seconds of a block: wall, and of this process's processor, which other jobs on the machine do not lengthen."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._finish()
+        wall, processor = time.perf_counter(), time.process_time()
+        yield
+        self._finish()
+        self.wall.append(time.perf_counter() - wall)
+        self.processor.append(time.process_time() - processor)
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @property
+    def seconds(self) -> list[float]:
+        """Processor seconds on a CPU with one thread, else wall seconds."""
+        return self.processor if self.device.type == "cpu" and torch.get_num_threads() == 1 else self.wall
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What times depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
+    return {
+        "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip

@@ -1,0 +1,103 @@
+"""How many bytes and seconds learning takes, by arithmetic: the figures of docs/scaling.md.
+
+Legend: P merged parameters, T tasks, W processes (one per accelerator).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_FLOAT32 = 4
+_MOMENTS = 2  # of Adam, per logit
+_FORWARD, _BACKWARD = 2, 4  # floating-point operations per parameter and token
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is learned.
+
+    Attributes:
+        parameters: P.
+        tasks: T.
+        stored: bytes per weight in the models' files: 2 for bfloat16.
+        computed: bytes per merged weight: setting `compute_dtype`.
+        masks: 2 for `dual`, else 1.
+        entries: mask entries per parameter: 1 for granularity `element`, about 1 / width for `row`.
+        block: share of P in the largest block.
+        offload: setting of that name.
+    """
+
+    parameters: float
+    tasks: int
+    stored: int = 2
+    computed: int = 4
+    masks: int = 2
+    entries: float = 1.0
+    block: float = 1 / 32
+    offload: str = "none"
+
+
+def device_bytes(job: Job, processes: int = 1) -> dict[str, float]:
+    """Bytes on each device by what they hold, without activations; masks and frozen tensors are sharded over W.
+
+    The merged model and its gradient are whole in each process, unless they are streamed (`offload`): then one block
+    and its gradient are there, beside one block of each frozen model on its way.
+    """
+    entries = job.masks * job.entries * job.parameters
+    streamed = job.offload != "none"
+    share = job.block if streamed else 1.0
+    return {
+        "mask logits": _FLOAT32 * entries / processes,
+        "Adam's moments": _FLOAT32 * _MOMENTS * entries / processes,
+        "merged weights": job.computed * share * job.parameters,
+        "their gradient": job.computed * share * job.parameters,
+        "frozen models": job.stored * (job.tasks + 1) * job.parameters * (job.block if streamed else 1 / processes),
+        "sums of dL/dM": (_FLOAT32 * job.entries * job.parameters / processes) if job.offload == "cpu" else 0.0,
+    }
+
+
+def step_flops(job: Job, tokens: int, suspects: int = 0) -> float:
+    """Floating-point operations of the passes of one inversion step, attention scores not counted.
+
+    Args:
+        tokens: per task and pass: batch size x length.
+        suspects: recovered triggers that are trained against, all tasks together.
+    """
+    fit = _FORWARD + _BACKWARD
+    return job.parameters * tokens * (job.tasks * (_FORWARD + fit) + suspects * fit)
+
+
+def step_traffic(job: Job) -> float:
+    """Bytes that the elementwise work of one step moves through memory, all processes together.
+
+    Forward: logits, theta_0 and theta_t read, theta written. Chain rule: the gradient, logits, theta_0 and theta_t
+    read, one gradient per mask written and read. Adam: logits and two moments, read and written.
+    """
+    frozen = job.stored * (job.tasks + 1)
+    logits = _FLOAT32 * job.masks * job.entries
+    return job.parameters * (2 * frozen + 2 * job.computed + 4 * logits + 2 * logits * (1 + _MOMENTS))
+
+
+def streamed_bytes(job: Job) -> float:
+    """Bytes that `offload` brings to the devices in one step: all of theta_0 and theta_t three times per task.
+
+    Once for the forward pass, once for the backward pass, once for the chain rule.
+    """
+    if job.offload == "none":
+        return 0.0
+    return 3.0 * job.tasks * job.stored * (job.tasks + 1) * job.parameters
+
+
+def step_seconds(
+    job: Job, tokens: int, *, flops: float, bandwidth: float, link: float = 25e9, processes: int = 1
+) -> float:
+    """Seconds per step: tasks and elementwise work are spread over W; what devices exchange is not counted.
+
+    Args:
+        flops: floating-point operations per second that one device reaches in the model's passes.
+        bandwidth: bytes per second of its memory.
+        link: bytes per second from where offloaded tensors wait to one device; not overlapped with computing.
+    """
+    used = min(processes, job.tasks)
+    elementwise = step_traffic(job) / bandwidth + streamed_bytes(job) / link
+    return step_flops(job, tokens) / (flops * used) + elementwise / processes

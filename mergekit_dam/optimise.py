@@ -1,0 +1,151 @@
+"""Tasks and models -> masks: the search itself, with its journal, its snapshots and what it leaves behind.
+
+All processes of a run call `optimise` together; the first one writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from accelerate.utils import tqdm
+from safetensors.torch import save_file
+
+from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, library_versions, save
+from mergekit_dam.artifact_folder import METRICS_FILE, TRIGGERS_FILE, write_run
+from mergekit_dam.checkpoint import Checkpoint
+from mergekit_dam.config import DamConfig
+from mergekit_dam.defence import InversionSearch
+from mergekit_dam.distributed.shards import Shards
+from mergekit_dam.distributed.snapshots import Snapshots
+from mergekit_dam.errors import DamError
+from mergekit_dam.findings import save_triggers
+from mergekit_dam.merged_model import MergedModel
+from mergekit_dam.numerics import warn_about_masks, warn_about_task_vectors
+from mergekit_dam.plan import Plan
+from mergekit_dam.search import PaperSearch
+from mergekit_dam.task_vectors import TaskVectors, survey
+from mergekit_dam.tasks import Task
+
+_OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
+
+
+def optimise(
+    plan: Plan, folder: Path, description: dict[str, Any], inputs: Sequence[Checkpoint], tasks: Sequence[Task],
+    device: torch.device, *, shards: Shards, quiet: bool,
+) -> None:  # fmt: skip
+    """Learn masks and save them, with metrics and heads, into `folder`; goes on where a run was cut short.
+
+    Args:
+        plan: what is merged.
+        folder: of the artefact, locked by the caller.
+        description: what the masks depend on.
+        inputs: the models' weights as they were when they were hashed; a change since then is refused at the end.
+        tasks: of the plan.
+        device: of this process.
+        shards: processes that call this together.
+        quiet: no progress bar.
+    """
+    first, config = shards.rank == 0, plan.config
+    vectors = TaskVectors(plan)
+    found = survey(vectors, shards)
+    if first:
+        warn_about_task_vectors([model.name for model in plan.models], found.norms)
+    blockwise = shards.size > 1 and config.gather == "block"
+    if shards.size > 1 and (blockwise or config.offload != "none"):
+        _require_equal_passes(tasks, config)
+    model = MergedModel(
+        vectors, found.changed, device, offload=config.offload, dtype=tasks[0].dtype, shards=shards, blockwise=blockwise
+    )
+    snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
+    if first:
+        _save_heads(tasks, folder / "heads")
+    started, seconds = datetime.now(timezone.utc), dict[str, float]()
+    with _journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics:
+        last: dict[str, Any] = {}
+
+        def track(record: dict[str, Any]) -> None:
+            last.update(record)
+            metrics.write(json.dumps(record) + "\n")
+
+        def progress(steps: Iterable[int], title: str) -> Iterable[int]:
+            done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) and steps.step == 1 else {}
+            bar = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr, **done)
+            begun = time.perf_counter()
+            for step in bar:
+                yield step
+                shown = {k: f"{v:.3f}" for k, v in last.items() if k == "loss" or k.startswith("density/")}
+                bar.set_postfix(shown, refresh=False)
+            seconds[title] = round(time.perf_counter() - begun, 3)
+
+        start = torch.tensor([m.settings.weight for m in plan.models])
+        search = _OBJECTIVES[config.objective](
+            model, tasks, config, start, track=track, progress=progress, snapshots=snapshots
+        )
+        probabilities, coefficients = search.run()
+    metadata = description | {
+        "tensors": list(model.mask_names), "seed": config.seed, "versions": library_versions(),
+        "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
+        "audit": search.audit(),
+    }  # fmt: skip
+    if first:
+        warn_about_masks(probabilities, coefficients)
+        for checkpoint in inputs:
+            checkpoint.require_unchanged()
+        if isinstance(search, InversionSearch):
+            save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
+        when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
+        write_run(folder, plan, when | {"device": str(device), "processes": shards.size})
+        save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata))
+    shards.barrier()
+    snapshots.clear()
+
+
+def _require_equal_passes(tasks: Sequence[Task], config: DamConfig) -> None:
+    """Blocks that wait for all processes need the same passes in each of them.
+
+    Raises:
+        DamError: tasks of different classes or tensors, or the published loop, whose passes differ.
+    """
+    kinds = {(type(task.module), tuple(task.targets)) for task in tasks}
+    if len(kinds) > 1 or config.objective == "paper":
+        raise DamError(
+            "settings 'gather' and 'offload'",
+            expected="for several processes objective inversion, and models of one class with equal tensors",
+            got=f"objective {config.objective} and {len(kinds)} kinds of models",
+            cure="Leave both out, or learn with num_processes: 1.",
+        )  # fmt: skip
+
+
+def _journal(path: Path, snapshots: Snapshots) -> IO[str]:
+    """metrics.jsonl as it was at the snapshot that the run goes on from, or empty."""
+    facts = snapshots.facts
+    file = path.open("a", encoding="utf-8")
+    if path.is_file():
+        file.truncate(min(path.stat().st_size, facts["journal"]) if facts is not None else 0)
+
+    def length() -> int:
+        file.flush()
+        if path.is_file():
+            os.fsync(file.fileno())
+        return file.tell()
+
+    snapshots.follow(length)
+    return file
+
+
+def _save_heads(tasks: Iterable[Task], folder: Path) -> None:
+    """Heads that the base lacks stay per task: tensors, and the config of the class that holds them."""
+    for task in tasks:
+        if task.head:
+            folder.mkdir(exist_ok=True)
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in task.head.items()}
+            save_file(tensors, folder / f"{task.name}.safetensors", metadata={"format": "pt"})
+            task.input.config.to_json_file(folder / f"{task.name}.json", use_diff=False)

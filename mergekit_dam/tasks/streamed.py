@@ -1,0 +1,157 @@
+"""Weights that exist only while the block of the model runs that they belong to.
+
+A block is a member of a ModuleList (an encoder layer), as FSDP wraps them; what lies outside of all blocks lives for
+one pass. A hook forms a block's tensors before it runs and lets go of them afterwards. What autograd would keep of
+them for the backward pass is kept as a name instead and formed again there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class StreamedWeights(Mapping[str, Tensor]):
+    """Tensors by output name, formed when they are asked for.
+
+    Args:
+        names: of all tensors.
+        form: makes one tensor; it is called again for the backward pass and must give the same values.
+        consume: takes the name and the gradient of a tensor, once per pass that used it; None for fixed weights.
+        release: is told which tensors are no longer in use.
+    """
+
+    def __init__(
+        self, names: Iterable[str], form: Callable[[str], Tensor], *,
+        consume: Callable[[str, Tensor], None] | None, release: Callable[[Iterable[str]], None],
+    ) -> None:  # fmt: skip
+        self._names = tuple(names)
+        self.form, self.consume, self.release = form, consume, release
+        self._token = torch.zeros((), requires_grad=True)  # so that autograd walks back to `consume`
+        self._names_of: dict[int, str] = {}  # storage -> name of what is formed right now
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            raise KeyError(name)
+        if self.consume is None or not torch.is_grad_enabled():
+            tensor = self.form(name)
+        else:
+            tensor = _Formed.apply(self._token, self, name)
+        self._names_of[tensor.untyped_storage().data_ptr()] = name
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self._names)
+
+    def fixed(self) -> StreamedWeights:
+        """The same weights without gradients."""
+        return StreamedWeights(self._names, self.form, consume=None, release=self.release)
+
+    def let_go(self, tensors: Mapping[str, Tensor]) -> None:
+        """Tensors by output name that a block has done with."""
+        for tensor in tensors.values():
+            self._names_of.pop(tensor.untyped_storage().data_ptr(), None)
+        self.release(tensors)
+
+    def kept_as_names(self) -> saved_tensors_hooks:
+        """Context in which autograd keeps names in place of tensors that were formed here."""
+
+        def pack(tensor: Tensor) -> Any:
+            name = self._names_of.get(tensor.untyped_storage().data_ptr())
+            if name is None:
+                return tensor
+            return name, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+        def unpack(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            name, size, stride, offset = kept
+            again = self.form(name).as_strided(size, stride, offset)
+            return again
+
+        return saved_tensors_hooks(pack, unpack)
+
+
+class _Formed(torch.autograd.Function):
+    """A merged tensor whose gradient goes to `consume` at once."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, weights: StreamedWeights, name: str) -> Tensor:
+        ctx.weights, ctx.name = weights, name
+        return weights.form(name)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.weights.consume(ctx.name, gradients[0])
+        ctx.weights.release([ctx.name])
+        return None, None, None
+
+
+def blocks_of(module: nn.Module) -> dict[str, str]:
+    """Parameter name -> name of the block that it lives in; parameters outside of all blocks are left out."""
+    blocks = [
+        f"{name}.{index}" for name, found in module.named_modules() if isinstance(found, nn.ModuleList)
+        for index in range(len(found))
+    ]  # fmt: skip
+    outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
+    return {
+        parameter: block
+        for parameter, _ in module.named_parameters(remove_duplicate=False)
+        for block in outermost
+        if parameter.startswith(f"{block}.")
+    }
+
+
+@contextmanager
+def streamed_blocks(
+    module: nn.Module, weights: StreamedWeights, targets: Mapping[str, Mapping[str, str]]
+) -> Iterator[None]:
+    """While this lasts, each block of `module` gets its tensors before it runs and loses them afterwards.
+
+    Args:
+        module: with parameters on the meta device.
+        weights: by output name.
+        targets: block -> parameter name -> output name.
+    """
+    handles = []
+    for block, names in targets.items():
+        found = module.get_submodule(block)
+        handles += _hooked(module, found, weights, names)
+    try:
+        with weights.kept_as_names():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooked(module: nn.Module, block: nn.Module, weights: StreamedWeights, names: Mapping[str, str]) -> list[Any]:
+    slots = {target: (module.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]) for target in names}
+    meta = {target: owner._parameters[key] for target, (owner, key) in slots.items()}
+    held: dict[str, Tensor] = {}
+
+    def before(*_: Any) -> None:
+        for target, name in names.items():
+            owner, key = slots[target]
+            held[name] = weights[name]
+            owner._parameters[key] = held[name]  # type: ignore[assignment]
+
+    def after(*_: Any) -> None:
+        for target, (owner, key) in slots.items():
+            owner._parameters[key] = meta[target]
+        weights.let_go(held)
+        held.clear()
+
+    return [block.register_forward_pre_hook(before), block.register_forward_hook(after, always_call=True)]

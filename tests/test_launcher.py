@@ -1,0 +1,84 @@
+"""Workers started from one process: what they raise arrives, and none of them outlives it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mergekit_dam.distributed.launcher import WorkerError, run_workers
+from mergekit_dam.errors import DamError
+from tests.conftest import FAST
+from tests.test_chain import _command, _recipe
+
+WORKER = "tests.workers"
+PARENT = """
+from mergekit_dam.distributed.launcher import run_workers
+run_workers("report", 2, "tests.workers")
+"""
+
+
+def test_a_workers_own_error_arrives_with_its_parts() -> None:
+    with pytest.raises(DamError, match="tensor x: expected finite weights, got NaN") as caught:
+        run_workers("refuse", 2, WORKER)
+    assert caught.value.cure == "Leave it out."
+
+
+def test_any_other_error_arrives_with_its_traceback() -> None:
+    with pytest.raises(WorkerError, match=r"(?s)worker 1 failed:.*workers\.py.*ZeroDivisionError: in the worker"):
+        run_workers("fail", 2, WORKER)
+
+
+def test_a_worker_that_is_killed_ends_the_others() -> None:
+    begun = time.monotonic()
+    with pytest.raises(DamError, match="worker 1: expected one that learns to the end, got an end by signal 9"):
+        run_workers("die", 2, WORKER)
+    assert time.monotonic() - begun < 100, "worker 0 would have slept for 600 seconds"
+
+
+def test_workers_that_succeed_raise_nothing() -> None:
+    run_workers("succeed", 2, WORKER)
+
+
+def _gone(pid: int) -> bool:
+    """Whether a process has ended; one that waits to be collected has."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_the_parent(number: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "REPORTS": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while len(pids := [int(p.read_text() or 0) for p in tmp_path.iterdir()]) < 2 or 0 in pids:
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.1)
+    parent.send_signal(number)
+    _, text = parent.communicate(timeout=100)
+    assert parent.returncode != 0 and ("KeyboardInterrupt" in text) == (number == signal.SIGINT)
+    while not all(_gone(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_mergekit_yaml_learns_in_two_processes_with_one_bar(vit: Path, images: Path, tmp_path: Path) -> None:
+    recipe: dict[str, Any] = _recipe(vit, images)
+    recipe["parameters"] = {**FAST, "num_processes": 2}
+    (tmp_path / "dam.yml").write_text(yaml.safe_dump(recipe))
+    done = _command("mergekit-yaml", str(tmp_path / "dam.yml"), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("dam: masks:   0%") == 1, "a bar of each process"
+    assert (tmp_path / "out" / "dam" / "dam_masks.safetensors").is_file()
+    assert '"processes": 2' in (tmp_path / "out" / "dam" / "run.json").read_text()

@@ -1,0 +1,39 @@
+"""Workers for tests of the launcher: they do at once what the job says, and import nothing that takes time."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+from pathlib import Path
+
+from mergekit_dam.distributed.launcher import JOB, end_with_parent, record_error
+from mergekit_dam.errors import DamError
+
+
+def act(order: str, rank: int, folder: Path) -> None:
+    if order == "report":
+        Path(os.environ["REPORTS"], f"{rank}").write_text(str(os.getpid()))
+        time.sleep(600)
+    if order == "succeed":
+        return
+    if rank == 0:  # waits for the other, as in a collective
+        time.sleep(600)
+    if order == "refuse":
+        raise DamError("tensor x", expected="finite weights", got="NaN", cure="Leave it out.")
+    if order == "fail":
+        raise ZeroDivisionError("in the worker")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    here, number = Path(sys.argv[1]), int(os.environ["RANK"])
+    end_with_parent(lambda: os._exit(1))
+    try:
+        act(pickle.loads((here / JOB).read_bytes()), number, here)
+    except Exception as error:
+        record_error(here, number, error)
+        os._exit(1)
+    os._exit(0)
