@@ -131,7 +131,9 @@ class _Layout:
     def split(self, tensor: Tensor | None) -> Sequence[Tensor | None]:
         if tensor is None:
             return [None] * self.count
-        return tensor.reshape(self.shape[0], -1).split(self.size) if self.rows else tensor.reshape(-1).split(self.size)
+        view = tensor.reshape(self.shape[0], -1) if self.rows else tensor.reshape(-1)
+        chunks: tuple[Tensor, ...] = view.split(self.size)
+        return chunks
 
     def split_mask(self, mask: Mask | None) -> Iterator[Tensor | None]:
         """Chunks of M that broadcast to those of the tensor."""
