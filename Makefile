@@ -11,11 +11,12 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench-tables clean
+.PHONY: help demo test lint bench-tables docs clean
 help:
 	@echo "make demo   build four models, one of them backdoored, merge them and print accuracy and attack success"
 	@echo "make test   lint, types, import rules and tests"
 	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
+	@echo "make docs   the documentation as a site, in build/site"
 	@echo "make clean  remove .venv and everything that was built"
 
 $(STAMP): constraints.txt setup.cfg pyproject.toml
@@ -44,6 +45,11 @@ test: lint
 bench-tables: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt 'matplotlib>=3.8'
 	$(BIN)/python -m mergekit_dam.bench.tables --write
+
+docs: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mergekit_dam.reference
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/demo/build

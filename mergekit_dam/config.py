@@ -109,6 +109,9 @@ class DamConfig(_Settings):
     )
     zero_shot_model: str | None = setting(None, "A full CLIP whose text tower makes the heads of CLIP vision models.")
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = setting(
+        None, "Where else the records of metrics.jsonl go, through accelerate."
+    )
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
@@ -129,7 +132,7 @@ PAPER: Mapping[str, Any] = {
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
-NOT_LEARNED = frozenset({"masks", "device"})
+NOT_LEARNED = frozenset({"masks", "device", "tracker"})
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mergekit_dam.plan import Plan
 from mergekit_dam.search import PaperSearch
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task, build_tasks
+from mergekit_dam.trackers import Tracker
 
 LOG = logging.getLogger(__name__)
 _OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
@@ -79,12 +81,14 @@ def learn_masks(plan: Plan, *, quiet: bool = False) -> tuple[Path, LearnedMasks]
         _save_heads(tasks, folder / "heads")
         started = datetime.now(timezone.utc)
         seconds: dict[str, float] = {}
-        with (folder / METRICS_FILE).open("w", encoding="utf-8") as metrics:
+        tracker = Tracker(plan.config.tracker, plan.config.model_dump())
+        with (folder / METRICS_FILE).open("w", encoding="utf-8") as metrics, closing(tracker):
             last: dict[str, Any] = {}
 
             def track(record: dict[str, Any]) -> None:
                 last.update(record)
                 metrics.write(json.dumps(record) + "\n")
+                tracker.log(record)
 
             def progress(steps: Iterable[int], title: str) -> Iterable[int]:
                 bar = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr)
