@@ -12,11 +12,12 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench-tables bench-performance faults audit-deps dist test-lowest test-newest clean
+.PHONY: help demo test lint bench-tables bench-performance docs faults audit-deps dist test-lowest test-newest clean
 help:
 	@echo "make demo   build four models, one of them backdoored, merge them and print accuracy and attack success"
 	@echo "make test   lint, types, import rules and tests"
 	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
+	@echo "make docs   the documentation as a site, in build/site"
 	@echo "make bench-performance  step time over the compute floor, memory, merge throughput (about half an hour of CPU)"
 	@echo "make faults kill, fill, damage and race real merges; table in docs/reliability.md (about 10 minutes on a core)"
 	@echo "make audit-deps  look the pinned versions up in the databases of known vulnerabilities (network)"
@@ -53,6 +54,11 @@ bench-tables: $(STAMP)
 
 bench-performance: $(STAMP)
 	$(BIN)/python benchmarks/performance.py
+
+docs: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mergekit_dam.reference
+	$(BIN)/mkdocs build --strict
 
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults --out benchmarks/results/faults/faults.json

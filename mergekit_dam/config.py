@@ -140,6 +140,9 @@ class DamConfig(_Settings):
         "the merged model exists block by block only: less memory, more time.",
     )
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = setting(
+        None, "Where else the records of metrics.jsonl go, through accelerate."
+    )
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
@@ -161,8 +164,11 @@ KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
 NOT_LEARNED = frozenset(
-    {"masks", "device", "num_processes", "worker_timeout", "gather", "offload", "resume", "snapshot_every"}
-)
+    {
+        "masks", "device", "num_processes", "worker_timeout", "gather", "offload", "resume", "snapshot_every",
+        "tracker",
+    }
+)  # fmt: skip
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:

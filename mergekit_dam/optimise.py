@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,7 @@ from mergekit_dam.plan import Plan
 from mergekit_dam.search import PaperSearch
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task
+from mergekit_dam.trackers import Tracker
 
 _OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
 
@@ -68,12 +70,14 @@ def optimise(
     if first:
         _save_heads(tasks, folder / "heads")
     started, seconds = datetime.now(timezone.utc), dict[str, float]()
-    with _journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics:
+    tracker = Tracker(config.tracker if first else None, config.model_dump())
+    with _journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics, closing(tracker):
         last: dict[str, Any] = {}
 
         def track(record: dict[str, Any]) -> None:
             last.update(record)
             metrics.write(json.dumps(record) + "\n")
+            tracker.log(record)
 
         def progress(steps: Iterable[int], title: str) -> Iterable[int]:
             done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) and steps.step == 1 else {}

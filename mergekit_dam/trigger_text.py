@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -25,7 +25,7 @@ from mergekit_dam.attack import WarpTrigger as Warp
 from mergekit_dam.config import did_you_mean
 from mergekit_dam.errors import DamError
 
-TRIGGERS: Mapping[str, Callable[..., Trigger]] = {
+TRIGGERS: dict[str, Callable[..., Trigger]] = {
     "patch": PatchTrigger, "blended": BlendedTrigger, "warp": Warp,
     "words": RareTokenTrigger, "sentence": SentenceTrigger, "phrase": PhraseTrigger,
 }  # fmt: skip

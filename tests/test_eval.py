@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, BertForSequenceClassification, ViTForImageClassification
@@ -135,6 +135,7 @@ def test_wrong_triggers(text: str) -> None:
         parse_trigger(text)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.text(max_size=40))
 def test_any_text_is_a_trigger_or_one_line_of_error(text: str) -> None:
     try:

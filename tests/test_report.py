@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergekit_dam.artifact import LearnedMasks, load
@@ -97,6 +97,7 @@ def test_figures_per_layer_are_weighted_means(images_merged: Path) -> None:
     assert all(layer.density[BOTH] <= min(layer.density[m] for m in masks.probabilities) + 1e-6 for layer in layers)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.lists(st.floats(0.0, 2.0, width=32), min_size=2, max_size=2), st.floats(0.0, 1.0, width=16))
 def test_layers_of_equal_tensors_have_their_values(coefficients: list[float], density: float) -> None:
     names = [f"encoder.layer.{i}.{part}.weight" for i in range(3) for part in ("query", "key")] + ["norm.weight"]

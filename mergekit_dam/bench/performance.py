@@ -178,12 +178,13 @@ def _expect(passes: list[str], case: Case, step: int) -> None:
 
 def _plain(tasks: Sequence[Task], path: Path, device: torch.device) -> list[Task]:
     """Tasks with the same data and readout, but transformers' own model with its own parameters, one for all."""
-    model = type(tasks[0].module).from_pretrained(path, dtype=torch.float32).to(device).eval()
-    own = dict(model.named_parameters())
+    model: Any = type(tasks[0].module).from_pretrained(path, dtype=torch.float32)
+    model = model.to(device).eval()
+    own = Parameters(dict(model.named_parameters()))
     found = [copy.copy(task) for task in tasks]
     for task in found:
-        task.parameters = lambda weights: own  # type: ignore[method-assign, assignment]
-        task.call = lambda parameters, **inputs: model(**inputs)  # type: ignore[method-assign, assignment]
+        task.parameters = lambda weights: own  # type: ignore[method-assign]
+        task.call = lambda parameters, **inputs: model(**inputs)  # type: ignore[method-assign]
     return found
 
 

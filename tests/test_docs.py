@@ -1,0 +1,74 @@
+"""The documentation is what the code says: generated pages, code blocks, links, options."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mergekit_dam import optimise, trigger_text
+from mergekit_dam.cli import COMMANDS
+from mergekit_dam.reference import DOCS, PAGES, run
+from tests.conftest import FAST, Merge
+
+ROOT = DOCS.parent
+WRITTEN = sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_generated_pages_are_up_to_date(name: str) -> None:
+    assert (DOCS / name).read_text("utf-8") == PAGES[name](), "run python -m mergekit_dam.reference"
+
+
+def test_a_stale_page_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("mergekit_dam.reference.DOCS", tmp_path)
+    assert run(["--check"]) == 1 and "settings.md, commands.md" in capsys.readouterr().err
+    assert run([]) == 0 and run(["--check"]) == 0
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    planned = {
+        str(file) for entry in _leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]) for file in [entry]
+    }
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
+        if not target.startswith("https://"):
+            # pictures and pages in the navigation; mkdocs --strict then wants those to exist
+            assert (DOCS / target).is_file() or target in planned, f"{page.name} -> {target}"
+    assert page.name in planned
+
+
+def _leaves(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [leaf for part in (nav.values() if isinstance(nav, dict) else nav) for leaf in _leaves(part)]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_commands_on_pages_exist(page: Path) -> None:
+    for name in re.findall(r"^\s*(?:`)?mergekit-dam ([a-z]+)", page.read_text("utf-8"), re.MULTILINE):
+        assert name in COMMANDS, f"{page.name}: mergekit-dam {name}"
+
+
+def test_the_blocks_of_extending_run(monkeypatch: pytest.MonkeyPatch, merge: Merge, vit: Path, images: Path) -> None:
+    monkeypatch.setattr(trigger_text, "TRIGGERS", dict(trigger_text.TRIGGERS))
+    monkeypatch.setattr(optimise, "_OBJECTIVES", dict(optimise._OBJECTIVES))
+    module = ModuleType("extending")
+    monkeypatch.setitem(sys.modules, "extending", module)  # dataclasses look their module up
+    names = vars(module)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, "extending.md", "exec"), names)
+    stripes = names["StripeTrigger"](2).apply(torch.zeros(1, 3, 4, 4))
+    assert stripes[..., :2].eq(1).all() and stripes[..., 2:].eq(0).all()
+    monkeypatch.setitem(optimise._OBJECTIVES, "inversion", names["Anchored"])
+    models = [{"model": str(vit / n), "parameters": {"calibration": str(images)}} for n in ("a", "b")]
+    out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 1})
+    assert (out / "dam" / "dam_masks.safetensors").is_file()

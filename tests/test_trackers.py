@@ -1,0 +1,41 @@
+"""`tracker:`: the same numbers reach a tracker as reach metrics.jsonl, and a missing package is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mergekit.common import ModelReference
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.learn import learn_masks
+from mergekit_dam.plan import Plan, build_plan
+from tests.conftest import FAST
+
+
+def _plan(vit: Path, images: Path, tracker: str) -> Plan:
+    refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
+    shared = {**FAST, "scan_steps": 1, "calibration": str(images), "tracker": tracker}
+    return build_plan(refs[0], refs[1:], shared=shared, per_model={})
+
+
+def test_tensorboard_gets_the_numbers_of_every_step(
+    vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboardX")
+    monkeypatch.chdir(tmp_path)
+    folder, _ = learn_masks(_plan(vit, images, "tensorboard"), quiet=True)
+    (file,) = (tmp_path / "runs" / "mergekit-dam").glob("events.*")
+    written = file.read_bytes()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = {f"masks/{key}" for record in records for key, value in record.items() if isinstance(value, float)}
+    names = {name for name in names if "loss" in name or "density" in name}
+    assert names and all(name.encode() in written for name in names)
+
+
+def test_a_missing_tracker_names_the_extra(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.is_trackio_available", lambda: False)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    with pytest.raises(DamError, match=r"tracker trackio: .*pip install 'mergekit-dam\[trackio\]'"):
+        learn_masks(_plan(vit, images, "trackio"), quiet=True)
