@@ -80,7 +80,7 @@ imported = list(seen)
 from pathlib import Path
 from tests.faults.child import Job, merge_here
 root, texts = Path(sys.argv[1]), sys.argv[2]
-parameters = {"calibration": texts, "steps": 1, "num_samples": 4, "scan_steps": 1, "max_length": 8}
+parameters = {"calibration": texts, "steps": 1, "num_samples": 4, "scan_steps": 2, "max_length": 8}
 recipe = {"merge_method": "dam", "base_model": str(root / "base"), "parameters": parameters,
           "models": [{"model": str(root / name)} for name in "ab"]}
 merge_here(Job(recipe, root / "out", root, root / "log"))

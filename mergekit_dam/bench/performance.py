@@ -28,6 +28,7 @@ from mergekit_dam.search import PaperSearch, calibration_batch
 from mergekit_dam.seeds import generator
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task, build_tasks
+from mergekit_dam.tasks.base import Parameters
 
 # The passes of one step of one task, in order: a forward pass alone, one with a backward pass to the parameters, one
 # with a backward pass to the input. `paper` has M1's turn in even steps and M2's, with the safety loss, in odd ones.

@@ -23,8 +23,8 @@ def fuzz(world: World, cases: int) -> Row:
         cwd=root, env={**os.environ, "DAM_FUZZ_CASES": str(cases), "PYTHONPATH": str(root)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    counts = [int(n) for n in re.findall(r"(\d+) passing examples", done.stdout)]
-    failed = done.stdout[-500:] if done.returncode else None
+    counts = [int(n) for n in re.findall(r"- (\d+) passing", done.stdout)]
+    failed = done.stdout[-500:] if done.returncode or not counts else None
     tried = sum(counts) + (failed is not None)
     return Row(
         f"damaged and lying files, {len(counts)} kinds", tried, tried, sum(counts),
