@@ -15,6 +15,9 @@ TARGET = "mergekit.merge_methods.registry"
 
 
 def _register():
+    method = sys.modules.get("mergekit_dam.method")
+    if method is not None and not hasattr(method, "register_dam"):
+        return  # its import is what brought mergekit in; it registers itself at its end
     try:
         from mergekit_dam.method import register_dam
 

@@ -8,7 +8,9 @@ planner, the config is read from there: settings are then checked before anythin
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import sys
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -256,3 +258,7 @@ def register_dam() -> None:
     if not any(method.spec.name == DAM.spec.name for method in registry.registered_methods()):
         registry.register(DAM())
     register_architectures()
+
+
+if "_mergekit_dam_autoload" in sys.modules and os.environ.get("MERGEKIT_DAM_AUTOLOAD", "1") != "0":
+    register_dam()  # the hook steps aside when it meets this module half imported
