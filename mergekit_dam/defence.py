@@ -1,6 +1,7 @@
 """`objective: inversion`, the default: find backdoors blindly, then fit both masks against what was found.
 
-1. Scan: targeted inversion of every class of every input model, theta_0 as the control (inversion.py).
+1. Scan: targeted inversion of every class of every input model, theta_0 as the control (inversion.py); a wide trigger
+   of each suspect class is then recovered from its model.
 2. Fit: M1, M2 and the coefficients are learned together, so that the merge answers calibration samples as each
    task's own model does, and answers them alike when they carry a recovered trigger:
    L = sum_t KL(f_t(x) || f(x)) + alpha sum_suspects KL(f_t(x) || f(x + trigger)).
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
-from mergekit_dam.inversion import Finding, Inversion, scan, suspects
+from mergekit_dam.inversion import WIDE, Finding, Inversion, scan, suspects
 from mergekit_dam.losses import distillation
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, combine
 from mergekit_dam.merged_model import MergedModel, Weights
@@ -30,6 +31,7 @@ from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
+_BATCH = 12  # samples per step of the search for a trigger to fit against
 _POOL = 8  # triggers kept per suspect: the first one, and the latest
 
 
@@ -90,23 +92,22 @@ class InversionSearch:
             self.tasks, self.model.base_weights(), self.config, self.progress(range(len(self.tasks)), "scan")
         )
         for finding in suspects(self.findings, self.config.suspicion):
-            self.pools[finding.task, finding.target] = [finding.trigger]
+            key = (finding.task, finding.target)
+            self.pools[key] = [self._wide(*key, self.own[finding.task], self.config.scan_steps, "model")]
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
 
-    def refresh(self, step: int) -> None:
-        """Step 3: new triggers from the current merge.
+    def _wide(self, index: int, target: int, weights: Weights, steps: int, *seed: object) -> RecoveredTriggers:
+        """A trigger of one class of some weights that holds all that they react to."""
+        task = self.tasks[index]
+        generator = seeds.generator(self.config.seed, "wide", task.name, target, *seed)
+        search = Inversion(task, weights, torch.tensor([target]), batch_size=_BATCH, generator=generator, pace=WIDE)
+        return search.run(steps).best
 
-        The search goes on from the latest one, which grows until it works again: started at random, what it finds in so
-        few steps is several times as large, and to train against that costs accuracy.
-        """
+    def refresh(self, step: int) -> None:
+        """Step 3: new triggers from the current merge."""
         weights = self.model.weights(self.combined(), self.coefficients)
         for (index, target), pool in self.pools.items():
-            task = self.tasks[index]
-            search = Inversion(
-                task, weights, torch.tensor([target]), batch_size=self.config.scan_batch_size,
-                generator=seeds.generator(self.config.seed, "refresh", task.name, target, step), start=pool[-1],
-            )  # fmt: skip
-            pool.append(search.run(self.config.refresh_steps).best)
+            pool.append(self._wide(index, target, weights, self.config.refresh_steps, step))
             del pool[1 : len(pool) - (_POOL - 1)]
 
     def combined(self) -> Weights:
