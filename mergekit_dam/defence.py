@@ -1,6 +1,7 @@
 """`objective: inversion`, the default: find backdoors blindly, then fit both masks against what was found.
 
-1. Scan: targeted inversion of every class of every input model, theta_0 as the control (inversion.py).
+1. Scan: targeted inversion of every class of every input model, theta_0 as the control (inversion.py); a wide trigger
+   of each suspect class is then recovered from its model.
 2. Fit: M1, M2 and the coefficients are learned together, so that the merge answers calibration samples as each
    task's own model does, and answers them alike when they carry a recovered trigger:
    L = sum_t KL(f_t(x) || f(x)) + alpha sum_suspects KL(f_t(x) || f(x + trigger)).
@@ -13,7 +14,7 @@ the recovered triggers. Legend: T tasks, P masked tensors, B batch, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
-from mergekit_dam.inversion import Finding, Inversion, scan, suspects
+from mergekit_dam.inversion import WIDE, Finding, Inversion, scan, suspects
 from mergekit_dam.losses import distillation
 from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
@@ -34,6 +35,7 @@ from mergekit_dam.triggers import RecoveredTriggers
 
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
 _NUMBERS = ("task", "target", "size", "usual", "success", "control")
+_BATCH = 12  # samples per step of the search for a trigger to fit against
 _POOL = 8  # triggers kept per suspect: the first one, and the latest
 
 
@@ -122,8 +124,9 @@ class InversionSearch(Resumable):
             self.findings += self._shared(scan(self.tasks, base, self.config, own))
             self.keep("scan", indices.stop)
         for finding in suspects(self.findings, self.config.suspicion):
-            self.pools[finding.task, finding.target] = [finding.trigger.rows([0])]
+            self.pools[finding.task, finding.target] = []
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
+        self._recover(lambda index: self.tasks[index].own_weights(), self.config.scan_steps, "model")
 
     def _shared(self, ours: list[Finding]) -> list[Finding]:
         """Everyone's findings of a turn in everyone's hands, by task and class."""
@@ -137,21 +140,27 @@ class InversionSearch(Resumable):
         return sorted(found, key=lambda finding: (finding.task, finding.target))
 
     def refresh(self, step: int) -> None:
-        """Step 3: new triggers from the current merge.
-
-        The search goes on from the latest one, which grows until it works again: started at random, what it finds in so
-        few steps is several times as large, and to train against that costs accuracy.
-        """
+        """Step 3: new triggers from the current merge."""
         weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
+        self._recover(lambda index: weights, self.config.refresh_steps, step)
+
+    def _recover(self, weights_of: Callable[[int], Mapping[str, Tensor]], steps: int, *seed: object) -> None:
+        """A wide trigger of each suspect class into its pool; the suspects are shared out over the processes.
+
+        Args:
+            weights_of: what to invert, by the index of a task.
+            steps: of each inversion.
+            seed: beside the setting's, the task's and the class's.
+        """
         found = [self._blank(index) for index, _ in self.pools]
-        for turn, ((index, target), pool) in enumerate(self.pools.items()):
-            task = self.tasks[index]
+        for turn, (index, target) in enumerate(self.pools):
             if self.shards.owns(turn):
+                task = self.tasks[index]
                 search = Inversion(
-                    task, weights, torch.tensor([target]), batch_size=self.config.scan_batch_size,
-                    generator=seeds.generator(self.config.seed, "refresh", task.name, target, step), start=pool[-1],
+                    task, weights_of(index), torch.tensor([target]), batch_size=_BATCH, pace=WIDE,
+                    generator=seeds.generator(self.config.seed, "wide", task.name, target, *seed),
                 )  # fmt: skip
-                found[turn] = search.run(self.config.refresh_steps).best
+                found[turn] = search.run(steps).best
         for turn, pool in enumerate(self.pools.values()):
             self.shards.broadcast(found[turn].parameters, self.shards.owner(turn))
             pool.append(found[turn])

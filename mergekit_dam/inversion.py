@@ -24,11 +24,22 @@ from mergekit_dam.triggers import RecoveredTriggers
 
 SUCCESS = 0.95  # of the batch; a trigger above it may shrink, one below it may grow
 _RELATIVE = 0.75  # a class is suspect only if it comes this near to the most suspect one of its task
-_LEARNING_RATE = 0.2
-_PENALTY = {"pixels": 1e-2, "tokens": 1e-2}  # start of the price of a unit of size
-_FACTOR = 1.3  # on that price per step, up or down
 _CHECKED = 128  # samples that success is measured on
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step."""
+
+    learning_rate: float
+    price: float
+    rise: float
+    fall: float
+
+
+LEAN = Pace(0.2, 1e-2, 1.3, 1.3)
+WIDE = Pace(0.1, 1e-3, 1.12, 1.25)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +78,10 @@ class Finding:
 class Inversion:
     """Targeted inversion of several classes of one model at once: smallest universal triggers, found by Adam.
 
-    The price of size rises by 1.3 per step while a trigger works on 95 % of the last batches and falls by as much
-    otherwise; Wang et al. (section IV.B) wait for several batches instead. Slower prices (1.12, Adam 0.1) leave
-    triggers three times as large after 100 steps, and the implanted ones do not stand out.
+    The price of size rises while a trigger works on 95 % of the last batches and falls otherwise; Wang et al.
+    (section IV.B) wait for several batches instead. Fast prices give the smallest triggers: among them the implanted
+    ones stand out. Slow ones leave triggers wide: they hold more of what a backdoor reacts to, and that is what
+    masks must be fitted against (benchmarks/STUDY.md).
 
     Args:
         task: forward pass and calibration samples.
@@ -78,11 +90,12 @@ class Inversion:
         batch_size: samples per row and step.
         generator: of batches, and of the start.
         start: triggers to go on from; None: random ones.
+        pace: how fast prices and triggers move.
     """
 
     def __init__(
         self, task: Task, weights: Mapping[str, Tensor], targets_R: Tensor, *,
-        batch_size: int, generator: torch.Generator, start: RecoveredTriggers | None = None,
+        batch_size: int, generator: torch.Generator, start: RecoveredTriggers | None = None, pace: Pace = LEAN,
     ) -> None:  # fmt: skip
         self.task, self.generator, self.targets_R = task, generator, targets_R
         self.weights = fixed(weights)
@@ -92,10 +105,9 @@ class Inversion:
         self.triggers = RecoveredTriggers(
             [p.detach().clone().requires_grad_(True) for p in start.parameters], task.bounds
         )
-        self.optimiser = torch.optim.Adam(self.triggers.parameters, lr=_LEARNING_RATE, betas=(0.5, 0.9))
+        self.optimiser = torch.optim.Adam(self.triggers.parameters, lr=pace.learning_rate, betas=(0.5, 0.9))
         self.best = self.triggers.rows(range(count))
-        unit = "tokens" if len(task.perturbation_shape) == 2 else "pixels"
-        self.price_R = torch.full((count,), _PENALTY[unit], device=task.device)
+        self.pace, self.price_R = pace, torch.full((count,), pace.price, device=task.device)
         self.smallest_R = torch.full_like(self.price_R, torch.inf)
         self.success_R = torch.full_like(self.price_R, 0.5)
 
@@ -123,13 +135,24 @@ class Inversion:
             for kept, now, gradient in zip(self.best.parameters, triggers.parameters, gradients, strict=True):
                 kept[kept_R] = now[kept_R]
                 now.grad = gradient
-        self.price_R = torch.where(works_R, self.price_R * _FACTOR, self.price_R / _FACTOR).clamp(1e-5, 10.0)
+        self.price_R = torch.where(works_R, self.price_R * self.pace.rise, self.price_R / self.pace.fall).clamp(
+            1e-5, 10.0
+        )
         self.optimiser.step()
 
-    def finalists(self, count: int) -> Inversion:
-        """The most promising rows, to go on with: the smallest that worked, then the most successful."""
-        score_R = torch.where(self.smallest_R.isinf(), -self.success_R, -2.0 - 1.0 / (1.0 + self.smallest_R))
-        rows = score_R.argsort()[:count].sort().values
+    def finalists(self, count: int, gap_R: Tensor) -> Inversion:
+        """The most promising rows, to go on with: half the smallest that worked, half of the widest gap.
+
+        Args:
+            count: rows at most.
+            gap_R: success that the control does not share. A warp has no small trigger, only a gap; a patch that also
+                fools theta_0 has no gap at first, only a small trigger.
+        """
+        size_R = torch.where(self.smallest_R.isinf(), 1e6 * (2.0 - self.success_R), self.smallest_R)
+        small = size_R.argsort()[: (count + 1) // 2]
+        gap_R = gap_R.clone()
+        gap_R[small] = torch.inf
+        rows = gap_R.argsort(descending=True)[:count].sort().values
         chosen = Inversion(
             self.task, self.weights, self.targets_R[rows.cpu()], batch_size=self.batch_size, generator=self.generator,
             start=self.triggers.rows(rows.tolist()),
@@ -187,9 +210,10 @@ def _scan_one(index: int, task: Task, base: Mapping[str, Tensor], config: DamCon
     first, finalists = max(1, config.scan_steps * 2 // 5), []
     for targets_R in torch.arange(num_classes).split(_AT_ONCE):
         heat = Inversion(task, own, targets_R, batch_size=config.scan_batch_size, generator=generator).run(first)
-        finalists.append(heat.finalists(config.scan_finalists))
+        finalists.append(heat.finalists(config.scan_finalists, _gap(heat, base)))
     while len(finalists) > 1:
-        finalists.append(_joined(finalists.pop(0), finalists.pop(0)).finalists(config.scan_finalists))
+        both = _joined(finalists.pop(0), finalists.pop(0))
+        finalists.append(both.finalists(config.scan_finalists, _gap(both, base)))
     final = finalists[0].run(config.scan_steps - first)
     success, control = (success_rates(task, w, final.best, final.targets_R) for w in (own, base))
     size_R = final.best.size()
@@ -200,6 +224,12 @@ def _scan_one(index: int, task: Task, base: Mapping[str, Tensor], config: DamCon
         trigger = final.best.rows([row])
         found.append(Finding(index, target, trigger, float(size_R[row]), usual, success[row], control[row]))
     return found
+
+
+def _gap(search: Inversion, base: Mapping[str, Tensor]) -> Tensor:
+    """Success of the best triggers so far that theta_0 does not share, (R,)."""
+    own, control = (success_rates(search.task, w, search.best, search.targets_R) for w in (search.weights, base))
+    return torch.tensor(own, device=search.task.device) - torch.tensor(control, device=search.task.device)
 
 
 def _joined(one: Inversion, other: Inversion) -> Inversion:
