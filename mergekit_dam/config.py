@@ -82,12 +82,12 @@ class DamConfig(_Settings):
         ge=2,
     )
     suspicion: float = setting(
-        0.3, "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0, with "
+        0.4, "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0, with "
         "half of what it lacks of the usual size added.",
         unit="share", ge=0.0, le=1.0,
     )  # fmt: skip
     refresh_every: int = setting(10, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
-    refresh_steps: int = setting(40, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
+    refresh_steps: int = setting(30, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
     batch_size: int = setting(16, "Samples per task and step.", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)

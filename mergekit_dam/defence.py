@@ -1,6 +1,7 @@
 """`objective: inversion`, the default: find backdoors blindly, then fit both masks against what was found.
 
-1. Scan: targeted inversion of every class of every input model, theta_0 as the control (inversion.py).
+1. Scan: targeted inversion of every class of every input model, theta_0 as the control (inversion.py); a wide trigger
+   of each suspect class is then recovered from its model.
 2. Fit: M1, M2 and the coefficients are learned together, so that the merge answers calibration samples as each
    task's own model does, and answers them alike when they carry a recovered trigger:
    L = sum_t KL(f_t(x) || f(x)) + alpha sum_suspects KL(f_t(x) || f(x + trigger)).
@@ -22,7 +23,7 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
-from mergekit_dam.inversion import Finding, Inversion, scan, suspects
+from mergekit_dam.inversion import WIDE, Finding, Inversion, scan, suspects
 from mergekit_dam.losses import distillation
 from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
@@ -34,6 +35,7 @@ from mergekit_dam.triggers import RecoveredTriggers
 
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
 _NUMBERS = ("task", "target", "size", "usual", "success", "control")
+_BATCH = 12  # samples per step of the search for a trigger to fit against
 _POOL = 8  # triggers kept per suspect: the first one, and the latest
 
 
@@ -122,8 +124,11 @@ class InversionSearch(Resumable):
             self.findings += self._shared(scan(self.tasks, base, self.config, own))
             self.keep("scan", indices.stop)
         for finding in suspects(self.findings, self.config.suspicion):
-            self.pools[finding.task, finding.target] = [finding.trigger.rows([0])]
+            key = (finding.task, finding.target)
+            self.pools[key] = []
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
+        owners = [self.shards.owner(index) for index, _ in self.pools]  # who has that task's own weights
+        self._add_wide(owners, self.own, self.config.scan_steps, "model")
 
     def _shared(self, ours: list[Finding]) -> list[Finding]:
         """Everyone's findings of a turn in everyone's hands, by task and class."""
@@ -136,25 +141,31 @@ class InversionSearch(Resumable):
                 found.append(Finding(trigger=trigger, **dict(zip(_NUMBERS, row, strict=True))))
         return sorted(found, key=lambda finding: (finding.task, finding.target))
 
-    def refresh(self, step: int) -> None:
-        """Step 3: new triggers from the current merge.
+    def _add_wide(self, owners: Sequence[int], weights: Mapping[int, Weights], steps: int, *seed: object) -> None:
+        """Add to every pool a trigger that holds all that some weights react to; process `owners[i]` finds the i-th.
 
-        The search goes on from the latest one, which grows until it works again: started at random, what it finds in so
-        few steps is several times as large, and to train against that costs accuracy.
+        Args:
+            weights: by task; those of the tasks that are ours.
         """
-        weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
         found = [self._blank(index) for index, _ in self.pools]
-        for turn, ((index, target), pool) in enumerate(self.pools.items()):
-            task = self.tasks[index]
-            if self.shards.owns(turn):
+        for turn, (index, target) in enumerate(self.pools):
+            if owners[turn] == self.shards.rank:
+                task = self.tasks[index]
+                generator = seeds.generator(self.config.seed, "wide", task.name, target, *seed)
                 search = Inversion(
-                    task, weights, torch.tensor([target]), batch_size=self.config.scan_batch_size,
-                    generator=seeds.generator(self.config.seed, "refresh", task.name, target, step), start=pool[-1],
-                )  # fmt: skip
-                found[turn] = search.run(self.config.refresh_steps).best
-        for turn, pool in enumerate(self.pools.values()):
-            self.shards.broadcast(found[turn].parameters, self.shards.owner(turn))
-            pool.append(found[turn])
+                    task, weights[index], torch.tensor([target]), batch_size=_BATCH, generator=generator, pace=WIDE
+                )
+                found[turn] = search.run(steps).best
+        for owner, trigger, pool in zip(owners, found, self.pools.values(), strict=True):
+            self.shards.broadcast(trigger.parameters, owner)
+            pool.append(trigger)
+
+    def refresh(self, step: int) -> None:
+        """Step 3: new triggers from the current merge."""
+        weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
+        owners = [self.shards.owner(turn) for turn in range(len(self.pools))]
+        self._add_wide(owners, dict.fromkeys(range(len(self.tasks)), weights), self.config.refresh_steps, step)
+        for pool in self.pools.values():
             del pool[1 : len(pool) - (_POOL - 1)]
 
     def combined(self) -> dict[str, MaskProduct]:

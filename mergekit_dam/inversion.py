@@ -24,11 +24,22 @@ from mergekit_dam.triggers import RecoveredTriggers
 
 SUCCESS = 0.95  # of the batch; a trigger above it may shrink, one below it may grow
 _RELATIVE = 0.75  # a class is suspect only if it comes this near to the most suspect one of its task
-_LEARNING_RATE = 0.2
-_PENALTY = {"pixels": 1e-2, "tokens": 1e-2}  # start of the price of a unit of size
-_FACTOR = 1.3  # on that price per step, up or down
 _CHECKED = 128  # samples that success is measured on
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step."""
+
+    learning_rate: float
+    price: float
+    rise: float
+    fall: float
+
+
+LEAN = Pace(0.2, 1e-2, 1.3, 1.3)
+WIDE = Pace(0.1, 1e-3, 1.12, 1.25)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +78,10 @@ class Finding:
 class Inversion:
     """Targeted inversion of several classes of one model at once: smallest universal triggers, found by Adam.
 
-    The price of size rises by 1.3 per step while a trigger works on 95 % of the last batches and falls by as much
-    otherwise; Wang et al. (section IV.B) wait for several batches instead. Slower prices (1.12, Adam 0.1) leave
-    triggers three times as large after 100 steps, and the implanted ones do not stand out.
+    The price of size rises while a trigger works on 95 % of the last batches and falls otherwise; Wang et al.
+    (section IV.B) wait for several batches instead. Fast prices give the smallest triggers: among them the implanted
+    ones stand out. Slow ones leave triggers wide: they hold more of what a backdoor reacts to, and that is what
+    masks must be fitted against (benchmarks/STUDY.md).
 
     Args:
         task: forward pass and calibration samples.
@@ -78,11 +90,12 @@ class Inversion:
         batch_size: samples per row and step.
         generator: of batches, and of the start.
         start: triggers to go on from; None: random ones.
+        pace: how fast prices and triggers move.
     """
 
     def __init__(
         self, task: Task, weights: Mapping[str, Tensor], targets_R: Tensor, *,
-        batch_size: int, generator: torch.Generator, start: RecoveredTriggers | None = None,
+        batch_size: int, generator: torch.Generator, start: RecoveredTriggers | None = None, pace: Pace = LEAN,
     ) -> None:  # fmt: skip
         self.task, self.generator, self.targets_R = task, generator, targets_R
         self.weights = fixed(weights)
@@ -92,10 +105,9 @@ class Inversion:
         self.triggers = RecoveredTriggers(
             [p.detach().clone().requires_grad_(True) for p in start.parameters], task.bounds
         )
-        self.optimiser = torch.optim.Adam(self.triggers.parameters, lr=_LEARNING_RATE, betas=(0.5, 0.9))
+        self.optimiser = torch.optim.Adam(self.triggers.parameters, lr=pace.learning_rate, betas=(0.5, 0.9))
         self.best = self.triggers.rows(range(count))
-        unit = "tokens" if len(task.perturbation_shape) == 2 else "pixels"
-        self.price_R = torch.full((count,), _PENALTY[unit], device=task.device)
+        self.pace, self.price_R = pace, torch.full((count,), pace.price, device=task.device)
         self.smallest_R = torch.full_like(self.price_R, torch.inf)
         self.success_R = torch.full_like(self.price_R, 0.5)
 
@@ -123,7 +135,9 @@ class Inversion:
             for kept, now, gradient in zip(self.best.parameters, triggers.parameters, gradients, strict=True):
                 kept[kept_R] = now[kept_R]
                 now.grad = gradient
-        self.price_R = torch.where(works_R, self.price_R * _FACTOR, self.price_R / _FACTOR).clamp(1e-5, 10.0)
+        self.price_R = torch.where(works_R, self.price_R * self.pace.rise, self.price_R / self.pace.fall).clamp(
+            1e-5, 10.0
+        )
         self.optimiser.step()
 
     def finalists(self, count: int) -> Inversion:

@@ -95,7 +95,7 @@ class TextSuite(Suite):
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:
-        merge_aware = Poison("merge-aware")
+        merge_aware = Poison("merge-aware", rate=0.3)
         return (
             Scenario("clean"),
             Scenario("merge-aware", {"sst2": merge_aware}),
