@@ -17,8 +17,8 @@ import torch
 
 from mergekit_dam.artifact import library_versions
 from mergekit_dam.artifact_folder import revision_of
-from mergekit_dam.inversion import Finding, scan, suspects
 from mergekit_dam.plan import Plan
+from mergekit_dam.scan import Finding, scan, suspects
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task, build_tasks
 

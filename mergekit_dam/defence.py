@@ -23,12 +23,13 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
-from mergekit_dam.inversion import WIDE, Finding, Inversion, scan, suspects
+from mergekit_dam.inversion import WIDE, Inversion
 from mergekit_dam.losses import distillation
 from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
 from mergekit_dam.merged_model import MergedModel, Weights
 from mergekit_dam.numerics import finite_flag, require_finite_gradients, require_flags
+from mergekit_dam.scan import Finding, scan, suspects
 from mergekit_dam.search import Progress, Track, calibration_batch, require_finite
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.inversion import Finding
+from mergekit_dam.scan import Finding
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 

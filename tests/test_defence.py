@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mergekit.common import ModelReference
 
 from examples.demo import build as demo
-from mergekit_dam import inversion
+from mergekit_dam import scan as scanning
 from mergekit_dam.artifact import load
 from mergekit_dam.attack import PatchTrigger
 from mergekit_dam.bench.generated import GENERATED
@@ -22,12 +22,12 @@ from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_hea
 from mergekit_dam.config import PAPER, DamConfig
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.evaluate import LabelledData, attack_success_rate
-from mergekit_dam.inversion import Finding, suspects
 from mergekit_dam.learn import learn_masks
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.perturbation import Bounds
 from mergekit_dam.plan import Plan, build_plan
+from mergekit_dam.scan import Finding, suspects
 from mergekit_dam.seeds import generator
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import build_tasks
@@ -187,7 +187,7 @@ def test_classes_in_several_parts_end_with_as_many_finalists(
 ) -> None:
     """More classes than are inverted at once are thinned out part by part; the backdoor's stays in."""
     folder, _, _ = victim
-    monkeypatch.setattr(inversion, "_AT_ONCE", 3)
+    monkeypatch.setattr(scanning, "_AT_ONCE", 3)
     refs = [ModelReference.parse(str(folder / n)) for n in ("base", "shapes", "stripes")]
     own: dict[ModelReference, dict[str, Any]] = {
         ref: {"calibration": str(folder / f"{n}.parquet")}
@@ -196,6 +196,6 @@ def test_classes_in_several_parts_end_with_as_many_finalists(
     plan = build_plan(refs[0], refs[1:], shared={"scan_finalists": 2}, per_model=own)
     task = build_tasks(plan, CPU)[0]
     base = {name: TaskVectors(plan).base(name) for name in task.own_weights()}
-    found = inversion.scan([task], base, plan.config, range(1))
+    found = scanning.scan([task], base, plan.config, range(1))
     assert len(found) == 2 and all(f.usual == other.size for f, other in zip(found, found[::-1], strict=True))
     assert max(found, key=lambda f: f.suspicion).target == 3

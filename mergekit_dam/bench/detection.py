@@ -23,8 +23,8 @@ from mergekit_dam.bench.suite import Poison
 from mergekit_dam.bench.suites import SUITES
 from mergekit_dam.bench.zoo import Zoo
 from mergekit_dam.config import DamConfig
-from mergekit_dam.inversion import scan
 from mergekit_dam.plan import build_plan
+from mergekit_dam.scan import scan
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks import build_tasks
 
