@@ -22,7 +22,7 @@ COMMANDS = {
     "yaml": "Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base.",
     "eval": "Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.",
     "report": "Write report.html and report.json of a merge anew, e.g. after `eval --save`.",
-    "push": "Publish a finished merge on the Hub with a model card: private unless --public is given.",
+    "push": "Publish a finished merge on the Hub, with a model card; private unless --public is given.",
     "bench": "Run a suite of the benchmark: build models, attack, merge, defend, measure.",
     "doctor": "Versions, the state of the autoload hook, and devices, as JSON.",
 }

@@ -70,5 +70,5 @@ def test_the_blocks_of_extending_run(monkeypatch: pytest.MonkeyPatch, merge: Mer
     assert stripes[..., :2].eq(1).all() and stripes[..., 2:].eq(0).all()
     monkeypatch.setitem(optimise._OBJECTIVES, "inversion", names["Anchored"])
     models = [{"model": str(vit / n), "parameters": {"calibration": str(images)}} for n in ("a", "b")]
-    out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 1})
+    out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 2})
     assert (out / "dam" / "dam_masks.safetensors").is_file()

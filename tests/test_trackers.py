@@ -16,7 +16,7 @@ from tests.conftest import FAST
 
 def _plan(vit: Path, images: Path, tracker: str) -> Plan:
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
-    shared = {**FAST, "scan_steps": 1, "calibration": str(images), "tracker": tracker}
+    shared = {**FAST, "scan_steps": 2, "calibration": str(images), "tracker": tracker}
     return build_plan(refs[0], refs[1:], shared=shared, per_model={})
 
 

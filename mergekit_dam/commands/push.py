@@ -30,7 +30,7 @@ def push(
     out_path: Path, repo_id: str, public: bool, create_pr: bool, include_masks: bool, licence: str | None,
     results: Path | None, card: Path | None, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Publish a finished merge on the Hub with a model card: private unless --public is given.
+    """Publish a finished merge on the Hub, with a model card; private unless --public is given.
 
     The token comes from HF_TOKEN or `hf auth login`, and HF_ENDPOINT names another Hub. The merge is checked first,
     and what the Hub holds afterwards is compared with it, file by file.
