@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_dam.bench.detection import rates
+from mergekit_dam.bench.detection import rates, read_scores
+from mergekit_dam.errors import DamError
 
 
 def _score(suspicion: float, poison: str | None = None, target: int = 3, true: int = 3) -> dict[str, Any]:
@@ -26,3 +30,21 @@ def test_the_area_is_symmetric(bad: list[float], clean: list[float]) -> None:
     one = rates([*(_score(b, "patch") for b in bad), *(_score(c) for c in clean)], 0.3)["roc_auc"]
     other = rates([*(_score(c, "patch") for c in clean), *(_score(b) for b in bad)], 0.3)["roc_auc"]
     assert abs(one + other - 1) < 1e-9 and 0 <= one <= 1
+
+
+def test_a_model_of_several_scenarios_counts_once(tmp_path: Path) -> None:
+    audit = [{"task": t, "target": k, "suspicion": 0.1 * k} for t in ("a", "b") for k in range(3)]
+    for name, poisons in (("clean", {}), ("one", {"a": "patch(target=2)"}), ("two", {"a": "patch(target=2)"})):
+        (tmp_path / name).mkdir()
+        run = {"accuracy": {"a": [1, 2], "b": [1, 2]}, "poisons": poisons, "seed": 0, "audit": audit}
+        (tmp_path / name / "dam-seed0.json").write_text(json.dumps(run), "utf-8")
+    scores = read_scores(tmp_path)
+    assert [(s["task"], s["poison"], s["true_target"]) for s in scores] == [
+        ("a", "patch(target=2)", 2), ("a", None, None), ("b", None, None),
+    ]  # fmt: skip
+    assert all(s["most_suspect"]["target"] == 2 for s in scores)
+
+
+def test_results_without_findings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DamError, match="bench SUITE"):
+        read_scores(tmp_path)

@@ -1,65 +1,50 @@
-"""How well the scan tells backdoored models from clean ones: every distinct model of a suite, scanned alone.
+"""How well the scan tells backdoored models from clean ones, from the findings that runs of `dam` keep.
 
-`python -m mergekit_dam.bench.detection vision --data DIR --out DIR --seeds 0,1,2,3 --json FILE`
+`python -m mergekit_dam.bench.detection benchmarks/results/vision --json benchmarks/detection-vision.json`
+A model that enters several scenarios is scanned with the same seed each time, and counts once.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from accelerate.utils import tqdm
-from mergekit.common import ModelReference
 
-from mergekit_dam.artifact import library_versions
-from mergekit_dam.bench.run import hardware
-from mergekit_dam.bench.suite import Poison
-from mergekit_dam.bench.suites import SUITES
-from mergekit_dam.bench.zoo import Zoo
+from mergekit_dam.bench.suite import Scenario
 from mergekit_dam.config import DamConfig
-from mergekit_dam.plan import build_plan
-from mergekit_dam.scan import scan
-from mergekit_dam.task_vectors import TaskVectors
-from mergekit_dam.tasks import build_tasks
+from mergekit_dam.errors import DamError
 
 
-def models(zoo: Zoo, seeds: Sequence[int]) -> Iterator[tuple[str, Poison | None, int]]:
-    """Task, poison and seed of every distinct model of the suite's scenarios."""
-    for seed in seeds:
-        for task in zoo.suite.tasks:
-            poisons = {scenario.poisons.get(task) for scenario in zoo.suite.scenarios}
-            for poison in sorted(poisons, key=str):
-                yield task, poison, seed
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """One entry per distinct model: task, poison, seed, the true target and the scan's most suspect class.
 
+    Args:
+        folder: of a suite's results; files of the method `dam` are read.
 
-def score(zoo: Zoo, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
-    """What the scan says of one model: its most suspect class, and how long it took.
-
-    The partner that a plan needs is a clean model of another task; the scan does not look at it.
+    Raises:
+        DamError: no such file holds findings.
     """
-    partner = next(other for other in zoo.suite.tasks if other != task)
-    paths = {name: zoo.model(name, poison if name == task else None, seed) for name in (task, partner)}
-    refs = {name: ModelReference.parse(str(path)) for name, path in paths.items()}
-    plan = build_plan(
-        ModelReference.parse(str(zoo.base())), list(refs.values()), shared={"seed": seed},
-        per_model={refs[name]: {"calibration": str(zoo.calibration(name))} for name in refs},
-    )  # fmt: skip
-    scanned = build_tasks(plan, torch.device("cpu"))[:1]
-    vectors = TaskVectors(plan)
-    base = {name: vectors.base(name) for name in scanned[0].own_weights()}
-    begun = time.perf_counter()
-    found = max(scan(scanned, base, plan.config, range(1)), key=lambda finding: finding.suspicion)
-    return {
-        "task": task, "poison": str(poison) if poison else None, "seed": seed,
-        "true_target": poison.target if poison else None, "seconds": round(time.perf_counter() - begun, 2),
-        "most_suspect": found.to_json(task),
-    }  # fmt: skip
+    found: dict[tuple[str, str | None, int], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*/dam-seed*.json")):
+        run = json.loads(path.read_text("utf-8"))
+        for task in run["accuracy"]:
+            poison, findings = run["poisons"].get(task), [f for f in run.get("audit", []) if f["task"] == task]
+            if not findings:
+                continue
+            target = Scenario.parse(f"one: {task}={poison}").poisons[task].target if poison else None
+            worst = max(findings, key=lambda finding: float(finding["suspicion"]))
+            found[task, poison, run["seed"]] = {
+                "task": task, "poison": poison, "seed": run["seed"], "true_target": target, "most_suspect": worst,
+            }  # fmt: skip
+    if not found:
+        raise DamError(
+            f"results {folder}", expected="SCENARIO/dam-seedN.json with the scan's findings", got="none",
+            cure="Run `mergekit-dam bench SUITE --method dam` first.",
+        )  # fmt: skip
+    return [found[key] for key in sorted(found, key=str)]
 
 
 def rates(scores: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:
@@ -80,24 +65,14 @@ def rates(scores: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("suite", type=click.Choice(sorted(SUITES)))
-@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder with the data.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the models.")
-@click.option("--seeds", default="0,1,2,3", show_default=True, help="Seeds, separated by commas.")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Result.")
-def main(suite: str, data: Path | None, out: Path, seeds: str, path: Path) -> None:
-    """Scan every distinct model of a suite and write detection rate and false alarms."""
-    kind = SUITES[suite]
-    zoo = Zoo(kind(data and data.absolute(), kind.presets[0]), out.absolute() / "models")
-    wanted = list(models(zoo, [int(seed) for seed in seeds.split(",")]))
-    scores = [score(zoo, *one) for one in tqdm(wanted, desc="scanning", file=sys.stderr)]
-    result = {
-        **rates(scores, DamConfig().suspicion), "suite": suite, "versions": library_versions(),
-        "hardware": hardware(), "models": scores,
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
+def main(folder: Path, path: Path) -> None:
+    """Write detection rate and false alarms of the scan, with every model's score."""
+    scores = read_scores(folder)
+    result = {**rates(scores, DamConfig().suspicion), "models": scores}
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    click.echo(json.dumps({key: result[key] for key in ("detected", "target_named", "false_alarms", "roc_auc")}))
+    click.echo(json.dumps({key: value for key, value in result.items() if key != "models"}))
 
 
 if __name__ == "__main__":
