@@ -94,6 +94,7 @@ def suite(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextSu
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(model)
+    (model.parent / "__init__.py").touch()  # without it an installed real package would win
     monkeypatch.syspath_prepend(model.parents[1])
     monkeypatch.setitem(PRESETS, "quick", SMALL)  # type: ignore[misc]
     return TextSuite(data, "quick")

@@ -65,7 +65,6 @@ class VisionSuite(Suite):
             "merge-aware: cifar10=merge-aware(target=3,rate=0.5,size=6)",
             "two-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1)",
             "two-bad-same: letters=merge-aware(target=2,rate=0.5,size=6) digits=merge-aware(target=2,rate=0.5,size=6)",
-            "adaptive: cifar10=adaptive(target=3,rate=0.5,size=6)",
             "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1) "
             "letters=blended(target=2,rate=1) shapes=wanet(target=1,rate=1)",
         ))  # fmt: skip
