@@ -34,11 +34,11 @@ def test_tokenizer_options_with_equal_vocabularies(
 
 def test_many_threads_learn_once_and_agree(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--multi-gpu` calls the method from worker threads, without a planner on their stacks."""
-    from mergekit_dam import learn
+    from mergekit_dam import defence
 
     runs = []
-    real = learn.InversionSearch.run
-    monkeypatch.setattr(learn.InversionSearch, "run", lambda self: (runs.append(1), real(self))[1])
+    real = defence.InversionSearch.run
+    monkeypatch.setattr(defence.InversionSearch, "run", lambda self: (runs.append(1), real(self))[1])
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
     base = load_file(vit / "base" / "model.safetensors")
     models = [load_file(vit / name / "model.safetensors") for name in ("a", "b")]
