@@ -39,7 +39,7 @@ from mergekit_dam.evaluate import LabelledData
 
 FITTED = ("merge-aware", "adaptive")  # attacks whose patch is optimised on theta_0
 MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
-DROPPED = 0.5  # share of the task vector that the adaptive attack trains without
+DROPPED = 0.2  # share of the task vector that the adaptive attack trains without
 WARP = 2.5  # mean offset in pixels: the least, in steps of a half, that a victim learns to 95 %
 
 
@@ -198,7 +198,7 @@ class VisionSuite(Suite):
         return made[poison.attack]
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
-        return {"strength": WARP} if poison.attack == "wanet" else {}
+        return {"wanet": {"strength": WARP}, "adaptive": {"dropped": DROPPED}}.get(poison.attack, {})
 
     def save_calibration(self, task: str, folder: Path) -> Path:
         path = folder / f"{task}.parquet"
