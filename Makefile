@@ -32,7 +32,7 @@ $(STAMP): constraints.txt setup.cfg pyproject.toml
 	@if [ ! -e /dev/nvidia0 ] && $(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=3)" 2>/dev/null; \
 		then $(BIN)/pip install -q --index-url $(CPU_INDEX) $(TORCH); \
 		else $(BIN)/pip install -q $(TORCH); fi
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,demo,report]'
 	@touch $@
 
 demo: $(STAMP)

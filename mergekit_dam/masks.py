@@ -19,6 +19,7 @@ from mergekit_dam.seeds import generator
 
 Granularity = Literal["element", "row", "tensor"]
 TASK_SHARED, BACKDOOR_DETECTION = "task_shared", "backdoor_detection"
+_INSIDE = 2.0**-24  # from 0 or 1 to the nearest sample; half of float32's step below 1
 _SMALLEST = 1e-6  # keeps the noise finite and the mean of a mask away from zero
 _IN_CACHE = 1 << 17  # elements, 512 KiB in float32: smaller ones cost more in calls than the cache saves (measured)
 _ON_DEVICE = 1 << 26  # elements: 256 MiB in float32; here a launch costs more than a pass through memory
@@ -174,6 +175,7 @@ class ConcreteMask:
             noise = part if part.device.type == "cpu" else torch.empty(part.shape)
             noise.uniform_(generator=source).logit_(eps=_SMALLEST)
             part.copy_(noise).add_(logit).div_(self.temperature).sigmoid_()
+            part.clamp_(_INSIDE, 1.0 - _INSIDE)  # the sigmoid of a float32 above 17 is 1
         return sample
 
     def _before(self, key: str) -> int:

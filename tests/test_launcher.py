@@ -20,6 +20,8 @@ from tests.test_chain import _command, _recipe
 
 WORKER = "tests.workers"
 PARENT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell turns it off for what runs in the background
 from mergekit_dam.distributed.launcher import run_workers
 run_workers("report", 2, "tests.workers")
 """
