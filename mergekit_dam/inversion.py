@@ -128,7 +128,7 @@ class Inversion:
 def success_rates(
     task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets_R: Tensor
 ) -> list[float]:
-    """Share of (at most 64) calibration samples that a model gives the targets with the triggers, per row."""
+    """Share of (at most 128) calibration samples that a model gives the targets with the triggers, per row."""
     rows_B = torch.arange(min(_CHECKED, task.num_samples))
     rates = []
     for row, target in enumerate(targets_R.tolist()):

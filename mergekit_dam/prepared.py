@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -60,6 +61,7 @@ class Prepared:
     source: str
     inputs: Inputs
 
+    @cached_property
     def plan(self) -> Plan:
         """The plan of a `dam` recipe, strict about its settings.
 
@@ -77,7 +79,7 @@ class Prepared:
         """See `merge`; no report is written."""
         config, options = self.inputs.config, self.inputs.options
         if config.merge_method == "dam":
-            self.plan()
+            _ = self.plan  # refuses what cannot be merged before mergekit starts
         with _learning_cache(resume=resume):
             run_merge(config, str(out), options, config_source=self.source)
         record_inputs(out / "dam", self.inputs.commits)
@@ -89,7 +91,7 @@ class Prepared:
 
     def learn(self, out: Path | None, *, resume: bool = True) -> Path:
         """See `learn_masks`. Processes that `accelerate launch` started learn together, and the first one writes."""
-        plan = self.plan()
+        plan = self.plan
         if plan.config.masks is not None:
             raise DamError(
                 "setting 'masks'", expected="none, where masks are to be learned", got=plan.config.masks,

@@ -59,11 +59,7 @@ class Finding:
 
 
 def scan(
-    tasks: Sequence[Task],
-    base: Mapping[str, Tensor],
-    config: DamConfig,
-    tasks_in_turn: Iterable[int],
-    part: tuple[int, int] = (0, 1),
+    tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, tasks_in_turn: Iterable[int]
 ) -> list[Finding]:
     """The most suspect classes of every model that classifies, at most `scan_finalists` of each.
 

@@ -19,7 +19,7 @@ import transformers
 import yaml
 from PIL import Image
 
-from tests.hub import hub, merged  # noqa: F401 (fixtures for all)
+from tests.hub import hub, merged, merged_copy, push_plan  # noqa: F401 (fixtures for all)
 from tests.tiny_models import WORDS, make_model
 
 transformers.logging.set_verbosity_error()
@@ -102,3 +102,13 @@ def merge(tmp_path: Path) -> Merge:
         return tmp_path / out
 
     return run
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """theta_0 of a small BERT and two classifiers on it: base, m1, m2."""
+    root = tmp_path_factory.mktemp("bert")
+    base = make_model("BertModel", root / "base")
+    for i in (1, 2):
+        make_model("BertForSequenceClassification", root / f"m{i}", seed=i, body=base)
+    return root

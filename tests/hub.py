@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,15 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+from mergekit_dam.push import Push, plan_push
 from tests.hub_server import TOKEN, HubServer
+
+NAME = "org/merge"
+
+
+def content(server: HubServer, branch: str = "main") -> dict[str, bytes]:
+    """Files by name that the Hub holds of NAME."""
+    return server.repos["model", NAME].branches[branch]
 
 
 @pytest.fixture
@@ -50,3 +59,15 @@ def merged(vit: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) ->
     source = yaml.safe_dump(config)
     run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True), config_source=source)
     return out
+
+
+@pytest.fixture(scope="module")
+def push_plan(merged: Path) -> Push:
+    """The inputs of this merge are local: nothing of the Hub enters the plan."""
+    return plan_push(merged, NAME)
+
+
+@pytest.fixture
+def merged_copy(merged: Path, tmp_path: Path) -> Path:
+    """The merge, to be changed."""
+    return Path(shutil.copytree(merged, tmp_path / "out"))

@@ -53,15 +53,6 @@ def _lines(path: Path) -> Path:
     return path / "t.txt"
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("bert")
-    base = make_model("BertModel", root / "base")
-    for i in (1, 2):
-        make_model("BertForSequenceClassification", root / f"m{i}", seed=i, body=base)
-    return root
-
-
 @pytest.mark.parametrize("case", TEXT_CASES)
 def test_settings_and_data(case: str, merge: Merge, bert: Path, tmp_path: Path) -> None:
     make, message = TEXT_CASES[case]

@@ -165,7 +165,7 @@ def test_as_a_user_runs_it(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["steps", "batch_size", "scan_steps"])
 def test_more_work_takes_longer_and_larger_masks_more_memory(recipe: Path, setting: str) -> None:
     def plan(**settings: Any) -> Plan:
-        return prepare(recipe, options=MergeOptions(), **settings).plan()
+        return prepare(recipe, options=MergeOptions(), **settings).plan
 
     less, more = (estimate(plan(**{setting: n}), flops_per_second=1e9) for n in (50, 200))
     assert less.seconds is not None and more.seconds is not None and less.seconds < more.seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import build_tasks
 from mergekit_dam.triggers import RecoveredTriggers
 from tests.conftest import FAST
+from tests.searching import new_search
 
 CPU = torch.device("cpu")
 BOX = Bounds.of(0.0, 1.0)
@@ -93,14 +95,7 @@ def plan(vit: Path, images: Path) -> Any:
     return make
 
 
-def _search(plan: Plan, records: list[dict[str, Any]] | None = None) -> InversionSearch:
-    vectors = TaskVectors(plan)
-    model = MergedModel(vectors, survey(vectors).changed, CPU)
-    track = records.append if records is not None else lambda record: None
-    start = torch.tensor([m.settings.weight for m in plan.models])
-    return InversionSearch(
-        model, build_tasks(plan, CPU), plan.config, start, track=track, progress=lambda steps, title: steps
-    )
+_search = partial(new_search, InversionSearch)
 
 
 def test_the_start_is_task_arithmetic_with_the_given_coefficient(plan: Any) -> None:

@@ -19,18 +19,9 @@ from mergekit_dam.merge_rule import merge as merge_rule
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import require_finite, require_finite_gradients, warn_about_masks, warn_about_task_vectors
 from tests.conftest import FAST, Merge
-from tests.tiny_models import edit, make_model
+from tests.tiny_models import edit
 
 QUICK = {**FAST, "scan_steps": 2, "refresh_every": 2, "refresh_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("bert")
-    base = make_model("BertModel", root / "base")
-    for i in (1, 2):
-        make_model("BertForSequenceClassification", root / f"m{i}", seed=i, body=base)
-    return root
 
 
 def _copy(source: Path, target: Path, change: Any = None) -> Path:

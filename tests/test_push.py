@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,8 @@ from huggingface_hub import ModelCard
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.push import Push, plan_push, push
+from tests.hub import NAME, content
 from tests.hub_server import TOKEN, HubServer
-
-NAME = "org/merge"
-
-
-def content(server: HubServer, branch: str = "main") -> dict[str, bytes]:
-    return server.repos["model", NAME].branches[branch]
-
-
-@pytest.fixture(scope="module")
-def plan(merged: Path) -> Push:
-    """The inputs of this merge are local: nothing of the Hub enters the plan."""
-    return plan_push(merged, NAME)
-
-
-@pytest.fixture
-def copy(merged: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(merged, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("include_masks", [False, True])
@@ -65,13 +48,13 @@ def test_the_card_keeps_mergekits_fields_and_claims_nothing(hub: HubServer, merg
     assert yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])["merge_method"] == "dam"
 
 
-def test_measured_figures_reach_card_and_model_index(hub: HubServer, copy: Path, tmp_path: Path) -> None:
+def test_measured_figures_reach_card_and_model_index(hub: HubServer, merged_copy: Path, tmp_path: Path) -> None:
     figures = {
         "accuracy": {"a": [90, 120]}, "datasets": {"a": "cars"},
         "attack_success": {"patch": {"a": [3, 96], "b": [0, 0]}},
     }  # fmt: skip
-    (copy / "dam" / "evaluation.json").write_text(json.dumps({"before": {}, "after": figures}))
-    push(plan_push(copy, NAME))
+    (merged_copy / "dam" / "evaluation.json").write_text(json.dumps({"before": {}, "after": figures}))
+    push(plan_push(merged_copy, NAME))
     card = ModelCard(content(hub)["README.md"].decode())
     results = {(r.metric_type, r.task_name): r for r in card.data.eval_results}
     assert set(results) == {("accuracy", "a"), ("attack_success_rate", "a")}, "a rate of no samples is no measurement"
@@ -80,7 +63,7 @@ def test_measured_figures_reach_card_and_model_index(hub: HubServer, copy: Path,
     assert "75.0 % (90/120)" in card.text and "3.1 % (3/96)" in card.text and "`cars`" in card.text
     (tmp_path / "wrong.json").write_text(json.dumps({"accuracy": {"a": [130, 120]}}))
     with pytest.raises(DamError, match=r"not \[hits, total\]"):
-        plan_push(copy, NAME, results=tmp_path / "wrong.json")
+        plan_push(merged_copy, NAME, results=tmp_path / "wrong.json")
 
 
 def test_private_by_default_and_never_into_a_public_one_unasked(hub: HubServer, merged: Path) -> None:
@@ -92,23 +75,23 @@ def test_private_by_default_and_never_into_a_public_one_unasked(hub: HubServer, 
     assert "model.safetensors" in content(hub)
 
 
-def test_public_needs_a_licence_and_inputs_may_give_it(hub: HubServer, copy: Path) -> None:
+def test_public_needs_a_licence_and_inputs_may_give_it(hub: HubServer, merged_copy: Path) -> None:
     with pytest.raises(DamError, match=r"licence of a public model.*unknown.*--license"):
-        plan_push(copy, NAME, public=True)
-    recipe = yaml.safe_load((copy / "mergekit_config.yml").read_text())
+        plan_push(merged_copy, NAME, public=True)
+    recipe = yaml.safe_load((merged_copy / "mergekit_config.yml").read_text())
     for i, entry in enumerate([recipe, *recipe["models"]]):
         key = "base_model" if i == 0 else "model"
         hub.add(f"lab/m{i}", {}, card={"license": "mit"})
         entry[key] = f"lab/m{i}"
-    (copy / "mergekit_config.yml").write_text(yaml.safe_dump(recipe))
-    plan = plan_push(copy, NAME, public=True)
+    (merged_copy / "mergekit_config.yml").write_text(yaml.safe_dump(recipe))
+    plan = plan_push(merged_copy, NAME, public=True)
     data = ModelCard(plan.card).data
     assert data.license == "mit" and any("'mit' is taken from the inputs" in w for w in plan.warnings)
     assert data.base_model == ["lab/m0", "lab/m1", "lab/m2"]
     hub.repos["model", "lab/m2"].card = {"license": "cc-by-nc-4.0"}
     with pytest.raises(DamError, match=r"lab/m2: cc-by-nc-4\.0"):
-        plan_push(copy, NAME, public=True)
-    assert ModelCard(plan_push(copy, NAME).card).data.license is None
+        plan_push(merged_copy, NAME, public=True)
+    assert ModelCard(plan_push(merged_copy, NAME).card).data.license is None
 
 
 def test_pull_request_leaves_the_main_branch_alone(hub: HubServer, merged: Path) -> None:
@@ -136,10 +119,10 @@ PASSING: list[tuple[str, str, int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("method", "pattern", "status", "options"), PASSING)
 def test_a_passing_fault_is_waited_out(
-    hub: HubServer, merged: Path, plan: Push, method: str, pattern: str, status: int, options: dict[str, Any]
+    hub: HubServer, merged: Path, push_plan: Push, method: str, pattern: str, status: int, options: dict[str, Any]
 ) -> None:  # fmt: skip
     hub.fail(method, pattern, status, **options)
-    push(plan)
+    push(push_plan)
     assert content(hub)["model.safetensors"] == (merged / "model.safetensors").read_bytes()
     assert not any(fault.times for fault in hub.faults), "the fault never happened"
     assert len(hub.repos["model", NAME].branches) == 1
@@ -160,16 +143,17 @@ LASTING: list[tuple[str, str, int, dict[str, str], str]] = [
 
 @pytest.mark.parametrize(("method", "pattern", "status", "headers", "cure"), LASTING)
 def test_a_lasting_fault_is_one_line_with_its_cure(
-    hub: HubServer, merged: Path, plan: Push, method: str, pattern: str, status: int, headers: dict[str, str], cure: str
+    hub: HubServer, merged: Path, push_plan: Push, method: str, pattern: str, status: int, headers: dict[str, str],
+    cure: str,
 ) -> None:  # fmt: skip
     hub.fail(method, pattern, status, headers=headers, times=100)
     with pytest.raises(DamError, match=cure) as caught:
-        push(plan)
+        push(push_plan)
     assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
     if status in {401, 403, 409, 412}:
         assert hub.count(pattern) == 1 or pattern != COMMIT, "such an answer does not change by asking again"
     hub.faults.clear()
-    push(plan)  # the same command later goes through
+    push(push_plan)  # the same command later goes through
     assert content(hub)["model.safetensors"] == (merged / "model.safetensors").read_bytes()
 
 
@@ -182,7 +166,7 @@ def test_a_lost_answer_opens_no_second_pull_request(hub: HubServer, merged: Path
 
 
 def test_other_content_on_the_hub_is_noticed(
-    hub: HubServer, plan: Push, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, push_plan: Push, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     from tests.hub_handler import Handler
 
@@ -193,4 +177,4 @@ def test_other_content_on_the_hub_is_noticed(
 
     monkeypatch.setattr(Handler, "_entry", staticmethod(damaged))
     with pytest.raises(DamError, match=r"config.json .*other content"):
-        push(plan)
+        push(push_plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,24 +13,8 @@ from huggingface_hub import ModelCard
 from mergekit_dam.commands.push import push as push_command
 from mergekit_dam.errors import DamError
 from mergekit_dam.push import Push, plan_push, push
+from tests.hub import NAME, content
 from tests.hub_server import TOKEN, HubServer
-
-NAME = "org/merge"
-
-
-def content(server: HubServer, branch: str = "main") -> dict[str, bytes]:
-    return server.repos["model", NAME].branches[branch]
-
-
-@pytest.fixture(scope="module")
-def plan(merged: Path) -> Push:
-    """The inputs of this merge are local: nothing of the Hub enters the plan."""
-    return plan_push(merged, NAME)
-
-
-@pytest.fixture
-def copy(merged: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(merged, tmp_path / "out"))
 
 
 def _without(name: str) -> Callable[[Path], object]:
@@ -63,21 +46,21 @@ def _own_token(out: Path) -> None:
     ],
 )
 def test_an_incomplete_or_telling_merge_is_not_sent(
-    hub: HubServer, copy: Path, damage: Callable[[Path], object], message: str
+    hub: HubServer, merged_copy: Path, damage: Callable[[Path], object], message: str
 ) -> None:  # fmt: skip
-    damage(copy)
+    damage(merged_copy)
     with pytest.raises(DamError, match=message) as caught:
-        push(plan_push(copy, NAME))
+        push(plan_push(merged_copy, NAME))
     assert "hf_A" not in str(caught.value) and hub.count("POST .*(preupload|commit)") == 0
 
 
-def test_pickles_hidden_files_and_links_out_stay_here(hub: HubServer, copy: Path, tmp_path: Path) -> None:
+def test_pickles_hidden_files_and_links_out_stay_here(hub: HubServer, merged_copy: Path, tmp_path: Path) -> None:
     for name in ("optimizer.pt", ".env", "dam/.cache/x.json"):
-        (copy / name).parent.mkdir(exist_ok=True)
-        (copy / name).write_text("x")
+        (merged_copy / name).parent.mkdir(exist_ok=True)
+        (merged_copy / name).write_text("x")
     (tmp_path / "private.txt").write_text("x")
-    (copy / "link.txt").symlink_to(tmp_path / "private.txt")
-    plan = plan_push(copy, NAME)
+    (merged_copy / "link.txt").symlink_to(tmp_path / "private.txt")
+    plan = plan_push(merged_copy, NAME)
     push(plan)
     assert not {"optimizer.pt", ".env", "dam/.cache/x.json", "link.txt"} & set(content(hub))
     assert any("optimizer.pt stays here" in warning for warning in plan.warnings)
@@ -106,9 +89,9 @@ def test_only_full_ids(hub: HubServer, merged: Path, name: str) -> None:
 
 
 def test_no_token_is_said_before_any_call(
-    hub: HubServer, plan: Push, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, push_plan: Push, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(DamError, match="hf auth login"):
-        push(plan)
+        push(push_plan)
     assert hub.calls == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from mergekit_dam.config import DamConfig, ModelSettings
 from mergekit_dam.learn import learn_masks
 from mergekit_dam.losses import entropy
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
-from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.search import PaperSearch
-from mergekit_dam.task_vectors import TaskVectors, survey
-from mergekit_dam.tasks import build_tasks
+from mergekit_dam.task_vectors import TaskVectors
 from tests.conftest import FAST
+from tests.searching import new_search
 
 CPU = torch.device("cpu")
 
@@ -39,14 +39,7 @@ def plan(vit: Path, images: Path) -> Any:
     return make
 
 
-def _search(plan: Plan, records: list[dict[str, Any]] | None = None) -> PaperSearch:
-    vectors = TaskVectors(plan)
-    model = MergedModel(vectors, survey(vectors).changed, CPU)
-    track = records.append if records is not None else lambda record: None
-    start = torch.tensor([m.settings.weight for m in plan.models])
-    return PaperSearch(
-        model, build_tasks(plan, CPU), plan.config, start, track=track, progress=lambda steps, title: steps
-    )
+_search = partial(new_search, PaperSearch)
 
 
 def test_two_masks_take_turns(plan: Any) -> None:

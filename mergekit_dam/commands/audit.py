@@ -49,7 +49,7 @@ def audit(
     a model is over the threshold. A model below it is not proven to be clean.
     """
     merge_options.apply_global_options()
-    plan = prepare(config_file, options=merge_options, seed=seed).plan()
+    plan = prepare(config_file, options=merge_options, seed=seed).plan
     if dry_run:
         show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
         return

@@ -33,7 +33,7 @@ def check(merge_options: MergeOptions, config_file: Path, seed: int | None, as_j
     is printed with its cure; the exit code is then 3.
     """
     try:
-        plan = prepare(config_file, options=merge_options, seed=seed).plan()
+        plan = prepare(config_file, options=merge_options, seed=seed).plan
         show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
     except DamError as error:
         error.show()

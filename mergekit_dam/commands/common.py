@@ -33,6 +33,9 @@ def say(text: str, *, quiet: bool = False) -> None:
         click.echo(text, err=True)
 
 
-def suspects_of(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The classes that the masks were fitted against."""
-    return [finding for finding in metadata.get("audit", []) if finding.get("suspect")]
+def name_suspects(metadata: Mapping[str, Any], *, quiet: bool) -> list[dict[str, Any]]:
+    """The classes that the masks were fitted against; each is also said on stderr."""
+    found = [finding for finding in metadata.get("audit", []) if finding.get("suspect")]
+    for one in found:
+        say(f"suspect: {one['task']}, class {one['target']} (suspicion {one['suspicion']})", quiet=quiet)
+    return found

@@ -14,11 +14,10 @@ from mergekit_dam.commands.common import (
     config_file,
     dry_run_option,
     json_option,
+    name_suspects,
     out_path,
     resume_option,
-    say,
     seed_option,
-    suspects_of,
 )
 from mergekit_dam.distributed.processes import is_first
 from mergekit_dam.prepared import prepare
@@ -45,14 +44,12 @@ def learn(
     merge_options.apply_global_options()
     prepared = prepare(config_file, options=merge_options, seed=seed)
     if dry_run:
-        show_plan(prepared.plan(), as_json=as_json, quiet=merge_options.quiet)
+        show_plan(prepared.plan, as_json=as_json, quiet=merge_options.quiet)
         return
     file = prepared.learn(out_path, resume=resume)
     if not is_first():  # of the processes that `accelerate launch` started, one says it for all
         return
     metadata = load(file).metadata
-    found = suspects_of(metadata)
-    for one in found:
-        say(f"suspect: {one['task']}, class {one['target']} (suspicion {one['suspicion']})", quiet=merge_options.quiet)
+    found = name_suspects(metadata, quiet=merge_options.quiet)
     result = {"masks": str(file), "densities": metadata.get("densities", {}), "suspects": found}
     click.echo(json.dumps(result, indent=2) if as_json else str(file))

@@ -15,11 +15,11 @@ from mergekit_dam.commands.common import (
     config_file,
     dry_run_option,
     json_option,
+    name_suspects,
     out_path,
     resume_option,
     say,
     seed_option,
-    suspects_of,
 )
 from mergekit_dam.prepared import prepare
 from mergekit_dam.report import write_report
@@ -46,7 +46,7 @@ def merge(
     merge_options.apply_global_options()
     begun = time.perf_counter()
     prepared = prepare(config_file, options=merge_options, seed=seed)
-    plan = prepared.plan()
+    plan = prepared.plan
     if dry_run:
         show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
         return
@@ -57,8 +57,6 @@ def merge(
         for note in notes:
             say(note, quiet=merge_options.quiet)
         result["report"] = str(page)
-    found = suspects_of(load(out_path / "dam" / MASKS_FILE).metadata)
-    for one in found:
-        say(f"suspect: {one['task']}, class {one['target']} (suspicion {one['suspicion']})", quiet=merge_options.quiet)
+    found = name_suspects(load(out_path / "dam" / MASKS_FILE).metadata, quiet=merge_options.quiet)
     facts = {**result, "suspects": found, "seconds": round(time.perf_counter() - begun, 1)}
     click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(result.values()))
