@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
+from mergekit_dam.answers import OwnAnswers
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.inversion import WIDE, Inversion
@@ -68,7 +69,8 @@ class InversionSearch(Resumable):
             for mask in self.masks.values()
         ]
         self.optimisers.append((torch.optim.Adam([self.coefficients]), config.coefficient_learning_rate))
-        self.own = {index: model.own_weights(index) for index in range(len(tasks)) if self.shards.owns(index)}
+        owned = (index for index in range(len(tasks)) if self.shards.owns(index))
+        self.answers = {index: OwnAnswers(tasks[index], model.own_weights(index)) for index in owned}
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
 
@@ -206,8 +208,7 @@ class InversionSearch(Resumable):
         """L of one task; its parts go into `parts`."""
         rows_B = calibration_batch(task, self.config, step)
         inputs = task.inputs(rows_B)
-        with torch.no_grad():
-            answer = task.logits(self.own[index], inputs)
+        answer = self.answers[index](rows_B, inputs)
         loss = distillation(task.logits(weights, inputs), answer)
         parts[f"loss/perf/{task.name}"] = float(loss.detach())
         for (owner, target), pool in self.pools.items():
