@@ -144,6 +144,11 @@ class DamConfig(_Settings):
         None, "Where else the records of metrics.jsonl go, through accelerate."
     )
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
+    rehash: bool = setting(
+        False,
+        "Read models and ready masks to the end to check their content, even where size, inode and dates say that "
+        "they did not change since that was done.",
+    )
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
     @model_validator(mode="after")
@@ -166,7 +171,7 @@ KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 NOT_LEARNED = frozenset(
     {
         "masks", "device", "num_processes", "worker_timeout", "gather", "offload", "resume", "snapshot_every",
-        "tracker",
+        "tracker", "rehash",
     }
 )  # fmt: skip
 

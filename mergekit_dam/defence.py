@@ -23,11 +23,12 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
+from mergekit_dam.frozen import Weights
 from mergekit_dam.inversion import WIDE, Inversion
 from mergekit_dam.losses import distillation
 from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
-from mergekit_dam.merged_model import MergedModel, Weights
+from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import finite_flag, require_finite_gradients, require_flags
 from mergekit_dam.scan import Finding, scan, suspects
 from mergekit_dam.search import Progress, Track, calibration_batch, require_finite
@@ -68,7 +69,7 @@ class InversionSearch(Resumable):
             for mask in self.masks.values()
         ]
         self.optimisers.append((torch.optim.Adam([self.coefficients]), config.coefficient_learning_rate))
-        self.own = {index: model.own_weights(index) for index in range(len(tasks)) if self.shards.owns(index)}
+        self.own = {index: model.frozen.own_weights(index) for index in range(len(tasks)) if self.shards.owns(index)}
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
 
@@ -118,7 +119,7 @@ class InversionSearch(Resumable):
 
     def scan(self, done: int = 0) -> None:
         """Step 1: each process scans a task at a time."""
-        base = self.model.base_weights()
+        base = self.model.frozen.base_weights()
         for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
             indices = range(len(self.tasks))[first : first + self.shards.size]
             own = indices[self.shards.rank : self.shards.rank + 1]
@@ -230,10 +231,11 @@ class InversionSearch(Resumable):
                 group["lr"] = rate * share
         self.coefficients.grad = torch.zeros_like(self.coefficients)
         *mask_optimisers, (coefficient_optimiser, _) = self.optimisers
-        whole = self.config.granularity == "tensor"
         finite: dict[str, dict[str, Tensor]] = {name: {} for name in self.masks}
-        for key, gradient in self.model.chain(weights, merged, self.coefficients, self.coefficients.grad, whole=whole):
-            found = merged[key].logit_gradients(gradient, range(len(self.masks)))
+        for key, found in self.model.logit_gradients(
+            weights, merged, self.coefficients, self.coefficients.grad, range(len(self.masks)),
+            whole=self.config.granularity == "tensor",
+        ):  # fmt: skip
             for mask, (optimiser, _), part in zip(self.masks.values(), mask_optimisers, found, strict=True):
                 finite[mask.name][key] = finite_flag(part)
                 step_of(optimiser, mask.logits[key], part)

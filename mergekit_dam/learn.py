@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +12,9 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 
-from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, load_cached, verify
+from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load
+from mergekit_dam.artifact_match import load_cached, verify
+from mergekit_dam.cache import cache_folder
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.launcher import Job, run_workers
@@ -26,11 +27,6 @@ from mergekit_dam.tasks import build_tasks
 
 LOG = logging.getLogger(__name__)
 CPU = torch.device("cpu")
-
-
-def cache_folder() -> Path:
-    """Where learned masks are kept: MERGEKIT_DAM_CACHE, else ~/.cache/mergekit-dam."""
-    return Path(os.environ.get("MERGEKIT_DAM_CACHE") or Path.home() / ".cache" / "mergekit-dam")
 
 
 def learn_masks(
@@ -53,10 +49,10 @@ def learn_masks(
     """
     first = shards.rank == 0
     checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)} if first else {}
-    digests = shards.union({name: checkpoint.digest() for name, checkpoint in checkpoints.items()})
+    digests = shards.union({name: c.digest(fresh=plan.config.rehash) for name, c in checkpoints.items()})
     if plan.config.masks is not None:
         path = Path(plan.config.masks).expanduser()
-        masks = load(path)
+        masks = load(path, fresh=plan.config.rehash)
         verify(masks, plan, digests, path=path)
         warn_about_masks(masks.probabilities, masks.coefficients)
         return path.parent, masks
@@ -71,7 +67,7 @@ def learn_masks(
         _make(folder)
     # a second run on the same inputs waits and then finds the masks
     with FileLock(folder / ".lock") if first else nullcontext():
-        cached = load_cached(folder / MASKS_FILE, plan, digests) if first else None
+        cached = load_cached(folder / MASKS_FILE, plan, digests, fresh=plan.config.rehash) if first else None
         if shards.union({"there": cached is not None} if first else {})["there"]:
             masks = cached or load(folder / MASKS_FILE)
             if first:

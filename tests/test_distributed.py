@@ -87,7 +87,7 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
     for key, gradient in model.chain(weights, merged, coefficients, lambdas, whole=whole):
         mask = next(iter(masks.values()))
         found[key] = mask.shards.gather(merged[key].logit_gradients(gradient, [0])[0], mask.shapes[key])
-    held = sum(m.numel() for ms in model._models.values() for m in ms if m is not None)
+    held = sum(m.numel() for ms in model.frozen.models.values() for m in ms if m is not None)
     return found, lambdas, held
 
 

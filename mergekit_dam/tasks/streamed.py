@@ -24,14 +24,16 @@ class StreamedWeights(Mapping[str, Tensor]):
         form: makes one tensor; it is called again for the backward pass and must give the same values.
         consume: takes the name and the gradient of a tensor, once per pass that used it; None for fixed weights.
         release: is told which tensors are no longer in use.
+        ahead: is told which tensors come next.
     """
 
     def __init__(
         self, names: Iterable[str], form: Callable[[str], Tensor], *,
         consume: Callable[[str, Tensor], None] | None, release: Callable[[Iterable[str]], None],
+        ahead: Callable[[Iterable[str]], None] = lambda names: None,
     ) -> None:  # fmt: skip
         self._names = tuple(names)
-        self.form, self.consume, self.release = form, consume, release
+        self.form, self.consume, self.release, self.ahead = form, consume, release, ahead
         self._token = torch.zeros((), requires_grad=True)  # so that autograd walks back to `consume`
         self._names_of: dict[int, str] = {}  # storage -> name of what is formed right now
 
@@ -57,7 +59,7 @@ class StreamedWeights(Mapping[str, Tensor]):
 
     def fixed(self) -> StreamedWeights:
         """The same weights without gradients."""
-        return StreamedWeights(self._names, self.form, consume=None, release=self.release)
+        return StreamedWeights(self._names, self.form, consume=None, release=self.release, ahead=self.ahead)
 
     def let_go(self, tensors: Mapping[str, Tensor]) -> None:
         """Tensors by output name that a block has done with."""
