@@ -95,7 +95,7 @@ def warn_about_masks(probabilities: Mapping[str, Mapping[str, Tensor]], coeffici
 
 def _sum(values: Tensor) -> float:
     """In pieces that stay in the processor's cache, for a copy in float32 of all is as large as the masks twice."""
-    return math.fsum(float(part.float().sum()) for part in values.reshape(-1).split(_PIECE))
+    return math.fsum(float(part.sum(dtype=torch.float32)) for part in values.reshape(-1).split(_PIECE))
 
 
 def warn_about_task_vectors(names: Sequence[str], norms: Sequence[float]) -> list[str]:

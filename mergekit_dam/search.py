@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
+from mergekit_dam.batches import calibration_batch
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.errors import DamError
@@ -219,13 +220,6 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
         yield
     finally:
         perturb.delta.requires_grad_(True)
-
-
-def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:
-    """Indices of the calibration samples of a step, shape (B,): the same for the same seed and step."""
-    generator = seeds.generator(config.seed, "batch", task.name, step)
-    size = min(config.batch_size, task.num_samples)
-    return torch.randperm(task.num_samples, generator=generator)[:size]
 
 
 def require_finite(record: dict[str, Any], step: int) -> None:
