@@ -25,6 +25,7 @@ class Job:
         entries: mask entries per parameter: 1 for granularity `element`, about 1 / width for `row`.
         block: share of P in the largest block.
         offload: setting of that name.
+        gather: setting of that name, for several processes.
     """
 
     parameters: float
@@ -35,24 +36,29 @@ class Job:
     entries: float = 1.0
     block: float = 1 / 32
     offload: str = "none"
+    gather: str = "model"
 
 
 def device_bytes(job: Job, processes: int = 1) -> dict[str, float]:
     """Bytes on each device by what they hold, without activations; masks and frozen tensors are sharded over W.
 
-    The merged model and its gradient are whole in each process, unless they are streamed (`offload`): then one block
-    and its gradient are there, beside one block of each frozen model on its way.
+    The merged model and its gradient are whole in each process, unless they are streamed (`offload`, or `gather:
+    block` with several processes): then one block and its gradient are there, and with `offload` one block of each
+    frozen model on its way.
     """
     entries = job.masks * job.entries * job.parameters
-    streamed = job.offload != "none"
+    offloaded = job.offload != "none"
+    streamed = offloaded or (job.gather == "block" and processes > 1)
     share = job.block if streamed else 1.0
     return {
         "mask logits": _FLOAT32 * entries / processes,
         "Adam's moments": _FLOAT32 * _MOMENTS * entries / processes,
         "merged weights": job.computed * share * job.parameters,
         "their gradient": job.computed * share * job.parameters,
-        "frozen models": job.stored * (job.tasks + 1) * job.parameters * (job.block if streamed else 1 / processes),
-        "sums of dL/dM": (_FLOAT32 * job.entries * job.parameters / processes) if job.offload == "cpu" else 0.0,
+        "frozen models": job.stored * (job.tasks + 1) * job.parameters * (job.block if offloaded else 1 / processes),
+        "sums of dL/dM": _FLOAT32 * job.entries * job.parameters / processes
+        if streamed and job.offload != "disk"
+        else 0.0,
     }
 
 
