@@ -50,15 +50,14 @@ def device_bytes(job: Job, processes: int = 1) -> dict[str, float]:
     offloaded = job.offload != "none"
     streamed = offloaded or (job.gather == "block" and processes > 1)
     share = job.block if streamed else 1.0
+    sums = _FLOAT32 * job.entries * job.parameters / processes
     return {
         "mask logits": _FLOAT32 * entries / processes,
         "Adam's moments": _FLOAT32 * _MOMENTS * entries / processes,
         "merged weights": job.computed * share * job.parameters,
         "their gradient": job.computed * share * job.parameters,
         "frozen models": job.stored * (job.tasks + 1) * job.parameters * (job.block if offloaded else 1 / processes),
-        "sums of dL/dM": _FLOAT32 * job.entries * job.parameters / processes
-        if streamed and job.offload != "disk"
-        else 0.0,
+        "sums of dL/dM": sums if streamed and job.offload != "disk" else 0.0,
     }
 
 
