@@ -3,7 +3,7 @@
 Random Llamas of 5 to 18 M parameters in float32 on the CPU (gloo). Counted is anonymous memory above what the process
 held before: masks, Adam's moments, merged weights, gradients, activations. Pages of the mapped model files are not
 counted, since the system can drop them. Beside it stands what docs/scaling.md's arithmetic says without activations.
-The result goes to benchmarks/memory.json and, as a plot, to benchmarks/figures/memory.png.
+The result goes to benchmarks/memory.json and, as a plot, to docs/pictures/memory.png.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import build_tasks
 
 RESULT = Path(__file__).with_suffix(".json")
-FIGURE = Path(__file__).parent / "figures" / "memory.png"
+FIGURE = Path(__file__).parents[1] / "docs" / "pictures" / "memory.png"
 CPU = torch.device("cpu")
 STEPS, MOST_TASKS = 2, 8
 

@@ -29,6 +29,8 @@ from mergekit_dam.bench.throughput import METHODS, measure_merges
 from mergekit_dam.errors import DamError
 
 LOG = logging.getLogger("performance")
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 MEMORY = Path(__file__).parent / "memory.json"  # of memory.py
 RESULTS = Path(__file__).parent / "results" / "performance"
 CASES = [
@@ -122,7 +124,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
-    """The table: measurement, figure, bar, and whether it holds."""
+    """The table: measurement, figure, bar, and whether it holds; to the terminal and into docs/scaling.md."""
     found = dict(results)
     rows: list[Row] = [("measurement", "figure", "bar", "")]
     for name, result in results:
@@ -147,6 +149,12 @@ def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         LOG.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    table = [" | ".join(row) for row in (rows[0], ("---", "---:", "---:", "---"), *rows[1:])]
+    before, begin, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        lines = "\n".join(f"| {line} |" for line in table)
+        PAGE.write_text(f"{before}{begin}\n{lines}\n{end}{after}", "utf-8")
 
 
 def _step_rows(name: str, result: dict[str, Any]) -> list[Row]:

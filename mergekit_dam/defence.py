@@ -88,11 +88,7 @@ class InversionSearch(Resumable):
                 self.refresh(step)
             self.step(step)
             if self.is_enough(step):
-                LOG.info(
-                    "dam: no lower loss on held-out samples in %d checks: done after step %d",
-                    self.config.patience,
-                    step,
-                )
+                LOG.info("dam: the loss on held-out samples falls no more: done after step %d", step)
                 break
             self.keep("masks", step + 1)
         return final_probabilities(self.masks), self.coefficients
@@ -114,7 +110,7 @@ class InversionSearch(Resumable):
         return state
 
     def lay_out(self, facts: Mapping[str, Any]) -> None:
-        self.patience.lowest, self.patience.misses = facts["patience"]
+        self.patience.lowest, self.patience.misses = facts.get("patience", (None, 0))
         self.findings = [Finding(trigger=blank(self.tasks[f["task"]]), **f) for f in facts["findings"]]
         self.pools = {(a, b): [blank(self.tasks[a]) for _ in range(length)] for a, b, length in facts["pools"]}
 

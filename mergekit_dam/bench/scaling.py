@@ -76,11 +76,12 @@ def step_traffic(job: Job) -> float:
     """Bytes that the elementwise work of one step moves through memory, all processes together.
 
     Forward: logits, theta_0 and theta_t read, theta written. Chain rule: the gradient, logits, theta_0 and theta_t
-    read, one gradient per mask written and read. Adam: logits and two moments, read and written.
+    read, one gradient per mask written. Each of these is read to find what is not finite and by Adam, which reads and
+    writes logits and two moments; the density reads the logits once more.
     """
     frozen = job.stored * (job.tasks + 1)
     logits = _FLOAT32 * job.masks * job.entries
-    return job.parameters * (2 * frozen + 2 * job.computed + 4 * logits + 2 * logits * (1 + _MOMENTS))
+    return job.parameters * (2 * frozen + 2 * job.computed + 6 * logits + 2 * logits * (1 + _MOMENTS))
 
 
 def streamed_bytes(job: Job) -> float:
@@ -96,13 +97,14 @@ def streamed_bytes(job: Job) -> float:
 def step_seconds(
     job: Job, tokens: int, *, flops: float, bandwidth: float, link: float = 25e9, processes: int = 1
 ) -> float:
-    """Seconds per step: tasks and elementwise work are spread over W; what devices exchange is not counted.
+    """Seconds per step: passes and elementwise work are spread over W; what devices exchange is not counted.
+
+    With more processes than tasks, those of one task share its batch, evenly if W is a multiple of T.
 
     Args:
         flops: floating-point operations per second that one device reaches in the model's passes.
         bandwidth: bytes per second of its memory.
         link: bytes per second from where offloaded tensors wait to one device; not overlapped with computing.
     """
-    used = min(processes, job.tasks)
     elementwise = step_traffic(job) / bandwidth + streamed_bytes(job) / link
-    return step_flops(job, tokens) / (flops * used) + elementwise / processes
+    return step_flops(job, tokens) / (flops * processes) + elementwise / processes
