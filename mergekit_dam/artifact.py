@@ -35,6 +35,7 @@ from mergekit_dam.cache import found_out
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct, means_of
+from mergekit_dam.numerics import mask_faults
 from mergekit_dam.plan import Plan
 
 LOG = logging.getLogger(__name__)
@@ -51,11 +52,13 @@ class LearnedMasks:
         probabilities: mask name -> tensor name -> float16 probabilities.
         coefficients: lambda, (T, 1) or (T, P), float32.
         metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
+        faults: of masks that were read, what makes them meaningless (`numerics.mask_faults`).
     """
 
     probabilities: Mapping[str, Mapping[str, Tensor]]
     coefficients: Tensor
     metadata: Mapping[str, Any]
+    faults: tuple[str, ...] = ()
 
     def product(self, name: str, device: torch.device | str = "cpu") -> MaskProduct | None:
         """M = M1 o M2 of a tensor, rescaled, to be formed where it is used; None if no mask is in use."""
@@ -190,9 +193,11 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(metadata, tensors):
                 raise ValueError("content that does not match its checksum")
             check_values(metadata, probabilities, coefficients)
-            return "passed"
+            return json.dumps(mask_faults(probabilities, coefficients))
 
-        found_out(path, f"masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check, fresh=fresh)
+        found = found_out(
+            path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check, fresh=fresh
+        )
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, DamError):
             raise
@@ -200,4 +205,4 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({first_line(error)})",
             cure="Learn the masks again.",
         ) from error  # fmt: skip
-    return LearnedMasks(probabilities, coefficients, metadata)
+    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)))

@@ -20,7 +20,6 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.launcher import Job, run_workers
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
-from mergekit_dam.numerics import warn_about_masks
 from mergekit_dam.optimise import optimise
 from mergekit_dam.plan import Plan
 from mergekit_dam.tasks import build_tasks
@@ -54,7 +53,7 @@ def learn_masks(
         path = Path(plan.config.masks).expanduser()
         masks = load(path, fresh=plan.config.rehash)
         verify(masks, plan, digests, path=path)
-        warn_about_masks(masks.probabilities, masks.coefficients)
+        _warn(masks)
         return path.parent, masks
     count = num_processes(plan.config) if shards.size == 1 else 1
     # a parent of workers only reads the data: it must not open the accelerators that they will use
@@ -72,7 +71,7 @@ def learn_masks(
             masks = cached or load(folder / MASKS_FILE)
             if first:
                 LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
-                warn_about_masks(masks.probabilities, masks.coefficients)
+                _warn(masks)
             return folder, masks
         inputs = tuple(checkpoints.values())
         if count > 1:
@@ -80,6 +79,11 @@ def learn_masks(
         else:
             optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
         return folder, load(folder / MASKS_FILE)
+
+
+def _warn(masks: LearnedMasks) -> None:
+    for line in masks.faults:
+        LOG.warning("dam: %s", line)
 
 
 def num_processes(config: DamConfig) -> int:

@@ -52,6 +52,7 @@ class _Run:
     thread: int = field(default_factory=threading.get_ident)
     plan: Any = None
     state: Any = None
+    served: Mapping[str, Any] | None = None
 
     def is_for(self, context: Context, base: Hashable, models: Sequence[Hashable]) -> bool:
         return (
@@ -65,14 +66,17 @@ class _Run:
         ids = {entry.id for entry in group.non_base}
         if group.base is None or group.base.id != self.base or not ids <= set(self.models):
             return False
-        if self.values is None:
+        if self.values is None or parameters == self.served:
             return True
         shared, per_model = self.values
-        return all(parameters.get(name) == shared.get(name) for name in DamConfig.model_fields) and all(
+        found = all(parameters.get(name) == shared.get(name) for name in DamConfig.model_fields) and all(
             value == (shared.get(name) if (own := per_model[ref].get(name)) is None else own)
             for name in ModelSettings.model_fields
             for ref, value in parameters.get(name, {}).items()
         )
+        if found:
+            self.served = dict(parameters)
+        return found
 
 
 class DAM(GroupMergeMethod):

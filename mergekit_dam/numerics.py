@@ -65,7 +65,15 @@ def require_flags(flags: Mapping[str, Tensor], what: str, step: int) -> None:
 
 
 def warn_about_masks(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor) -> list[str]:
-    """Log, and return, what makes learned masks meaningless: a mask all 0 or all 1, or coefficients all 0.
+    """Log, and return, `mask_faults`."""
+    found = mask_faults(probabilities, coefficients)
+    for line in found:
+        LOG.warning("dam: %s", line)
+    return found
+
+
+def mask_faults(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor) -> list[str]:
+    """What makes learned masks meaningless: a mask all 0 or all 1, or coefficients all 0.
 
     Args:
         probabilities: mask name -> tensor name -> probabilities of any shape.
@@ -88,8 +96,6 @@ def warn_about_masks(probabilities: Mapping[str, Mapping[str, Tensor]], coeffici
             found.append(f"mask {mask} is 0 in {len(dead)} of {len(by_name)} tensors (first: {dead[0]})")
     if not bool(coefficients.any()):
         found.append("all merging coefficients are 0: the merge is theta_0")
-    for line in found:
-        LOG.warning("dam: %s", line)
     return found
 
 
