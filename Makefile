@@ -53,6 +53,7 @@ bench-tables: $(STAMP)
 	$(BIN)/python -m mergekit_dam.bench.tables --write
 
 bench-performance: $(STAMP)
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/performance.py
 
 docs: $(STAMP)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mergekit_dam.cache import found_out
 from mergekit_dam.errors import DamError
 from mergekit_dam.untrusted import load_json
 
@@ -129,12 +130,16 @@ class Checkpoint:
         tensor: torch.Tensor = self._open(self._files[name]).get_tensor(name)
         return tensor
 
-    def digest(self) -> str:
-        """SHA-256 over the content of all weight files (hex): names of files or their place do not enter."""
+    def digest(self, *, fresh: bool = False) -> str:
+        """SHA-256 over the content of all weight files (hex): names of files or their place do not enter.
+
+        Args:
+            fresh: read all files, also those whose digest is known from an earlier run (cache.py).
+        """
         files = sorted(set(self._files.values()))
         self._seen = {file: _state(self.path / file) for file in files}
         with ThreadPoolExecutor(max_workers=4) as pool:
-            parts = list(pool.map(lambda file: _sha256(self.path / file), files))
+            parts = list(pool.map(lambda file: _sha256(self.path / file, fresh), files))
         return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
 
     def require_unchanged(self) -> None:
@@ -176,9 +181,12 @@ def _keys(path: Path) -> list[str]:
     return list(handle.offset_keys())
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _sha256(path: Path, fresh: bool) -> str:
+    def read() -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_HASH_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    return found_out(path, "sha256", read, fresh=fresh)

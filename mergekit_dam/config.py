@@ -139,11 +139,27 @@ class DamConfig(_Settings):
         "Where the models wait while masks are learned: on the device, in host memory, or on disk. With the last two "
         "the merged model exists block by block only: less memory, more time.",
     )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Keep only the input of each block and run it again in the backward pass: less memory for long texts or large "
+        "batches, a third more computing.",
+    )
+    patience: int = setting(
+        0,
+        "Inversion: end the mask steps once the loss on calibration samples that are held out for it, a tenth or one "
+        "batch, was no better in so many checks, one every 5 steps; 0: hold out none and take all steps.",
+        unit="checks", ge=0,
+    )  # fmt: skip
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = setting(
         None, "Where else the records of metrics.jsonl go, through accelerate."
     )
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
+    rehash: bool = setting(
+        False,
+        "Read models and ready masks to the end to check their content, even where size, inode and dates say that "
+        "they did not change since that was done.",
+    )
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
     @model_validator(mode="after")
@@ -166,7 +182,7 @@ KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 NOT_LEARNED = frozenset(
     {
         "masks", "device", "num_processes", "worker_timeout", "gather", "offload", "resume", "snapshot_every",
-        "tracker",
+        "tracker", "rehash", "gradient_checkpointing",
     }
 )  # fmt: skip
 
