@@ -49,10 +49,10 @@ def audit(
     a model is over the threshold. A model below it is not proven to be clean.
     """
     merge_options.apply_global_options()
-    plan = prepare(config_file, options=merge_options, seed=seed).plan
     if dry_run:
-        show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
+        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return
+    plan = prepare(config_file, options=merge_options, seed=seed).plan
     quiet = merge_options.quiet
 
     def progress(steps: Iterable[int], title: str) -> Iterable[int]:

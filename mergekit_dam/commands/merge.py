@@ -44,12 +44,12 @@ def merge(
     step and report.html. The output's tensors are compared with the base's.
     """
     merge_options.apply_global_options()
+    if dry_run:
+        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
+        return
     begun = time.perf_counter()
     prepared = prepare(config_file, options=merge_options, seed=seed)
-    plan = prepared.plan
-    if dry_run:
-        show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
-        return
+    _ = prepared.plan  # another method than dam is refused here
     prepared.merge(out_path, resume=resume)
     result = {"output": str(out_path), "masks": str(out_path / "dam" / MASKS_FILE)}
     if report:
