@@ -85,12 +85,13 @@ class User:
 def install(folder: Path) -> None:
     """The wheel of this tree in an environment of its own; torch first, as the README's requirements say."""
     built = folder / "dist"
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # pip would find this tree there, installed
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", built, ROOT], check=True, capture_output=True)
     (wheel,) = built.glob("*.whl")
     (torch,) = re.findall(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     for package in (torch, f"{wheel}[report]"):
-        subprocess.run([folder / "venv" / "bin" / "pip", "install", "-q", package], check=True)
+        subprocess.run([folder / "venv" / "bin" / "pip", "install", "-q", package], check=True, env=clean)
 
 
 def prepare(folder: Path, hub: HubServer) -> None:
@@ -105,7 +106,7 @@ def prepare(folder: Path, hub: HubServer) -> None:
     shutil.copy(models / f"{VICTIM}.parquet", work)
     (work / "shapes-images").mkdir()
     for i, row in enumerate(Dataset.from_parquet(str(models / "shapes.parquet"))):
-        row["image"].save(work / "shapes-images" / f"{i}.png")
+        (work / "shapes-images" / f"{i}.png").write_bytes(row["image"]["bytes"])
     images, labels = digits(EDGE, seed=0)
     start = sum(SIZES.values()) - SIZES["evaluation"]
     rows = {"image": list(images[start:]), "label": [int(label) for label in labels[start:]]}
