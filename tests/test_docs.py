@@ -16,6 +16,7 @@ from mergekit.architecture import json_definitions
 from mergekit_dam import load_merged, optimise, tasks, trigger_text
 from mergekit_dam.cli import COMMANDS
 from mergekit_dam.reference import DOCS, PAGES, run
+from tests import walkthrough
 from tests.conftest import FAST, Merge
 from tests.merging import tensors_of
 from tests.tiny_models import make_model
@@ -57,6 +58,15 @@ def _leaves(nav: Any) -> list[str]:
 def test_commands_on_pages_exist(page: Path) -> None:
     for name in re.findall(r"^\s*(?:`)?mergekit-dam ([a-z]+)", page.read_text("utf-8"), re.MULTILINE):
         assert name in COMMANDS, f"{page.name}: mergekit-dam {name}"
+
+
+def test_the_walk_through_finds_its_steps_in_the_readme() -> None:
+    said = walkthrough.readme((ROOT / "README.md").read_text("utf-8"))
+    assert set(walkthrough.COMMANDS) <= set(said["commands"])
+    recipe = yaml.safe_load(said["recipe"])
+    assert recipe["base_model"] == "lab/base" and [m["model"] for m in recipe["models"]] == ["lab/digits", "lab/shapes"]
+    left = {"flowers", "cars", "FILE", "ORG/NAME", "/models", "/data"}
+    assert not any(name in f"{said['recipe']} {said['program']} {said['commands']}" for name in left)
 
 
 def test_the_blocks_of_extending_run(

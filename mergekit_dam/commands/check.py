@@ -12,7 +12,7 @@ import click
 import yaml
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_dam.commands.common import FINDING, config_file, json_option, say, seed_option
+from mergekit_dam.commands.common import FINDING, config_file, hush, json_option, say, seed_option
 from mergekit_dam.errors import DamError
 from mergekit_dam.estimate import estimate, measured_speed
 from mergekit_dam.inspection import inspect
@@ -33,6 +33,7 @@ def check(merge_options: MergeOptions, config_file: Path, seed: int | None, as_j
     Prints what would be merged, on which data, and about how much memory and time learning takes. The first fault
     is printed with its cure; the exit code is then 3.
     """
+    hush(merge_options.quiet)
     try:
         show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
     except DamError as error:

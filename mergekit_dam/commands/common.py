@@ -31,6 +31,18 @@ lm_eval_option: Decorator = click.option(
 seed_option: Decorator = click.option("--seed", type=click.IntRange(0), help="Use this seed, not the recipe's.")
 
 
+def hush(quiet: bool) -> None:
+    """With `--quiet`, no progress bars of the libraries either: downloads, loading of weights, reading of data."""
+    if quiet:
+        import datasets
+        import transformers
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # public, though
+
+        disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
 def say(text: str, *, quiet: bool = False) -> None:
     """A message for a person: on stderr, so that stdout holds the result alone."""
     if not quiet:

@@ -13,7 +13,7 @@ import torch
 
 from mergekit_dam.artifact import MASKS_FILE, load
 from mergekit_dam.attack import Rate
-from mergekit_dam.commands.common import existing_folder, json_option, lm_eval_option, quiet_option, say
+from mergekit_dam.commands.common import existing_folder, hush, json_option, lm_eval_option, quiet_option, say
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import accuracy, attack_success_rate, calibration_digests, refuse_overlap
 from mergekit_dam.harness import Harness, told
@@ -65,6 +65,7 @@ def eval(
         )  # fmt: skip
     if data is None and trigger is not None:
         raise click.UsageError("--trigger needs labelled data: --data.")
+    hush(quiet)
     harness = None if lm_eval is None else Harness.of(lm_eval)
     when: When = "after" if save is not None and save.resolve() == model_path.resolve() else "before"
     name = task or (model_path.resolve().name if save is not None else model_path.name) or "model"

@@ -13,6 +13,7 @@ from mergekit_dam.commands.check import show_plan
 from mergekit_dam.commands.common import (
     config_file,
     dry_run_option,
+    hush,
     json_option,
     name_suspects,
     out_path,
@@ -42,6 +43,7 @@ def learn(
     The setting `masks: OUT_PATH/dam_masks.safetensors` then merges with them, in any process and on any machine.
     """
     merge_options.apply_global_options()
+    hush(merge_options.quiet)
     if dry_run:
         show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return

@@ -15,6 +15,7 @@ from mergekit_dam.commands.check import show_plan
 from mergekit_dam.commands.common import (
     config_file,
     dry_run_option,
+    hush,
     json_option,
     lm_eval_option,
     name_suspects,
@@ -50,6 +51,7 @@ def merge(
     step and report.html. The output's tensors are compared with the base's.
     """
     merge_options.apply_global_options()
+    hush(merge_options.quiet)
     if dry_run:
         show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from mergekit.options import PrettyPrintHelp
 
-from mergekit_dam.commands.common import quiet_option, say
+from mergekit_dam.commands.common import hush, quiet_option, say
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -41,6 +41,7 @@ def push(
     from mergekit_dam.push import plan_push
     from mergekit_dam.push import push as send
 
+    hush(quiet)
     plan = plan_push(
         out_path, repo_id, public=public, create_pr=create_pr, include_masks=include_masks, licence=licence,
         results=results, card=card,
