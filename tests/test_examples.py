@@ -196,7 +196,7 @@ def test_slurm_learns_on_two_nodes_that_are_this_machine(place: Path) -> None:
     environment = {
         **os.environ, "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_NNODES": "2",
         "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "here", "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "MERGEKIT_DAM_CACHE": str(place / "cache"),
+        "GLOO_SOCKET_IFNAME": "lo", "MERGEKIT_DAM_CACHE": str(place / "cache"),
     }  # fmt: skip
     done = subprocess.run(
         ["bash", RECIPES / "nodes.slurm", "recipe.yml", "out"], env=environment, check=False, capture_output=True,
