@@ -12,12 +12,13 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench-tables bench-performance docs faults audit-deps dist test-lowest test-newest clean
+.PHONY: help demo test lint bench-tables bench-performance docs walkthrough faults audit-deps dist test-lowest test-newest clean
 help:
 	@echo "make demo   build four models, one of them backdoored, merge them and print accuracy and attack success"
 	@echo "make test   lint, types, import rules and tests"
 	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
 	@echo "make docs   the documentation as a site, in build/site"
+	@echo "make walkthrough  the README as a new user does it: wheel, fresh environment, Hub on localhost, screenshots"
 	@echo "make bench-performance  step time over the compute floor, memory, merge throughput (about half an hour of CPU)"
 	@echo "make faults kill, fill, damage and race real merges; table in docs/reliability.md (about 10 minutes on a core)"
 	@echo "make audit-deps  look the pinned versions up in the databases of known vulnerabilities (network)"
@@ -61,6 +62,9 @@ docs: $(STAMP)
 	$(BIN)/python -m mergekit_dam.reference
 	$(BIN)/mkdocs build --strict
 
+walkthrough: $(STAMP)
+	HF_HUB_OFFLINE=0 $(BIN)/python -m tests.walkthrough
+
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults --out benchmarks/results/faults/faults.json
 	$(BIN)/python -m tests.faults.table
@@ -77,8 +81,9 @@ dist: $(STAMP)
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python .ci/check_dist.py files dist
 
+# FILES="tests/test_core.py ..." for a part of the suite
 test-lowest test-newest:
-	PYTHON=$(PYTHON) .ci/dependencies $(@:test-%=%)
+	PYTHON=$(PYTHON) .ci/dependencies $(@:test-%=%) $(FILES)
 
 clean:
-	rm -rf $(VENV) $(AUDIT) build dist *.egg-info examples/demo/build
+	rm -rf $(VENV) $(AUDIT) .venv-lowest .venv-newest build dist *.egg-info examples/demo/build

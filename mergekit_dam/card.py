@@ -39,6 +39,7 @@ def model_card(repo_id: str, publication: Publication, provenance: Provenance, m
         _use(repo_id, publication),
         _defence(publication) if publication.is_dam else "",
         _figures_table(measured),
+        _harness_table(measured),
         "\n\n".join(f"![{figure.rpartition('/')[2]}](<{figure}>)" for figure in publication.figures if _plain(figure)),
         "## Configuration\n\nThe recipe as mergekit ran it:\n\n" + block(publication.recipe_text, "yaml"),
     ]
@@ -158,6 +159,8 @@ def _figures_table(measured: Measured | None) -> str:
             title + "Nothing: neither clean accuracy nor the success of any attack was measured on this merge before "
             "it was published."
         )
+    if not measured.accuracy and not measured.attack_success:
+        return title + "Neither clean accuracy nor the success of any attack was measured on the tasks of the merge."
     attacks = list(measured.attack_success)
     tasks = list(dict.fromkeys([*measured.accuracy, *(t for r in measured.attack_success.values() for t in r)]))
     rows = [
@@ -171,6 +174,21 @@ def _figures_table(measured: Measured | None) -> str:
     text = title + table(header, rows) + f"\n\nHits and samples in brackets; reported by {code(measured.source)}"
     text += " of the publisher, not checked by the Hub."
     return text if attacks else text + " The success of attacks was not measured."
+
+
+def _harness_table(measured: Measured | None) -> str:
+    if measured is None or not measured.harness:
+        return ""
+    rows = [
+        [
+            code(task), code(metric), f"{value:.4f}", "-" if error is None else f"{error:.4f}",
+            "-" if one.samples is None else str(one.samples), code(one.by),
+        ]
+        for task, one in measured.harness.items()
+        for metric, (value, error) in one.metrics.items()
+    ]  # fmt: skip
+    header = ["benchmark", "metric", "value", "standard error", "samples", "measured by"]
+    return table(header, rows) + "\n\nRun by the publisher, not checked by the Hub; they say nothing about backdoors."
 
 
 def _rate(rate: Rate | None) -> str:

@@ -79,8 +79,19 @@ def _eval_results(publication: Publication, measured: Measured) -> list[EvalResu
             metric_value=round(rate.percent, 2), metric_args={"hits": rate.hits, "total": rate.total},
         )  # fmt: skip
 
-    return [result(t, "accuracy", "clean accuracy (%)", rate) for t, rate in measured.accuracy.items()] + [
+    benchmarks = [
+        EvalResult(
+            task_type=pipeline or "other", task_name=task, dataset_type=task, dataset_name=task,
+            metric_type=metric.partition(" ")[0], metric_name=metric, metric_value=value,
+            metric_args={"standard_error": error, "samples": one.samples, "measured_by": one.by},
+        )
+        for task, one in measured.harness.items()
+        for metric, (value, error) in one.metrics.items()
+    ]  # fmt: skip
+    attacks = [
         result(t, "attack_success_rate", f"attack success rate (%), {attack}", rate)
         for attack, rates in measured.attack_success.items()
         for t, rate in rates.items()
     ]
+    clean = [result(t, "accuracy", "clean accuracy (%)", rate) for t, rate in measured.accuracy.items()]
+    return clean + attacks + benchmarks

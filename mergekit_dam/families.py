@@ -148,7 +148,8 @@ def _names_on_disk(config: PretrainedConfig) -> frozenset[str] | None:
         return None  # whoever reads the tensors reports what is wrong with the files
 
 
-def _load(name: str) -> EncoderTensors:
+def load_tensors(name: str) -> EncoderTensors:
+    """The tensors of a family that this package brings, e.g. `vit`."""
     text = importlib.resources.files("mergekit_dam.architectures").joinpath(f"{name}.json").read_text("utf-8")
     return EncoderTensors.model_validate(json.loads(text))
 
@@ -157,17 +158,21 @@ def _architectures() -> dict[str, ModelArchitecture]:
     """Class name -> architecture, one object per family."""
     found: dict[str, ModelArchitecture] = {}
     for name in _SINGLE:
-        tensors = _load(name)
-        classes = [*tensors.headless, *tensors.heads]
-        module = EncoderArchitecture(tensors=tensors, config_key="vision_config" if name == "clip_vision" else None)
-        found |= dict.fromkeys(classes, _model({"default": module}, classes, tensors.model_type))
+        found |= _family(load_tensors(name), config_key="vision_config" if name == "clip_vision" else None)
     loose = ("logit_scale", "visual_projection.weight", "text_projection.weight")
     towers = {
-        "vision_model": EncoderArchitecture(tensors=_load("clip_vision"), config_key="vision_config"),
-        "text_model": EncoderArchitecture(tensors=_load("clip_text"), config_key="text_config", extra=loose),
+        "vision_model": EncoderArchitecture(tensors=load_tensors("clip_vision"), config_key="vision_config"),
+        "text_model": EncoderArchitecture(tensors=load_tensors("clip_text"), config_key="text_config", extra=loose),
     }
     found["CLIPModel"] = _model(towers, ["CLIPModel"], "clip", vocab_size_config_key="text_config.vocab_size")
     return found
+
+
+def _family(tensors: EncoderTensors, *, config_key: str | None = None) -> dict[str, ModelArchitecture]:
+    """Class name -> the one architecture of a family with a single encoder."""
+    classes = [*tensors.headless, *tensors.heads]
+    module = EncoderArchitecture(tensors=tensors, config_key=config_key)
+    return dict.fromkeys(classes, _model({"default": module}, classes, tensors.model_type))
 
 
 def _model(
@@ -178,6 +183,14 @@ def _model(
         modules=definitions, architectures=classes, model_type=model_type,
         tagalong_files=["preprocessor_config.json"], **more,
     )  # fmt: skip
+
+
+def register_family(tensors: EncoderTensors) -> None:
+    """Make mergekit know the classes of one more family; what it knew of them before is replaced."""
+    from mergekit.architecture import json_definitions
+
+    with _LOCK:
+        json_definitions.NAME_TO_ARCH.update({name: [one] for name, one in _family(tensors).items()})
 
 
 def register_architectures() -> None:

@@ -8,7 +8,7 @@ keeps its ids, and the references of the returned configuration know where their
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,25 @@ from transformers import PretrainedConfig
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub_calls import patiently
 from mergekit_dam.hub_errors import is_hub_id
+from mergekit_dam.hub_headers import lay_out
 
 INPUTS_FILE = "inputs.json"
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_WEIGHTS = "*.safetensors"
+_WANTED = ["*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["*/*"]  # other formats, and the masks and heads of a merge, lie in folders
 
 _MASKS = ["dam/*masks*"]  # as large as a model, and only of use to one who merges again
 
 
 class LocalReference(ModelReference):
-    """A reference that prints as in the recipe and is read from directories on this disk."""
+    """A reference that prints as in the recipe and is read from directories on this disk.
+
+    With `weightless` it is for looking only: a LoRA, which changes no shape, is not merged.
+    """
 
     model_folder: str
     lora_folder: str | None = None
+    weightless: bool = False
 
     def _local(self) -> ModelReference:
         return ModelReference(
@@ -50,6 +56,8 @@ class LocalReference(ModelReference):
         """This, or the base with its LoRA merged; the cache is by commit, so a moved branch is merged anew."""
         if self.lora is None:
             return self
+        if self.weightless:
+            return self._local().model_copy(update={"lora": None})
         return self._local().merged(cache_dir, trust_remote_code, lora_merge_dtype)
 
     def config(self, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -78,13 +86,16 @@ class Inputs:
     commits: Mapping[str, str]
 
 
-def localise(config: MergeConfiguration, options: MergeOptions, *, lora_cache: Path) -> Inputs:
+def localise(
+    config: MergeConfiguration, options: MergeOptions, *, lora_cache: Path, headers: Path | None = None
+) -> Inputs:
     """Fetch every model and LoRA of a recipe.
 
     Args:
         config: the recipe.
         options: mergekit's options; `transformers_cache` holds the downloads.
         lora_cache: where LoRAs are merged into their bases if `lora_merge_cache` is not given.
+        headers: an empty folder, for looking only: no weights are fetched, and the headers of their files lie there.
 
     Raises:
         DamError: an unknown id or revision, a gated model, no network and no copy, or an adapter without its base.
@@ -95,15 +106,31 @@ def localise(config: MergeConfiguration, options: MergeOptions, *, lora_cache: P
     if config.tokenizer is not None and isinstance(config.tokenizer.source, ModelReference):
         references.append(config.tokenizer.source)
     commits: dict[str, str] = {}
-    found = {ref: _local_reference(ref, options, commits) for ref in dict.fromkeys(references)}
+    fetched: dict[ModelPath, Path] = {}
+
+    def folder_of(part: ModelPath) -> Path:
+        if part not in fetched:
+            workspace = None if headers is None else headers / str(len(fetched))
+            fetched[part], commit = fetch(
+                part.path, part.revision, cache_dir=options.transformers_cache, headers=workspace
+            )
+            if commit is not None:
+                commits[str(part)] = commit
+        return fetched[part]
+
+    found = {
+        ref: _local_reference(ref, folder_of, commits, weightless=headers is not None)
+        for ref in dict.fromkeys(references)
+    }
     if any(ref.lora for ref in found) and options.lora_merge_cache is None:
         options = options.model_copy(update={"lora_merge_cache": str(lora_cache)})
     return Inputs(_replaced(config, found), options, commits)
 
 
 def fetch(
-    path: str, revision: str | None, *, cache_dir: str | None = None, everything: bool = False
-) -> tuple[Path, str | None]:
+    path: str, revision: str | None, *, cache_dir: str | None = None, everything: bool = False,
+    headers: Path | None = None,
+) -> tuple[Path, str | None]:  # fmt: skip
     """A model's directory: the path itself if it is one, else a snapshot of the Hub's repository.
 
     Args:
@@ -111,6 +138,7 @@ def fetch(
         revision: branch, tag or commit; None for the main branch.
         cache_dir: of the Hub; None for its default (HF_HOME).
         everything: folders too, which inputs of a merge do not need.
+        headers: where to lay out the model without its weights (`hub_headers`); without network, the cache's are used.
 
     Returns:
         The directory, and the commit if it came from the Hub.
@@ -127,6 +155,10 @@ def fetch(
             cure="Check the path; relative ones start at the working directory.",
         )  # fmt: skip
     unwanted = _MASKS if everything else _UNWANTED
+    if headers is not None and not constants.HF_HUB_OFFLINE:
+        # by its commit: a branch that is in the cache by name would be taken for whole when the network is gone
+        revision = patiently(lambda: HfApi().model_info(path, revision=revision), f"model {name}").sha
+        unwanted = [*unwanted, _WEIGHTS]
     folder = Path(
         patiently(
             lambda: snapshot_download(
@@ -135,7 +167,10 @@ def fetch(
             f"model {name}",
         )
     )
-    return folder, folder.name  # the cache names a snapshot by its commit
+    commit = folder.name  # the cache names a snapshot by it
+    if headers is not None and not constants.HF_HUB_OFFLINE:
+        folder = lay_out(path, commit, folder, headers, cache_dir=cache_dir)
+    return folder, commit
 
 
 def require_dataset(name: str, revision: str | None, subject: str) -> None:
@@ -158,15 +193,17 @@ def record_inputs(folder: Path, commits: Mapping[str, str]) -> None:
         (folder / INPUTS_FILE).write_text(json.dumps(dict(sorted(commits.items())), indent=1), encoding="utf-8")
 
 
-def _local_reference(ref: ModelReference, options: MergeOptions, commits: dict[str, str]) -> LocalReference:
-    folder = _part(ref.model, options, commits)
+def _local_reference(
+    ref: ModelReference, folder_of: Callable[[ModelPath], Path], commits: Mapping[str, str], *, weightless: bool
+) -> LocalReference:
+    folder = folder_of(ref.model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
         raise DamError(
             f"model {ref}", expected="a whole model", got="a LoRA adapter without its base",
             cure=f"Write it as BASE+ADAPTER: {base or 'BASE'}+{ref.model}.",
         )  # fmt: skip
-    adapter = _part(ref.lora, options, commits) if ref.lora else None
+    adapter = folder_of(ref.lora) if ref.lora else None
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise DamError(
             f"LoRA {ref.lora}", expected="adapter_config.json", got="a repository or folder without it",
@@ -180,15 +217,8 @@ def _local_reference(ref: ModelReference, options: MergeOptions, commits: dict[s
     return LocalReference(
         model=_absolute(ref.model), lora=_absolute(ref.lora) if ref.lora else None,
         override_architecture=ref.override_architecture,
-        model_folder=str(folder), lora_folder=str(adapter) if adapter else None,
+        model_folder=str(folder), lora_folder=str(adapter) if adapter else None, weightless=weightless,
     )  # fmt: skip
-
-
-def _part(part: ModelPath, options: MergeOptions, commits: dict[str, str]) -> Path:
-    folder, commit = fetch(part.path, part.revision, cache_dir=options.transformers_cache)
-    if commit is not None:
-        commits[str(part)] = commit
-    return folder
 
 
 def _absolute(part: ModelPath) -> ModelPath:

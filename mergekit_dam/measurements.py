@@ -1,7 +1,7 @@
 """`dam/evaluation.json`: what was measured of a merge (`after`) and of its input models (`before`), as counts.
 
 {"before" or "after": {"accuracy": {task: [hits, total]}, "attack_success": {attack: {task: [hits, total]}},
-                       "datasets": {task: source}}}
+                       "datasets": {task: source}, "harness": {model: {task: see harness.py}}}}
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from mergekit_dam.errors import DamError
 
 EVALUATION_FILE = "evaluation.json"
+MERGE = "merge"  # the merge's name where models are told apart
 When = Literal["before", "after"]
 
 
@@ -40,14 +41,17 @@ def read_measurements(folder: Path) -> dict[str, Any]:
 
 
 def add_measurement(folder: Path, when: When, measured: Mapping[str, Any]) -> None:
-    """Merge counts into the file, task by task; a task measured again replaces its old counts."""
+    """Merge counts into the file, task by task; a task measured again replaces its old counts. Parts may be missing."""
     found = read_measurements(folder)
     kept: dict[str, Any] = found.setdefault(when, {})
     for key in ("accuracy", "datasets"):
-        kept[key] = kept.get(key, {}) | dict(measured[key])
+        kept[key] = kept.get(key, {}) | dict(measured.get(key, {}))
     success = kept.setdefault("attack_success", {})
-    for attack, rates in measured["attack_success"].items():
+    for attack, rates in measured.get("attack_success", {}).items():
         success[attack] = success.get(attack, {}) | dict(rates)
+    for model, tasks in measured.get("harness", {}).items():
+        harness = kept.setdefault("harness", {})
+        harness[model] = harness.get(model, {}) | dict(tasks)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{EVALUATION_FILE}.part"
     part.write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -49,6 +49,24 @@ def prepare(recipe: Recipe, *, options: MergeOptions | None = None, **settings: 
     return Prepared(source, localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora"))
 
 
+@contextmanager
+def planned(recipe: Recipe, *, options: MergeOptions | None = None, **settings: Any) -> Iterator[Plan]:
+    """The plan of a `dam` recipe, to be looked at while this lasts: of models on the Hub the weights are not fetched.
+
+    Args: as for `merge`.
+
+    Raises:
+        DamError: as for `prepare`, and anything that `plan_of` refuses.
+    """
+    register_dam()
+    source, config = read_recipe(recipe, settings)
+    with TemporaryDirectory(prefix="mergekit-dam-") as folder:
+        yield Prepared(
+            source,
+            localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora", headers=Path(folder)),
+        ).plan
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A recipe that can be merged.

@@ -62,6 +62,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.sent.append((self.path, len(content)))
             self.wfile.write(content)
 
     def _signed_in(self) -> bool:

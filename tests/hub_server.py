@@ -20,6 +20,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.calls: list[tuple[str, str]] = []
+        self.sent: list[tuple[str, int]] = []  # path and bytes of every answer's body
         self.unauthorised_secrets: list[str] = []  # storage URLs that were sent a token
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -38,6 +39,10 @@ class HubServer:
 
     def fail(self, method: str, pattern: str, status: int, **options: Any) -> None:
         self.faults.append(Fault(method, pattern, status, **options))
+
+    def bytes_of(self, pattern: str) -> int:
+        """Bytes sent in answers to paths that match."""
+        return sum(size for path, size in self.sent if re.search(pattern, path))
 
     def count(self, pattern: str) -> int:
         return sum(re.search(pattern, f"{method} {path}") is not None for method, path in self.calls)

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from mergekit.architecture import json_definitions
 
-from mergekit_dam import optimise, trigger_text
+from mergekit_dam import load_merged, optimise, tasks, trigger_text
 from mergekit_dam.cli import COMMANDS
 from mergekit_dam.reference import DOCS, PAGES, run
+from tests import walkthrough
 from tests.conftest import FAST, Merge
+from tests.merging import tensors_of
+from tests.tiny_models import make_model
 
 ROOT = DOCS.parent
 WRITTEN = sorted(DOCS.glob("*.md"))
@@ -56,14 +60,28 @@ def test_commands_on_pages_exist(page: Path) -> None:
         assert name in COMMANDS, f"{page.name}: mergekit-dam {name}"
 
 
-def test_the_blocks_of_extending_run(monkeypatch: pytest.MonkeyPatch, merge: Merge, vit: Path, images: Path) -> None:
+def test_the_walk_through_finds_its_steps_in_the_readme() -> None:
+    said = walkthrough.readme((ROOT / "README.md").read_text("utf-8"))
+    assert set(walkthrough.COMMANDS) <= set(said["commands"])
+    recipe = yaml.safe_load(said["recipe"])
+    assert recipe["base_model"] == "lab/base" and [m["model"] for m in recipe["models"]] == ["lab/digits", "lab/shapes"]
+    left = {"flowers", "cars", "FILE", "ORG/NAME", "/models", "/data"}
+    assert not any(name in f"{said['recipe']} {said['program']} {said['commands']}" for name in left)
+
+
+def test_the_blocks_of_extending_run(
+    monkeypatch: pytest.MonkeyPatch, merge: Merge, vit: Path, images: Path, tmp_path: Path
+) -> None:
+    for name in ("DeiTModel", "DeiTForImageClassification"):
+        monkeypatch.setitem(json_definitions.NAME_TO_ARCH, name, [])
+    monkeypatch.setattr("mergekit_dam.tasks._ENCODERS", dict(tasks._ENCODERS))
     monkeypatch.setattr(trigger_text, "TRIGGERS", dict(trigger_text.TRIGGERS))
     monkeypatch.setattr(optimise, "_OBJECTIVES", dict(optimise._OBJECTIVES))
     module = ModuleType("extending")
     monkeypatch.setitem(sys.modules, "extending", module)  # dataclasses look their module up
     names = vars(module)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, "extending.md", "exec"), names)
     stripes = names["StripeTrigger"](2).apply(torch.zeros(1, 3, 4, 4))
@@ -72,3 +90,11 @@ def test_the_blocks_of_extending_run(monkeypatch: pytest.MonkeyPatch, merge: Mer
     models = [{"model": str(vit / n), "parameters": {"calibration": str(images)}} for n in ("a", "b")]
     out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 2})
     assert (out / "dam" / "dam_masks.safetensors").is_file()
+    base = make_model("DeiTModel", tmp_path / "base")
+    tuned = [make_model("DeiTForImageClassification", tmp_path / n, seed=i, body=base) for i, n in enumerate("cd", 1)]
+    models = [{"model": str(path), "parameters": {"calibration": str(images)}} for path in tuned]
+    out = merge(base, models, out="deit", parameters={**FAST, "scan_steps": 2})
+    theta, merged, own = tensors_of(base), tensors_of(out), tensors_of(tuned[0])
+    assert set(theta) == set(merged) and "embeddings.distillation_token" in merged
+    assert all((merged[name] != theta[name]).any() for name in theta if f"deit.{name}" in own)
+    assert load_merged(out, "c").classifier.out_features == 3

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -121,7 +123,7 @@ def test_recipe(name: str, place: Path, registered: None) -> None:
     assert all(Path(path).exists() for path in paths(recipe)), "the stand-ins are not where the recipe looks"
     settings = dict(SMALL)
     if "num_processes" in recipe.get("parameters", {}):
-        settings["num_processes"] = 1  # how several learn together has tests of its own
+        settings["num_processes"] = 2  # on the CPU, by gloo
     out = merge(recipe, place / "out", **settings)
     assert (out / "dam" / MASKS_FILE).is_file()
     tasks = [p.stem for p in (out / "dam" / "heads").glob("*.safetensors")]
@@ -176,6 +178,35 @@ def test_slurm_starts_every_node_once_and_merges_on_the_first(place: Path) -> No
     Path("calls").unlink()
     done = subprocess.run(["bash", RECIPES / "nodes.slurm", "dam.yml", "out"], env=environment, check=False)
     assert done.returncode != 0 and not Path("calls").exists(), "a failed node must not be followed by a merge"
+
+
+def test_slurm_learns_on_two_nodes_that_are_this_machine(place: Path) -> None:
+    """The script as it is, with the real accelerate: two nodes with one process each, by gloo."""
+    recipe = yaml.safe_load((RECIPES / "causal-lm.yml").read_text())
+    language_models("code", "chat")
+    recipe["parameters"] = SMALL
+    Path("recipe.yml").write_text(yaml.safe_dump(recipe))
+    tools = place / "tools"
+    tools.mkdir()
+    stub(tools, "scontrol", "echo 127.0.0.1")
+    stub(tools, "srun", 'shift; SLURM_NODEID=0 "$@" & one=$!; SLURM_NODEID=1 "$@" && wait $one')
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    environment = {
+        **os.environ, "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "here", "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo", "MERGEKIT_DAM_CACHE": str(place / "cache"),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", RECIPES / "nodes.slurm", "recipe.yml", "out"], env=environment, check=False, capture_output=True,
+        text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = json.loads(Path("out-masks/run.json").read_text())
+    assert run["processes"] == 2
+    masks = [Path(folder, MASKS_FILE).read_bytes() for folder in ("out-masks", "out/dam")]
+    assert masks[0] == masks[1], "the merge learned anew"
 
 
 def test_hub_to_hub_as_a_user_does(hub: HubServer, place: Path) -> None:

@@ -39,3 +39,17 @@ def test_a_missing_tracker_names_the_extra(vit: Path, images: Path, monkeypatch:
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     with pytest.raises(DamError, match=r"tracker trackio: .*pip install 'mergekit-dam\[trackio\]'"):
         learn_masks(_plan(vit, images, "trackio"), quiet=True)
+
+
+@pytest.mark.parametrize(("name", "left"), [("wandb", "*.wandb"), ("trackio", "*.db")])
+def test_other_trackers_get_a_run_without_network(
+    name: str, left: str, vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for key, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(key, value)
+    pytest.importorskip(name)  # they read their folders when they are imported
+    folder, _ = learn_masks(_plan(vit, images, name), quiet=True)
+    assert (folder / "metrics.jsonl").is_file()
+    (run,) = tmp_path.rglob(left)
+    assert run.stat().st_size > 0

@@ -52,7 +52,8 @@ _GPT2 = {
 }
 _CLIP = {"text_config": {**_ENCODER, "vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": _IMAGE}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "ViT": _IMAGE, "CLIPVision": _IMAGE, "CLIP": _CLIP, "Bert": _TEXT, "Roberta": _TEXT, "DistilBert": _DISTIL,
+    "ViT": _IMAGE, "DeiT": _IMAGE, "CLIPVision": _IMAGE, "CLIP": _CLIP,
+    "Bert": _TEXT, "Roberta": _TEXT, "DistilBert": _DISTIL,
     "Llama": _LM, "Qwen2": _LM, "Qwen3": {**_LM, "head_dim": 8}, "Mistral": _LM, "GPT2": _GPT2,
 }  # fmt: skip
 
@@ -76,7 +77,7 @@ def make_model(
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(path)
-    if family in {"ViT", "CLIPVision", "CLIP"}:
+    if family in {"ViT", "DeiT", "CLIPVision", "CLIP"}:
         settings = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         (path / "preprocessor_config.json").write_text(json.dumps(settings))
     else:

@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_dam.artifact_folder import TRIGGERS_FILE
 from mergekit_dam.audit import audit as run
 from mergekit_dam.commands.check import show_plan
-from mergekit_dam.commands.common import FINDING, config_file, dry_run_option, json_option, say, seed_option
+from mergekit_dam.commands.common import FINDING, config_file, dry_run_option, hush, json_option, say, seed_option
 from mergekit_dam.errors import DamError
 from mergekit_dam.findings import load_triggers, save_triggers
 from mergekit_dam.learn import device_of
@@ -49,10 +49,11 @@ def audit(
     a model is over the threshold. A model below it is not proven to be clean.
     """
     merge_options.apply_global_options()
-    plan = prepare(config_file, options=merge_options, seed=seed).plan
+    hush(merge_options.quiet)
     if dry_run:
-        show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
+        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return
+    plan = prepare(config_file, options=merge_options, seed=seed).plan
     quiet = merge_options.quiet
 
     def progress(steps: Iterable[int], title: str) -> Iterable[int]:

@@ -10,6 +10,7 @@ import click
 from mergekit_dam.bench.command import Options
 from mergekit_dam.bench.command import bench as run
 from mergekit_dam.bench.suite import Scenario
+from mergekit_dam.commands.common import quiet_option, say
 from mergekit_dam.errors import DamError
 
 
@@ -26,9 +27,11 @@ from mergekit_dam.errors import DamError
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each run.")
 @click.option("--gates/--no-gates", default=True, help="Stop when a gate fails (default), or go on.")
 @click.option("--dry-run", is_flag=True, help="Say what there is to do and how long it takes.")
+@quiet_option
 def bench(
     suite: str, data: Path | None, out: Path, preset: str | None, seeds: str, methods: tuple[str, ...],
     scenarios: tuple[str, ...], add: tuple[str, ...], workers: int, threads: int, gates: bool, dry_run: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Run a suite of the benchmark: build models, attack, merge, defend, measure. Goes on where it stopped."""
     options = Options(
@@ -36,7 +39,7 @@ def bench(
         methods=methods, scenarios=scenarios, extra=tuple(Scenario.parse(text) for text in add), workers=workers,
         threads=threads, gates=gates, dry_run=dry_run,
     )  # fmt: skip
-    run(options, lambda text: click.echo(text, err=True))
+    run(options, lambda text: say(text, quiet=quiet))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -12,13 +12,13 @@ import click
 import yaml
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_dam.commands.common import FINDING, config_file, json_option, say, seed_option
+from mergekit_dam.commands.common import FINDING, config_file, hush, json_option, say, seed_option
 from mergekit_dam.errors import DamError
 from mergekit_dam.estimate import estimate, measured_speed
 from mergekit_dam.inspection import inspect
 from mergekit_dam.learn import device_of
 from mergekit_dam.plan import Plan
-from mergekit_dam.prepared import prepare
+from mergekit_dam.prepared import planned
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -29,26 +29,28 @@ from mergekit_dam.prepared import prepare
 def check(merge_options: MergeOptions, config_file: Path, seed: int | None, as_json: bool) -> None:
     """Resolve models, settings, tensors and data of a recipe without reading a weight.
 
+    Of models on the Hub only configs, tokenizers and the headers of the weight files are fetched.
     Prints what would be merged, on which data, and about how much memory and time learning takes. The first fault
     is printed with its cure; the exit code is then 3.
     """
+    hush(merge_options.quiet)
     try:
-        plan = prepare(config_file, options=merge_options, seed=seed).plan
-        show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
+        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
     except DamError as error:
         error.show()
         sys.exit(FINDING)
 
 
-def show_plan(plan: Plan, *, as_json: bool, quiet: bool) -> None:
-    """Print the plan on stdout and warnings on stderr.
+def show_plan(config_file: Path, *, options: MergeOptions, seed: int | None, as_json: bool) -> None:
+    """Print the plan on stdout and warnings on stderr: `check`, and every `--dry-run` of a recipe.
 
     Raises:
-        DamError: the first fault in data, heads, preprocessing or tokenizers.
+        DamError: the first fault in recipe, models, data, heads, preprocessing or tokenizers.
     """
-    facts, warnings = describe_plan(plan)
+    with planned(config_file, options=options, seed=seed) as plan:
+        facts, warnings = describe_plan(plan)
     for warning in warnings:
-        say(f"warning: {warning}", quiet=quiet)
+        say(f"warning: {warning}", quiet=options.quiet)
     click.echo(json.dumps(facts, indent=2) if as_json else yaml.safe_dump(facts, sort_keys=False).rstrip())
 
 

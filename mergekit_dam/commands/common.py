@@ -24,7 +24,23 @@ resume_option: Decorator = click.option(
     "--resume/--no-resume", default=True, show_default=True,
     help="Take masks that were learned before on the same inputs and settings, or learn them anew.",
 )  # fmt: skip
+lm_eval_option: Decorator = click.option(
+    "--lm-eval", metavar="TASKS",
+    help="Of causal LMs: tasks of lm-evaluation-harness (extra lm-eval) or YAML files of such, separated by commas.",
+)  # fmt: skip
 seed_option: Decorator = click.option("--seed", type=click.IntRange(0), help="Use this seed, not the recipe's.")
+
+
+def hush(quiet: bool) -> None:
+    """With `--quiet`, no progress bars of the libraries either: downloads, loading of weights, reading of data."""
+    if quiet:
+        import datasets
+        import transformers
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # public, though
+
+        disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def say(text: str, *, quiet: bool = False) -> None:

@@ -13,6 +13,7 @@ from mergekit_dam.commands.check import show_plan
 from mergekit_dam.commands.common import (
     config_file,
     dry_run_option,
+    hush,
     json_option,
     name_suspects,
     out_path,
@@ -42,10 +43,11 @@ def learn(
     The setting `masks: OUT_PATH/dam_masks.safetensors` then merges with them, in any process and on any machine.
     """
     merge_options.apply_global_options()
-    prepared = prepare(config_file, options=merge_options, seed=seed)
+    hush(merge_options.quiet)
     if dry_run:
-        show_plan(prepared.plan, as_json=as_json, quiet=merge_options.quiet)
+        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return
+    prepared = prepare(config_file, options=merge_options, seed=seed)
     file = prepared.learn(out_path, resume=resume)
     if not is_first():  # of the processes that `accelerate launch` started, one says it for all
         return

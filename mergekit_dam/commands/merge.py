@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
@@ -14,13 +15,18 @@ from mergekit_dam.commands.check import show_plan
 from mergekit_dam.commands.common import (
     config_file,
     dry_run_option,
+    hush,
     json_option,
+    lm_eval_option,
     name_suspects,
     out_path,
     resume_option,
     say,
     seed_option,
 )
+from mergekit_dam.harness import Harness, told
+from mergekit_dam.learn import device_of
+from mergekit_dam.measurements import MERGE, add_measurement
 from mergekit_dam.prepared import prepare
 from mergekit_dam.report import write_report
 
@@ -33,10 +39,11 @@ from mergekit_dam.report import write_report
 @dry_run_option
 @json_option
 @click.option("--report/--no-report", default=True, show_default=True, help="Write OUT_PATH/dam/report.html and .json.")
+@lm_eval_option
 @add_merge_options
 def merge(
     merge_options: MergeOptions, config_file: Path, out_path: Path, seed: int | None, resume: bool, dry_run: bool,
-    as_json: bool, report: bool,
+    as_json: bool, report: bool, lm_eval: str | None,
 ) -> None:  # fmt: skip
     """Learn the masks of a recipe, merge with them, and write a report.
 
@@ -44,19 +51,28 @@ def merge(
     step and report.html. The output's tensors are compared with the base's.
     """
     merge_options.apply_global_options()
+    hush(merge_options.quiet)
+    if dry_run:
+        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
+        return
+    harness = None if lm_eval is None else Harness.of(lm_eval)
     begun = time.perf_counter()
     prepared = prepare(config_file, options=merge_options, seed=seed)
-    plan = prepared.plan
-    if dry_run:
-        show_plan(plan, as_json=as_json, quiet=merge_options.quiet)
-        return
+    device = device_of(prepared.plan.config.device)  # another method than dam is refused here
     prepared.merge(out_path, resume=resume)
-    result = {"output": str(out_path), "masks": str(out_path / "dam" / MASKS_FILE)}
+    result: dict[str, Any] = {"output": str(out_path), "masks": str(out_path / "dam" / MASKS_FILE)}
+    benchmarks = None
+    if harness is not None:
+        benchmarks = harness.measure(out_path, device=device, seed=prepared.plan.config.seed)
+        add_measurement(out_path / "dam", "after", {"harness": {MERGE: benchmarks}})
     if report:
         page, notes = write_report(out_path, seconds=time.perf_counter() - begun)
         for note in notes:
             say(note, quiet=merge_options.quiet)
         result["report"] = str(page)
     found = name_suspects(load(out_path / "dam" / MASKS_FILE).metadata, quiet=merge_options.quiet)
+    lines = [*result.values(), *(told(benchmarks) if benchmarks is not None else [])]
+    if benchmarks is not None:
+        result["harness"] = benchmarks
     facts = {**result, "suspects": found, "seconds": round(time.perf_counter() - begun, 1)}
-    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(result.values()))
+    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(lines))

@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 from mergekit.options import PrettyPrintHelp
 
+from mergekit_dam.commands.common import hush, quiet_option, say
+
 
 @click.command(cls=PrettyPrintHelp)
 @click.argument("out_path", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -26,9 +28,10 @@ from mergekit.options import PrettyPrintHelp
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check, and print the card and the list of files; send nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@quiet_option
 def push(
     out_path: Path, repo_id: str, public: bool, create_pr: bool, include_masks: bool, licence: str | None,
-    results: Path | None, card: Path | None, dry_run: bool, as_json: bool,
+    results: Path | None, card: Path | None, dry_run: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Publish a finished merge on the Hub, with a model card; private unless --public is given.
 
@@ -38,20 +41,21 @@ def push(
     from mergekit_dam.push import plan_push
     from mergekit_dam.push import push as send
 
+    hush(quiet)
     plan = plan_push(
         out_path, repo_id, public=public, create_pr=create_pr, include_masks=include_masks, licence=licence,
         results=results, card=card,
     )  # fmt: skip
     for warning in plan.warnings:
-        click.echo(f"push: {warning}", err=True)
-    click.echo(f"push: {len(plan.files) + 1} files, {plan.size / 1e6:,.1f} MB, to {repo_id}", err=True)
+        say(f"push: {warning}", quiet=quiet)
+    say(f"push: {len(plan.files) + 1} files, {plan.size / 1e6:,.1f} MB, to {repo_id}", quiet=quiet)
     if dry_run:
         files = {name: path.stat().st_size for name, path in plan.files.items()}
         if as_json:
             click.echo(json.dumps({"repo_id": repo_id, "public": public, "files": files, "card": plan.card}, indent=2))
         else:
             for name, size in files.items():
-                click.echo(f"{size:>14,}  {name}", err=True)
+                say(f"{size:>14,}  {name}", quiet=quiet)
             click.echo(plan.card, nl=False)
         return
     done = send(plan)

@@ -83,14 +83,16 @@ def as_png(draw: Draw) -> bytes:
 def _loss(figure: Figure, steps: Sequence[Mapping[str, Any]]) -> None:
     left, right = figure.subplots(1, 2)
     figure.set_size_inches(7.2, 3.0)
-    numbers = range(len(steps))
+    numbers, shown = range(len(steps)), list[float]()
     for colour, (label, prefix) in zip(
         _COLOURS, (("all", ""), ("answers kept", "/perf/"), ("under triggers", "/safe/")), strict=False
     ):
         values = [_total(record, prefix) for record in steps]
+        shown += [value for value in values if value is not None]
         if any(value is not None for value in values):
             left.plot(numbers, [float("nan") if v is None else v for v in values], color=colour, label=label, lw=1.2)
-    if all((_total(record, "") or 0.0) > 0.0 for record in steps):
+    # within one decade a logarithmic axis would have no numbers
+    if min(shown) > 0.0 and max(shown) >= 10 * min(shown):
         left.set_yscale("log")
         left.yaxis.set_major_formatter("{x:g}")
         left.yaxis.set_minor_formatter(NullFormatter())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def render(template: str, /, **values: Any) -> str:
         loader=PackageLoader("mergekit_dam.report", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"percent": _percent, "number": _number, "short": _short}
+    environment.filters |= {"percent": _percent, "number": _number, "short": _short, "moment": _moment}
     return environment.get_template(template).render(**values)
 
 
@@ -68,6 +69,14 @@ def _number(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _moment(timestamp: Any) -> str:
+    """ISO 8601 in UTC, to the minute, as people write it; anything else as it is."""
+    try:
+        return f"{datetime.fromisoformat(str(timestamp)).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return str(timestamp)
 
 
 def _short(digest: Any) -> str:

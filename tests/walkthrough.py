@@ -1,0 +1,182 @@
+"""`make walkthrough`: what the README says, done as a new user does it, against a Hub on this machine.
+
+A wheel is built and installed into a fresh virtual environment; the recipe, the commands and the Python example are
+read from README.md, with the demo's models in the places of its names; the models come from a Hub on localhost and the
+merge goes back there. The report is photographed for the documentation. The first thing that fails ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from PIL import Image
+
+from examples.demo.build import EDGE, SIZES, VICTIM, build
+from mergekit_dam.bench.generated import digits
+from tests.hub_server import TOKEN, HubServer
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "walkthrough"
+PICTURES = {"report.png": (960, 1500), "report-phone.png": (390, 1500)}  # width and height in pixels
+# what the README calls its models and data -> the demo's
+NAMES = {
+    "/models/vit-base": "lab/base", "/models/flowers": f"lab/{VICTIM}", "/models/cars": "lab/shapes",
+    "/data/flowers.parquet": f"{VICTIM}.parquet", "/data/cars-images/": "shapes-images", "flowers": VICTIM,
+    "FILE": f"{VICTIM}-test.parquet", "ORG/NAME": "me/merged",
+}  # fmt: skip
+ATTACK = ["--trigger", "patch(size=3)", "--target", "0"]  # known to this script, never to the merge
+COMMANDS = ("doctor", "check", "audit", "merge", "eval", "report", "push")  # in this order
+
+
+def readme(text: str) -> dict[str, Any]:
+    """The README's recipe, Python example and commands by name, with the demo's names."""
+
+    def renamed(part: str) -> str:
+        for old, new in NAMES.items():
+            part = part.replace(old, new)
+        return part
+
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    commands = {
+        line.split()[1]: renamed(line) for line in re.findall(r"^\| `(mergekit-dam [^`]+)`", text, re.MULTILINE)
+    }
+    return {"recipe": renamed(recipe), "program": renamed(program), "commands": commands}
+
+
+class User:
+    """Somebody with an empty home, this environment and a token."""
+
+    def __init__(self, folder: Path, hub: HubServer) -> None:
+        self.folder, self.steps = folder, list[dict[str, Any]]()
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if k.startswith(("PIP_", "OMP_", "SSL_", "LANG"))},
+            "PATH": f"{folder / 'venv' / 'bin'}:/usr/bin:/bin", "HOME": str(folder / "home"),
+            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+        }  # fmt: skip
+
+    def run(self, *command: str, codes: tuple[int, ...] = (0,)) -> str:
+        """Run it in the working folder; what it prints on stdout."""
+        print("$", " ".join(command), file=sys.stderr, flush=True)
+        begun = time.perf_counter()
+        done = subprocess.run(
+            command, cwd=self.folder / "work", env=self.environment, capture_output=True, text=True, check=False
+        )
+        self.steps.append({
+            "command": " ".join(command), "seconds": round(time.perf_counter() - begun, 1), "code": done.returncode,
+        })  # fmt: skip
+        if done.returncode not in codes:
+            sys.exit(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        if TOKEN in done.stdout + done.stderr:
+            sys.exit("the token was printed")
+        return done.stdout
+
+
+def install(folder: Path) -> None:
+    """The wheel of this tree in an environment of its own; torch first, as the README's requirements say."""
+    built = folder / "dist"
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # pip would find this tree there, installed
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", built, ROOT], check=True, capture_output=True)
+    (wheel,) = built.glob("*.whl")
+    (torch,) = re.findall(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    for package in (torch, f"{wheel}[report]"):
+        subprocess.run([folder / "venv" / "bin" / "pip", "install", "-q", package], check=True, env=clean)
+
+
+def prepare(folder: Path, hub: HubServer) -> None:
+    """Models on the Hub; calibration and labelled data in the working folder."""
+    models, work = ROOT / "build" / "walkthrough-models", folder / "work"
+    build(models, lambda text: print(text, file=sys.stderr, flush=True))
+    for name in ("base", VICTIM, "shapes"):
+        files = {file.name: file.read_bytes() for file in (models / name).iterdir()}
+        hub.add(f"lab/{name}", files, card={"license": "mit"})
+    work.mkdir(parents=True)
+    (folder / "home").mkdir()
+    shutil.copy(models / f"{VICTIM}.parquet", work)
+    (work / "shapes-images").mkdir()
+    for i, row in enumerate(Dataset.from_parquet(str(models / "shapes.parquet"))):
+        (work / "shapes-images" / f"{i}.png").write_bytes(row["image"]["bytes"])
+    images, labels = digits(EDGE, seed=0)
+    start = sum(SIZES.values()) - SIZES["evaluation"]
+    rows = {"image": list(images[start:]), "label": [int(label) for label in labels[start:]]}
+    Dataset.from_dict(rows).to_parquet(work / f"{VICTIM}-test.parquet")
+
+
+def photograph(page: Path, folder: Path, profile: Path) -> None:
+    """The top of the page, light, on a desk and on a phone."""
+    browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+    if browser is None:
+        sys.exit("no Chromium on this machine")
+    for name, (width, height) in PICTURES.items():
+        frame = profile.with_suffix(".html")  # a browser window has a least width, a frame has none
+        frame.write_text(
+            f'<body style="margin:0"><iframe src="{page.as_uri()}" width="{width}" height="{height}" style="border:0">'
+        )
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
+            "--blink-settings=preferredColorScheme=1", "--allow-file-access-from-files",
+            f"--window-size={max(width, 500)},{height}", f"--screenshot={folder / name}", frame.as_uri(),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        picture = Image.open(folder / name).convert("RGB").crop((0, 0, width, height))
+        picture.quantize(64).save(folder / name, optimize=True)
+
+
+def walk(user: User, said: Mapping[str, Any], hub: HubServer) -> None:
+    work = user.folder / "work"
+    (work / "dam.yml").write_text(said["recipe"])
+    commands = {name: command.split() for name, command in said["commands"].items()}
+    assert json.loads(user.run(*commands["doctor"]))["dam registered"]
+    user.run(*commands["check"])
+    looked = hub.bytes_of(r"\.safetensors$")
+    held = sum(len(c) for r in hub.repos.values() for f, c in r.branches["main"].items() if f.endswith(".safetensors"))
+    user.run(*commands["audit"], codes=(0, 3))
+    user.run(*commands["merge"])
+    before = ["mergekit-dam", "eval", str(ROOT / "build" / "walkthrough-models" / VICTIM), "--data", NAMES["FILE"]]
+    told = user.run(*before, *ATTACK, "--save", "out/") + user.run(*commands["eval"], *ATTACK, "--save", "out/")
+    print(told, f"check fetched {looked:,} bytes of {held:,} of weights", sep="", file=sys.stderr)
+    user.run(*commands["report"])
+    user.run(*commands["push"])
+    arrived = hub.repos["model", "me/merged"]
+    assert (
+        arrived.private
+        and arrived.branches["main"]["model.safetensors"] == (work / "out" / "model.safetensors").read_bytes()
+    )
+    loaded = (
+        "from mergekit_dam import load_merged\n"
+        f"here, there = (load_merged(p, task='{VICTIM}').state_dict() for p in ('out', 'me/merged'))\n"
+        "assert here.keys() == there.keys() and all((here[k] == there[k]).all() for k in here)\n"
+    )
+    user.run("python", "-c", loaded)
+    user.run("python", "-c", said["program"].replace('"out"', '"out-python"'))
+
+
+def main() -> None:
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    hub = HubServer()
+    try:
+        user = User(WORK, hub)
+        install(WORK)
+        prepare(WORK, hub)
+        walk(user, readme((ROOT / "README.md").read_text("utf-8")), hub)
+        photograph(WORK / "work" / "out" / "dam" / "report.html", ROOT / "docs" / "pictures", WORK / "profile")
+    finally:
+        hub.close()
+    for step in user.steps:
+        print(f"{step['seconds']:>7} s  {step['command'].splitlines()[0][:100]}")
+
+
+if __name__ == "__main__":
+    main()
