@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.files import file_digest
 from mergekit_dam.untrusted import load_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_HASH_CHUNK = 1 << 24  # bytes read at a time: large enough that hashing, not the call, takes the time
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -134,7 +134,7 @@ class Checkpoint:
         files = sorted(set(self._files.values()))
         self._seen = {file: _state(self.path / file) for file in files}
         with ThreadPoolExecutor(max_workers=4) as pool:
-            parts = list(pool.map(lambda file: _sha256(self.path / file), files))
+            parts = list(pool.map(lambda file: file_digest(self.path / file), files))
         return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
 
     def require_unchanged(self) -> None:
@@ -174,11 +174,3 @@ def _keys(path: Path) -> list[str]:
     handle = _safe_open(path)
     # offset_keys: reading in file order is what disks and the page cache like best
     return list(handle.offset_keys())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -117,7 +117,7 @@ def inspect(folder: Path) -> Publication:
         ) from error  # fmt: skip
     if base is not None and Path(base).is_dir():
         override = publication.references[0].override_architecture
-        base_config = AutoConfig.from_pretrained(base)
+        base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         if override:
             base_config.architectures = [override]
         dtype = dtype_from_name(recipe.get("out_dtype") or recipe.get("dtype"))
@@ -182,7 +182,7 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, DamError):
             raise
         found = None
