@@ -83,6 +83,9 @@ def load_triggers(path: Path) -> list[Recovered]:
             tensors: dict[int, dict[str, Tensor]] = {}
             for name in sorted(file.keys()):
                 tensors.setdefault(_row(name), {})[name.partition(".")[2]] = file.get_tensor(name)
+            for entry in entries:
+                if not all(isinstance(entry[key], (int, float)) for key in ("success", "control", "suspicion")):
+                    raise ValueError("a rate that is no number")
             return [Recovered(dict(entry), tensors.get(i, {})) for i, entry in enumerate(entries)]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamError(

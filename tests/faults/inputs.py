@@ -38,7 +38,7 @@ HOSTILE = {
         "not run; an error that names --trust-remote-code",
         (
             "hostile_text::test_code_beside_a_model_is_not_run",
-            "hostile_text::test_code_beside_a_published_base_is_not_run",
+            "hostile_report::test_code_beside_a_published_base_is_not_run",
         ),
     ),
     "yaml_bombs": Named(
@@ -79,6 +79,7 @@ HOSTILE = {
             "hostile_text::test_links_that_lead_out_of_the_output",
             "hostile_text::test_kept_files_replace_a_link_and_never_follow_it",
             "hostile_report::test_a_report_follows_no_link",
+            "hostile_report::test_counts_follow_no_link",
             "hostile_report::test_files_replace_links_and_survive_failure",
             "push_refusals::test_pickles_hidden_files_and_links_out_stay_here",
         ),
@@ -104,6 +105,7 @@ HOSTILE = {
         (
             "report::test_text_triggers_are_words_and_names_are_never_markup",
             "hostile_report::test_no_text_becomes_markup",
+            "hostile_report::test_a_report_of_many_models_stays_small",
             "hostile_text::test_errors_are_one_printable_line",
         ),
     ),
