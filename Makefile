@@ -19,7 +19,7 @@ help:
 	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
 	@echo "make docs   the documentation as a site, in build/site"
 	@echo "make bench-performance  step time over the compute floor, memory, merge throughput (about half an hour of CPU)"
-	@echo "make faults kill, fill, damage and race real merges; table in docs/reliability.md (about 10 minutes on a core)"
+	@echo "make faults kill, fill, damage and race real merges; table in docs/reliability.md (about an hour on a core)"
 	@echo "make audit-deps  look the pinned versions up in the databases of known vulnerabilities (network)"
 	@echo "make dist   sdist and wheel in dist/, checked"
 	@echo "make test-lowest, make test-newest  tests with the lowest or newest versions of the dependencies"

@@ -139,7 +139,7 @@ def test_json_of_any_depth_beside_a_merge(name: str, text: str, tmp_path: Path) 
 def test_a_report_of_many_models_stays_small(tmp_path: Path) -> None:
     """A metadata entry costs a stranger some bytes, a line of a figure costs us a megabyte."""
     with bounded(seconds=30, megabytes=400):
-        write_report(_merge(tmp_path / "out", [f"m{i}" for i in range(500)]))
+        write_report(_merge(tmp_path / "out", [f"m{i}" for i in range(200)]))
     with pytest.raises(DamError, match="at most 1024"):
         write_report(_merge(tmp_path / "more", [f"m{i}" for i in range(2000)]))
     with pytest.raises(DamError, match="at most 1024"):
@@ -165,7 +165,8 @@ def test_no_text_becomes_markup(one: str, two: str) -> None:
         facts = {
             "schema": 1, "created": first, "base": {"model": first, "sha256": second, "revision": first},
             "models": [model], "settings": {**SETTINGS, "note": first}, "versions": {"torch": second},
-            "densities": {first: 0.5}, "layers": [], "training": {}, "audit": [finding], "triggers": [], "evaluation": {"after": counts},
+            "densities": {first: 0.5}, "layers": [], "training": {}, "audit": [finding], "triggers": [],
+            "evaluation": {"after": counts},
             "run": {"device": first, "started": second},
         }  # fmt: skip
         trigger = {**finding, "kind": "tokens", "tokens": [[[first, 0.5], [second, 0.4]]], "pictures": []}
@@ -240,6 +241,6 @@ def test_code_beside_a_published_base_is_not_run(merged_copy: Path, vit: Path, t
     recipe = merged_copy / "mergekit_config.yml"
     recipe.write_text(recipe.read_text().replace(str(vit / "base"), str(base)))
     assert ModelReference.model_validate(str(base)) and str(base) in recipe.read_text()
-    with pytest.raises(DamError):
+    with pytest.raises(DamError, match="code that comes with a model is not run here"):
         inspect(merged_copy)
     assert not trap.exists()
