@@ -14,6 +14,7 @@ import contextlib
 import random
 import resource
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class Job:
 def merge(job: Job) -> None:
     """Merge; exit code 1 and one line in the log for an error that names itself, 2 and its text for any other."""
     os.environ |= {"MERGEKIT_DAM_CACHE": str(job.cache), **job.environment}
+    tempfile.tempdir = None  # TMPDIR may be another one now
     job.log.parent.mkdir(parents=True, exist_ok=True)
     if job.clock is not None:
         _jump(random.Random(job.clock))

@@ -25,7 +25,9 @@ def snapshot_damaged(world: World, trials: int) -> Row:
     process.kill()
     process.join()
     (run,) = {path.parents[1] for path in found}
-    files = sorted(path for path in run.rglob("*") if path.is_file())
+    used = Snapshots(run, every=0.0, resume=True)._found()
+    assert used is not None, "the run was killed after its first snapshot"
+    files = sorted(used.iterdir())
     layout = _layout(files)
     notes = []
     for trial in range(trials):

@@ -7,7 +7,7 @@ import multiprocessing
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ class World:
         root: an empty folder.
         seed: of the random moments, sizes and bits.
         steps: of learning.
-        everything: whether all rows will be run, so that work of several may be done at once.
+        rows: that will be run, so that work of several may be done at once.
     """
 
-    def __init__(self, root: Path, *, seed: int = 0, steps: int = STEPS, everything: bool = False) -> None:
+    def __init__(self, root: Path, *, seed: int = 0, steps: int = STEPS, rows: Collection[str] = ()) -> None:
         self.root, self.steps = root, steps
         self.random = random.Random(seed)
         self.base = make_model("BertModel", root / "base")
@@ -60,7 +60,7 @@ class World:
         self._numbers = 0
         self.seconds: dict[int, float] = {}  # that a whole run takes, by processes
         self.merged = root / "merged"  # once there is a reference
-        self.everything = everything
+        self.rows = rows
         self.verdicts: dict[str, tuple[int, int]] = {}  # of tests that ran already: cases that passed, and failed
 
     def place(self) -> Path:
