@@ -177,6 +177,15 @@ def test_no_text_becomes_markup(one: str, two: str) -> None:
     assert tags(one or "a", two or "a") == tags("a", "a")
 
 
+def test_figures_show_names_as_text(tmp_path: Path) -> None:
+    """matplotlib reads $...$ as a formula (a bad one is an error), and the SVG stands in the page as it is."""
+    names = ["$\\frac{1}{0}$ \\", "</text></svg><script>alert(1)</script><img src=x onerror=alert(1)>"]
+    page, _ = write_report(_merge(tmp_path / "out", names))
+    tags = _Tags(page.read_text("utf-8")).tags
+    assert "svg" in dict(tags) and not {"script", "img"} & set(dict(tags))
+    assert not any(name.startswith("on") for _, attributes in tags for name in attributes)
+
+
 @settings(
     max_examples=max(40, CASES // 3), deadline=None, database=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

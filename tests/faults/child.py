@@ -30,7 +30,6 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
-import mergekit_dam.report.figures  # noqa: F401
 from mergekit_dam import learn
 from mergekit_dam.artifact import load, save
 from mergekit_dam.errors import DamError
@@ -38,6 +37,8 @@ from mergekit_dam.method import register_dam
 from mergekit_dam.push import plan_push, push
 from mergekit_dam.report import write_report
 
+with contextlib.suppress(ImportError):
+    import mergekit_dam.report.figures  # noqa: F401 (for the forkserver, too)
 tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a killed process leaves behind
 
 

@@ -105,6 +105,7 @@ HOSTILE = {
         (
             "report::test_text_triggers_are_words_and_names_are_never_markup",
             "hostile_report::test_no_text_becomes_markup",
+            "hostile_report::test_figures_show_names_as_text",
             "hostile_report::test_a_report_of_many_models_stays_small",
             "hostile_text::test_errors_are_one_printable_line",
         ),
