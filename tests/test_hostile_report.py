@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mergekit.common import ModelReference
 from safetensors.torch import save_file
 
 from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, save
@@ -71,8 +70,6 @@ def test_a_report_follows_no_link(name: str, tmp_path: Path) -> None:
 
 
 def test_counts_follow_no_link(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("mine")
     (tmp_path / "dam").mkdir()
     (tmp_path / "dam" / "evaluation.json").symlink_to("/nowhere")
     with pytest.raises(DamError, match="whose entries stay inside it"):
@@ -249,7 +246,7 @@ def test_code_beside_a_published_base_is_not_run(merged_copy: Path, vit: Path, t
     (base / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": auto}))
     recipe = merged_copy / "mergekit_config.yml"
     recipe.write_text(recipe.read_text().replace(str(vit / "base"), str(base)))
-    assert ModelReference.model_validate(str(base)) and str(base) in recipe.read_text()
+    assert str(base) in recipe.read_text()
     with pytest.raises(DamError, match="code that comes with a model is not run here"):
         inspect(merged_copy)
     assert not trap.exists()
