@@ -20,12 +20,14 @@ from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, save
 from mergekit_dam.errors import DamError
 from mergekit_dam.files import replacing, require_own, write_whole
 from mergekit_dam.learn import _make, cache_folder
+from mergekit_dam.measured import read_measured
 from mergekit_dam.measurements import add_measurement
-from mergekit_dam.publication import inspect
+from mergekit_dam.publication import _json, inspect
 from mergekit_dam.report import write_report
 from mergekit_dam.report.page import render
 from tests.bounds import bounded
 from tests.test_hostile_files import CASES, JSON
+from tests.test_hostile_text import MARKER
 
 FIGURES = "mergekit_dam.report.figures"
 COUNTS = {"accuracy": {"a": [1, 2]}, "attack_success": {}, "datasets": {"a": "x"}}
@@ -119,9 +121,6 @@ def test_a_cache_entry_of_somebody_else_is_not_believed(
 @pytest.mark.parametrize("name", ["run.json", "report.json", "evaluation.json", "inputs.json"])
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 100_000, '{"evaluation": ' + "9" * 5000 + "}", "\0"])
 def test_json_of_any_depth_beside_a_merge(name: str, text: str, tmp_path: Path) -> None:
-    from mergekit_dam.measured import read_measured
-    from mergekit_dam.publication import _json
-
     out = _merge(tmp_path / "out")
     (out / "dam" / name).write_text(text)
     with bounded(), pytest.raises(DamError):
@@ -237,8 +236,6 @@ def _anything(out: Path, key: str, value: Any) -> Path:
 
 def test_code_beside_a_published_base_is_not_run(merged_copy: Path, vit: Path, tmp_path: Path) -> None:
     """`push` reads the config of a base on this disk."""
-    from tests.test_hostile_text import MARKER
-
     trap, base = tmp_path / "trap", Path(shutil.copytree(vit / "base", tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     (base / "evil.py").write_text(MARKER % str(trap))
