@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +32,7 @@ from mergekit_dam.artifact_form import CHECKSUM, check_metadata, check_values, c
 from mergekit_dam.cache import found_out
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.files import replacing
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct, means_of
 from mergekit_dam.numerics import mask_faults
 from mergekit_dam.plan import Plan
@@ -121,37 +120,16 @@ def save(path: Path, masks: LearnedMasks) -> None:
     }
     tensors["coefficients"] = masks.coefficients.to(torch.float32).contiguous().cpu()
     metadata = {**masks.metadata, CHECKSUM: checksum(masks.metadata, tensors)}
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        os.close(handle)
-        # one metadata entry only: safetensors writes several in random order, and equal masks get equal bytes
-        save_file(tensors, temporary, metadata={"dam": json.dumps(metadata)})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, other files of a model are not
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise DamError(
-                f"masks {path}", expected="a folder with space that can be written", got=first_line(error),
-                cure="Free space there, or set MERGEKIT_DAM_CACHE to another folder, and run again.",
-            ) from error  # fmt: skip
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name itself reaches the disk; systems that cannot open folders need no such call."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with replacing(path) as temporary:
+            # one metadata entry only: safetensors writes several in random order, and equal masks get equal bytes
+            save_file(tensors, temporary, metadata={"dam": json.dumps(metadata)})
+    except (OSError, SafetensorError) as error:
+        raise DamError(
+            f"masks {path}", expected="a folder with space that can be written", got=first_line(error),
+            cure="Free space there, or set MERGEKIT_DAM_CACHE to another folder, and run again.",
+        ) from error  # fmt: skip
 
 
 def load(path: Path, *, fresh: bool = False) -> LearnedMasks:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mergekit_dam.artifact import MASKS_FILE
+from mergekit_dam.files import replacing, write_whole
 from mergekit_dam.plan import ModelInput, Plan
 
 TRIGGERS_FILE, METRICS_FILE, RUN_FILE = "triggers.safetensors", "metrics.jsonl", "run.json"
@@ -44,17 +44,8 @@ def copy_artifact(folder: Path, target: Path) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """A copy that is complete under its name or not there; a link at `target` is replaced, not followed."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file, source.open("rb") as original:
-            _fill(file.fileno(), original.fileno())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, other files of a model are not
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(target) as temporary, open(temporary, "wb") as file, source.open("rb") as original:
+        _fill(file.fileno(), original.fileno())
 
 
 def _fill(target: int, source: int) -> None:
@@ -73,9 +64,7 @@ def _fill(target: int, source: int) -> None:
 def write_run(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     """`run.json`: what differs between runs on equal inputs, and hence is no part of the masks' metadata."""
     revisions = {model.name: revision_of(model) for model in (plan.base, *plan.models)}
-    part = folder / f".{RUN_FILE}.part"
-    part.write_text(json.dumps({**facts, "revisions": revisions}, indent=1), encoding="utf-8")
-    os.replace(part, folder / RUN_FILE)
+    write_whole(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions}, indent=1))
 
 
 def revision_of(model: ModelInput) -> str | None:

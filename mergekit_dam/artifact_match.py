@@ -19,7 +19,7 @@ def load_cached(path: Path, plan: Plan, digests: Mapping[str, str], *, fresh: bo
 
     The caller holds the folder's lock: what a killed run left half written is removed.
     """
-    for stale in path.parent.glob(".*.tmp"):
+    for stale in (*path.parent.glob(".*.*.tmp"), *path.parent.glob("heads/.*.tmp")):
         stale.unlink()
     if not path.is_file():
         return None

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_dam.cache import found_out
 from mergekit_dam.errors import DamError
+from mergekit_dam.files import file_digest
 from mergekit_dam.untrusted import load_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_HASH_CHUNK = 1 << 24  # bytes read at a time: large enough that hashing, not the call, takes the time
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -182,11 +182,4 @@ def _keys(path: Path) -> list[str]:
 
 
 def _sha256(path: Path, fresh: bool) -> str:
-    def read() -> str:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_HASH_CHUNK):
-                digest.update(chunk)
-        return digest.hexdigest()
-
-    return found_out(path, "sha256", read, fresh=fresh)
+    return found_out(path, "sha256", lambda: file_digest(path), fresh=fresh)

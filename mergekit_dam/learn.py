@@ -20,6 +20,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.launcher import Job, run_workers
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
+from mergekit_dam.files import require_own
 from mergekit_dam.optimise import optimise
 from mergekit_dam.plan import Plan
 from mergekit_dam.tasks import build_tasks
@@ -95,13 +96,16 @@ def num_processes(config: DamConfig) -> int:
 
 
 def _make(folder: Path) -> None:
+    """The folder of a cache entry; where others can write to the cache (/tmp), theirs is not taken for ours."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o775, exist_ok=True)
     except OSError as error:
         raise DamError(
             f"cache {folder}", expected="a folder that can be written", got=str(error),
             cure="Set MERGEKIT_DAM_CACHE to one.",
         ) from error  # fmt: skip
+    require_own(folder, "Masks of others are not used unasked: remove it, or set MERGEKIT_DAM_CACHE to another folder.")
 
 
 def device_of(name: str) -> torch.device:
