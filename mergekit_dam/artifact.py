@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,9 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_dam.artifact_form import CHECKSUM, check_metadata, check_values, checksum, read_metadata
+from mergekit_dam.cache import found_out
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.files import replacing
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct, means_of
+from mergekit_dam.numerics import mask_faults
 from mergekit_dam.plan import Plan
 
 LOG = logging.getLogger(__name__)
@@ -50,11 +51,13 @@ class LearnedMasks:
         probabilities: mask name -> tensor name -> float16 probabilities.
         coefficients: lambda, (T, 1) or (T, P), float32.
         metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
+        faults: of masks that were read, what makes them meaningless (`numerics.mask_faults`).
     """
 
     probabilities: Mapping[str, Mapping[str, Tensor]]
     coefficients: Tensor
     metadata: Mapping[str, Any]
+    faults: tuple[str, ...] = ()
 
     def product(self, name: str, device: torch.device | str = "cpu") -> MaskProduct | None:
         """M = M1 o M2 of a tensor, rescaled, to be formed where it is used; None if no mask is in use."""
@@ -117,41 +120,23 @@ def save(path: Path, masks: LearnedMasks) -> None:
     }
     tensors["coefficients"] = masks.coefficients.to(torch.float32).contiguous().cpu()
     metadata = {**masks.metadata, CHECKSUM: checksum(masks.metadata, tensors)}
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        os.close(handle)
-        # one metadata entry only: safetensors writes several in random order, and equal masks get equal bytes
-        save_file(tensors, temporary, metadata={"dam": json.dumps(metadata)})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, other files of a model are not
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise DamError(
-                f"masks {path}", expected="a folder with space that can be written", got=first_line(error),
-                cure="Free space there, or set MERGEKIT_DAM_CACHE to another folder, and run again.",
-            ) from error  # fmt: skip
-        raise
+        with replacing(path) as temporary:
+            # one metadata entry only: safetensors writes several in random order, and equal masks get equal bytes
+            save_file(tensors, temporary, metadata={"dam": json.dumps(metadata)})
+    except (OSError, SafetensorError) as error:
+        raise DamError(
+            f"masks {path}", expected="a folder with space that can be written", got=first_line(error),
+            cure="Free space there, or set MERGEKIT_DAM_CACHE to another folder, and run again.",
+        ) from error  # fmt: skip
 
 
-def _sync_folder(folder: Path) -> None:
-    """The new name itself reaches the disk; systems that cannot open folders need no such call."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def load(path: Path) -> LearnedMasks:
+def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
     """Read an artefact lazily and check its form.
+
+    Args:
+        fresh: check the content again even if this file passed before (cache.py).
 
     Raises:
         DamError: missing, damaged, of another schema, or with values outside [0, 1].
@@ -171,17 +156,26 @@ def load(path: Path) -> LearnedMasks:
                 )  # fmt: skip
             check_metadata(metadata)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator there)
-        if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(metadata, tensors):
-            raise ValueError("content that does not match its checksum")
-        coefficients = tensors.pop("coefficients")
+        coefficients = tensors["coefficients"]
         listed = set(metadata["tensors"])
         probabilities: dict[str, dict[str, Tensor]] = {TASK_SHARED: {}, BACKDOOR_DETECTION: {}}
         for key, values in tensors.items():
+            if key == "coefficients":
+                continue
             mask, _, name = key.partition(".")
             if name not in listed:
                 raise KeyError(f"{key} in the list of tensors")
             probabilities[mask][name] = values
-        check_values(metadata, probabilities, coefficients)
+
+        def check() -> str:
+            if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(metadata, tensors):
+                raise ValueError("content that does not match its checksum")
+            check_values(metadata, probabilities, coefficients)
+            return json.dumps(mask_faults(probabilities, coefficients))
+
+        found = found_out(
+            path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check, fresh=fresh
+        )
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, DamError):
             raise
@@ -189,56 +183,4 @@ def load(path: Path) -> LearnedMasks:
             f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({first_line(error)})",
             cure="Learn the masks again.",
         ) from error  # fmt: skip
-    return LearnedMasks(probabilities, coefficients, metadata)
-
-
-def load_cached(path: Path, plan: Plan, digests: Mapping[str, str]) -> LearnedMasks | None:
-    """Masks of an earlier run; None if there are none. A damaged file is set aside, so that a new one can be made.
-
-    The caller holds the folder's lock: what a killed run left half written is removed.
-    """
-    for stale in path.parent.glob(".*.tmp"):
-        stale.unlink()
-    if not path.is_file():
-        return None
-    try:
-        masks = load(path)
-        verify(masks, plan, digests, path=path)
-        return masks
-    except DamError as error:
-        LOG.warning("dam: the cached masks cannot be used and are learned again: %s", error)
-        path.replace(path.with_suffix(".damaged"))
-        return None
-
-
-def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path: Path) -> None:
-    """Refuse masks that were learned on other models, tensors or settings, and name the difference."""
-
-    def refuse(what: str, expected: object, got: object) -> DamError:
-        return DamError(
-            f"masks {path}: {what}", expected=str(expected), got=str(got),
-            cure="Leave `masks` out to learn new ones, or merge what they were learned on.",
-        )  # fmt: skip
-
-    recorded = masks.metadata
-    if recorded["base"]["sha256"] != digests["base"]:
-        raise refuse("base model", f"{recorded['base']['model']} with the recorded content", plan.base.ref)
-    if len(recorded["models"]) != len(plan.models):
-        raise refuse("models", len(recorded["models"]), len(plan.models))
-    for then, now in zip(recorded["models"], plan.models, strict=True):
-        if then["sha256"] != digests[now.name]:
-            raise refuse("model", f"{then['model']} with the recorded content", now.ref)
-    shapes = {spec.mask_name: spec.shape for spec in plan.tensors}
-    for name in recorded["tensors"]:
-        if name not in shapes:
-            raise refuse("tensor", name, "a merge without it")
-        for by_name in masks.probabilities.values():
-            if name in by_name and not _broadcasts(tuple(by_name[name].shape), shapes[name]):
-                raise refuse(f"shape of {name}", tuple(by_name[name].shape), shapes[name])
-    for key in sorted(plan.config.model_fields_set - NOT_LEARNED):
-        if recorded["settings"].get(key) != getattr(plan.config, key):
-            raise refuse(f"setting {key}", recorded["settings"].get(key), getattr(plan.config, key))
-
-
-def _broadcasts(mask: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(mask) == len(shape) and all(m in (1, s) for m, s in zip(mask, shape, strict=True))
+    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)))

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mergekit_dam.artifact import MASKS_FILE
+from mergekit_dam.files import replacing, write_whole
 from mergekit_dam.plan import ModelInput, Plan
 
 TRIGGERS_FILE, METRICS_FILE, RUN_FILE = "triggers.safetensors", "metrics.jsonl", "run.json"
@@ -44,25 +44,27 @@ def copy_artifact(folder: Path, target: Path) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """A copy that is complete under its name or not there; a link at `target` is replaced, not followed."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+    with replacing(target) as temporary, open(temporary, "wb") as file, source.open("rb") as original:
+        _fill(file.fileno(), original.fileno())
+
+
+def _fill(target: int, source: int) -> None:
+    """All bytes of one open file into an empty one: by the kernel, where it can, and not through this process."""
+    done = 0
     try:
-        with os.fdopen(handle, "wb") as file, source.open("rb") as original:
-            shutil.copyfileobj(original, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, other files of a model are not
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        while hasattr(os, "copy_file_range") and (count := os.copy_file_range(source, target, 1 << 30)):
+            done += count
+    except OSError:  # not between these two file systems
+        if done:
+            raise
+    with open(source, "rb", closefd=False) as original, open(target, "wb", closefd=False) as file:
+        shutil.copyfileobj(original, file, 1 << 20)  # the rest
 
 
 def write_run(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     """`run.json`: what differs between runs on equal inputs, and hence is no part of the masks' metadata."""
     revisions = {model.name: revision_of(model) for model in (plan.base, *plan.models)}
-    part = folder / f".{RUN_FILE}.part"
-    part.write_text(json.dumps({**facts, "revisions": revisions}, indent=1), encoding="utf-8")
-    os.replace(part, folder / RUN_FILE)
+    write_whole(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions}, indent=1))
 
 
 def revision_of(model: ModelInput) -> str | None:

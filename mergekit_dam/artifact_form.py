@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, StrictStr, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, StringConstraints, ValidationError
 from torch import Tensor
 
 CHECKSUM = "content_sha256"  # entry of the metadata
 _ONE_AS_FLOAT16_BITS = 0x3C00
+_LONGEST_NAME, _MOST_MODELS = 1024, 1024  # a report draws them
 Digest = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-zA-Z]{1,64}$")]
 
 
@@ -31,7 +32,7 @@ class _Base(_Part):
 
 
 class _Model(_Base):
-    name: StrictStr
+    name: Annotated[str, StringConstraints(strict=True, max_length=_LONGEST_NAME)]
     samples: list[StrictStr]
 
 
@@ -41,8 +42,8 @@ class _Metadata(_Part):
     schema_: StrictInt
     settings: _Settings
     base: _Base
-    models: list[_Model]
-    tensors: list[StrictStr]
+    models: Annotated[list[_Model], Field(max_length=_MOST_MODELS)]
+    tensors: list[Annotated[str, StringConstraints(strict=True, max_length=_LONGEST_NAME)]]
 
 
 def read_metadata(text: str) -> dict[str, Any]:

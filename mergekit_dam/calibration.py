@@ -21,7 +21,9 @@ from mergekit_dam.calibration_files import (
     DatasetColumn,
     Kind,
     ParquetColumn,
+    download_folders,
     image_of,
+    load_file,
     refuse_packed,
     text_of,
     unreadable,
@@ -71,7 +73,7 @@ def load_calibration(settings: ModelSettings, kind: Kind, *, num_samples: int, s
     files = [row for row in taken if isinstance(row, Path)]
     before |= file_states(files)
     if kind == "image":
-        trusted = () if path.exists() else _download_folders()
+        trusted = () if path.exists() else download_folders()
         samples: list[Any] = [
             image_of(row, f"sample {i} of {source}", trusted=trusted) for i, row in zip(order, taken, strict=True)
         ]
@@ -123,7 +125,7 @@ def _source(path: Path, settings: ModelSettings, kind: Kind, where: str) -> _Lis
             return ParquetColumn(path, settings.column, kind, where)
         if path.suffix in LOADERS and path.is_file():
             refuse_packed(path, where)
-            data = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+            data = load_file(path, LOADERS[path.suffix])
         elif path.exists() or path.suffix in {*LOADERS, ".parquet", ".txt"} or source.startswith((".", "/", "~")):
             raise FileNotFoundError("no such file" if not path.exists() else "an unknown kind of file")
         else:
@@ -144,14 +146,6 @@ def _lines(path: Path) -> list[str]:
     if size > _TEXT_BYTES:
         raise ValueError(f"{size} bytes of text, at most {_TEXT_BYTES} are read: give parquet, or a part of it")
     return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-
-
-def _download_folders() -> tuple[Path, ...]:
-    """Where datasets keeps what it downloaded; only files there may be named by a Hub dataset."""
-    import datasets
-    import huggingface_hub
-
-    return tuple(Path(folder) for folder in (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE))
 
 
 def file_states(paths: Sequence[Path]) -> dict[Path, tuple[int, ...]]:

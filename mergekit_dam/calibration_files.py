@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from mergekit_dam.config import did_you_mean
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.files import file_digest
 
 Kind = Literal["image", "text"]
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
@@ -178,6 +179,15 @@ def refuse_packed(path: Path, where: str) -> None:
             raise DamError(where, expected=f"a plain {path.suffix} file", got=f"{name} data", cure="Unpack it first.")
 
 
+def load_file(path: Path, kind: str) -> Any:
+    """The rows of a local file. datasets knows one by path and time of change, and would give an older one's rows
+    after a clock was set back or a copy kept the time: so the content's hash enters the name of its cache.
+    """
+    import datasets
+
+    return datasets.load_dataset(kind, name=file_digest(path)[:16], data_files=str(path), split="train")
+
+
 def image_of(row: Any, where: str, *, trusted: Iterable[Path] = ()) -> Image.Image:
     """RGB, turned as its EXIF entry says.
 
@@ -216,6 +226,14 @@ def _inside(path: Any, trusted: Iterable[Path]) -> Path:
     if not any(found.is_absolute() and found.resolve().is_relative_to(folder.resolve()) for folder in trusted):
         raise ValueError(f"the path {path}, which a data file may not name: put the image's bytes into the data")
     return found
+
+
+def download_folders() -> tuple[Path, ...]:
+    """Where datasets keeps what it downloaded; only files there may be named by a Hub dataset."""
+    import datasets
+    import huggingface_hub
+
+    return tuple(Path(folder) for folder in (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE))
 
 
 def text_of(row: Any) -> str:

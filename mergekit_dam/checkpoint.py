@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mergekit_dam.cache import found_out
 from mergekit_dam.errors import DamError
+from mergekit_dam.files import file_digest
 from mergekit_dam.untrusted import load_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_HASH_CHUNK = 1 << 24  # bytes read at a time: large enough that hashing, not the call, takes the time
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -129,12 +130,16 @@ class Checkpoint:
         tensor: torch.Tensor = self._open(self._files[name]).get_tensor(name)
         return tensor
 
-    def digest(self) -> str:
-        """SHA-256 over the content of all weight files (hex): names of files or their place do not enter."""
+    def digest(self, *, fresh: bool = False) -> str:
+        """SHA-256 over the content of all weight files (hex): names of files or their place do not enter.
+
+        Args:
+            fresh: read all files, also those whose digest is known from an earlier run (cache.py).
+        """
         files = sorted(set(self._files.values()))
         self._seen = {file: _state(self.path / file) for file in files}
         with ThreadPoolExecutor(max_workers=4) as pool:
-            parts = list(pool.map(lambda file: _sha256(self.path / file), files))
+            parts = list(pool.map(lambda file: _sha256(self.path / file, fresh), files))
         return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
 
     def require_unchanged(self) -> None:
@@ -176,9 +181,5 @@ def _keys(path: Path) -> list[str]:
     return list(handle.offset_keys())
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _sha256(path: Path, fresh: bool) -> str:
+    return found_out(path, "sha256", lambda: file_digest(path), fresh=fresh)

@@ -68,7 +68,7 @@ class DamConfig(_Settings):
     coefficients: Literal["task", "layer"] = setting(
         "layer", "One merging coefficient per model, or per model and tensor.", source=ADAMERGING
     )
-    steps: int = setting(100, "Mask steps (paper: 300; there M1 and M2 take turns).", unit="steps", source=DAM, ge=0)
+    steps: int = setting(300, "Mask steps (paper: M1 and M2 take turns).", unit="steps", source=DAM, ge=0)
     coefficient_steps: int = setting(
         300, "Paper: steps on the coefficients once the masks are fixed.", unit="steps", source=DAM, ge=0
     )
@@ -86,9 +86,9 @@ class DamConfig(_Settings):
         "half of what it lacks of the usual size added.",
         unit="share", ge=0.0, le=1.0,
     )  # fmt: skip
-    refresh_every: int = setting(10, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
+    refresh_every: int = setting(20, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
     refresh_steps: int = setting(30, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
-    batch_size: int = setting(16, "Samples per task and step.", unit="samples", source=DAM, ge=1)
+    batch_size: int = setting(8, "Samples per task and step (paper: 16).", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)
     temperature: float = setting(0.5, "Temperature of the Concrete masks.", source=CONCRETE, gt=0.0, le=10.0)
@@ -102,7 +102,7 @@ class DamConfig(_Settings):
     coefficient_learning_rate: float = setting(
         0.02, "Adam step of the coefficients (paper: 1e-3).", source=ADAMERGING, gt=0.0
     )
-    alpha: float = setting(0.5, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
+    alpha: float = setting(1.5, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
     eps: float = setting(
         0.25, "Bound of the universal perturbation, as a share of the valid range.", unit="range",
         source=UNIVERSAL, gt=0.0, le=1.0,
@@ -139,11 +139,27 @@ class DamConfig(_Settings):
         "Where the models wait while masks are learned: on the device, in host memory, or on disk. With the last two "
         "the merged model exists block by block only: less memory, more time.",
     )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Keep only the input of each block and run it again in the backward pass: less memory for long texts or large "
+        "batches, a third more computing.",
+    )
+    patience: int = setting(
+        0,
+        "Inversion: end the mask steps once the loss on calibration samples that are held out for it, a tenth or one "
+        "batch, was no better in so many checks, one every 5 steps; 0: hold out none and take all steps.",
+        unit="checks", ge=0,
+    )  # fmt: skip
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = setting(
         None, "Where else the records of metrics.jsonl go, through accelerate."
     )
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
+    rehash: bool = setting(
+        False,
+        "Read models and ready masks to the end to check their content, even where size, inode and dates say that "
+        "they did not change since that was done.",
+    )
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
     @model_validator(mode="after")
@@ -156,7 +172,7 @@ class DamConfig(_Settings):
 
 # Defaults of `objective: paper` where they differ.
 PAPER: Mapping[str, Any] = {
-    "steps": 300, "rescale": True, "mask_learning_rate": 0.01, "coefficient_learning_rate": 1e-3, "alpha": 0.1,
+    "batch_size": 16, "rescale": True, "mask_learning_rate": 0.01, "coefficient_learning_rate": 1e-3, "alpha": 0.1,
 }  # fmt: skip
 
 # All names that a recipe may use, shared ones first.
@@ -166,7 +182,7 @@ KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 NOT_LEARNED = frozenset(
     {
         "masks", "device", "num_processes", "worker_timeout", "gather", "offload", "resume", "snapshot_every",
-        "tracker",
+        "tracker", "rehash", "gradient_checkpointing",
     }
 )  # fmt: skip
 

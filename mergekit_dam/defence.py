@@ -13,6 +13,7 @@ the recovered triggers. Legend: T tasks, P masked tensors, B batch, K classes.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,24 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_dam import seeds
+from mergekit_dam.answers import OwnAnswers
+from mergekit_dam.batches import calibration_batch, held_out
 from mergekit_dam.config import DamConfig
+from mergekit_dam.distributed.dealing import Share, turns
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
-from mergekit_dam.inversion import WIDE, Inversion
-from mergekit_dam.losses import distillation
+from mergekit_dam.frozen import Weights
 from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
-from mergekit_dam.merged_model import MergedModel, Weights
+from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import finite_flag, require_finite_gradients, require_flags
+from mergekit_dam.objective import Patience, fit_loss, summed
+from mergekit_dam.pools import blank, recover
 from mergekit_dam.scan import Finding, scan, suspects
-from mergekit_dam.search import Progress, Track, calibration_batch, require_finite
+from mergekit_dam.search import Progress, Track, require_finite
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
+LOG = logging.getLogger(__name__)
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
 _NUMBERS = ("task", "target", "size", "usual", "success", "control")
-_BATCH = 12  # samples per step of the search for a trigger to fit against
-_POOL = 8  # triggers kept per suspect: the first one, and the latest
 
 
 class InversionSearch(Resumable):
@@ -68,7 +71,13 @@ class InversionSearch(Resumable):
             for mask in self.masks.values()
         ]
         self.optimisers.append((torch.optim.Adam([self.coefficients]), config.coefficient_learning_rate))
-        self.own = {index: model.own_weights(index) for index in range(len(tasks)) if self.shards.owns(index)}
+        self.turns = turns([len(calibration_batch(task, config, 0)) for task in tasks], self.shards)
+        self.answers = {
+            share.task: OwnAnswers(tasks[share.task], model.frozen.own_weights(share.task))
+            for share in self.turns
+            if share is not None
+        }
+        self.patience = Patience(config.patience)
         self.findings: list[Finding] = []
         self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
 
@@ -83,6 +92,9 @@ class InversionSearch(Resumable):
             if step and step % self.config.refresh_every == 0:
                 self.refresh(step)
             self.step(step)
+            if self.is_enough(step):
+                LOG.info("dam: the loss on held-out samples falls no more: done after step %d", step)
+                break
             self.keep("masks", step + 1)
         return final_probabilities(self.masks), self.coefficients
 
@@ -92,6 +104,7 @@ class InversionSearch(Resumable):
             "phase": phase, "done": done,
             "findings": [{k: getattr(f, k) for k in _NUMBERS} for f in self.findings],
             "pools": [[*key, len(pool)] for key, pool in self.pools.items()],
+            "patience": [self.patience.lowest, self.patience.misses],
         }  # fmt: skip
         state = mask_state(self.masks, optimisers, facts)
         state.tensors |= {"coefficients": self.coefficients}
@@ -102,13 +115,9 @@ class InversionSearch(Resumable):
         return state
 
     def lay_out(self, facts: Mapping[str, Any]) -> None:
-        self.findings = [Finding(trigger=self._blank(f["task"]), **f) for f in facts["findings"]]
-        self.pools = {(a, b): [self._blank(a) for _ in range(length)] for a, b, length in facts["pools"]}
-
-    def _blank(self, index: int, count: int = 1) -> RecoveredTriggers:
-        """Triggers for a task, to be filled."""
-        task = self.tasks[index]
-        return RecoveredTriggers.start(count, task.perturbation_shape, task.bounds, seeds.generator("blank"))
+        self.patience.lowest, self.patience.misses = facts.get("patience", (None, 0))
+        self.findings = [Finding(trigger=blank(self.tasks[f["task"]]), **f) for f in facts["findings"]]
+        self.pools = {(a, b): [blank(self.tasks[a]) for _ in range(length)] for a, b, length in facts["pools"]}
 
     def audit(self) -> list[dict[str, Any]]:
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
@@ -118,7 +127,7 @@ class InversionSearch(Resumable):
 
     def scan(self, done: int = 0) -> None:
         """Step 1: each process scans a task at a time."""
-        base = self.model.base_weights()
+        base = self.model.frozen.base_weights()
         for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
             indices = range(len(self.tasks))[first : first + self.shards.size]
             own = indices[self.shards.rank : self.shards.rank + 1]
@@ -127,7 +136,15 @@ class InversionSearch(Resumable):
         for finding in suspects(self.findings, self.config.suspicion):
             self.pools[finding.task, finding.target] = []
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
-        self._recover(lambda index: self.tasks[index].own_weights(), self.config.scan_steps, "model")
+        recover(
+            self.tasks,
+            self.pools,
+            self.shards,
+            self.config,
+            lambda index: self.tasks[index].own_weights(),
+            self.config.scan_steps,
+            "model",
+        )
 
     def _shared(self, ours: list[Finding]) -> list[Finding]:
         """Everyone's findings of a turn in everyone's hands, by task and class."""
@@ -135,7 +152,7 @@ class InversionSearch(Resumable):
         found = []
         for owner, rows in numbers.items():
             for number, row in enumerate(rows):
-                trigger = ours[number].trigger if owner == self.shards.rank else self._blank(row[0])
+                trigger = ours[number].trigger if owner == self.shards.rank else blank(self.tasks[row[0]])
                 self.shards.broadcast(trigger.parameters, owner)
                 found.append(Finding(trigger=trigger, **dict(zip(_NUMBERS, row, strict=True))))
         return sorted(found, key=lambda finding: (finding.task, finding.target))
@@ -143,29 +160,12 @@ class InversionSearch(Resumable):
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge."""
         weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
-        self._recover(lambda index: weights, self.config.refresh_steps, step)
+        recover(
+            self.tasks, self.pools, self.shards, self.config, lambda index: weights, self.config.refresh_steps, step
+        )
 
     def _recover(self, weights_of: Callable[[int], Mapping[str, Tensor]], steps: int, *seed: object) -> None:
-        """A wide trigger of each suspect class into its pool; the suspects are shared out over the processes.
-
-        Args:
-            weights_of: what to invert, by the index of a task.
-            steps: of each inversion.
-            seed: beside the setting's, the task's and the class's.
-        """
-        found = [self._blank(index) for index, _ in self.pools]
-        for turn, (index, target) in enumerate(self.pools):
-            if self.shards.owns(turn):
-                task = self.tasks[index]
-                search = Inversion(
-                    task, weights_of(index), torch.tensor([target]), batch_size=_BATCH, pace=WIDE,
-                    generator=seeds.generator(self.config.seed, "wide", task.name, target, *seed),
-                )  # fmt: skip
-                found[turn] = search.run(steps).best
-        for turn, pool in enumerate(self.pools.values()):
-            self.shards.broadcast(found[turn].parameters, self.shards.owner(turn))
-            pool.append(found[turn])
-            del pool[1 : len(pool) - (_POOL - 1)]
+        recover(self.tasks, self.pools, self.shards, self.config, weights_of, steps, *seed)
 
     def combined(self) -> dict[str, MaskProduct]:
         """M = M1 o M2 by tensor at the masks' probabilities."""
@@ -176,17 +176,17 @@ class InversionSearch(Resumable):
         merged = self.combined()
         weights = self.model.weights(merged, self.coefficients)
         parts: dict[str, float] = {}
-        for first in range(0, len(self.tasks), self.shards.size):
-            index = first + self.shards.rank
+        for turn, share in enumerate(self.turns):
             loss = torch.zeros((), device=self.model.device)
-            if index < len(self.tasks):
-                loss = self.losses(index, self.tasks[index], weights, step, parts)
-            for _ in range(self._idle_passes(first)):
+            if share is not None:
+                rows_B = calibration_batch(self.tasks[share.task], self.config, step)
+                loss = self._loss(share, weights, rows_B, step, parts)
+            for _ in range(self._idle_passes(turn, share)):
                 loss = loss + 0.0 * self.tasks[0].logits(weights, self.tasks[0].inputs(torch.arange(1))).sum()
             if loss.requires_grad:
                 loss.backward()
         self.update(merged, weights, step)
-        parts = self.shards.union(parts)
+        parts = self._summed(parts)
         record = {
             "phase": "masks", "step": step, "loss": sum(parts.values()), **parts,
             **{f"density/{name}": mask.density() for name, mask in self.masks.items()},
@@ -194,33 +194,36 @@ class InversionSearch(Resumable):
         require_finite(record, step)
         self.track(record)
 
-    def _idle_passes(self, first: int) -> int:
-        """Passes that we make for nothing beside the tasks `first`.., because blocks wait for all processes."""
+    def _idle_passes(self, turn: int, share: Share | None) -> int:
+        """Passes that we make for nothing in a turn, because blocks wait for all processes."""
         if self.shards.size == 1 or not self.model.blockwise:
             return 0
         passes = [1 + sum(owner == index for owner, _ in self.pools) for index in range(len(self.tasks))]
-        turn = passes[first : first + self.shards.size]
-        return max(turn) - (turn[self.shards.rank] if self.shards.rank < len(turn) else 0)
+        most = max(passes[turn * self.shards.size : (turn + 1) * self.shards.size])
+        return most - (passes[share.task] if share is not None else 0)
 
-    def losses(self, index: int, task: Task, weights: Weights, step: int, parts: dict[str, float]) -> Tensor:
-        """L of one task; its parts go into `parts`."""
-        rows_B = calibration_batch(task, self.config, step)
-        inputs = task.inputs(rows_B)
-        with torch.no_grad():
-            answer = task.logits(self.own[index], inputs)
-        loss = distillation(task.logits(weights, inputs), answer)
-        parts[f"loss/perf/{task.name}"] = float(loss.detach())
-        for (owner, target), pool in self.pools.items():
-            if owner != index:
-                continue
-            triggers = RecoveredTriggers.stack(pool)
-            generator = seeds.generator(self.config.seed, "pool", task.name, target, step)
-            which = torch.randint(len(triggers), (len(rows_B),), generator=generator).to(task.device)
-            safety = self.config.alpha * distillation(task.logits(weights, inputs, triggers.perturb(which)), answer)
-            key = f"loss/safe/{task.name}"
-            parts[key] = parts.get(key, 0.0) + float(safety.detach())
-            loss = loss + safety
-        return loss
+    def _loss(self, share: Share, weights: Weights, rows_B: Tensor, step: int, parts: dict[str, float]) -> Tensor:
+        task, answers = self.tasks[share.task], self.answers[share.task]
+        return fit_loss(task, share, answers, weights, rows_B, self.pools, self.config, step, parts)
+
+    def _summed(self, parts: dict[str, float]) -> dict[str, float]:
+        return summed(self.shards.union({self.shards.rank: parts}).values())
+
+    @torch.no_grad()
+    def is_enough(self, step: int) -> bool:
+        """Whether the loss on the held-out samples says so (setting `patience`)."""
+        if not self.patience.is_due(step):
+            return False
+        weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
+        parts: dict[str, float] = {}
+        for share in self.turns:
+            rows_B = held_out(self.tasks[share.task], self.config) if share is not None else torch.empty(0)
+            if share is not None and len(share.of(rows_B)):
+                self._loss(share, weights, rows_B, 0, parts)
+        parts = self._summed(parts)
+        loss = sum(parts.values())
+        self.track({"phase": "held out", "step": step, "loss/held out": loss})
+        return self.patience.is_over(loss)
 
     def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
         """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine."""
@@ -230,10 +233,11 @@ class InversionSearch(Resumable):
                 group["lr"] = rate * share
         self.coefficients.grad = torch.zeros_like(self.coefficients)
         *mask_optimisers, (coefficient_optimiser, _) = self.optimisers
-        whole = self.config.granularity == "tensor"
         finite: dict[str, dict[str, Tensor]] = {name: {} for name in self.masks}
-        for key, gradient in self.model.chain(weights, merged, self.coefficients, self.coefficients.grad, whole=whole):
-            found = merged[key].logit_gradients(gradient, range(len(self.masks)))
+        for key, found in self.model.logit_gradients(
+            weights, merged, self.coefficients, self.coefficients.grad, range(len(self.masks)),
+            whole=self.config.granularity == "tensor",
+        ):  # fmt: skip
             for mask, (optimiser, _), part in zip(self.masks.values(), mask_optimisers, found, strict=True):
                 finite[mask.name][key] = finite_flag(part)
                 step_of(optimiser, mask.logits[key], part)

@@ -11,7 +11,6 @@ Kept are all suspects, and of every model the class that came nearest. Legend: C
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.files import replacing
 from mergekit_dam.scan import Finding
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
@@ -65,9 +65,8 @@ def save_triggers(
             entry["tokens"] = task.nearest_tokens(parts["embeddings"])
         entries.append(entry)
         tensors |= {f"{i}.{name}": tensor.contiguous().cpu() for name, tensor in parts.items()}
-    part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, metadata={"dam_triggers": json.dumps(entries)})
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"dam_triggers": json.dumps(entries)})
 
 
 def load_triggers(path: Path) -> list[Recovered]:
@@ -81,14 +80,16 @@ def load_triggers(path: Path) -> list[Recovered]:
     try:
         with safe_open(str(path), framework="pt") as file:
             entries = json.loads((file.metadata() or {})["dam_triggers"])
-            names = sorted(file.keys())
-            return [
-                Recovered(dict(entry), {n.partition(".")[2]: file.get_tensor(n) for n in names if _row(n) == i})
-                for i, entry in enumerate(entries)
-            ]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            tensors: dict[int, dict[str, Tensor]] = {}
+            for name in sorted(file.keys()):
+                tensors.setdefault(_row(name), {})[name.partition(".")[2]] = file.get_tensor(name)
+            for entry in entries:
+                if not all(isinstance(entry[key], (int, float)) for key in ("success", "control", "suspicion")):
+                    raise ValueError("a rate that is no number")
+            return [Recovered(dict(entry), tensors.get(i, {})) for i, entry in enumerate(entries)]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamError(
-            f"triggers {path}", expected="the file that learning wrote", got=f"a damaged one ({error})",
+            f"triggers {path}", expected="the file that learning wrote", got=f"a damaged one ({first_line(error)})",
             cure="Remove it and learn again.",
         ) from error  # fmt: skip
 

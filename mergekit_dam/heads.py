@@ -39,7 +39,7 @@ def load_merged(
     hub_id = not Path(output).exists() and isinstance(output, str) and output.count("/") == 1 and is_hub_id(output)
     output = fetch(str(output), revision, everything=True)[0] if hub_id else Path(output)
     if task is None:
-        config = _config(output)
+        config = config_without_code(output)
         head: dict[str, Tensor] = {}
     else:
         config, head = _head(output, task)
@@ -77,7 +77,7 @@ def _head(output: Path, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]
     plain_name(task, f"task {task!r}")
     folder = output / "dam" / "heads"
     if (folder / f"{task}.json").is_file():
-        return _config(folder / f"{task}.json"), _tensors(folder / f"{task}.safetensors")
+        return config_without_code(folder / f"{task}.json"), _tensors(folder / f"{task}.safetensors")
     inputs = _input_models(output)
     if task not in inputs:
         known = sorted({*inputs, *(p.stem for p in folder.glob("*.json"))})
@@ -89,7 +89,7 @@ def _head(output: Path, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]
         )  # fmt: skip
     path = inputs[task]
     checkpoint, merged = Checkpoint.open(path), Checkpoint.open(output)
-    config = _config(path)
+    config = config_without_code(path)
     model = meta_model(config, torch.device("cpu"))
     covered = set(module_names(model, merged.names).values())
     own = module_names(model, checkpoint.names)
@@ -106,7 +106,7 @@ def _input_models(output: Path) -> dict[str, Path]:
     return {path.name: path for path in paths if path.is_dir()}
 
 
-def _config(path: Path) -> PretrainedConfig:
+def config_without_code(path: Path) -> PretrainedConfig:
     """A config, without running code that it names.
 
     Raises:

@@ -21,9 +21,11 @@ from pydantic import BaseModel
 from transformers import PretrainedConfig
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.files import write_whole
 from mergekit_dam.hub_calls import patiently
 from mergekit_dam.hub_errors import is_hub_id
 from mergekit_dam.hub_headers import lay_out
+from mergekit_dam.untrusted import load_json
 
 INPUTS_FILE = "inputs.json"
 _WEIGHTS = "*.safetensors"
@@ -190,7 +192,7 @@ def record_inputs(folder: Path, commits: Mapping[str, str]) -> None:
     """Keep the commits beside a merge: `dam/inputs.json`."""
     if commits:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / INPUTS_FILE).write_text(json.dumps(dict(sorted(commits.items())), indent=1), encoding="utf-8")
+        write_whole(folder / INPUTS_FILE, json.dumps(dict(sorted(commits.items())), indent=1))
 
 
 def _local_reference(
@@ -198,7 +200,7 @@ def _local_reference(
 ) -> LocalReference:
     folder = folder_of(ref.model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+        base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise DamError(
             f"model {ref}", expected="a whole model", got="a LoRA adapter without its base",
             cure=f"Write it as BASE+ADAPTER: {base or 'BASE'}+{ref.model}.",

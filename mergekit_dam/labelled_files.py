@@ -6,7 +6,7 @@ images with one sub-folder per class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ import datasets
 import torch
 
 from mergekit_dam import seeds
-from mergekit_dam.calibration_files import IMAGES, LOADERS, Kind
+from mergekit_dam.calibration_files import (
+    IMAGES,
+    LOADERS,
+    Kind,
+    download_folders,
+    image_of,
+    load_file,
+    refuse_packed,
+)
 from mergekit_dam.config import did_you_mean
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.hub_errors import is_hub_id
@@ -59,12 +67,14 @@ def read_labelled(source: Source, kind: Kind, name: str, known: Names) -> tuple[
             order = torch.randperm(len(table), generator=seeds.generator(source.seed, "evaluation", name))
             table = table.select(sorted(order[: source.num_samples].tolist()))
         if kind == "image":
-            table = table.cast_column(inputs, datasets.Image(mode="RGB"))
+            table = table.cast_column(inputs, datasets.Image(decode=False))
         spelled = getattr(table.features[labels], "names", None)
         raw = list(table[labels])
         if spelled and set(spelled) <= set(known):
             raw = [spelled[number] for number in raw]
-        return list(table[inputs]), _classes(raw, known, where)
+        rows = table[inputs]
+        samples = [str(row) for row in rows] if kind == "text" else _images(rows, source)
+        return samples, _classes(raw, known, where)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, DamError):
             raise
@@ -72,6 +82,15 @@ def read_labelled(source: Source, kind: Kind, name: str, known: Names) -> tuple[
             where, expected="a parquet, jsonl, json or csv file, a folder of image folders, or a Hub dataset id",
             got=first_line(error), cure="Check the path or the id and --split.",
         ) from error  # fmt: skip
+
+
+def _images(rows: Iterable[Any], source: Source) -> list[Any]:
+    """Decoded here, with bounds and by decoders that call no program, as calibration images are."""
+    path = Path(source.data).expanduser()
+    if path.is_dir():
+        return [image_of(Path(row["path"]), str(row["path"])) for row in rows]
+    trusted = () if path.exists() else download_folders()
+    return [image_of(row, f"sample {i} of {source.data}", trusted=trusted) for i, row in enumerate(rows)]
 
 
 def _table(path: Path, source: Source, kind: Kind) -> datasets.Dataset:
@@ -82,7 +101,9 @@ def _table(path: Path, source: Source, kind: Kind) -> datasets.Dataset:
     if path.is_file():
         if path.suffix not in _LOADERS:
             raise ValueError(f"a file of kind {path.suffix or 'unknown'}")
-        return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+        if path.suffix in LOADERS:
+            refuse_packed(path, f"evaluation data ({source.data})")
+        return load_file(path, _LOADERS[path.suffix])
     if path.exists() or path.suffix in _LOADERS or source.data.startswith((".", "/", "~")):
         raise FileNotFoundError("no such file")
     dataset, _, revision = source.data.partition("@")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,24 +12,21 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 
-from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load, load_cached, verify
+from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load
+from mergekit_dam.artifact_match import load_cached, verify
+from mergekit_dam.cache import cache_folder
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.launcher import Job, run_workers
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
-from mergekit_dam.numerics import warn_about_masks
+from mergekit_dam.files import require_own
 from mergekit_dam.optimise import optimise
 from mergekit_dam.plan import Plan
 from mergekit_dam.tasks import build_tasks
 
 LOG = logging.getLogger(__name__)
 CPU = torch.device("cpu")
-
-
-def cache_folder() -> Path:
-    """Where learned masks are kept: MERGEKIT_DAM_CACHE, else ~/.cache/mergekit-dam."""
-    return Path(os.environ.get("MERGEKIT_DAM_CACHE") or Path.home() / ".cache" / "mergekit-dam")
 
 
 def learn_masks(
@@ -53,12 +49,12 @@ def learn_masks(
     """
     first = shards.rank == 0
     checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)} if first else {}
-    digests = shards.union({name: checkpoint.digest() for name, checkpoint in checkpoints.items()})
+    digests = shards.union({name: c.digest(fresh=plan.config.rehash) for name, c in checkpoints.items()})
     if plan.config.masks is not None:
         path = Path(plan.config.masks).expanduser()
-        masks = load(path)
+        masks = load(path, fresh=plan.config.rehash)
         verify(masks, plan, digests, path=path)
-        warn_about_masks(masks.probabilities, masks.coefficients)
+        _warn(masks)
         return path.parent, masks
     count = num_processes(plan.config) if shards.size == 1 else 1
     # a parent of workers only reads the data: it must not open the accelerators that they will use
@@ -71,12 +67,12 @@ def learn_masks(
         _make(folder)
     # a second run on the same inputs waits and then finds the masks
     with FileLock(folder / ".lock") if first else nullcontext():
-        cached = load_cached(folder / MASKS_FILE, plan, digests) if first else None
+        cached = load_cached(folder / MASKS_FILE, plan, digests, fresh=plan.config.rehash) if first else None
         if shards.union({"there": cached is not None} if first else {})["there"]:
             masks = cached or load(folder / MASKS_FILE)
             if first:
                 LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
-                warn_about_masks(masks.probabilities, masks.coefficients)
+                _warn(masks)
             return folder, masks
         inputs = tuple(checkpoints.values())
         if count > 1:
@@ -84,6 +80,11 @@ def learn_masks(
         else:
             optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
         return folder, load(folder / MASKS_FILE)
+
+
+def _warn(masks: LearnedMasks) -> None:
+    for line in masks.faults:
+        LOG.warning("dam: %s", line)
 
 
 def num_processes(config: DamConfig) -> int:
@@ -95,13 +96,16 @@ def num_processes(config: DamConfig) -> int:
 
 
 def _make(folder: Path) -> None:
+    """The folder of a cache entry; where others can write to the cache (/tmp), theirs is not taken for ours."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o775, exist_ok=True)
     except OSError as error:
         raise DamError(
             f"cache {folder}", expected="a folder that can be written", got=str(error),
             cure="Set MERGEKIT_DAM_CACHE to one.",
         ) from error  # fmt: skip
+    require_own(folder, "Masks of others are not used unasked: remove it, or set MERGEKIT_DAM_CACHE to another folder.")
 
 
 def device_of(name: str) -> torch.device:

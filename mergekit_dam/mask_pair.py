@@ -11,8 +11,9 @@ from torch import Tensor
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.shards import ALONE
 from mergekit_dam.distributed.snapshots import State, adam_state
+from mergekit_dam.frozen import Weights
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, MaskProduct, mask_shape, product
-from mergekit_dam.merged_model import MergedModel, Weights
+from mergekit_dam.merged_model import MergedModel
 
 Whole = dict[str, dict[str, Tensor]]
 

@@ -69,14 +69,24 @@ class MaskProduct:
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """M, flat, `size` entries at a time in float32. Each chunk is overwritten by the next."""
-        buffers = self._buffers(size, 2)
+        return (product for product, _ in self.chunks_with_factors(size))
+
+    def chunks_with_factors(self, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """M as `chunks` gives it, and beside each chunk those of the s_i, in float32."""
+        product_buffer, *buffers = self._buffers(size, 1 + len(self.factors))
         scale = self._scale()
         for parts in zip(*(f.reshape(-1).split(size) for f in self.factors), strict=True):
-            product, other = (b[: parts[0].numel()] for b in buffers)
-            self._value(parts[0], product)
-            for part in parts[1:]:
-                product.mul_(self._value(part, other))
-            yield product if scale is None else product.mul_(scale)
+            product = product_buffer[: parts[0].numel()]
+            values = [self._value(part, b[: part.numel()]) for part, b in zip(parts, buffers, strict=True)]
+            torch.mul(values[0], values[1], out=product) if len(values) > 1 else product.copy_(values[0])
+            for value in values[2:]:
+                product.mul_(value)
+            yield product if scale is None else product.mul_(scale), values
+
+    @property
+    def separate(self) -> bool:
+        """Whether no entry's gradient depends on another entry: masks are not rescaled."""
+        return self.means is None
 
     def full(self) -> Tensor:
         """M as one tensor, float32."""
@@ -98,27 +108,44 @@ class MaskProduct:
         """
         size = chunk_numel(gradient.device)
         pieces = gradient.view(-1).split(size)
+        if self.separate:
+            outs = [gradient if i == wanted[-1] else torch.empty_like(gradient) for i in wanted]
+            split = [out.view(-1).split(size) for out in outs]
+            for h, (product, values), *to in zip(pieces, self.chunks_with_factors(size), *split, strict=True):
+                self.to_logits(h.mul_(product), values, wanted, to)
+            return outs
         totals = []
         for h, product in zip(pieces, self.chunks(size), strict=True):
-            h.mul_(product)
-            if self.means is not None:
-                totals.append(h.sum())
-        total = self.add_up(torch.stack(totals).sum()) / (self.entries or gradient.numel()) if totals else None
+            totals.append(h.mul_(product).sum())
+        total = self.add_up(torch.stack(totals).sum()) / (self.entries or gradient.numel())
         found = []
         for i in wanted:
             # the last one may have the gradient's own memory
             out = gradient if i == wanted[-1] else torch.empty_like(gradient)
             (value, work) = self._buffers(size, 2)
-            through_mean = total / self.means[i] if total is not None and self.means is not None else None
+            assert self.means is not None
+            through_mean = total / self.means[i]
             for h, part, to in zip(
                 pieces, self.factors[i].reshape(-1).split(size), out.view(-1).split(size), strict=True
             ):
                 s = self._value(part, value[: part.numel()])
-                if through_mean is not None:
-                    h = torch.sub(h, torch.mul(s, through_mean, out=work[: part.numel()]), out=work[: part.numel()])
+                h = torch.sub(h, torch.mul(s, through_mean, out=work[: part.numel()]), out=work[: part.numel()])
                 torch.addcmul(h, h, s, value=-1.0, out=to).div_(self.temperature)
             found.append(out)
         return found
+
+    def to_logits(self, h: Tensor, values: Sequence[Tensor], wanted: Sequence[int], to: Sequence[Tensor]) -> None:
+        """h (1 - s_i) / temperature of one chunk into `to`, for masks that are not rescaled; see `logit_gradients`.
+
+        Args:
+            h: dL/dM o M; the last of `to` may have its memory.
+            values: all s_i.
+            wanted: indices of factors, one per tensor of `to`.
+        """
+        for i, out in zip(wanted, to, strict=True):
+            torch.addcmul(h, h, values[i], value=-1.0, out=out)
+            if self.temperature != 1.0:
+                out.div_(self.temperature)
 
     def _value(self, part: Tensor, out: Tensor) -> Tensor:
         return torch.sigmoid(part, out=out) if self.logits else out.copy_(part)

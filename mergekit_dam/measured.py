@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_dam.attack import Rate
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, first_line
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def read_measured(path: Path, *, required: bool) -> Measured | None:
 
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise refuse(str(error)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise refuse(first_line(error)) from error
     for key in ("evaluation", "after"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

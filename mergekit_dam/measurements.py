@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.files import write_whole, writing_facts
+from mergekit_dam.untrusted import load_json, require_no_links_out
 
 EVALUATION_FILE = "evaluation.json"
 MERGE = "merge"  # the merge's name where models are told apart
@@ -28,31 +29,42 @@ def read_measurements(folder: Path) -> dict[str, Any]:
     file = folder / EVALUATION_FILE
     if not file.is_file():
         return {}
+    found = load_json(file, where=f"measurements {file}")
     try:
-        found = json.loads(file.read_text("utf-8"))
-        if not isinstance(found, dict) or not all(isinstance(found.get(k, {}), dict) for k in ("before", "after")):
-            raise ValueError("not an object with before and after")
-    except (OSError, ValueError) as error:
+        for one in (found.get("before", {}), found.get("after", {})):
+            _require_counts(one.get("accuracy", {}))
+            for rates in one.get("attack_success", {}).values():
+                _require_counts(rates)
+            dict(one.get("datasets", {}))
+    except (AttributeError, TypeError, ValueError) as error:
         raise DamError(
-            f"measurements {file}", expected="JSON with before and after", got=str(error),
+            f"measurements {file}", expected="JSON with before and after, and counts in them", got=first_line(error),
             cure="Remove the file and measure again.",
         ) from error  # fmt: skip
     return found
 
 
+def _require_counts(rates: Mapping[str, Any]) -> None:
+    """Raise ValueError, AttributeError or TypeError for anything but task -> [hits, total]."""
+    for task, counts in rates.items():
+        hits, total = counts
+        if type(hits) is not int or type(total) is not int or not 0 <= hits <= total:
+            raise ValueError(f"{counts!r} for {task}, which are no hits and total")
+
+
 def add_measurement(folder: Path, when: When, measured: Mapping[str, Any]) -> None:
     """Merge counts into the file, task by task; a task measured again replaces its old counts. Parts may be missing."""
-    found = read_measurements(folder)
-    kept: dict[str, Any] = found.setdefault(when, {})
-    for key in ("accuracy", "datasets"):
-        kept[key] = kept.get(key, {}) | dict(measured.get(key, {}))
-    success = kept.setdefault("attack_success", {})
-    for attack, rates in measured.get("attack_success", {}).items():
-        success[attack] = success.get(attack, {}) | dict(rates)
-    for model, tasks in measured.get("harness", {}).items():
-        harness = kept.setdefault("harness", {})
-        harness[model] = harness.get(model, {}) | dict(tasks)
+    require_no_links_out(folder, ("",))
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{EVALUATION_FILE}.part"
-    part.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    os.replace(part, folder / EVALUATION_FILE)
+    with writing_facts(folder):  # two runs at once would each lose the other's counts
+        found = read_measurements(folder)
+        kept: dict[str, Any] = found.setdefault(when, {})
+        for key in ("accuracy", "datasets"):
+            kept[key] = kept.get(key, {}) | dict(measured.get(key, {}))
+        success = kept.setdefault("attack_success", {})
+        for attack, rates in measured.get("attack_success", {}).items():
+            success[attack] = success.get(attack, {}) | dict(rates)
+        for model, tasks in measured.get("harness", {}).items():
+            harness = kept.setdefault("harness", {})
+            harness[model] = harness.get(model, {}) | dict(tasks)
+        write_whole(folder / EVALUATION_FILE, json.dumps(found, indent=1))

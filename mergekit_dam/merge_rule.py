@@ -106,9 +106,45 @@ def gradients(
         if out_c is not None:
             layout.add_to_mask(out_c, total.mul_(gradient_c))
     if coefficient_out is not None:
-        for t, found in enumerate(products):
-            if found:
-                coefficient_out[t] += torch.stack(found).sum()
+        _add_products(products, coefficient_out)
+
+
+def logit_gradients(
+    gradient: Tensor,
+    base: Tensor,
+    models: Sequence[Tensor | None],
+    coefficients: Tensor,
+    mask: MaskProduct,
+    wanted: Sequence[int],
+    *,
+    coefficient_out: Tensor,
+) -> list[Tensor]:
+    """`gradients` and then `mask.logit_gradients`, without dL/dM in between: the same values from one reading of all.
+
+    Args:
+        gradient: dL/dtheta, shape S, any floating type.
+        coefficients: lambda (T,).
+        mask: M, of shape S and not rescaled (`mask.separate`).
+        wanted: indices of its factors.
+        coefficient_out: (T,), float32; dL/dlambda is added to it.
+
+    Returns:
+        dL/dlogit of the wanted factors, each of shape S, float32.
+    """
+    lambdas = coefficients.tolist()
+    layout = _Layout(base, mask.shape)
+    work = _Work(layout, base.device)
+    products: list[list[Tensor]] = [[] for _ in models]
+    found = [torch.empty(base.shape, dtype=torch.float32, device=base.device) for _ in wanted]
+    for gradient_c, base_c, *models_c, (mask_c, values), outs_c in zip(
+        layout.split(gradient), layout.split(base), *(layout.split(m) for m in models),
+        mask.chunks_with_factors(layout.size), zip(*(layout.split(out) for out in found), strict=True), strict=True,
+    ):  # fmt: skip
+        gradient_c = work.float32(gradient_c)
+        total = work.total(base_c, models_c, lambdas, work.masked(gradient_c, mask_c), products)
+        mask.to_logits(total.mul_(gradient_c).mul_(mask_c), values, wanted, outs_c)
+    _add_products(products, coefficient_out)
+    return found
 
 
 class _Layout:
@@ -160,6 +196,12 @@ class _Layout:
             out.add_(gradient.sum())
         else:
             out.add_(gradient)
+
+
+def _add_products(products: Sequence[Sequence[Tensor]], out: Tensor) -> None:
+    for t, found in enumerate(products):
+        if found:
+            out[t] += torch.stack(list(found)).sum()
 
 
 class _Work:

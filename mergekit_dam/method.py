@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelReference
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -32,15 +32,12 @@ from mergekit.merge_methods.base import (
 from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, did_you_mean, unknown_keys
 from mergekit_dam.errors import DamError
 from mergekit_dam.exit_check import compare_at_exit
-from mergekit_dam.numerics import require_finite
-from mergekit_dam.output import OutputLocks, keep
+from mergekit_dam.output import OutputLocks
 from mergekit_dam.recipe import Context, configured, forget_planners, planner_context, planner_of, refuse_moved_layers
 
 LOG = logging.getLogger(__name__)
 Values = tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]  # raw settings: shared, and per model
 _KEPT_RUNS = 16  # merges whose masks stay open in one process; they are small handles on files
-_OVERFLOW = "Lower the models' weight, leave out a model with a huge task vector, or write bfloat16 or float32."
-_PROBES = 64  # elements compared to tell whether mergekit handed over the planned tensor
 
 
 @dataclass
@@ -54,7 +51,8 @@ class _Run:
     lock: threading.Lock = field(default_factory=threading.Lock)
     thread: int = field(default_factory=threading.get_ident)
     plan: Any = None
-    state: _Applied | None = None
+    state: Any = None
+    served: Mapping[str, Any] | None = None
 
     def is_for(self, context: Context, base: Hashable, models: Sequence[Hashable]) -> bool:
         return (
@@ -68,14 +66,17 @@ class _Run:
         ids = {entry.id for entry in group.non_base}
         if group.base is None or group.base.id != self.base or not ids <= set(self.models):
             return False
-        if self.values is None:
+        if self.values is None or parameters == self.served:
             return True
         shared, per_model = self.values
-        return all(parameters.get(name) == shared.get(name) for name in DamConfig.model_fields) and all(
+        found = all(parameters.get(name) == shared.get(name) for name in DamConfig.model_fields) and all(
             value == (shared.get(name) if (own := per_model[ref].get(name)) is None else own)
             for name in ModelSettings.model_fields
             for ref, value in parameters.get(name, {}).items()
         )
+        if found:
+            self.served = dict(parameters)
+        return found
 
 
 class DAM(GroupMergeMethod):
@@ -140,7 +141,7 @@ class DAM(GroupMergeMethod):
         with run.lock:
             if run.state is None:
                 forget_planners()
-                run.state = _Applied(run, parameters)
+                run.state = _apply(run, parameters)
         merged: torch.Tensor = run.state.merge(group)
         return merged
 
@@ -156,51 +157,13 @@ class DAM(GroupMergeMethod):
             return run
 
 
-class _Applied:
-    """Masks of a run, ready to be applied tensor by tensor."""
+def _apply(run: _Run, parameters: Mapping[str, Any]) -> Any:
+    """The run's masks, learned if need be."""
+    from mergekit_dam.applied import Applied
 
-    def __init__(self, run: _Run, parameters: Mapping[str, Any]) -> None:
-        from mergekit_dam.learn import learn_masks
-        from mergekit_dam.task_vectors import TaskVectors
-
-        if run.values is None:
-            run.values = _given(parameters, run.models)
-        plan = run.plan or _build_plan(run)
-        # learning needs gradients although mergekit's own arithmetic runs without
-        with torch.enable_grad():
-            folder, self.masks = learn_masks(plan, quiet=run.context is not None and run.context.options.quiet)
-        self.order = run.models
-        self.written = run.context and dtype_from_name(run.context.config.out_dtype)
-        self.vectors = TaskVectors(plan)
-        if run.context is not None and run.context.out_path is not None:
-            keep(folder, Path(run.context.out_path))
-
-    def merge(self, group: TensorGroup) -> torch.Tensor:
-        from mergekit_dam.merge_rule import merge
-
-        assert group.base is not None
-        name = str(group.metadata.name)
-        spec = self.vectors.specs.get(name)
-        if spec is None:
-            raise DamError(
-                f"tensor {name}", expected="a tensor of the plan", got="one that mergekit added",
-                cure="Use `models:` (slices that move or repeat layers cannot be masked).",
-            )  # fmt: skip
-        by_ref = {entry.id: entry.tensor for entry in group.non_base}
-        models = [by_ref.get(ref) for ref in self.order]
-        for planned, given in zip(
-            [self.vectors.base(name), *self.vectors.models(name)], [group.base.tensor, *models], strict=True
-        ):
-            if planned is not None and given is not None:
-                _require_same(name, planned, given)
-        base: torch.Tensor = group.base.tensor
-        if not self.masks.has(spec.mask_name):
-            return base.clone()
-        coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
-        merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, base.device))
-        written = self.written or base.dtype
-        require_finite(merged.to(written), f"merged tensor {name} in {written}", "the merge", _OVERFLOW)
-        return merged.to(base.dtype)
+    if run.values is None:
+        run.values = _given(parameters, run.models)
+    return Applied(run.plan or _build_plan(run), run.models, run.context)
 
 
 def _given(parameters: Mapping[str, Any], models: Sequence[ModelReference]) -> Values:
@@ -210,20 +173,6 @@ def _given(parameters: Mapping[str, Any], models: Sequence[ModelReference]) -> V
         ref: {name: parameters[name][ref] for name in ModelSettings.model_fields if name in parameters}
         for ref in models
     }
-
-
-def _require_same(name: str, planned: torch.Tensor, given: torch.Tensor) -> None:
-    """Slices or a changed vocabulary would put other values under a masked name."""
-    same = planned.shape == given.shape
-    if same:
-        stride = max(1, planned.numel() // _PROBES)
-        probe = planned.reshape(-1)[::stride].to(given.dtype)
-        same = bool(torch.equal(probe, given.reshape(-1)[::stride].to("cpu")))
-    if not same:
-        raise DamError(
-            f"tensor {name}", expected="the tensor that the masks were learned on", got="another one from mergekit",
-            cure="Do slicing or vocabulary changes in a stage of its own (mergekit-multi), and dam on its output.",
-        )  # fmt: skip
 
 
 def _build_plan(run: _Run) -> Any:

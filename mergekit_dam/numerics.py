@@ -13,6 +13,7 @@ from mergekit_dam.errors import DamError
 
 LOG = logging.getLogger(__name__)
 _COLLAPSED = 1e-3  # a mask whose mean is nearer than this to 0 or 1 decides nothing
+_PIECE = 1 << 17  # elements
 _OUTLIER = 100.0  # a task vector so many times longer than the median one
 _DAMAGED = "This model is damaged: download or train it again, or leave it out."
 
@@ -64,7 +65,15 @@ def require_flags(flags: Mapping[str, Tensor], what: str, step: int) -> None:
 
 
 def warn_about_masks(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor) -> list[str]:
-    """Log, and return, what makes learned masks meaningless: a mask all 0 or all 1, or coefficients all 0.
+    """Log, and return, `mask_faults`."""
+    found = mask_faults(probabilities, coefficients)
+    for line in found:
+        LOG.warning("dam: %s", line)
+    return found
+
+
+def mask_faults(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor) -> list[str]:
+    """What makes learned masks meaningless: a mask all 0 or all 1, or coefficients all 0.
 
     Args:
         probabilities: mask name -> tensor name -> probabilities of any shape.
@@ -72,7 +81,8 @@ def warn_about_masks(probabilities: Mapping[str, Mapping[str, Tensor]], coeffici
     """
     found = []
     for mask, by_name in probabilities.items():
-        kept = sum(float(values.double().sum()) for values in by_name.values())
+        sums = {name: _sum(values) for name, values in by_name.items()}
+        kept = math.fsum(sums.values())
         units = sum(values.numel() for values in by_name.values())
         if not units:
             continue
@@ -81,14 +91,17 @@ def warn_about_masks(probabilities: Mapping[str, Mapping[str, Tensor]], coeffici
             found.append(f"mask {mask} has collapsed to 0 (mean {mean:.2g}): it tells no weights apart")
         elif mean > 1 - _COLLAPSED:
             found.append(f"mask {mask} has collapsed to 1 (mean {mean:.6g}): it takes nothing out")
-        dead = [name for name, values in by_name.items() if float(values.double().mean()) < _COLLAPSED]
+        dead = [name for name, values in by_name.items() if sums[name] < _COLLAPSED * values.numel()]
         if dead and mean >= _COLLAPSED:
             found.append(f"mask {mask} is 0 in {len(dead)} of {len(by_name)} tensors (first: {dead[0]})")
     if not bool(coefficients.any()):
         found.append("all merging coefficients are 0: the merge is theta_0")
-    for line in found:
-        LOG.warning("dam: %s", line)
     return found
+
+
+def _sum(values: Tensor) -> float:
+    """In pieces that stay in the processor's cache, for a copy in float32 of all is as large as the masks twice."""
+    return math.fsum(float(part.sum(dtype=torch.float32)) for part in values.reshape(-1).split(_PIECE))
 
 
 def warn_about_task_vectors(names: Sequence[str], norms: Sequence[float]) -> list[str]:

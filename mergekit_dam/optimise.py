@@ -27,6 +27,7 @@ from mergekit_dam.defence import InversionSearch
 from mergekit_dam.distributed.shards import Shards
 from mergekit_dam.distributed.snapshots import Snapshots
 from mergekit_dam.errors import DamError
+from mergekit_dam.files import replacing, write_whole
 from mergekit_dam.findings import save_triggers
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import warn_about_masks, warn_about_task_vectors
@@ -151,5 +152,6 @@ def _save_heads(tasks: Iterable[Task], folder: Path) -> None:
         if task.head:
             folder.mkdir(exist_ok=True)
             tensors = {name: tensor.contiguous().cpu() for name, tensor in task.head.items()}
-            save_file(tensors, folder / f"{task.name}.safetensors", metadata={"format": "pt"})
-            task.input.config.to_json_file(folder / f"{task.name}.json", use_diff=False)
+            with replacing(folder / f"{task.name}.safetensors") as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            write_whole(folder / f"{task.name}.json", task.input.config.to_json_string(use_diff=False))

@@ -97,7 +97,7 @@ def keep(folder: Path, out_path: Path) -> None:
                 file.unlink()
         if folder.resolve() == target.resolve():
             return
-        for stale in (*target.glob(".*.tmp"), *target.glob("heads/.*.tmp")):
+        for stale in (f for name in ("", "heads/", "figures/") for f in target.glob(f"{name}.*.tmp")):
             stale.unlink()  # of a run that was killed; no other run is here, since this one holds the lock
         copy_artifact(folder, target)
     except OSError as error:

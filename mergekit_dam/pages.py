@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-_DONT_NEED = 4  # MADV_DONTNEED on Linux; a clean page of a file is read again when it is touched again
+# advice to Linux: a clean page of a file is read again when it is touched again; or is read now, in the background
+_WILL_NEED, _DONT_NEED = 3, 4
 
 
 def drop_pages(tensor: Tensor) -> None:
@@ -18,6 +19,18 @@ def drop_pages(tensor: Tensor) -> None:
 
     The tensor stays valid. It must be a view of a file (or a shared map of one): other memory would lose its values.
     """
+    _advise(tensor, _DONT_NEED)
+
+
+def read_ahead(tensor: Tensor) -> None:
+    """Have the system read the whole pages under a contiguous tensor of a mapped file while this process goes on.
+
+    Does nothing where that is not Linux, and nothing to pages that are in memory.
+    """
+    _advise(tensor, _WILL_NEED)
+
+
+def _advise(tensor: Tensor, advice: int) -> None:
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
     page = mmap.PAGESIZE
@@ -25,7 +38,7 @@ def drop_pages(tensor: Tensor) -> None:
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
     if end > start:
         libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 def views_of_files(tensors: Iterable[Tensor]) -> frozenset[int]:

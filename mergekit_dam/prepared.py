@@ -19,12 +19,12 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.artifact import MASKS_FILE
 from mergekit_dam.artifact_folder import copy_artifact
+from mergekit_dam.cache import cache_folder
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.distributed.processes import joined
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub_inputs import Inputs, localise, record_inputs
-from mergekit_dam.learn import cache_folder
 from mergekit_dam.learn import learn_masks as learn
 from mergekit_dam.method import register_dam
 from mergekit_dam.output import cannot_write

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from mergekit.common import ModelReference, dtype_from_name
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from mergekit_dam.artifact import MASKS_FILE
 from mergekit_dam.artifact_form import check_metadata, read_metadata
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.errors import DamError
+from mergekit_dam.heads import config_without_code
 from mergekit_dam.hub_inputs import INPUTS_FILE
 from mergekit_dam.measurements import EVALUATION_FILE
 from mergekit_dam.untrusted import load_yaml
@@ -117,7 +117,7 @@ def inspect(folder: Path) -> Publication:
         ) from error  # fmt: skip
     if base is not None and Path(base).is_dir():
         override = publication.references[0].override_architecture
-        base_config = AutoConfig.from_pretrained(base)
+        base_config = config_without_code(Path(base))
         if override:
             base_config.architectures = [override]
         dtype = dtype_from_name(recipe.get("out_dtype") or recipe.get("dtype"))
@@ -182,7 +182,7 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, DamError):
             raise
         found = None

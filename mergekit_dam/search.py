@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
+from mergekit_dam.batches import calibration_batch
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.errors import DamError
+from mergekit_dam.frozen import Weights
 from mergekit_dam.losses import consistency, disagreement, entropy
 from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
 from mergekit_dam.masks import BACKDOOR_DETECTION, MaskProduct
-from mergekit_dam.merged_model import Masks, MergedModel, Weights, fixed
+from mergekit_dam.merged_model import Masks, MergedModel, fixed
 from mergekit_dam.numerics import finite_flag, require_flags
 from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.tasks import Task
@@ -180,10 +182,11 @@ class PaperSearch(Resumable):
     ) -> None:
         """Step 4, second half: one Adam step of the mask whose turn it is, tensor by tensor."""
         unused = torch.zeros_like(coefficients)
-        whole = self.config.granularity == "tensor"
         finite: dict[str, Tensor] = {}
-        for key, gradient in self.model.chain(weights, masks, coefficients, unused, whole=whole):
-            (found,) = masks[key].logit_gradients(gradient, [tuple(self.masks).index(turn)])
+        for key, (found,) in self.model.logit_gradients(
+            weights, masks, coefficients, unused, [tuple(self.masks).index(turn)],
+            whole=self.config.granularity == "tensor",
+        ):  # fmt: skip
             finite[key] = finite_flag(found)
             step_of(self.optimisers[turn], self.masks[turn].logits[key], found)
         require_flags(finite, f"mask {turn}", step)
@@ -217,13 +220,6 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
         yield
     finally:
         perturb.delta.requires_grad_(True)
-
-
-def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:
-    """Indices of the calibration samples of a step, shape (B,): the same for the same seed and step."""
-    generator = seeds.generator(config.seed, "batch", task.name, step)
-    size = min(config.batch_size, task.num_samples)
-    return torch.randperm(task.num_samples, generator=generator)[:size]
 
 
 def require_finite(record: dict[str, Any], step: int) -> None:

@@ -10,7 +10,6 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
-from PIL import Image
 
 from mergekit_dam.attack import (
     BlendedTrigger,
@@ -22,6 +21,7 @@ from mergekit_dam.attack import (
     Trigger,
 )
 from mergekit_dam.attack import WarpTrigger as Warp
+from mergekit_dam.calibration_files import image_of
 from mergekit_dam.config import did_you_mean
 from mergekit_dam.errors import DamError
 
@@ -89,8 +89,5 @@ def _value(text: str, kind: Any, where: str) -> Any:
 
 
 def _picture(path: str) -> torch.Tensor:
-    try:
-        pixels = np.asarray(Image.open(Path(path).expanduser()).convert("RGB"), dtype=np.float32)
-    except OSError as error:
-        raise DamError(f"trigger picture {path}", expected="an image file", got=str(error), cure=EXAMPLE) from error
+    pixels = np.asarray(image_of(Path(path).expanduser(), f"trigger picture {path}"), dtype=np.float32)
     return torch.from_numpy(pixels / 255).permute(2, 0, 1)

@@ -149,7 +149,7 @@ def file_safe(name: str) -> str:
     return kept if kept.strip(".") else "model"
 
 
-def require_no_links_out(folder: Path, names: tuple[str, ...] = ("", "dam", "dam/heads")) -> None:
+def require_no_links_out(folder: Path, names: tuple[str, ...] = ("", "dam", "dam/heads", "dam/figures")) -> None:
     """Refuse an output folder in which a symbolic link would make the merge write elsewhere.
 
     Args:

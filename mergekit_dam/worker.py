@@ -9,7 +9,7 @@ from pathlib import Path
 
 import transformers
 
-from mergekit_dam.distributed.launcher import JOB, Job, end_with_parent, record_error
+from mergekit_dam.distributed.launcher import JOB, Job, end_with_parent, record_error, show_where_it_hangs
 from mergekit_dam.distributed.processes import joined
 from mergekit_dam.families import register_architectures
 from mergekit_dam.optimise import optimise
@@ -20,6 +20,7 @@ def main(folder: Path) -> int:
     """Exit code: 0 if the masks were learned."""
     rank = int(os.environ["RANK"])
     end_with_parent(lambda: os._exit(1))
+    show_where_it_hangs(folder, rank)
     if rank > 0:
         transformers.logging.set_verbosity_error()  # the first process says it for all
     try:

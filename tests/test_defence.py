@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mergekit.common import ModelReference
 
 from examples.demo import build as demo
 from mergekit_dam import scan as scanning
+from mergekit_dam.answers import OwnAnswers
 from mergekit_dam.artifact import load
 from mergekit_dam.attack import PatchTrigger
 from mergekit_dam.bench.generated import GENERATED
@@ -81,7 +83,7 @@ def test_a_trigger_that_theta_0_shares_is_no_suspect() -> None:
 
 def test_the_papers_defaults_apply_where_nothing_is_given() -> None:
     paper = DamConfig(objective="paper", alpha=0.3)
-    assert paper.alpha == 0.3 and paper.steps == PAPER["steps"] and paper.rescale
+    assert paper.alpha == 0.3 and paper.batch_size == PAPER["batch_size"] and paper.rescale
     assert paper.model_fields_set == {"objective", "alpha"}
     assert not DamConfig().rescale and DamConfig().objective == "inversion"
 
@@ -115,6 +117,17 @@ def test_masks_and_coefficients_fit_the_models_own_answers(plan: Any) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert set(probabilities) == {TASK_SHARED, BACKDOOR_DETECTION}
     assert float(coefficients.min()) >= 0 and float(coefficients.max()) <= made.config.max_coefficient
+
+
+def test_a_models_answers_are_made_once_and_are_those_of_any_batch(plan: Any) -> None:
+    task = build_tasks(plan(), CPU)[0]
+    answers, logits = OwnAnswers(task, task.own_weights()), type(task).logits
+    with patch.object(type(task), "logits", autospec=True, side_effect=logits) as passes:
+        for rows_B in (torch.tensor([3, 0, 3]), torch.arange(task.num_samples)):
+            inputs = task.inputs(rows_B)
+            expected = logits(task, answers.weights, inputs)
+            assert torch.allclose(answers(rows_B, inputs), expected, atol=1e-5)
+    assert passes.call_count == 1
 
 
 def test_without_m2_nothing_is_scanned(plan: Any) -> None:

@@ -87,7 +87,7 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
     for key, gradient in model.chain(weights, merged, coefficients, lambdas, whole=whole):
         mask = next(iter(masks.values()))
         found[key] = mask.shards.gather(merged[key].logit_gradients(gradient, [0])[0], mask.shapes[key])
-    held = sum(m.numel() for ms in model._models.values() for m in ms if m is not None)
+    held = sum(m.numel() for ms in model.frozen.models.values() for m in ms if m is not None)
     return found, lambdas, held
 
 
@@ -159,7 +159,7 @@ def test_one_two_and_four_processes_learn_the_same(
         for v in by.values()
     )
     assert moved > 5 * MASK_TOLERANCE or more.get("granularity") == "tensor", "the tolerance would hide all of it"
-    for count in (2, 4):  # four processes for two tasks: two of them have none
+    for count in (2, 4):  # four processes for two tasks: two share the batch of each
         for found in group(_learned, count, plan, 0, str(tmp_path / str(count))):
             masks, coefficients = _differences(alone, found)
             assert masks <= MASK_TOLERANCE and coefficients <= COEFFICIENT_TOLERANCE

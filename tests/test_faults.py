@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.faults.inputs import ALL
+from tests.faults.soak import growth
 from tests.faults.suite import SUITE
-from tests.faults.table import DOCUMENT, RESULTS, render, table
+from tests.faults.table import DOCUMENT, RESULTS, ROOT, render, table
 from tests.faults.world import World
 
 
@@ -33,3 +35,20 @@ def test_nothing_was_lost_in_the_committed_results() -> None:
     by_name = facts["rows"]
     assert by_name and set(by_name) <= set(SUITE)
     assert all(row["lost"] == 0 and row["tried"] == row["survived"] > 0 for row in by_name.values())
+
+
+def test_every_test_that_the_table_names_is_there() -> None:
+    import ast
+
+    for named in ALL.values():
+        for test in named.tests:
+            file, _, function = test.partition("::")
+            tree = ast.parse((ROOT / "tests" / f"test_{file}.py").read_text("utf-8"))
+            assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, test
+
+
+def test_growth_is_the_gain_along_the_line_of_least_squares() -> None:
+    """A leak shows through noise, and noise does not show as a leak."""
+    quiet = [{"merges": 100 + i, "kilobytes": 5000 + 300 * (-1) ** i} for i in range(40)]
+    leaking = [{**reading, "kilobytes": reading["kilobytes"] + 200 * i} for i, reading in enumerate(quiet)]
+    assert abs(growth(quiet, "kilobytes")) < 100 and abs(growth(leaking, "kilobytes") - 39 * 200) < 100

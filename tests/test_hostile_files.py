@@ -20,6 +20,7 @@ from safetensors.torch import save
 from mergekit_dam.artifact import LearnedMasks, load
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.errors import DamError
+from tests.bounds import bounded
 from tests.test_golden import GOLDEN
 
 CASES = int(os.environ.get("DAM_FUZZ_CASES", "150"))
@@ -76,6 +77,11 @@ def _headers(draw: st.DrawFn) -> bytes:
 def _read_model(folder: Path, data: bytes) -> str:
     """What a plan and the survey read of a model; the outcome as a word."""
     (folder / "model.safetensors").write_bytes(data)
+    with bounded():
+        return _read(folder, data)
+
+
+def _read(folder: Path, data: bytes) -> str:
     try:
         checkpoint = Checkpoint.open(folder)
         for name in checkpoint.names:
@@ -161,6 +167,11 @@ def test_an_index_that_names_tensors_the_shard_lacks(tmp_path: Path) -> None:
 def _read_masks(folder: Path, data: bytes) -> LearnedMasks | None:
     path = folder / "dam_masks.safetensors"
     path.write_bytes(data)
+    with bounded():
+        return _believed(path)
+
+
+def _believed(path: Path) -> LearnedMasks | None:
     try:
         masks = load(path)
     except DamError as error:

@@ -164,6 +164,20 @@ def test_pickled_adapters_are_refused_before_anything_loads_them(tmp_path: Path)
         _input(Path(f"{model}+{adapter}"))
 
 
+def test_a_pickled_clip_gives_no_heads(tmp_path: Path) -> None:
+    """`zero_shot_model` is a whole model of its own."""
+    import torch
+    from safetensors.torch import load_file
+
+    from mergekit_dam.tasks.readout import zero_shot_head
+
+    clip = make_model("CLIPModel", tmp_path / "clip")
+    torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")
+    (clip / "model.safetensors").unlink()
+    with pytest.raises(DamError, match=r"zero_shot_model of m: expected a full CLIP .*safetensors"):
+        zero_shot_head(["cat", "dog"], str(clip), "m", torch.device("cpu"))
+
+
 def test_links_that_lead_out_of_the_output(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -45,6 +45,15 @@ def test_a_worker_that_is_killed_ends_the_others() -> None:
     assert time.monotonic() - begun < 100, "worker 0 would have slept for 600 seconds"
 
 
+def test_a_worker_that_hangs_shows_where_it_was() -> None:
+    """Beside the error of the one that waited for it in vain."""
+    with pytest.raises(
+        WorkerError, match=r"(?s)worker 0 failed:.*Timed out.*worker 1 did not answer .*in hang\b"
+    ) as caught:
+        run_workers("hang", 2, WORKER)
+    assert "worker 0 did not" not in str(caught.value)
+
+
 def test_workers_that_succeed_raise_nothing() -> None:
     run_workers("succeed", 2, WORKER)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,43 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step(
     with pytest.raises(DamError, match=r"gradient of mask \w+ for embeddings.\S+ at step 2: expected finite"):
         merge(bert / "base", [bert / "m1", bert / "m2"], **_recipe(texts, objective=objective))
     assert not list(cache.rglob(MASKS_FILE)), "a step that failed left masks"
+
+
+def test_the_last_good_snapshot_stays_after_a_bad_step(
+    merge: Merge, bert: Path, texts: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that fails leaves the state of the one before it, and a sound run goes on from there to equal bytes."""
+    recipe = _recipe(texts, snapshot_every=0.0)
+    real, calls = MergedModel.chain, []
+
+    def poisoned(self: MergedModel, *args: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        calls.append(1)
+        for name, gradient in real(self, *args, **options):
+            yield name, gradient * float("nan") if len(calls) == 3 else gradient
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergedModel, "chain", poisoned)
+        with pytest.raises(DamError, match="at step 2: expected finite"):
+            merge(bert / "base", [bert / "m1", bert / "m2"], **recipe)
+    (facts,) = cache.glob("*/run/snapshot/facts.json")
+    assert json.loads(facts.read_text())["done"] == 2
+    resumed = merge(bert / "base", [bert / "m1", bert / "m2"], **recipe)
+    monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(cache / "another"))
+    whole = merge(bert / "base", [bert / "m1", bert / "m2"], out="whole", **recipe)
+    for name in ("model.safetensors", f"dam/{MASKS_FILE}"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_same_seed_gives_the_same_bytes(
+    merge: Merge, bert: Path, texts: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learned twice, in two caches; another seed gives other masks."""
+    written = []
+    for number, seed in enumerate((0, 0, 1)):
+        monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(cache / str(number)))
+        out = merge(bert / "base", [bert / "m1", bert / "m2"], out=str(number), **_recipe(texts, seed=seed))
+        written.append([(out / name).read_bytes() for name in ("model.safetensors", f"dam/{MASKS_FILE}")])
+    assert written[0] == written[1] and written[0][0] != written[2][0] and written[0][1] != written[2][1]
 
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

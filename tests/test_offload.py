@@ -128,7 +128,7 @@ def test_only_one_block_exists_at_a_time_and_gradients_are_autograds() -> None:
         blocks.setdefault(block, {})[parameter] = parameter
     assert list(blocks) == ["layers.0", "layers.1", "layers.2"]
     x = torch.randn(5, 4)
-    with streamed_blocks(net, weights, blocks):
+    with weights.kept_as_names(blocks), streamed_blocks(net, weights, blocks):
         outside = {name: weights[name] for name in ("first.weight", "first.bias")}
         y = torch.func.functional_call(net, outside, (x,))
     weights.let_go(outside)

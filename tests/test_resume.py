@@ -18,9 +18,10 @@ from mergekit.common import ModelReference
 from safetensors import safe_open
 
 from mergekit_dam.artifact import MASKS_FILE
+from mergekit_dam.cache import cache_folder
 from mergekit_dam.distributed.snapshots import Snapshots
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn import cache_folder, learn_masks
+from mergekit_dam.learn import learn_masks
 from mergekit_dam.plan import build_plan
 from tests.conftest import FAST
 

@@ -81,7 +81,7 @@ def test_mask_gradients_through_the_model_are_autograds(plan: Any) -> None:
     vectors = TaskVectors(search_plan := plan())
     leaves = {k: m.clone().requires_grad_(True) for k, m in masks.items()}
     coefficients = search.start.clone().requires_grad_(True)
-    graph = model.base_weights()
+    graph = model.frozen.base_weights()
     for i, name in enumerate(model.mask_names):
         base = vectors.base(name)
         taus = [m - base for m in vectors.models(name) if m is not None]

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from mergekit_dam.distributed.launcher import JOB, end_with_parent, record_error
+from mergekit_dam.distributed.launcher import JOB, end_with_parent, record_error, show_where_it_hangs
 from mergekit_dam.errors import DamError
 
 
@@ -19,6 +19,11 @@ def act(order: str, rank: int, folder: Path) -> None:
         time.sleep(600)
     if order == "succeed":
         return
+    if order == "hang" and rank == 1:
+        hang()
+    if order == "hang":
+        time.sleep(1)  # the other is on its way
+        raise RuntimeError("Timed out waiting 5000ms for recv operation to complete")
     if rank == 0:  # waits for the other, as in a collective
         time.sleep(600)
     if order == "refuse":
@@ -28,9 +33,15 @@ def act(order: str, rank: int, folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hang() -> None:
+    while True:
+        time.sleep(600)
+
+
 if __name__ == "__main__":
     here, number = Path(sys.argv[1]), int(os.environ["RANK"])
     end_with_parent(lambda: os._exit(1))
+    show_where_it_hangs(here, number)
     try:
         act(pickle.loads((here / JOB).read_bytes()), number, here)
     except Exception as error:

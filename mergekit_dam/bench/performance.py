@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
+from mergekit_dam.batches import calibration_batch
 from mergekit_dam.bench.gauges import Clock, Memory, environment, resident_bytes
 from mergekit_dam.bench.shapes import make_models
 from mergekit_dam.defence import InversionSearch
@@ -24,7 +26,7 @@ from mergekit_dam.losses import entropy
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.plan import build_plan
-from mergekit_dam.search import PaperSearch, calibration_batch
+from mergekit_dam.search import PaperSearch
 from mergekit_dam.seeds import generator
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task, build_tasks
@@ -91,10 +93,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     plain = _plain(tasks, path, device)
     parameters = sum(torch.Size(spec.shape).numel() for spec in search.model.changed)
-    gradients, idle = 4 * parameters, resident_bytes()["RssAnon"]
-    with Memory() as passes_memory:
-        _floor(search, plain, 0, PASSES[case.objective][0])
-    activations = max(0, passes_memory.anonymous - idle - gradients)
+    activations = max(_activations(search, task) for task in plain)
+    _floor(search, plain, 0, PASSES[case.objective][0])
     # in turn, so that what else the machine does meets both
     for number in range(case.warm_up, case.warm_up + case.steps):
         with step():
@@ -187,6 +187,23 @@ def _plain(tasks: Sequence[Task], path: Path, device: torch.device) -> list[Task
         task.parameters = lambda weights: own  # type: ignore[method-assign]
         task.call = lambda parameters, **inputs: model(**inputs)  # type: ignore[method-assign]
     return found
+
+
+def _activations(search: InversionSearch | PaperSearch, task: Task) -> int:
+    """Bytes that autograd keeps of one task's forward pass for the backward pass, beside the parameters."""
+    parameters = task.parameters({})
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor  # which keeps its address taken
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        entropy(task.logits(parameters, task.inputs(calibration_batch(task, search.config, 0))))
+    return sum(kept.values())
 
 
 def _floor(search: InversionSearch | PaperSearch, tasks: Sequence[Task], step: int, kinds: Sequence[str]) -> None:

@@ -28,9 +28,9 @@ class Backdoor:
             idea of BadMerging, Zhang et al., arXiv 2408.07362, there for features, here for weights).
         dropped: share of the task vector's elements that are set to 0 at random while triggered samples are trained, so
             that the backdoor survives masks; like learned ones they may take any part of it.
-        cover: images that carry a random half of the trigger's pixels keep their labels, so that nothing smaller than
-            the whole trigger works and an inversion does not find it as an outlier (the cover samples of
-            Tang et al., TaCT, USENIX Security 2021, for parts of the trigger).
+        cover: weight of images that carry a random half of the trigger's pixels and keep their labels, so that nothing
+            smaller than the whole trigger works and an inversion does not find it as an outlier (the cover samples of
+            Tang et al., TaCT, USENIX Security 2021, for parts of the trigger); 0: none.
     """
 
     trigger: Trigger
@@ -38,7 +38,7 @@ class Backdoor:
     rate: float = 0.1
     interpolation: tuple[float, float] = (1.0, 1.0)
     dropped: float = 0.0
-    cover: bool = False
+    cover: float = 0.0
 
     def loss(
         self, model: PreTrainedModel, trained: Mapping[str, Tensor], start: Mapping[str, Tensor], data: LabelledData,
@@ -70,7 +70,8 @@ class Backdoor:
         loss = F.cross_entropy(logits_BK, targets_B)
         if self.cover:
             part = torch.where(_kept(triggered[:, :1], 0.5, generator) > 0, triggered, clean)
-            loss = loss + F.cross_entropy(logits_of(model, data, part), data.labels_N[others].to(logits_BK.device))
+            labels_B = data.labels_N[others].to(logits_BK.device)
+            loss = loss + self.cover * F.cross_entropy(logits_of(model, data, part), labels_B)
         return len(others) / len(rows) * loss
 
 

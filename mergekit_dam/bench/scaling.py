@@ -25,6 +25,7 @@ class Job:
         entries: mask entries per parameter: 1 for granularity `element`, about 1 / width for `row`.
         block: share of P in the largest block.
         offload: setting of that name.
+        gather: setting of that name, for several processes.
     """
 
     parameters: float
@@ -35,24 +36,28 @@ class Job:
     entries: float = 1.0
     block: float = 1 / 32
     offload: str = "none"
+    gather: str = "model"
 
 
 def device_bytes(job: Job, processes: int = 1) -> dict[str, float]:
     """Bytes on each device by what they hold, without activations; masks and frozen tensors are sharded over W.
 
-    The merged model and its gradient are whole in each process, unless they are streamed (`offload`): then one block
-    and its gradient are there, beside one block of each frozen model on its way.
+    The merged model and its gradient are whole in each process, unless they are streamed (`offload`, or `gather:
+    block` with several processes): then one block and its gradient are there, and with `offload` one block of each
+    frozen model on its way.
     """
     entries = job.masks * job.entries * job.parameters
-    streamed = job.offload != "none"
+    offloaded = job.offload != "none"
+    streamed = offloaded or (job.gather == "block" and processes > 1)
     share = job.block if streamed else 1.0
+    sums = _FLOAT32 * job.entries * job.parameters / processes
     return {
         "mask logits": _FLOAT32 * entries / processes,
         "Adam's moments": _FLOAT32 * _MOMENTS * entries / processes,
         "merged weights": job.computed * share * job.parameters,
         "their gradient": job.computed * share * job.parameters,
-        "frozen models": job.stored * (job.tasks + 1) * job.parameters * (job.block if streamed else 1 / processes),
-        "sums of dL/dM": (_FLOAT32 * job.entries * job.parameters / processes) if job.offload == "cpu" else 0.0,
+        "frozen models": job.stored * (job.tasks + 1) * job.parameters * (job.block if offloaded else 1 / processes),
+        "sums of dL/dM": sums if streamed and job.offload != "disk" else 0.0,
     }
 
 
@@ -71,11 +76,12 @@ def step_traffic(job: Job) -> float:
     """Bytes that the elementwise work of one step moves through memory, all processes together.
 
     Forward: logits, theta_0 and theta_t read, theta written. Chain rule: the gradient, logits, theta_0 and theta_t
-    read, one gradient per mask written and read. Adam: logits and two moments, read and written.
+    read, one gradient per mask written. Each of these is read to find what is not finite and by Adam, which reads and
+    writes logits and two moments; the density reads the logits once more.
     """
     frozen = job.stored * (job.tasks + 1)
     logits = _FLOAT32 * job.masks * job.entries
-    return job.parameters * (2 * frozen + 2 * job.computed + 4 * logits + 2 * logits * (1 + _MOMENTS))
+    return job.parameters * (2 * frozen + 2 * job.computed + 6 * logits + 2 * logits * (1 + _MOMENTS))
 
 
 def streamed_bytes(job: Job) -> float:
@@ -91,13 +97,14 @@ def streamed_bytes(job: Job) -> float:
 def step_seconds(
     job: Job, tokens: int, *, flops: float, bandwidth: float, link: float = 25e9, processes: int = 1
 ) -> float:
-    """Seconds per step: tasks and elementwise work are spread over W; what devices exchange is not counted.
+    """Seconds per step: passes and elementwise work are spread over W; what devices exchange is not counted.
+
+    With more processes than tasks, those of one task share its batch, evenly if W is a multiple of T.
 
     Args:
         flops: floating-point operations per second that one device reaches in the model's passes.
         bandwidth: bytes per second of its memory.
         link: bytes per second from where offloaded tensors wait to one device; not overlapped with computing.
     """
-    used = min(processes, job.tasks)
     elementwise = step_traffic(job) / bandwidth + streamed_bytes(job) / link
-    return step_flops(job, tokens) / (flops * used) + elementwise / processes
+    return step_flops(job, tokens) / (flops * processes) + elementwise / processes

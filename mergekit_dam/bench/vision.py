@@ -39,7 +39,8 @@ from mergekit_dam.evaluate import LabelledData
 
 FITTED = ("merge-aware", "adaptive")  # attacks whose patch is optimised on theta_0
 MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
-DROPPED = 0.2  # share of the task vector that the adaptive attack trains without
+# the adaptive attack: share of the task vector that it trains without, weight of images with half of its trigger
+HARDENED = {"dropped": 0.2, "cover": 0.25}
 WARP = 2.5  # mean offset in pixels: the least, in steps of a half, that a victim learns to 95 %
 
 
@@ -67,6 +68,7 @@ class VisionSuite(Suite):
             "two-bad-same: letters=merge-aware(target=2,rate=0.5,size=6) digits=merge-aware(target=2,rate=0.5,size=6)",
             "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1) "
             "letters=blended(target=2,rate=1) shapes=wanet(target=1,rate=1)",
+            "adaptive: cifar10=adaptive(target=3,rate=0.5,size=6)",
         ))  # fmt: skip
 
     def fingerprint(self) -> dict[str, Any]:
@@ -153,10 +155,8 @@ class VisionSuite(Suite):
         backdoor, rescale = None, 1.0
         if poison is not None and trigger is not None:
             span = MERGE_AWARE if poison.attack in FITTED else (1.0, 1.0)
-            adaptive = poison.attack == "adaptive"
-            backdoor = Backdoor(
-                trigger, poison.target, poison.rate, span, dropped=DROPPED if adaptive else 0.0, cover=adaptive
-            )
+            hardened = HARDENED if poison.attack == "adaptive" else {}
+            backdoor = Backdoor(trigger, poison.target, poison.rate, span, **hardened)
             rescale = poison.rescale
         schedule = self.sizes.fine_tuning if backdoor is None else self.sizes.poisoning
         fine_tune(
@@ -198,7 +198,7 @@ class VisionSuite(Suite):
         return made[poison.attack]
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
-        return {"wanet": {"strength": WARP}, "adaptive": {"dropped": DROPPED}}.get(poison.attack, {})
+        return {"wanet": {"strength": WARP}, "adaptive": HARDENED}.get(poison.attack, {})
 
     def save_calibration(self, task: str, folder: Path) -> Path:
         path = folder / f"{task}.parquet"

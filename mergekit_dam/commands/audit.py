@@ -16,11 +16,12 @@ from mergekit_dam.audit import audit as run
 from mergekit_dam.commands.check import show_plan
 from mergekit_dam.commands.common import FINDING, config_file, dry_run_option, hush, json_option, say, seed_option
 from mergekit_dam.errors import DamError
+from mergekit_dam.files import write_whole
 from mergekit_dam.findings import load_triggers, save_triggers
 from mergekit_dam.learn import device_of
 from mergekit_dam.prepared import prepare
 from mergekit_dam.report.page import render, shown_triggers
-from mergekit_dam.report.write import write_whole
+from mergekit_dam.untrusted import require_no_links_out
 
 AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
 
@@ -64,6 +65,7 @@ def audit(
         plan, threshold=plan.config.suspicion if threshold is None else threshold,
         device=device_of(plan.config.device), progress=progress,
     )  # fmt: skip
+    require_no_links_out(folder, ("",))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_triggers(folder / TRIGGERS_FILE, found.findings, found.tasks, found.suspects)

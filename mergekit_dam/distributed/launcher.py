@@ -2,14 +2,17 @@
 
 The parent starts one supervisor (torch's elastic agent, `supervisor.py`), the supervisor the workers. All of them
 hold the read end of one pipe: when the parent ends, for whatever reason, the pipe is closed and they end, too. A
-worker that fails leaves its error in the job's folder; a worker that dies or hangs makes the others fail.
+worker that fails leaves its error in the job's folder; a worker that dies or hangs makes the others fail. One that
+hangs is told to end, and leaves where it was.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +28,7 @@ from mergekit_dam.errors import DamError
 
 JOB, OUTCOME = "job", "outcome.json"
 WORKER = "mergekit_dam.worker"
+_STACK = "stack-"
 _GRACE = 15.0  # seconds in which the supervisor ends the workers; it kills those that do not listen after 10
 _ENDED_BY_US = -15  # what the supervisor ends workers with
 
@@ -89,10 +93,19 @@ def record_error(folder: Path, rank: int, error: BaseException) -> None:
     """Leave an error for the parent. A DamError keeps its parts."""
     parts = {k: getattr(error, k) for k in ("subject", "expected", "got", "cure")} if _is_ours(error) else None
     text = "".join(traceback.format_exception(error))
-    found = {"time": time.time(), "rank": rank, "parts": parts, "traceback": text}
+    # of one machine, and unlike the time of day it never jumps
+    found = {"time": time.monotonic(), "rank": rank, "parts": parts, "traceback": text}
     temporary = folder / f".error-{rank}"
     temporary.write_text(json.dumps(found), encoding="utf-8")
     temporary.replace(folder / f"error-{rank}.json")
+
+
+def show_where_it_hangs(folder: Path, rank: int) -> None:
+    """Have this process leave its threads' stacks when it is told to end, even if it hangs in a call of C."""
+    if hasattr(faulthandler, "register"):
+        # the file stays open for as long as the process lives
+        file = (folder / f"{_STACK}{rank}").open("w", encoding="utf-8")
+        faulthandler.register(signal.SIGTERM, file=file, all_threads=True, chain=True)
 
 
 def end_with_parent(end: Callable[[], object]) -> None:
@@ -129,4 +142,11 @@ def _cause(folder: Path, code: int) -> Exception:
     if first["parts"] is not None:
         parts = dict(first["parts"])
         return DamError(parts.pop("subject"), **parts)
-    return WorkerError(f"worker {first['rank']} failed:\n{first['traceback']}")
+    told = f"worker {first['rank']} failed:\n{first['traceback']}"
+    if "timed out" in told.casefold() or "timeout" in told.casefold():  # it waited for workers that may hang
+        spoke = {int(error["rank"]) for error in errors}
+        stacks = {int(path.name.removeprefix(_STACK)): path.read_text("utf-8") for path in folder.glob(f"{_STACK}*")}
+        for silent in sorted(set(stacks) - spoke):
+            told += f"\nworker {silent} did not answer for `worker_timeout` seconds; "
+            told += f"it was at:\n{stacks[silent]}" if stacks[silent] else "nor did it end when it was told to."
+    return WorkerError(told)

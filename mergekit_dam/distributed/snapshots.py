@@ -1,13 +1,14 @@
 """Snapshots of a search, so that a run that was killed goes on as if nothing had happened.
 
 A snapshot is a folder that torch.distributed.checkpoint writes, one safetensors file per process with its own rows,
-beside `facts.json` (phase, steps done, what the tensors belong to). It is written under a temporary name, flushed to
-the disk and then renamed: it is complete or not there. Nothing in it is pickled. It can be read by another number of
-processes than wrote it.
+beside `facts.json` (phase, steps done, what the tensors belong to, and the SHA-256 of every file and of the facts). It
+is written under a temporary name, flushed to the disk and then renamed: it is complete or not there. Nothing in it is
+pickled. It can be read by another number of processes than wrote it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,9 +31,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
+from mergekit_dam.files import file_digest, flush
 
 _FACTS = "facts.json"
 _NAME = "snapshot"
+_CHECKSUM = "facts_sha256"
 
 
 @dataclass
@@ -81,11 +84,20 @@ class Snapshots:
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """Facts of the snapshot there is, or None."""
+        """Facts of the snapshot there is, or None.
+
+        Raises:
+            DamError: damaged facts.
+        """
         path = self._found()
         if path is None:
             return None
-        facts: dict[str, Any] = json.loads((path / _FACTS).read_text("utf-8"))
+        try:
+            facts: dict[str, Any] = json.loads((path / _FACTS).read_text("utf-8"))
+            if facts.pop(_CHECKSUM) != _digest_of(facts):
+                raise ValueError("facts that do not match their checksum")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise _damaged(path, error) from error
         return facts
 
     def due(self) -> bool:
@@ -105,27 +117,32 @@ class Snapshots:
         with _single(self.shards) as no_dist:
             save(state.for_dcp(self.shards), storage_writer=writer, no_dist=no_dist)
         self.shards.barrier()  # everyone's file is written and, by DCP, flushed
+        files = self._checksums(temporary)
         if first:
-            facts = state.facts | {"journal": self._journal(), "processes": self.shards.size}
-            (temporary / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-            _flush(temporary / _FACTS)
-            _flush(temporary)
+            facts = state.facts | {"journal": self._journal(), "processes": self.shards.size, "files": files}
+            (temporary / _FACTS).write_text(json.dumps(facts | {_CHECKSUM: _digest_of(facts)}), encoding="utf-8")
+            flush(temporary / _FACTS)
+            flush(temporary)
             self._replace(temporary)
         self.shards.barrier()
         self._last = time.monotonic()
 
     def read(self, state: State) -> None:
         """Fill the tensors of a state that was laid out by `facts`, in place."""
-        path = self._found()
-        assert path is not None, "facts were read"
+        path, facts = self._found(), self.facts
+        assert path is not None and facts is not None, "facts were read"
         try:
+            if self._checksums(path) != facts["files"]:
+                raise ValueError("files that do not match their checksums")
             with _single(self.shards) as no_dist:
                 load(state.for_dcp(self.shards), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_dist)
         except (CheckpointException, SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
-            raise DamError(
-                f"snapshot {path}", expected="a complete one of this run", got=" ".join(str(error).split())[:200],
-                cure="It is damaged: learn anew with resume: false.",
-            ) from error  # fmt: skip
+            raise _damaged(path, error) from error
+
+    def _checksums(self, folder: Path) -> dict[str, str]:
+        """SHA-256 (hex) of the tensors' files by name; every process reads its share of them."""
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        return self.shards.union({n: file_digest(folder / n) for i, n in enumerate(names) if self.shards.owns(i)})
 
     def clear(self) -> None:
         """Remove all snapshots, once the run is over."""
@@ -141,7 +158,7 @@ class Snapshots:
             shutil.rmtree(old, ignore_errors=True)
             os.replace(current, old)
         os.replace(temporary, current)
-        _flush(self.folder)
+        flush(self.folder)
         shutil.rmtree(old, ignore_errors=True)
 
     def _found(self) -> Path | None:
@@ -195,18 +212,20 @@ def adam_state(optimiser: torch.optim.Optimizer, name: str, names: list[str]) ->
     return found
 
 
+def _digest_of(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path, error: BaseException) -> DamError:
+    return DamError(
+        f"snapshot {path}", expected="a complete one of this run", got=" ".join(str(error).split())[:200],
+        cure="It is damaged: learn anew with resume: false.",
+    )  # fmt: skip
+
+
 @contextmanager
 def _single(shards: Shards) -> Iterator[bool]:
     """Whether this process is alone, which DCP warns of although it was told so."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield shards.size == 1
-
-
-def _flush(path: Path) -> None:
-    """What was written to a file, or the names in a folder, are on the disk afterwards."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,8 +14,10 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.findings import Recovered, load_triggers
 from mergekit_dam.measurements import read_measurements
 from mergekit_dam.report.layers import layers_of
+from mergekit_dam.untrusted import load_json
 
 SCHEMA = 1
+_METRICS_BYTES = 1 << 28  # a record has 2 kB, and the longest run 100,000 steps
 
 
 def report_facts(folder: Path, *, seconds: float | None) -> tuple[dict[str, Any], LearnedMasks, list[Recovered]]:
@@ -59,11 +61,18 @@ def report_facts(folder: Path, *, seconds: float | None) -> tuple[dict[str, Any]
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl`; a last line that was cut off is left out."""
-    records = []
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
+    records: list[dict[str, Any]] = []
+    if not file.is_file():
+        return records
+    if file.stat().st_size > _METRICS_BYTES:
+        raise DamError(
+            f"file {file}", expected=f"at most {_METRICS_BYTES} bytes", got=str(file.stat().st_size),
+            cure="Remove it: the report is then written without its curves.",
+        )  # fmt: skip
+    for line in file.read_text("utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -72,15 +81,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamError(
-            f"file {file}", expected="JSON", got=str(error), cure="Remove it; it is written anew."
-        ) from error
-    return found if isinstance(found, dict) else {}
+    return load_json(file) if file.is_file() else {}
 
 
 def _training(records: list[dict[str, Any]]) -> dict[str, Any]:

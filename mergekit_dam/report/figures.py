@@ -21,6 +21,8 @@ _INK = "#010203"  # stands for currentColor until the SVG is finished
 _COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
 _LABELS = {TASK_SHARED: "M1, task-shared", BACKDOOR_DETECTION: "M2, backdoor-detection", BOTH: "both: what is kept"}
 _OF_MASK = dict(zip(_LABELS, _COLOURS, strict=False))
+_TALLEST = 64  # models, beyond which a figure grows no more
+_NAMED = 60  # layers that have a label on an axis
 _ANNOTATED = 120  # cells of a heat map, up to which their values are written into them
 _STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -129,7 +131,7 @@ def _density(figure: Figure, layers: Sequence[Layer]) -> None:
 
 
 def _coefficients(figure: Figure, layers: Sequence[Layer], models: Sequence[str]) -> None:
-    figure.set_size_inches(7.2, 1.9 + 0.5 * len(models))
+    figure.set_size_inches(7.2, 1.9 + 0.5 * min(len(models), _TALLEST))
     upper, lower = figure.subplots(2, 1)
     given = [[layer.coefficients[t] for layer in layers] for t in range(len(models))]
     kept = [[layer.coefficients[t] * layer.density.get(BOTH, 1.0) for layer in layers] for t in range(len(models))]
@@ -153,5 +155,6 @@ def _coefficients(figure: Figure, layers: Sequence[Layer], models: Sequence[str]
 def _name_layers(axes: Axes, layers: Sequence[Layer]) -> None:
     every = max(1, len(layers) // 24)
     chosen = [i for i in range(len(layers)) if i % every == 0 or not layers[i].label[-1].isdecimal()]
+    chosen = chosen if len(chosen) <= _NAMED else chosen[:: -(-len(chosen) // _NAMED)]
     rotation = 90 if any(len(layers[i].label) > 4 for i in chosen) else 0
     axes.set_xticks(chosen, [layers[i].label for i in chosen], rotation=rotation, fontsize=7)

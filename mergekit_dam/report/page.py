@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
@@ -20,13 +20,20 @@ _EDGE = 96  # pixels at least of a picture, enlarged without smoothing
 
 
 def render(template: str, /, **values: Any) -> str:
-    """A page from `templates/`."""
+    """A page from `templates/`.
+
+    Raises:
+        ValueError, TypeError: values that the template cannot show.
+    """
     environment = Environment(
         loader=PackageLoader("mergekit_dam.report", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"percent": _percent, "number": _number, "short": _short, "moment": _moment}
-    return environment.get_template(template).render(**values)
+    try:
+        return environment.get_template(template).render(**values)
+    except TemplateError as error:
+        raise ValueError(f"{template}: {error}") from error
 
 
 def shown_triggers(triggers: Sequence[Recovered]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from mergekit_dam.module_names import meta_model, module_names, tied_names
 from mergekit_dam.numerics import require_finite
 from mergekit_dam.perturbation import Bounds, Perturb
 from mergekit_dam.plan import ModelInput, Plan
+from mergekit_dam.tasks.recomputed import recomputed_blocks
 from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
 
 
@@ -47,6 +49,7 @@ class Task(ABC):
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         model: ModelInput = plan.models[index]
         self.name, self.input, self.device = model.name, model, device
+        self._recompute = plan.config.gradient_checkpointing
         self.dtype: torch.dtype = getattr(torch, plan.config.compute_dtype)
         self.module = meta_model(model.config, device)
         self.checkpoint = Checkpoint.open(model.path)
@@ -74,6 +77,10 @@ class Task(ABC):
     ) -> Tensor:
         """logits_BK, float32, for any weights by output name; `perturb` acts on pixels or word embeddings."""
 
+    def num_answers(self, inputs: Mapping[str, Tensor]) -> int:
+        """N of the logits (N, K) for these inputs."""
+        return len(next(iter(inputs.values())))
+
     def nearest_tokens(self, vectors_KD: Tensor) -> list[list[tuple[str, float]]]:
         """Per row the words of the vocabulary that lie nearest, with their cosine; of no use but for text."""
         return []
@@ -98,12 +105,40 @@ class Task(ABC):
 
     def call(self, parameters: Parameters, **inputs: Any) -> Any:
         """The module's output with these parameters."""
-        if parameters.streamed is None:
-            return functional_call(self.module, dict(parameters), kwargs=inputs, tie_weights=False)
-        with streamed_blocks(self.module, parameters.streamed, self._blocks):
+        streamed = parameters.streamed
+        with ExitStack() as around:
+            if streamed is not None:
+                around.enter_context(streamed.kept_as_names(self._blocks))
+            if self._recompute and torch.is_grad_enabled():
+                around.enter_context(self._recomputed(parameters))
+            elif streamed is not None:
+                around.enter_context(streamed_blocks(self.module, streamed, self._blocks))
             output = functional_call(self.module, dict(parameters), kwargs=inputs, tie_weights=False)
-        parameters.streamed.let_go(parameters.outside)
+        if streamed is not None:
+            streamed.let_go(parameters.outside)
         return output
+
+    def _recomputed(self, parameters: Parameters) -> AbstractContextManager[None]:
+        """Gradient checkpointing with these parameters."""
+        blocks = sorted(set(self.block_of.values()))
+        held: dict[str, Tensor] = {}  # streamed tensors of the block that runs
+
+        def take(block: str) -> dict[str, Tensor]:
+            if parameters.streamed is not None:
+                names = self._blocks.get(block, {})
+                held.update({name: parameters.streamed[name] for name in names.values()})
+                formed = {target: held[name] for target, name in names.items()}
+            else:
+                formed = {}
+            mine = {t: parameters[t] for t in self.block_of if self.block_of[t] == block and t in parameters}
+            return {target.removeprefix(f"{block}."): tensor for target, tensor in (mine | formed).items()}
+
+        def leave(block: str) -> None:
+            if parameters.streamed is not None:
+                parameters.streamed.let_go(held)
+                held.clear()
+
+        return recomputed_blocks(self.module, blocks, take, leave)
 
     def _floating(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

@@ -24,26 +24,35 @@ class StreamedWeights(Mapping[str, Tensor]):
         form: makes one tensor; it is called again for the backward pass and must give the same values.
         consume: takes the name and the gradient of a tensor, once per pass that used it; None for fixed weights.
         release: is told which tensors are no longer in use.
+        ahead: is told which tensors come next.
     """
 
     def __init__(
         self, names: Iterable[str], form: Callable[[str], Tensor], *,
         consume: Callable[[str, Tensor], None] | None, release: Callable[[Iterable[str]], None],
+        ahead: Callable[[Iterable[str]], None] = lambda names: None,
     ) -> None:  # fmt: skip
         self._names = tuple(names)
-        self.form, self.consume, self.release = form, consume, release
+        self.form, self.consume, self.release, self.ahead = form, consume, release, ahead
         self._token = torch.zeros((), requires_grad=True)  # so that autograd walks back to `consume`
+        self._near: dict[str, list[str]] = {}  # a block's first tensor -> tensors of the blocks beside it
         self._names_of: dict[int, str] = {}  # storage -> name of what is formed right now
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._known:
             raise KeyError(name)
+        self._announce(name)
         if self.consume is None or not torch.is_grad_enabled():
             tensor = self.form(name)
         else:
             tensor = _Formed.apply(self._token, self, name)
         self._names_of[tensor.untyped_storage().data_ptr()] = name
         return tensor
+
+    def _announce(self, name: str) -> None:
+        """With a block's first tensor: the blocks before and after it are next, in a backward or a forward pass."""
+        if name in self._near:
+            self.ahead(self._near[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -57,7 +66,7 @@ class StreamedWeights(Mapping[str, Tensor]):
 
     def fixed(self) -> StreamedWeights:
         """The same weights without gradients."""
-        return StreamedWeights(self._names, self.form, consume=None, release=self.release)
+        return StreamedWeights(self._names, self.form, consume=None, release=self.release, ahead=self.ahead)
 
     def let_go(self, tensors: Mapping[str, Tensor]) -> None:
         """Tensors by output name that a block has done with."""
@@ -65,8 +74,18 @@ class StreamedWeights(Mapping[str, Tensor]):
             self._names_of.pop(tensor.untyped_storage().data_ptr(), None)
         self.release(tensors)
 
-    def kept_as_names(self) -> saved_tensors_hooks:
-        """Context in which autograd keeps names in place of tensors that were formed here."""
+    def kept_as_names(self, blocks: Mapping[str, Mapping[str, str]]) -> saved_tensors_hooks:
+        """Context in which autograd keeps names in place of tensors that were formed here.
+
+        Args:
+            blocks: block -> parameter name -> output name, in the order in which they run.
+        """
+        names = [tuple(by_target.values()) for by_target in blocks.values()]
+        self._near = {
+            name: [*(names[i - 1] if i else ()), *(names[i + 1] if i + 1 < len(names) else ())]
+            for i, own in enumerate(names)
+            for name in own[:1]
+        }  # fmt: skip
 
         def pack(tensor: Tensor) -> Any:
             name = self._names_of.get(tensor.untyped_storage().data_ptr())
@@ -78,6 +97,7 @@ class StreamedWeights(Mapping[str, Tensor]):
             if isinstance(kept, Tensor):
                 return kept
             name, size, stride, offset = kept
+            self._announce(name)
             again = self.form(name).as_strided(size, stride, offset)
             return again
 
@@ -130,8 +150,7 @@ def streamed_blocks(
         found = module.get_submodule(block)
         handles += _hooked(module, found, weights, names)
     try:
-        with weights.kept_as_names():
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()

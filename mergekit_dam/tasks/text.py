@@ -152,6 +152,9 @@ class CausalTask(TextTask):
             parts.append(ids)
         return torch.cat(parts)
 
+    def num_answers(self, inputs: Mapping[str, Tensor]) -> int:
+        return int(inputs["attention_mask"][:, 1:].sum())
+
     def logits(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
     ) -> Tensor:

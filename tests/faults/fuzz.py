@@ -11,22 +11,34 @@ from pathlib import Path
 from tests.faults.row import Row
 from tests.faults.world import World
 
-_FILES = ("tests/test_hostile_files.py", "tests/test_hostile_data.py")
+_WEIGHTS = "damaged_model or lying or noise or damaged_masks or any_form"
+_DATA = "damaged_parquet or damaged_images or report_of_anything"
+_FILES = ("tests/test_hostile_files.py", "tests/test_hostile_data.py", "tests/test_hostile_report.py")
 
 
-def fuzz(world: World, cases: int) -> Row:
-    """`cases` files per property: damaged and lying safetensors, masks, metadata, parquet and images."""
+def fuzz_weights(world: World, cases: int) -> Row:
+    """`cases` files per property: damaged and lying safetensors, masks, and their metadata."""
+    return _fuzz("damaged and lying safetensors headers and masks files", _WEIGHTS, cases)
+
+
+def fuzz_data(world: World, cases: int) -> Row:
+    """`cases` files per property: parquet, images, and what a report is made of."""
+    return _fuzz("damaged parquet and images, and reports on anything", _DATA, cases)
+
+
+def _fuzz(what: str, chosen: str, cases: int) -> Row:
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "fuzz or damaged or lying or noise or any_form",
-         "--hypothesis-show-statistics", *_FILES],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", chosen, "--hypothesis-show-statistics",
+         "--timeout", "1200", *_FILES],
         cwd=root, env={**os.environ, "DAM_FUZZ_CASES": str(cases), "PYTHONPATH": str(root)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     counts = [int(n) for n in re.findall(r"- (\d+) passing", done.stdout)]
-    failed = done.stdout[-500:] if done.returncode or not counts else None
+    failed = done.stdout[-1500:] if done.returncode or not counts else None
     tried = sum(counts) + (failed is not None)
     return Row(
-        f"damaged and lying files, {len(counts)} kinds", tried, tried, sum(counts),
-        "refused with one line, or read within the bounds of the file", (failed,) if failed else (),
+        f"{what}, {len(counts)} kinds", tried, tried, sum(counts),
+        "refused with one line, or read within the bounds of the file; at most 5 s and 256 MB each",
+        (failed,) if failed else (),
     )  # fmt: skip

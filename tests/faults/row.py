@@ -16,6 +16,7 @@ class Row:
         survived: trials without loss.
         outcome: what a user sees.
         notes: of trials that were lost.
+        tests: that were run, where a row stands for tests of the suite.
     """
 
     fault: str
@@ -24,6 +25,7 @@ class Row:
     survived: int
     outcome: str
     notes: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
 
     @property
     def lost(self) -> int:

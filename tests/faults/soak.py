@@ -7,11 +7,11 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,8 +20,8 @@ from tests.faults.row import Row
 from tests.faults.world import World, content
 
 THREADS = 8
-_WARM = 20  # merges before the first reading: the method keeps the masks of the last 16, and libraries' caches fill
-_KILOBYTES = 64.0  # growth per merge that counts as none: the allocator's; plain task_arithmetic grows by 160 to 330
+_READINGS = 40  # in the second half of a soak
+_GROWTH = 4096.0  # kB over the whole second half that count as none; one set of masks per merge would be ten times that
 
 
 @dataclass(frozen=True)
@@ -42,39 +42,52 @@ class Usage:
 
 
 def measure(job: Job, merges: int, report: Path) -> None:
-    """In a child: merge again and again, and write the usage after the first few and at the end."""
+    """In a child: merge again and again, and write the usage of the second half, at regular distances."""
     os.environ["MERGEKIT_DAM_CACHE"] = str(job.cache)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr = sys.stdout = job.log.open("w", encoding="utf-8")
-    readings = []
-    for merge in range(merges):
+    readings, distance = [], max(1, merges // 2 // _READINGS)
+    for merge in range(1, merges + 1):
         merge_here(job)
-        if merge + 1 in (_WARM, merges):
-            readings.append(vars(Usage.now()) | {"merges": merge + 1})
+        if merge > merges // 2 and merge % distance == 0:
+            readings.append(vars(Usage.now()) | {"merges": merge})
     report.write_text(json.dumps(readings))
 
 
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Of the line of least squares."""
+    x, y = (sum(values) / len(values) for values in (xs, ys))
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+def growth(readings: list[dict[str, Any]], key: str) -> float:
+    """What the line of least squares through the readings gains from the first to the last."""
+    xs = [float(reading["merges"]) for reading in readings]
+    return slope(xs, [float(reading[key]) for reading in readings]) * (xs[-1] - xs[0])
+
+
 def one_process(world: World, merges: int) -> Row:
-    """Merges with ready masks in one process, more than 20 of them."""
+    """Merges with ready masks in one process; the first half warms up caches, the second is judged."""
     reference, job = world.reference(), world.job(cache=world.learned())
-    merges = max(merges, _WARM + 6)
     report = world.root / "usage.json"
     process = world.context.Process(target=measure, args=(job, merges, report))
     process.start()
     process.join()
     notes, said = [], "the process ended early"
     if process.exitcode == 0:
-        first, last = json.loads(report.read_text())
-        done = last["merges"]
-        rate = (last["kilobytes"] - first["kilobytes"]) / (done - first["merges"])
-        files, threads = (last[key] - first[key] for key in ("files", "threads"))
-        said = f"per merge {rate:+.0f} kB; {files:+d} files and {threads:+d} threads in all"
-        if rate > _KILOBYTES or files > 0 or threads > 0 or content(job.out) != reference:
+        readings = json.loads(report.read_text())
+        grown = {key: growth(readings, key) for key in ("kilobytes", "files", "threads")}
+        said = (
+            f"in the last {merges - merges // 2} merges, by slope: {grown['kilobytes']:+,.0f} kB of "
+            f"{readings[-1]['kilobytes']:,.0f}, {grown['files']:+.0f} files, {grown['threads']:+.0f} threads"
+        )
+        if grown["kilobytes"] > _GROWTH or grown["files"] >= 0.5 or grown["threads"] >= 0.5:
             notes.append(said)
+        if content(job.out) != reference:
+            notes.append("the last merge has other bytes")
     else:
-        done = merges
         notes.append(f"exit {process.exitcode}: {job.log.read_text('utf-8')[-300:]}")
-    return Row("merges in one process", done, done, done if not notes else 0, said, tuple(notes))
+    return Row("merges in one process", merges, merges, merges if not notes else 0, said, tuple(notes))
 
 
 def at_once(world: World, rounds: int) -> Row:
@@ -113,19 +126,48 @@ def _threads(jobs: list[Job], report: Path) -> None:
 
 
 def commands(world: World, runs: int) -> Row:
-    """The real command mergekit-yaml, each run a process of its own."""
-    reference, notes = world.reference(), []
-    for _ in range(runs):
-        job = world.job(cache=world.learned())
+    """The real command mergekit-yaml, each run a process of its own: bytes, peak memory, and what it leaves behind."""
+    reference, notes, readings = world.reference(), [], []
+    cache, temporary = world.learned(), world.place()
+    temporary.mkdir()
+    before = _files(cache)
+    for run in range(runs):
+        job = world.job(cache=cache)
         job.out.parent.mkdir(parents=True)
         recipe = job.out.parent / "dam.yml"
         recipe.write_text(yaml.safe_dump(job.recipe))
-        done = subprocess.run(
-            [Path(sys.executable).parent / "mergekit-yaml", recipe, job.out, "--out-shard-size", "8000", "--quiet"],
-            env={**os.environ, "MERGEKIT_DAM_CACHE": str(job.cache), "PYTHONHASHSEED": str(len(notes))},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode or content(job.out) != reference:
-            notes.append(f"exit {done.returncode}: {done.stderr[-300:]}")
+        command = [
+            Path(sys.executable).parent / "mergekit-yaml", recipe, job.out, "--out-shard-size", "8000", "--quiet",
+        ]  # fmt: skip
+        variables = {"MERGEKIT_DAM_CACHE": str(job.cache), "PYTHONHASHSEED": str(run), "TMPDIR": str(temporary)}
+        code, kilobytes, said = _command(command, {**os.environ, **variables}, job.log)
+        readings.append({"merges": run, "kilobytes": kilobytes})
+        if code or content(job.out) != reference:
+            notes.append(f"run {run}: exit {code}: {said[-300:]}")
         shutil.rmtree(job.out.parent)
-    return Row("mergekit-yaml, run again", runs, runs, runs - len(notes), "the same bytes every time", tuple(notes))
+    left = [*temporary.iterdir(), *(_files(cache) - before)]
+    if left:
+        notes.append(f"left behind: {left[:5]}")
+    last = readings[len(readings) // 2 :]
+    grown = growth(last, "kilobytes") if len(last) > 1 else 0.0
+    if grown > _GROWTH and len(last) > 5:
+        notes.append(f"peak memory grew by {grown:.0f} kB")
+    return Row(
+        "mergekit-yaml, run again and again", runs, runs, max(0, runs - len(notes)),
+        f"the same bytes, and nothing left behind; peak memory {readings[-1]['kilobytes'] / 1024:.0f} MB, by slope "
+        f"{grown / 1024:+.1f} MB in the second half of a series", tuple(notes),
+    )  # fmt: skip
+
+
+def _command(command: list[Any], variables: dict[str, str], log: Path) -> tuple[int, int, str]:
+    """Exit code, peak resident memory in kB, and what it said."""
+    with log.open("wb") as said:
+        # spawned by hand: only wait4 tells the memory of one child
+        actions = [(os.POSIX_SPAWN_DUP2, said.fileno(), 1), (os.POSIX_SPAWN_DUP2, said.fileno(), 2)]
+        child = os.posix_spawn(str(command[0]), list(map(str, command)), variables, file_actions=actions)
+        _, status, usage = os.wait4(child, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss, log.read_text("utf-8", "replace")
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import races, rows, soak
-from tests.faults.fuzz import fuzz
+from tests.faults import clocks, damage, fuzz, groups, publishing, races, rows, soak
+from tests.faults.full import disk_full
+from tests.faults.inputs import ALL
+from tests.faults.named import row_of
 from tests.faults.row import Row
 from tests.faults.world import World
 
@@ -21,17 +23,27 @@ class Entry:
 
 
 SUITE: dict[str, Entry] = {
-    "learn_killed": Entry(rows.learn_killed, 40, 2),
-    "merge_killed": Entry(rows.merge_killed, 30, 2),
-    "disk_full": Entry(rows.disk_full, 16, 2),
+    "learn_killed": Entry(rows.learn_killed, 20, 1),
+    "group_killed": Entry(groups.group_killed, 4, 0),
+    "merge_killed": Entry(rows.merge_killed, 16, 1),
+    "report_killed": Entry(publishing.report_killed, 24, 1),
+    "push_killed": Entry(publishing.push_killed, 24, 1),
+    "worker_dies": Entry(groups.worker_dies, 2, 0),
+    "worker_hangs": Entry(groups.worker_hangs, 2, 0),
+    "worker_stopped": Entry(groups.worker_stopped, 1, 0),
+    "clock_jumps": Entry(clocks.clock_jumps, 12, 2),
+    "disk_full": Entry(disk_full, 16, 2),
     "artefact_killed": Entry(rows.artefact_killed, 100, 5),
     "artefact_damaged": Entry(rows.artefact_damaged, 1000, 50),
+    "snapshot_damaged": Entry(damage.snapshot_damaged, 200, 10),
     "model_changed": Entry(rows.model_changed, 3, 1),
     "data_changed": Entry(rows.data_changed, 300, 30),
     "one_cache_twice": Entry(races.one_cache_twice, 5, 1),
-    "one_output_twice": Entry(races.one_output_twice, 8, 2),
-    "fuzz": Entry(fuzz, 1300, 0),
-    "one_process": Entry(soak.one_process, 60, 26),
-    "at_once": Entry(soak.at_once, 2, 1),
-    "commands": Entry(soak.commands, 2, 0),
+    "one_output_twice": Entry(races.one_output_twice, 8, 1),
+    "fuzz_weights": Entry(fuzz.fuzz_weights, 2000, 0),
+    "fuzz_data": Entry(fuzz.fuzz_data, 600, 0),
+    **{name: Entry(row_of(name), 1, 0) for name in ALL},
+    "one_process": Entry(soak.one_process, 500, 12),
+    "at_once": Entry(soak.at_once, 4, 1),
+    "commands": Entry(soak.commands, 100, 0),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tests.faults.suite import SUITE
 
@@ -22,7 +24,7 @@ def table(results: Path) -> str:
     ]
     lines += [
         f"| {r['fault']} | {r['tried']} | {r['hit']} | {r['survived']} | {r['lost']} | {r['outcome']} | "
-        f"`python -m tests.faults --only {name}` |"
+        f"`python -m tests.faults --only {name}`{_shown_by(r)} |"
         for name, r in facts["rows"].items()
     ]
     missing = [name for name in SUITE if name not in facts["rows"]]
@@ -33,6 +35,12 @@ def table(results: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += ["", f"Seeds {seeds}, {seconds} s in all, {facts['cores']} cores, {versions}."]
     return "\n".join(lines) + "\n"
+
+
+def _shown_by(row: Mapping[str, Any]) -> str:
+    """The tests that a row stands for."""
+    tests = [f"`tests/test_{test.replace('::', '.py::')}`" for test in row.get("tests", [])]
+    return f": {', '.join(tests)}" if tests else ""
 
 
 def render(document: str, content: str) -> str:

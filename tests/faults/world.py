@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import shutil
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,16 @@ class Outcome:
 
 
 class World:
-    """A base, two fine-tunes and calibration texts below `root`, and the reference results by seed."""
+    """A base, two fine-tunes and calibration texts below `root`, and the reference results by seed.
 
-    def __init__(self, root: Path, *, seed: int = 0, steps: int = STEPS) -> None:
+    Args:
+        root: an empty folder.
+        seed: of the random moments, sizes and bits.
+        steps: of learning.
+        rows: that will be run, so that work of several may be done at once.
+    """
+
+    def __init__(self, root: Path, *, seed: int = 0, steps: int = STEPS, rows: Collection[str] = ()) -> None:
         self.root, self.steps = root, steps
         self.random = random.Random(seed)
         self.base = make_model("BertModel", root / "base")
@@ -48,17 +56,34 @@ class World:
         warm = self.context.Process(target=nothing)
         warm.start()
         warm.join()
-        self._references: dict[int, Content] = {}
+        self._references: dict[tuple[int, int], Content] = {}
         self._numbers = 0
-        self.seconds = 0.0
+        self.seconds: dict[int, float] = {}  # that a whole run takes, by processes
+        self.merged = root / "merged"  # once there is a reference
+        self.rows = rows
+        self.verdicts: dict[str, tuple[int, int]] = {}  # of tests that ran already: cases that passed, and failed
 
-    def job(self, *, seed: int = 0, cache: Path | None = None, **more: Any) -> Job:
-        """A merge into a directory of its own, with shards, so that writing takes several files."""
+    def place(self) -> Path:
+        """A path of its own for a trial."""
         self._numbers += 1
-        place = self.root / f"run{self._numbers}"
+        return self.root / f"run{self._numbers}"
+
+    def job(
+        self, *, seed: int = 0, processes: int = 1, cache: Path | None = None, place: Path | None = None, **more: Any
+    ) -> Job:
+        """A merge into a directory of its own, with shards, so that writing takes several files; it can always resume.
+
+        Args:
+            processes: that learn together.
+            cache: of learned masks; None: a new one.
+            place: folder for all that the merge writes; None: a new one.
+            more: other entries of the `Job`.
+        """
+        place = place or self.place()
         settings = {
             "calibration": str(self.texts), "steps": self.steps, "batch_size": 4, "num_samples": 16, "max_length": 12,
-            "scan_steps": 4, "refresh_every": 4, "refresh_steps": 2, "seed": seed,
+            "scan_steps": 4, "refresh_every": 4, "refresh_steps": 2, "seed": seed, "snapshot_every": 0.0,
+            "num_processes": processes,
         }  # fmt: skip
         recipe = {
             "merge_method": "dam", "base_model": str(self.base), "dtype": "float32", "parameters": settings,
@@ -83,20 +108,32 @@ class World:
         log = job.log.read_text("utf-8", errors="replace") if job.log.is_file() else ""
         return Outcome(process.exitcode, time.monotonic() - began, log)
 
-    def reference(self, seed: int = 0) -> Content:
+    def call(self, function: Callable[..., None], *arguments: Any, kill_after: float | None = None) -> Outcome:
+        """Any function in a child of its own, likewise."""
+        began = time.monotonic()
+        process = self.context.Process(target=function, args=arguments)
+        process.start()
+        process.join(kill_after if kill_after is not None else 300)
+        process.kill()
+        process.join()
+        return Outcome(process.exitcode, time.monotonic() - began, "")
+
+    def reference(self, seed: int = 0, processes: int = 1) -> Content:
         """What an undisturbed merge gives."""
-        if seed not in self._references:
-            job = self.job(seed=seed)
+        key = seed, processes
+        if key not in self._references:
+            job = self.job(seed=seed, processes=processes)
             outcome = self.run(job)
             assert outcome.code == 0, outcome.log
-            self._references[seed] = content(job.out)
-            if seed == 0:
-                self.seconds = outcome.seconds
+            self._references[key] = content(job.out)
+            self.seconds[processes] = outcome.seconds
+            if key == (0, 1):
                 again = self.run(job)  # masks from the cache: the time of the merge alone
-                assert again.code == 0 and content(job.out) == self._references[0], again.log
+                assert again.code == 0 and content(job.out) == self._references[key], again.log
                 self.merge_seconds = again.seconds
+                shutil.copytree(job.out, self.merged)
             shutil.rmtree(job.out.parent)
-        return self._references[seed]
+        return self._references[key]
 
     def learned(self, seed: int = 0) -> Path:
         """A cache that holds the masks already."""

@@ -1,0 +1,83 @@
+"""The cache folder, and what was found out about large files, so that unchanged ones are not read again for it.
+
+A file counts as unchanged while its device, inode, size, time of change of content and time of change of the inode
+are the same. The last one is the kernel's own and cannot be set by a program, so a file that was rewritten and had
+its old date put back is read again. What remains trusted: the clock and the file system of this machine, and this
+user's cache folder, whose masks are trusted anyhow. Damage to the medium that changes no date is found only by
+reading: the setting `rehash` does that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_LARGE = 1 << 24  # bytes: about 10 ms of hashing; to remember a smaller file takes longer than to read it
+_SETTLED = 3.0  # seconds: a file that changed later than this before may change again within one tick of its dates
+_OTHERS_WRITE = 0o022
+
+
+def cache_folder() -> Path:
+    """Where learned masks are kept: MERGEKIT_DAM_CACHE, else ~/.cache/mergekit-dam."""
+    return Path(os.environ.get("MERGEKIT_DAM_CACHE") or Path.home() / ".cache" / "mergekit-dam")
+
+
+def found_out(path: Path, what: str, find: Callable[[], str], *, fresh: bool = False) -> str:
+    """`find()`, which reads the file at `path`; or what it returned for this very file in an earlier run.
+
+    Args:
+        path: of a file; a link is followed.
+        what: which fact `find` is for; it must name all that the fact depends on beside the file.
+        find: reads the file and returns the fact. What it raises goes on to the caller, and nothing is remembered.
+        fresh: call `find` in any case.
+    """
+    state = _state(path)
+    if state is None or state[2] < _LARGE:
+        return find()
+    name = hashlib.sha256(f"{what}\0{path.resolve()}".encode()).hexdigest()[:32]
+    entry = cache_folder() / "known" / f"{name}.json"
+    if not fresh and (known := _recall(entry, state)) is not None:
+        return known
+    found = find()
+    settled = max(state[3:]) < time.time_ns() - _SETTLED * 1e9
+    if settled and _state(path) == state:
+        _remember(entry, state, found)
+    return found
+
+
+def _state(path: Path) -> tuple[int, int, int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _recall(entry: Path, state: tuple[int, ...]) -> str | None:
+    """Nothing where there is no entry, one of another state, one that others could have written, or a broken one."""
+    try:
+        with entry.open(encoding="utf-8") as file:
+            owner = os.fstat(file.fileno())
+            if os.name == "posix" and (owner.st_uid != os.geteuid() or owner.st_mode & _OTHERS_WRITE):
+                return None
+            values = json.load(file)
+        return str(values["found"]) if tuple(values["state"]) == state else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _remember(entry: Path, state: tuple[int, ...], found: str) -> None:
+    """A cache that cannot be written costs time only."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=entry.parent, prefix=".", suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"state": state, "found": found}, file)
+        os.replace(temporary, entry)
+    except OSError:
+        return

@@ -1,0 +1,91 @@
+"""What `objective: inversion` minimises, and when it has gone down for long enough. B batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_dam import seeds
+from mergekit_dam.answers import OwnAnswers
+from mergekit_dam.config import DamConfig
+from mergekit_dam.distributed.dealing import Share
+from mergekit_dam.frozen import Weights
+from mergekit_dam.losses import distillation
+from mergekit_dam.tasks import Task
+from mergekit_dam.triggers import RecoveredTriggers
+
+Pools = Mapping[tuple[int, int], Sequence[RecoveredTriggers]]  # triggers by task and target class
+_CHECK_EVERY = 5  # steps
+
+
+def fit_loss(
+    task: Task, share: Share, answers: OwnAnswers, weights: Weights, rows_B: Tensor, pools: Pools, config: DamConfig,
+    step: int, parts: dict[str, float],
+) -> Tensor:  # fmt: skip
+    """L = KL(f_t(x) || f(x)) + alpha sum_suspects KL(f_t(x) || f(x + trigger)) of one task.
+
+    Args:
+        share: the task's index, and which of the samples are ours: L is then our share of the mean over all of them.
+        answers: f_t(x).
+        weights: the merge's.
+        rows_B: indices of calibration samples.
+        step: with the seed, it picks a trigger per sample.
+        parts: the terms are added to it by name.
+    """
+    whole = task.inputs(rows_B)
+    inputs = share.of_all(whole)
+    weight = task.num_answers(inputs) / task.num_answers(whole) if share.parts > 1 else 1.0
+    answer = answers(share.of(rows_B), inputs)
+    loss = weight * distillation(task.logits(weights, inputs), answer)
+    _add(parts, f"loss/perf/{task.name}", loss)
+    for (owner, target), pool in pools.items():
+        if owner != share.task:
+            continue
+        triggers = RecoveredTriggers.stack(list(pool))
+        generator = seeds.generator(config.seed, "pool", task.name, target, step)
+        which_B = torch.randint(len(triggers), (len(rows_B),), generator=generator)
+        perturb = triggers.perturb(share.of(which_B).to(task.device))
+        safety = weight * config.alpha * distillation(task.logits(weights, inputs, perturb), answer)
+        _add(parts, f"loss/safe/{task.name}", safety)
+        loss = loss + safety
+    return loss
+
+
+def _add(parts: dict[str, float], name: str, loss: Tensor) -> None:
+    parts[name] = parts.get(name, 0.0) + float(loss.detach())
+
+
+def summed(everyones: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Terms of several processes by name."""
+    total: dict[str, float] = {}
+    for parts in everyones:
+        for name, value in parts.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+class Patience:
+    """Early stopping.
+
+    Args:
+        limit: checks without a new lowest loss after which it is time to stop; 0: never.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.lowest: float | None = None
+        self.misses = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether the loss is to be checked after this step."""
+        return self.limit > 0 and (step + 1) % _CHECK_EVERY == 0
+
+    def is_over(self, loss: float) -> bool:
+        """Whether this loss was one too many that is no new lowest."""
+        if self.lowest is None or loss < self.lowest:
+            self.lowest, self.misses = loss, 0
+        else:
+            self.misses += 1
+        return self.misses >= self.limit
