@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,19 +23,16 @@ from torch import Tensor
 
 from mergekit_dam.answers import OwnAnswers
 from mergekit_dam.batches import calibration_batch, held_out
-from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.dealing import Share, turns
-from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
+from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
 from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.mask_search import MaskSearch
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
-from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import finite_flag, require_finite_gradients, require_flags
 from mergekit_dam.objective import Patience, fit_loss, summed
 from mergekit_dam.pools import blank, recover
 from mergekit_dam.scan import Finding, scan, suspects
-from mergekit_dam.search import Progress, Track, require_finite
-from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
 LOG = logging.getLogger(__name__)
@@ -43,29 +40,14 @@ _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M
 _NUMBERS = ("task", "target", "size", "usual", "success", "control")
 
 
-class InversionSearch(Resumable):
-    """State of one optimisation.
+class InversionSearch(MaskSearch):
+    """The search described above; `start` are effective coefficients: with the masks at their start."""
 
-    Args:
-        model: merged weights of T models.
-        tasks: one per model, in the same order.
-        config: shared settings.
-        start: initial effective coefficients (what multiplies a task vector at the start), (T,).
-        track: called with one flat record per step.
-        progress: wraps an iterable of steps in a progress bar with a title.
-        snapshots: where the state is kept between runs; None: nowhere.
-    """
-
-    def __init__(
-        self, model: MergedModel, tasks: Sequence[Task], config: DamConfig, start: Tensor, *,
-        track: Track, progress: Progress, snapshots: Snapshots | None = None,
-    ) -> None:  # fmt: skip
-        self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
-        self.track, self.progress, self.snapshots = track, progress, snapshots
+    def set_up(self) -> None:
+        model, tasks, config = self.model, self.tasks, self.config
         self.masks = masks_in_use(model, config, temperature=1.0, offsets=_START)
         kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
-        columns = 1 if config.coefficients == "task" else len(model.mask_names)
-        self.coefficients = (start.to(model.device) / kept)[:, None].repeat(1, columns)
+        self.coefficients = self.start / kept
         self.optimisers = [
             (torch.optim.Adam(mask.logits.values(), fused=True), config.mask_learning_rate)
             for mask in self.masks.values()
@@ -191,8 +173,7 @@ class InversionSearch(Resumable):
             "phase": "masks", "step": step, "loss": sum(parts.values()), **parts,
             **{f"density/{name}": mask.density() for name, mask in self.masks.items()},
         }  # fmt: skip
-        require_finite(record, step)
-        self.track(record)
+        self.track_step(record)
 
     def _idle_passes(self, turn: int, share: Share | None) -> int:
         """Passes that we make for nothing in a turn, because blocks wait for all processes."""

@@ -8,8 +8,7 @@ Legend: T tasks, P masked tensors, B batch, K classes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,49 +17,29 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.batches import calibration_batch
-from mergekit_dam.config import DamConfig
-from mergekit_dam.distributed.snapshots import Resumable, Snapshots, State, adam_state
-from mergekit_dam.errors import DamError
+from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
 from mergekit_dam.losses import consistency, disagreement, entropy
 from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.mask_search import MaskSearch
 from mergekit_dam.masks import BACKDOOR_DETECTION, MaskProduct
-from mergekit_dam.merged_model import Masks, MergedModel, fixed
+from mergekit_dam.merged_model import Masks, fixed
 from mergekit_dam.numerics import finite_flag, require_flags
 from mergekit_dam.perturbation import UniversalPerturbation
-from mergekit_dam.tasks import Task
 
-Track = Callable[[dict[str, Any]], None]
 Batch = dict[str, Tensor]  # inputs of one task
-Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
-class PaperSearch(Resumable):
-    """State of one optimisation.
+class PaperSearch(MaskSearch):
+    """The published loop; `start` are the initial coefficients."""
 
-    Args:
-        model: merged weights of T models.
-        tasks: one per model, in the same order.
-        config: shared settings.
-        start: initial coefficients, (T,).
-        track: called with one flat record per step.
-        progress: wraps an iterable of steps in a progress bar with a title.
-        snapshots: where the state is kept between runs; None: nowhere.
-    """
-
-    def __init__(
-        self, model: MergedModel, tasks: Sequence[Task], config: DamConfig, start: Tensor, *,
-        track: Track, progress: Progress, snapshots: Snapshots | None = None,
-    ) -> None:  # fmt: skip
-        self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
-        self.track, self.progress, self.snapshots = track, progress, snapshots
+    def set_up(self) -> None:
+        model, config = self.model, self.config
         self.masks = masks_in_use(model, config, temperature=config.temperature)
         self.optimisers = {
             name: torch.optim.Adam(mask.logits.values(), lr=config.mask_learning_rate, fused=True)
             for name, mask in self.masks.items()
         }
-        columns = 1 if config.coefficients == "task" else len(model.mask_names)
-        self.start = start.to(model.device)[:, None].repeat(1, columns)
         self.coefficients = self.start.clone()
         self.coefficient_optimiser = torch.optim.Adam([self.coefficients], lr=config.coefficient_learning_rate)
         self.perturbations = [
@@ -68,7 +47,7 @@ class PaperSearch(Resumable):
                 task.perturbation_shape, task.bounds, eps=config.eps, inserts=len(task.perturbation_shape) == 2,
                 generator=seeds.generator(config.seed, "perturbation", task.name),
             )
-            for task in tasks
+            for task in self.tasks
         ]  # fmt: skip
         self.ascents = [
             torch.optim.Adam([p.delta], lr=config.perturbation_learning_rate, maximize=True) for p in self.perturbations
@@ -116,8 +95,7 @@ class PaperSearch(Resumable):
         density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
         total = sum(parts.values())
         record = {"phase": "masks", "step": step, "turn": turn, "loss": total, "loss/inner": before, **parts, **density}
-        require_finite(record, step)
-        self.track(record)
+        self.track_step(record)
 
     def batches(self, step: int) -> dict[int, Batch]:
         """Inputs of a step for the tasks that are ours, by their index."""
@@ -207,8 +185,7 @@ class PaperSearch(Resumable):
                 "loss": loss,
                 "coefficients": self.coefficients.mean(1).tolist(),
             }
-            require_finite(record, step)
-            self.track(record)
+            self.track_step(record)
             self.keep("coefficients", step + 1)
 
 
@@ -220,13 +197,3 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
         yield
     finally:
         perturb.delta.requires_grad_(True)
-
-
-def require_finite(record: dict[str, Any], step: int) -> None:
-    """Raise DamError for the first value of a step's record that is NaN or infinite."""
-    for name, value in record.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise DamError(
-                f"{name} at step {step}", expected="a finite number", got=str(value),
-                cure="Lower mask_learning_rate or the models' weight.",
-            )  # fmt: skip
