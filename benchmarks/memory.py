@@ -159,8 +159,9 @@ def plot(results: list[dict[str, Any]]) -> Figure:
             panel.plot(x, [r["bytes_per_parameter"] for r in kept], marker, label=f"gather: {gather}")
             panel.plot(x, [r["computed_bytes_per_parameter"] for r in kept], "kx")
         panel.set_xlabel(label)
-        panel.set_ylim(bottom=0)
     axes[0].set_ylabel("peak bytes per parameter")
+    axes[0].set_ylim(0, 1.1 * max(r["bytes_per_parameter"] for r in results if r["offload"] == "none"))
+    axes[2].plot([], [], "kx", label="computed")
     axes[2].legend()
     return figure
 

@@ -147,9 +147,14 @@ class DAM(GroupMergeMethod):
 
     def _run_for(self, group: TensorGroup, parameters: Mapping[str, Any]) -> _Run:
         with self._lock:
-            serving = [run for run in self._runs if run.serves(group, parameters)]
-            if serving:  # threads may run equal merges at once, each into its own output
-                return min(serving, key=lambda run: run.thread != threading.get_ident())
+            other = None
+            for run in self._runs:
+                if run.serves(group, parameters):
+                    if run.thread == threading.get_ident():
+                        return run
+                    other = other or run  # threads may run equal merges at once, each into its own output
+            if other is not None:
+                return other
             assert group.base is not None
             models = tuple(entry.id for entry in group.non_base)
             run = _Run(group.base.id, models, None, _given(parameters, models))

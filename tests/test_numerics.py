@@ -69,16 +69,16 @@ def test_a_head_that_only_one_model_has_is_checked(merge: Merge, bert: Path, tmp
 def test_a_gradient_that_is_not_finite_stops_at_its_step(
     objective: str, merge: Merge, bert: Path, texts: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = MergedModel.chain, []
+    real, calls = MergedModel.logit_gradients, []
 
-    def poisoned(self: MergedModel, *args: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    def poisoned(self: MergedModel, *args: Any, **options: Any) -> Iterator[tuple[str, list[torch.Tensor]]]:
         calls.append(1)
-        for number, (name, gradient) in enumerate(real(self, *args, **options)):
+        for number, (name, found) in enumerate(real(self, *args, **options)):
             if len(calls) == 3 and number == 0:  # steps count from 0
-                gradient.view(-1)[0] = float("nan")
-            yield name, gradient
+                found[0].view(-1)[0] = float("nan")
+            yield name, found
 
-    monkeypatch.setattr(MergedModel, "chain", poisoned)
+    monkeypatch.setattr(MergedModel, "logit_gradients", poisoned)
     with pytest.raises(DamError, match=r"gradient of mask \w+ for embeddings.\S+ at step 2: expected finite"):
         merge(bert / "base", [bert / "m1", bert / "m2"], **_recipe(texts, objective=objective))
     assert not list(cache.rglob(MASKS_FILE)), "a step that failed left masks"

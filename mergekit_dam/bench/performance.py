@@ -33,9 +33,11 @@ from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.base import Parameters
 
 # The passes of one step of one task, in order: a forward pass alone, one with a backward pass to the parameters, one
-# with a backward pass to the input. `paper` has M1's turn in even steps and M2's, with the safety loss, in odd ones.
+# with a backward pass to the input. `paper` has M1's turn in even steps and M2's, with the safety loss, in odd ones;
+# `inversion` asks a causal LM for its own answers in every step, other models once for all (answers.py).
 PASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "inversion": (("answer", "fit"), ("answer", "fit")),
+    "inversion": (("fit",), ("fit",)),
+    "inversion of LMs": (("answer", "fit"), ("answer", "fit")),
     "paper": (("fit", "fit", "input"), ("fit", "fit", "input", "fit")),
 }
 
@@ -79,7 +81,10 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     """
     device = torch.device(case.device)
     search, tasks, path = _search(case, folder, device)
-    passes = _counted(tasks)
+    passes, kinds = _counted(tasks), PASSES[case.objective]
+    once: tuple[str, ...] = ("answer",) if case.objective == "inversion" else ()
+    if case.objective == "inversion" and not tasks[0].classifies:
+        kinds, once = PASSES["inversion of LMs"], ()
     floor, step = Clock(device), Clock(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -89,23 +94,23 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     with Memory() as memory:  # before there is a plain model
         for number in range(case.warm_up):
             search.step(number)
-            _expect(passes, case, number)
+            _expect(passes, kinds[number % 2], case.tasks, once=once if number == 0 else ())
     device_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     plain = _plain(tasks, path, device)
     parameters = sum(torch.Size(spec.shape).numel() for spec in search.model.changed)
     activations = max(_activations(search, task) for task in plain)
-    _floor(search, plain, 0, PASSES[case.objective][0])
+    _floor(search, plain, 0, kinds[0])
     # in turn, so that what else the machine does meets both
     for number in range(case.warm_up, case.warm_up + case.steps):
         with step():
             search.step(number)
-        _expect(passes, case, number)
+        _expect(passes, kinds[number % 2], case.tasks)
         with floor():
-            _floor(search, plain, number, PASSES[case.objective][number % 2])
+            _floor(search, plain, number, kinds[number % 2])
     return {
         "case": case.__dict__,
         "parameters": parameters,
-        "passes": PASSES[case.objective],
+        "passes": kinds,
         # sums over the same steps, so that turns of different cost have their share
         "ratio": sum(step.seconds) / sum(floor.seconds),
         "seconds": {"floor": floor.seconds, "step": step.seconds},
@@ -169,11 +174,11 @@ def _counted(tasks: Sequence[Task]) -> list[str]:
     return seen
 
 
-def _expect(passes: list[str], case: Case, step: int) -> None:
-    """The floor holds exactly the passes that the step made."""
-    made = ["answer" if kind == "answer" else "with graph" for kind in PASSES[case.objective][step % 2]] * case.tasks
+def _expect(passes: list[str], kinds: Sequence[str], tasks: int, *, once: Sequence[str] = ()) -> None:
+    """The floor holds exactly the passes that the step made; `once` are those of the very first step."""
+    made = ["answer" if kind == "answer" else "with graph" for kind in (*kinds, *once)] * tasks
     if sorted(passes) != sorted(made):
-        raise AssertionError(f"step {step}: {sorted(passes)} instead of {sorted(made)}")
+        raise AssertionError(f"a step of {sorted(passes)} instead of {sorted(made)}")
     passes.clear()
 
 

@@ -14,12 +14,15 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from mergekit_dam.artifact import library_versions
+from mergekit_dam.files import write_whole
+from tests.faults.row import Row
 from tests.faults.suite import SUITE
 from tests.faults.world import World
 
@@ -37,8 +40,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder), seed=options.seed, rows=options.only or list(SUITE))
         for name in options.only or SUITE:
-            start = time.monotonic()
-            row = SUITE[name].run(world, max(1, round(SUITE[name].trials * options.scale)))
+            start, row, entry = time.monotonic(), None, SUITE[name]
+            earlier = _earlier(options.out, name, options.seed)
+            for trials in entry.pieces(max(1, round(entry.trials * options.scale))):
+                piece = entry.run(world, trials)
+                row = piece if row is None else row + piece
+                if options.out is not None:
+                    _record(options.out, name, row, options.seed, time.monotonic() - start, earlier)
+            assert row is not None, "there is at least one trial"
             seconds = time.monotonic() - start
             sys.stdout.write(
                 f"{name:20} {row.tried:6} {row.hit:6} {row.survived:8} {row.lost:5} {seconds:7.0f}  {row.outcome}\n"
@@ -46,30 +55,38 @@ def main() -> int:
             for note in row.notes:
                 sys.stdout.write(f"    lost: {note}\n")
             sys.stdout.flush()
-            record = {key: value for key, value in vars(row).items() if key != "notes"}
-            record |= {"lost": row.lost, "seconds": round(seconds), "seeds": [options.seed]}
             lost += row.lost
-            if options.out is not None:
-                _record(options.out, name, record)
     sys.stdout.write(f"{lost} lost, {time.monotonic() - began:.0f} s\n")
     return int(lost > 0)
 
 
-def _record(path: Path, name: str, record: dict[str, Any]) -> None:
-    """Put one row into the results: counts of other seeds are added up, rows of other versions are dropped."""
+def _earlier(path: Path | None, name: str, seed: int) -> dict[str, Any] | None:
+    """The row of earlier runs with other seeds, to which this one is added."""
+    facts = json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
+    row: dict[str, Any] | None = (
+        facts.get("rows", {}).get(name) if facts.get("versions") == library_versions() else None
+    )
+    return row if row is not None and seed not in row["seeds"] else None
+
+
+def _record(
+    path: Path, name: str, row: Row, seed: int, seconds: float, earlier: Mapping[str, Any] | None
+) -> None:  # fmt: skip
+    """Put one row into the results; rows of other versions are dropped."""
+    record = {key: value for key, value in vars(row).items() if key != "notes"}
+    record |= {"lost": row.lost, "seconds": round(seconds), "seeds": [seed]}
+    if earlier is not None:
+        added = ("tried", "hit", "survived", "lost", "seconds", "seeds")
+        record |= {key: earlier[key] + record[key] for key in added}
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         facts = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         if facts.get("versions") != library_versions():
             facts = {"versions": library_versions(), "cores": os.cpu_count(), "rows": {}}
         rows: dict[str, Any] = facts["rows"]
-        earlier = rows.get(name)
-        if earlier is not None and not set(earlier["seeds"]) & set(record["seeds"]):
-            added = ("tried", "hit", "survived", "lost", "seconds", "seeds")
-            record |= {key: earlier[key] + record[key] for key in added}
         rows[name] = record
         facts["rows"] = {known: rows[known] for known in SUITE if known in rows}
-        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

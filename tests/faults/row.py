@@ -27,6 +27,11 @@ class Row:
     notes: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
 
+    def __add__(self, other: Row) -> Row:
+        """Both pieces of a row as one; what is said is said by the later."""
+        counts = (self.tried + other.tried, self.hit + other.hit, self.survived + other.survived)
+        return Row(other.fault, *counts, other.outcome, self.notes + other.notes, other.tests)
+
     @property
     def lost(self) -> int:
         return self.tried - self.survived
