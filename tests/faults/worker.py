@@ -18,9 +18,9 @@ _VICTIM, _STEP = 1, 3  # rank, and the gradient step at which it fails
 
 def fail_half_way(fault: str) -> None:
     """Make the third gradient step the last one."""
-    real, calls = MergedModel.chain, []
+    real, calls = MergedModel.logit_gradients, []
 
-    def chain(self: MergedModel, *arguments: Any, **options: Any) -> Iterator[Any]:
+    def logit_gradients(self: MergedModel, *arguments: Any, **options: Any) -> Iterator[Any]:
         calls.append(1)
         if len(calls) == _STEP and fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -30,7 +30,7 @@ def fail_half_way(fault: str) -> None:
             hang_for_ever()
         return real(self, *arguments, **options)
 
-    MergedModel.chain = chain  # type: ignore[method-assign]
+    MergedModel.logit_gradients = logit_gradients  # type: ignore[method-assign]
 
 
 def hang_for_ever() -> None:
