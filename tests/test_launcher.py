@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mergekit_dam.distributed.launcher import WorkerError, run_workers
+from mergekit_dam.distributed.launcher import OUTCOME, WorkerError, cause_of, record_error, run_workers
 from mergekit_dam.errors import DamError
 from tests.conftest import FAST
 from tests.test_chain import _command, _recipe
@@ -52,6 +52,26 @@ def test_a_worker_that_hangs_shows_where_it_was() -> None:
     ) as caught:
         run_workers("hang", 2, WORKER)
     assert "worker 0 did not" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("Timed out waiting 20000ms for recv operation to complete", "worker 1 did not answer for `worker_timeout`"),
+        (
+            "Connection closed by peer [127.0.0.1]:2",
+            "worker 1: expected one that learns to the end, got an end by sign",
+        ),
+    ],
+)
+def test_a_killed_worker_is_the_cause_only_if_nobody_waited_for_it_in_vain(
+    said: str, cause: str, tmp_path: Path
+) -> None:
+    """A worker that the system has stopped is killed in the end, too."""
+    (tmp_path / OUTCOME).write_text('{"1": -9}')
+    (tmp_path / "stack-1").write_text("")
+    record_error(tmp_path, 0, RuntimeError(said))
+    assert cause in str(cause_of(tmp_path, 1))
 
 
 def test_workers_that_succeed_raise_nothing() -> None:

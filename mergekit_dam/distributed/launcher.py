@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ JOB, OUTCOME = "job", "outcome.json"
 WORKER = "mergekit_dam.worker"
 _STACK = "stack-"
 _GRACE = 15.0  # seconds in which the supervisor ends the workers; it kills those that do not listen after 10
+_WAITED = re.compile("timed out|wait timeout|socket timeout", re.IGNORECASE)  # in the words of gloo and of torch
 _ENDED_BY_US = -15  # what the supervisor ends workers with
 
 
@@ -86,7 +88,7 @@ def run_workers(job: Any, count: int, worker: str = WORKER) -> None:
             except subprocess.TimeoutExpired:
                 process.kill()
         if process.returncode != 0:
-            raise _cause(folder, process.returncode)
+            raise cause_of(folder, process.returncode)
 
 
 def record_error(folder: Path, rank: int, error: BaseException) -> None:
@@ -123,27 +125,32 @@ def _is_ours(error: BaseException) -> bool:
     return isinstance(error, DamError)
 
 
-def _cause(folder: Path, code: int) -> Exception:
-    """The error that came first; a worker that was killed explains the errors of those that waited for it."""
+def cause_of(folder: Path, code: int) -> Exception:
+    """The error that came first; a worker that was killed explains the errors of those whose connection broke.
+
+    Those of workers that waited in vain it does not explain: then it hung or was stopped, and was killed at the end,
+    since it did not listen.
+    """
     outcome = folder / OUTCOME
     codes: dict[str, int] = json.loads(outcome.read_text("utf-8")) if outcome.is_file() else {}
     killed = {rank: -c for rank, c in codes.items() if c < 0 and c != _ENDED_BY_US}
-    if killed:
+    errors = [json.loads(path.read_text("utf-8")) for path in folder.glob("error-*.json")]
+    first = min(errors, key=lambda error: float(error["time"]), default=None)
+    waited = first is not None and first["parts"] is None and _WAITED.search(first["traceback"]) is not None
+    if killed and not waited:
         rank, number = next(iter(killed.items()))
         return DamError(
             f"worker {rank}", expected="one that learns to the end", got=f"an end by signal {number}",
             cure="Signal 9 is most often a lack of memory: take fewer processes or smaller batches, and run it again, "
             "it goes on from its last snapshot.",
         )  # fmt: skip
-    errors = [json.loads(path.read_text("utf-8")) for path in folder.glob("error-*.json")]
-    if not errors:
+    if first is None:
         return WorkerError(f"the workers ended without a word (exit code {code}, by rank {codes})")
-    first = min(errors, key=lambda error: float(error["time"]))
     if first["parts"] is not None:
         parts = dict(first["parts"])
         return DamError(parts.pop("subject"), **parts)
     told = f"worker {first['rank']} failed:\n{first['traceback']}"
-    if "timed out" in told.casefold() or "timeout" in told.casefold():  # it waited for workers that may hang
+    if waited:
         spoke = {int(error["rank"]) for error in errors}
         stacks = {int(path.name.removeprefix(_STACK)): path.read_text("utf-8") for path in folder.glob(f"{_STACK}*")}
         for silent in sorted(set(stacks) - spoke):
