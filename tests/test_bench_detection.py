@@ -38,7 +38,7 @@ def test_a_model_of_several_scenarios_counts_once(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         run = {"accuracy": {"a": [1, 2], "b": [1, 2]}, "poisons": poisons, "seed": 0, "audit": audit}
         (tmp_path / name / "dam-seed0.json").write_text(json.dumps(run), "utf-8")
-    scores = read_scores(tmp_path)
+    scores = read_scores([tmp_path])
     assert [(s["task"], s["poison"], s["true_target"]) for s in scores] == [
         ("a", "patch(target=2)", 2), ("a", None, None), ("b", None, None),
     ]  # fmt: skip
@@ -47,4 +47,4 @@ def test_a_model_of_several_scenarios_counts_once(tmp_path: Path) -> None:
 
 def test_results_without_findings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DamError, match="bench SUITE"):
-        read_scores(tmp_path)
+        read_scores([tmp_path])

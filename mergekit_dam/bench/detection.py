@@ -1,6 +1,6 @@
 """How well the scan tells backdoored models from clean ones, from the findings that runs of `dam` keep.
 
-`python -m mergekit_dam.bench.detection benchmarks/results/vision --json benchmarks/detection-vision.json`
+`python -m mergekit_dam.bench.detection benchmarks/results/vision benchmarks/study/seed3 --json FILE`
 A model that enters several scenarios is scanned with the same seed each time, and counts once.
 """
 
@@ -18,17 +18,17 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.errors import DamError
 
 
-def read_scores(folder: Path) -> list[dict[str, Any]]:
+def read_scores(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """One entry per distinct model: task, poison, seed, the true target and the scan's most suspect class.
 
     Args:
-        folder: of a suite's results; files of the method `dam` are read.
+        folders: of a suite's results; files of the method `dam` are read.
 
     Raises:
         DamError: no such file holds findings.
     """
     found: dict[tuple[str, str | None, int], dict[str, Any]] = {}
-    for path in sorted(folder.glob("*/dam-seed*.json")):
+    for path in sorted(path for folder in folders for path in folder.glob("*/dam-seed*.json")):
         run = json.loads(path.read_text("utf-8"))
         for task in run["accuracy"]:
             poison, findings = run["poisons"].get(task), [f for f in run.get("audit", []) if f["task"] == task]
@@ -41,8 +41,8 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
             }  # fmt: skip
     if not found:
         raise DamError(
-            f"results {folder}", expected="SCENARIO/dam-seedN.json with the scan's findings", got="none",
-            cure="Run `mergekit-dam bench SUITE --method dam` first.",
+            f"results {', '.join(map(str, folders))}", expected="SCENARIO/dam-seedN.json with the scan's findings",
+            got="none", cure="Run `mergekit-dam bench SUITE --method dam` first.",
         )  # fmt: skip
     return [found[key] for key in sorted(found, key=str)]
 
@@ -65,11 +65,11 @@ def rates(scores: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Result.")
-def main(folder: Path, path: Path) -> None:
+def main(folders: tuple[Path, ...], path: Path) -> None:
     """Write detection rate and false alarms of the scan, with every model's score."""
-    scores = read_scores(folder)
+    scores = read_scores(folders)
     result = {**rates(scores, DamConfig().suspicion), "models": scores}
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     click.echo(json.dumps({key: value for key, value in result.items() if key != "models"}))
