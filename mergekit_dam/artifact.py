@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_dam.artifact_form import CHECKSUM, check_metadata, check_values, checksum, read_metadata
+from mergekit_dam.artifact_form import CHECKSUM, check_content, check_metadata, check_values, checksum, read_metadata
 from mergekit_dam.cache import found_out
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
@@ -168,8 +168,7 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             probabilities[mask][name] = values
 
         def check() -> str:
-            if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(metadata, tensors):
-                raise ValueError("content that does not match its checksum")
+            check_content(metadata, tensors)
             check_values(metadata, probabilities, coefficients)
             return json.dumps(mask_faults(probabilities, coefficients))
 

@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from torch import Tensor
 
 CHECKSUM = "content_sha256"  # entry of the metadata
+# entries of files that were written before there was a checksum
+_FORMER = {
+    "schema", "settings", "base", "models", "tensors", "seed", "versions", "norms", "densities", "audit"
+}  # fmt: skip
 _ONE_AS_FLOAT16_BITS = 0x3C00
 _LONGEST_NAME, _MOST_MODELS = 1024, 1024  # a report draws them
 Digest = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-zA-Z]{1,64}$")]
@@ -121,6 +125,22 @@ def checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         for name, part in zip(names, pool.map(lambda name: _bytes_digest(tensors[name]), names), strict=True):
             digest.update(repr((name, str(tensors[name].dtype), tuple(tensors[name].shape), part)).encode())
     return digest.hexdigest()
+
+
+def check_content(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Compare a file with its checksum.
+
+    A file without one is taken for an old one only if it has no entries that old ones did not have: one byte of
+    damage to the checksum's name must not turn off its check.
+
+    Raises:
+        ValueError: they differ, or there is none and the file is no old one.
+    """
+    if CHECKSUM not in metadata:
+        if unknown := sorted(set(metadata) - _FORMER):
+            raise ValueError(f"no {CHECKSUM}, but {unknown[0][:80]!r}")
+    elif metadata[CHECKSUM] != checksum(metadata, tensors):
+        raise ValueError("content that does not match its checksum")
 
 
 def _bytes_digest(tensor: Tensor) -> str:

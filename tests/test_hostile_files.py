@@ -203,6 +203,13 @@ JSON = st.recursive(
 )
 
 
+def test_damage_to_the_name_of_the_checksum_does_not_turn_it_off(tmp_path: Path) -> None:
+    damaged = tmp_path / "dam_masks.safetensors"
+    damaged.write_bytes(GOLDEN.read_bytes().replace(b"content_sha256", b"bontent_sha256"))
+    with pytest.raises(DamError, match="no content_sha256, but 'bontent_sha256'"):
+        load(damaged)
+
+
 @fuzzed
 @given(key=st.sampled_from(["schema", "settings", "base", "models", "tensors"]), value=JSON, inner=st.booleans())
 def test_metadata_of_any_form(key: str, value: Any, inner: bool, tmp_path: Path) -> None:
