@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from mergekit_dam.files import write_whole
 
 _LARGE = 1 << 24  # bytes: about 10 ms of hashing; to remember a smaller file takes longer than to read it
 _SETTLED = 3.0  # seconds: a file that changed later than this before may change again within one tick of its dates
@@ -36,7 +37,7 @@ def found_out(path: Path, what: str, find: Callable[[], str], *, fresh: bool = F
         find: reads the file and returns the fact. What it raises goes on to the caller, and nothing is remembered.
         fresh: call `find` in any case.
     """
-    state = _state(path)
+    state = file_state(path)
     if state is None or state[2] < _LARGE:
         return find()
     name = hashlib.sha256(f"{what}\0{path.resolve()}".encode()).hexdigest()[:32]
@@ -45,12 +46,13 @@ def found_out(path: Path, what: str, find: Callable[[], str], *, fresh: bool = F
         return known
     found = find()
     settled = max(state[3:]) < time.time_ns() - _SETTLED * 1e9
-    if settled and _state(path) == state:
+    if settled and file_state(path) == state:
         _remember(entry, state, found)
     return found
 
 
-def _state(path: Path) -> tuple[int, int, int, int, int] | None:
+def file_state(path: Path) -> tuple[int, int, int, int, int] | None:
+    """Device, inode, bytes, and dates of content and of inode (ns) of the file at `path`; None if there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -75,9 +77,6 @@ def _remember(entry: Path, state: tuple[int, ...], found: str) -> None:
     """A cache that cannot be written costs time only."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=entry.parent, prefix=".", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"state": state, "found": found}, file)
-        os.replace(temporary, entry)
+        write_whole(entry, json.dumps({"state": state, "found": found}))
     except OSError:
         return

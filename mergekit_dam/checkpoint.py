@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mergekit_dam.cache import found_out
+from mergekit_dam.cache import file_state, found_out
 from mergekit_dam.errors import DamError
 from mergekit_dam.files import file_digest
 from mergekit_dam.untrusted import load_json
@@ -157,12 +157,9 @@ class Checkpoint:
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
-    """Place, length and time of change (ns); None if it is gone. Hashing again would read everything once more."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    """Place, length and date of content; None if it is gone. Hashing again would read everything once more."""
+    found = file_state(path)
+    return None if found is None else found[:4]  # new rights or links change the inode's date, but no weight
 
 
 def _safe_open(path: Path) -> Any:
