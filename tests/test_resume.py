@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mergekit.common import ModelReference
 from safetensors import safe_open
 
