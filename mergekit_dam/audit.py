@@ -18,7 +18,8 @@ import torch
 from mergekit_dam.artifact import library_versions
 from mergekit_dam.artifact_folder import revision_of
 from mergekit_dam.plan import Plan
-from mergekit_dam.scan import Finding, scan, suspects
+from mergekit_dam.scan import scan
+from mergekit_dam.suspicion import Finding, suspects
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task, build_tasks
 
@@ -66,7 +67,8 @@ def audit(plan: Plan, *, threshold: float, device: torch.device, progress: Progr
     for entry in models:
         entry |= {"model": str(inputs[entry["name"]].ref), "revision": revision_of(inputs[entry["name"]])}
         for one in entry["classes"]:
-            one["suspect"] = (one.pop("index"), one["target"]) in marked
+            index, target = one.pop("index"), one["target"]
+            one |= {"target": tasks[index].words_of(target), "suspect": (index, target) in marked}
     facts = {
         "schema": SCHEMA, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {"model": str(plan.base.ref), "revision": revision_of(plan.base)}, "threshold": threshold,
@@ -105,7 +107,10 @@ def model_scores(
             "name": name, "suspicion": None if top is None else round(float(top), 4), "rank": None,
             "over": top is not None and top >= threshold, "task_vector_norm": norm,
             "norm_ratio": round(norm / middle, 4) if middle > 0 else None,
-            "classes": [{**f.to_json(name), "index": index, "rank": rank} for rank, f in enumerate(own, 1)],
+            "classes": [
+                {"task": name, "target": f.target, **f.numbers, "index": index, "rank": rank}
+                for rank, f in enumerate(own, 1)
+            ],
         })  # fmt: skip
     scanned = sorted((e for e in entries if e["suspicion"] is not None), key=lambda e: -e["suspicion"])
     for rank, entry in enumerate(scanned, 1):

@@ -91,6 +91,10 @@ class DamConfig(_Settings):
     batch_size: int = setting(8, "Samples per task and step (paper: 16).", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)
+    answer_tokens: int = setting(
+        16, "Causal LMs: tokens that each model goes on with after its calibration texts, at most; the merge is fitted "
+        "to these as well.", unit="tokens", ge=0,
+    )  # fmt: skip
     temperature: float = setting(0.5, "Temperature of the Concrete masks.", source=CONCRETE, gt=0.0, le=10.0)
     initial_logit: float = setting(
         0.0, "Mask logits at the start (inversion: added to 3 for M1, 0 for M2).", source=DAM, ge=-10.0, le=10.0

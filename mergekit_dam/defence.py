@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
 from mergekit_dam.numerics import finite_flag, require_finite_gradients, require_flags
 from mergekit_dam.objective import Patience, fit_loss, summed
 from mergekit_dam.pools import blank, recover
-from mergekit_dam.scan import Finding, scan, suspects
+from mergekit_dam.scan import scan
+from mergekit_dam.suspicion import Finding, suspects
+from mergekit_dam.tasks import Target, Task
 from mergekit_dam.triggers import RecoveredTriggers
 
 LOG = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class InversionSearch(MaskSearch):
         }
         self.patience = Patience(config.patience)
         self.findings: list[Finding] = []
-        self.pools: dict[tuple[int, int], list[RecoveredTriggers]] = {}
+        self.pools: dict[tuple[int, Target], list[RecoveredTriggers]] = {}
 
     def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
@@ -93,20 +95,18 @@ class InversionSearch(MaskSearch):
         state.tensors |= {"coefficients": self.coefficients}
         state.tensors |= adam_state(self.optimisers[-1][0], "adam", ["coefficients"])
         held = {f"finding/{i}": f.trigger for i, f in enumerate(self.findings)}
-        held |= {f"pool/{a}/{b}/{i}": t for (a, b), pool in self.pools.items() for i, t in enumerate(pool)}
+        held |= {f"pool/{n}/{i}": t for n, pool in enumerate(self.pools.values()) for i, t in enumerate(pool)}
         state.tensors |= {f"{name}/{i}": p for name, t in held.items() for i, p in enumerate(t.parameters)}
         return state
 
     def lay_out(self, facts: Mapping[str, Any]) -> None:
         self.patience.lowest, self.patience.misses = facts.get("patience", (None, 0))
-        self.findings = [Finding(trigger=blank(self.tasks[f["task"]]), **f) for f in facts["findings"]]
-        self.pools = {(a, b): [blank(self.tasks[a]) for _ in range(length)] for a, b, length in facts["pools"]}
+        self.findings = [_blank_finding(self.tasks, f) for f in facts["findings"]]
+        self.pools = {(a, _target(b)): [blank(self.tasks[a]) for _ in range(n)] for a, b, n in facts["pools"]}
 
     def audit(self) -> list[dict[str, Any]]:
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
-        return [
-            {**f.to_json(self.tasks[f.task].name), "suspect": (f.task, f.target) in self.pools} for f in self.findings
-        ]
+        return [{**f.to_json(self.tasks[f.task]), "suspect": (f.task, f.target) in self.pools} for f in self.findings]
 
     def scan(self, done: int = 0) -> None:
         """Step 1: each process scans a task at a time."""
@@ -118,7 +118,7 @@ class InversionSearch(MaskSearch):
             self.keep("scan", indices.stop)
         for finding in suspects(self.findings, self.config.suspicion):
             self.pools[finding.task, finding.target] = []
-            self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task].name)})
+            self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task])})
         recover(
             self.tasks,
             self.pools,
@@ -146,9 +146,6 @@ class InversionSearch(MaskSearch):
         recover(
             self.tasks, self.pools, self.shards, self.config, lambda index: weights, self.config.refresh_steps, step
         )
-
-    def _recover(self, weights_of: Callable[[int], Mapping[str, Tensor]], steps: int, *seed: object) -> None:
-        recover(self.tasks, self.pools, self.shards, self.config, weights_of, steps, *seed)
 
     def combined(self) -> dict[str, MaskProduct]:
         """M = M1 o M2 by tensor at the masks' probabilities."""
@@ -230,3 +227,13 @@ class InversionSearch(MaskSearch):
         require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
         coefficient_optimiser.step()
         self.coefficients.clamp_(0.0, self.config.max_coefficient)
+
+
+def _target(stored: int | list[int]) -> Target:
+    """A target as JSON has it."""
+    return tuple(stored) if isinstance(stored, list) else stored
+
+
+def _blank_finding(tasks: Sequence[Task], facts: Mapping[str, Any]) -> Finding:
+    """A finding without its trigger, from a snapshot's facts."""
+    return Finding(trigger=blank(tasks[facts["task"]]), **{**facts, "target": _target(facts["target"])})

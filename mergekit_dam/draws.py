@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_dam.tasks import Target
 from mergekit_dam.triggers import RecoveredTriggers
 
 _SHARE = 0.25  # of the samples of a task with a suspect that get a trigger of another task's
 _EVERY = 4  # steps from one pass with other tasks' triggers to the next, where a task has no suspect
 
-Pools = Mapping[tuple[int, int], Sequence[RecoveredTriggers]]  # triggers by task and target class
+Pools = Mapping[tuple[int, Target], Sequence[RecoveredTriggers]]  # triggers by task and target
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +25,12 @@ class Draw:
     samples of all tasks that take triggers of that form.
 
     Attributes:
-        target: the suspect's class; None for a task without a suspect.
+        target: the suspect's; None for a task without a suspect.
         own: triggers of the suspect.
         others: of the other tasks' suspects.
     """
 
-    target: int | None
+    target: Target | None
     own: Sequence[RecoveredTriggers]
     others: Sequence[RecoveredTriggers]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.files import replacing
-from mergekit_dam.scan import Finding
+from mergekit_dam.suspicion import Finding
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
@@ -59,7 +59,7 @@ def save_triggers(
     for i, finding in enumerate(kept):
         task = tasks[finding.task]
         parts = _content(finding.trigger)
-        entry = {**finding.to_json(task.name), "suspect": (finding.task, finding.target) in suspects}
+        entry = {**finding.to_json(task), "suspect": (finding.task, finding.target) in suspects}
         entry["kind"] = "tokens" if "embeddings" in parts else "pixels"
         if "embeddings" in parts:
             entry["tokens"] = task.nearest_tokens(parts["embeddings"])

@@ -1,4 +1,4 @@
-"""Targeted inversion: the smallest, or the widest, universal trigger that makes a model answer a class.
+"""Targeted inversion: the smallest, or the widest, universal trigger that makes a model answer what it should not.
 
 Triggers are parametrised and priced as in Neural Cleanse (Wang et al., IEEE S&P 2019, section IV).
 Legend: B batch, R triggers, K classes.
@@ -6,15 +6,14 @@ Legend: B batch, R triggers, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_dam.merged_model import fixed
-from mergekit_dam.tasks import Task
+from mergekit_dam.tasks import Target, Task
 from mergekit_dam.triggers import RecoveredTriggers
 
 SUCCESS = 0.95  # of the batch; a trigger above it may shrink, one below it may grow
@@ -46,7 +45,7 @@ class Inversion:
     Args:
         task: forward pass and calibration samples.
         weights: of the model that is inverted, by output name.
-        targets_R: class of each row.
+        targets: what each row shall cause, R of them.
         batch_size: samples per row and step.
         generator: of batches, and of the start.
         start: triggers to go on from; None: random ones.
@@ -54,13 +53,13 @@ class Inversion:
     """
 
     def __init__(
-        self, task: Task, weights: Mapping[str, Tensor], targets_R: Tensor, *,
+        self, task: Task, weights: Mapping[str, Tensor], targets: Sequence[Target], *,
         batch_size: int, generator: torch.Generator, start: RecoveredTriggers | None = None, pace: Pace = LEAN,
     ) -> None:  # fmt: skip
-        self.task, self.generator, self.targets_R = task, generator, targets_R
+        self.task, self.generator, self.targets = task, generator, list(targets)
         self.weights = fixed(weights)
         self.batch_size = min(batch_size, task.num_samples)
-        count = len(targets_R)
+        count = len(targets)
         start = start or RecoveredTriggers.start(count, task.perturbation_shape, task.bounds, generator)
         self.triggers = RecoveredTriggers(
             [p.detach().clone().requires_grad_(True) for p in start.parameters], task.bounds
@@ -78,14 +77,13 @@ class Inversion:
         return self
 
     def _step(self) -> None:
-        task, triggers, count = self.task, self.triggers, len(self.targets_R)
+        task, triggers, count = self.task, self.triggers, len(self.targets)
         rows_B = torch.randint(task.num_samples, (self.batch_size,), generator=self.generator)
-        logits = _triggered(task, self.weights, triggers, rows_B)
-        targets = self.targets_R.to(task.device).repeat_interleave(len(rows_B))
-        losses_R = F.cross_entropy(logits, targets, reduction="none").view(count, -1).mean(1)
+        losses, hits = _reach(task, self.weights, triggers, self.targets, rows_B)
+        losses_R = losses.view(count, -1).mean(1)
         size_R = triggers.size()
         gradients = torch.autograd.grad((losses_R + self.price_R * size_R).sum(), triggers.parameters)
-        hits_R = (logits.argmax(-1) == targets).float().view(count, -1).mean(1)
+        hits_R = hits.float().view(count, -1).mean(1)
         self.success_R = 0.7 * self.success_R + 0.3 * hits_R
         works_R = self.success_R >= SUCCESS
         with torch.no_grad():
@@ -114,8 +112,8 @@ class Inversion:
         gap_R[small] = torch.inf
         rows = gap_R.argsort(descending=True)[:count].sort().values
         chosen = Inversion(
-            self.task, self.weights, self.targets_R[rows.cpu()], batch_size=self.batch_size, generator=self.generator,
-            start=self.triggers.rows(rows.tolist()),
+            self.task, self.weights, [self.targets[row] for row in rows.tolist()], batch_size=self.batch_size,
+            generator=self.generator, start=self.triggers.rows(rows.tolist()),
         )  # fmt: skip
         chosen.best = self.best.rows(rows.tolist())
         chosen.price_R, chosen.smallest_R, chosen.success_R = (
@@ -126,19 +124,22 @@ class Inversion:
 
 @torch.no_grad()
 def success_rates(
-    task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets_R: Tensor
+    task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets: Sequence[Target]
 ) -> list[float]:
     """Share of (at most 128) calibration samples that a model gives the targets with the triggers, per row."""
     rows_B = torch.arange(min(_CHECKED, task.num_samples))
     rates = []
-    for row, target in enumerate(targets_R.tolist()):
-        logits = _triggered(task, weights, triggers.rows([row]), rows_B)
-        rates.append(float((logits.argmax(-1) == target).float().mean()))
+    for row, target in enumerate(targets):
+        _, hits_B = _reach(task, weights, triggers.rows([row]), [target], rows_B)
+        rates.append(float(hits_B.float().mean()))
     return rates
 
 
-def _triggered(task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, rows_B: Tensor) -> Tensor:
-    """logits (R B, K): every trigger on every sample, sample by sample within a trigger."""
-    inputs = task.inputs(rows_B.repeat(len(triggers)))
+def _reach(
+    task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets: Sequence[Target], rows_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """losses and hits (R B): every trigger on every sample, sample by sample within a trigger."""
+    inputs = task.prompts(rows_B.repeat(len(triggers)))
     which = torch.arange(len(triggers)).repeat_interleave(len(rows_B)).to(task.device)
-    return task.logits(weights, inputs, triggers.perturb(which))
+    wanted = [target for target in targets for _ in range(len(rows_B))]
+    return task.reach(weights, inputs, wanted, triggers.perturb(which))

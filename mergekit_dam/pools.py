@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.shards import Shards
 from mergekit_dam.inversion import WIDE, Inversion
-from mergekit_dam.tasks import Task
+from mergekit_dam.tasks import Target, Task
 from mergekit_dam.triggers import RecoveredTriggers
 
 _BATCH = 12  # samples per step of the search for a trigger to fit against
@@ -24,14 +23,14 @@ def blank(task: Task, count: int = 1) -> RecoveredTriggers:
 
 
 def recover(
-    tasks: Sequence[Task], pools: Mapping[tuple[int, int], list[RecoveredTriggers]], shards: Shards, config: DamConfig,
-    weights_of: Callable[[int], Mapping[str, Tensor]], steps: int, *seed: object,
+    tasks: Sequence[Task], pools: Mapping[tuple[int, Target], list[RecoveredTriggers]], shards: Shards,
+    config: DamConfig, weights_of: Callable[[int], Mapping[str, Tensor]], steps: int, *seed: object,
 ) -> None:  # fmt: skip
-    """A wide trigger of each suspect class into its pool; the suspects are shared out over the processes.
+    """A wide trigger of each suspect target into its pool; the suspects are shared out over the processes.
 
     Args:
         tasks: T of them.
-        pools: by task and target class.
+        pools: by task and target.
         weights_of: what to invert, by the index of a task.
         steps: of each inversion.
         seed: beside the setting's, the task's and the class's.
@@ -41,7 +40,7 @@ def recover(
         if shards.owns(turn):
             task = tasks[index]
             search = Inversion(
-                task, weights_of(index), torch.tensor([target]), batch_size=_BATCH, pace=WIDE,
+                task, weights_of(index), [target], batch_size=_BATCH, pace=WIDE,
                 generator=seeds.generator(config.seed, "wide", task.name, target, *seed),
             )  # fmt: skip
             found[turn] = search.run(steps).best

@@ -18,7 +18,7 @@ from mergekit_dam.audit import model_scores
 from mergekit_dam.cli import main
 from mergekit_dam.findings import load_triggers
 from mergekit_dam.perturbation import Bounds
-from mergekit_dam.scan import Finding
+from mergekit_dam.suspicion import Finding
 from mergekit_dam.triggers import RecoveredTriggers
 from tests.conftest import FAST
 from tests.tiny_models import make_model

@@ -31,8 +31,8 @@ from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.perturbation import Bounds
 from mergekit_dam.plan import Plan, build_plan
-from mergekit_dam.scan import Finding, suspects
 from mergekit_dam.seeds import generator
+from mergekit_dam.suspicion import Finding, suspects
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import build_tasks
 from mergekit_dam.triggers import RecoveredTriggers

@@ -6,11 +6,12 @@ import torch
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.plan import Plan
-from mergekit_dam.tasks.base import Task
+from mergekit_dam.tasks.base import Target, Task
+from mergekit_dam.tasks.causal import CausalTask
 from mergekit_dam.tasks.image import ImageTask
-from mergekit_dam.tasks.text import CausalTask, TextTask
+from mergekit_dam.tasks.text import TextTask
 
-__all__ = ["CausalTask", "ImageTask", "Task", "TextTask", "build_tasks", "family_of"]
+__all__ = ["CausalTask", "ImageTask", "Target", "Task", "TextTask", "build_tasks", "family_of"]
 _ENCODERS: dict[str, type[Task]] = {
     "vit": ImageTask, "clip": ImageTask, "clip_vision_model": ImageTask,
     "bert": TextTask, "roberta": TextTask, "distilbert": TextTask,

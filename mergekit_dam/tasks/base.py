@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
@@ -19,6 +20,8 @@ from mergekit_dam.perturbation import Bounds, Perturb
 from mergekit_dam.plan import ModelInput, Plan
 from mergekit_dam.tasks.recomputed import recomputed_blocks
 from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
+
+Target = int | tuple[int, ...]  # what a backdoor makes a model answer: a class, or the tokens of a continuation
 
 
 class Task(ABC):
@@ -71,6 +74,10 @@ class Task(ABC):
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         """The calibration samples at `indices`, (B,), as tensors on the task's device."""
 
+    def prompts(self, indices: Tensor) -> dict[str, Tensor]:
+        """The same samples without what is known of their answers: what a trigger is put into."""
+        return self.inputs(indices)
+
     @abstractmethod
     def logits(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
@@ -80,6 +87,24 @@ class Task(ABC):
     def num_answers(self, inputs: Mapping[str, Tensor]) -> int:
         """N of the logits (N, K) for these inputs."""
         return len(next(iter(inputs.values())))
+
+    def reach(
+        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], targets: Sequence[Target],
+        perturb: Perturb | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """How far samples are from a target each.
+
+        Returns:
+            losses_B, the cross-entropy of the targets in nats, and hits_B, whether they are what the model answers.
+        """
+        logits = self.logits(weights, inputs, perturb)
+        wanted_B = torch.tensor(targets, device=logits.device)
+        return F.cross_entropy(logits, wanted_B, reduction="none"), logits.argmax(-1) == wanted_B
+
+    def words_of(self, target: Target) -> int | str:
+        """A target for people to read: the class's number, or the text of a continuation."""
+        assert isinstance(target, int)
+        return target
 
     def nearest_tokens(self, vectors_KD: Tensor) -> list[list[tuple[str, float]]]:
         """Per row the words of the vocabulary that lie nearest, with their cosine; of no use but for text."""

@@ -1,0 +1,198 @@
+"""Causal LMs. Legend: B batch, L tokens, V vocabulary, C continuations of N tokens each."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mergekit_dam import seeds
+from mergekit_dam.errors import DamError
+from mergekit_dam.perturbation import Perturb
+from mergekit_dam.plan import Plan
+from mergekit_dam.tasks.base import Target
+from mergekit_dam.tasks.readout import tokenizer_of
+from mergekit_dam.tasks.text import TextTask
+
+LOG = logging.getLogger(__name__)
+_AT_ONCE = 64  # sequences; bounds the memory of the key-value cache
+_NO_TARGET = -100  # cross_entropy's label of positions that are left out
+
+
+class _Later(Sequence[Tensor]):
+    """Sequences that are made when the first one is asked for: of several processes only a task's own needs them."""
+
+    def __init__(self, length: int, make: Callable[[], Sequence[Tensor]]) -> None:
+        self._length, self._make = length, make
+
+    @cached_property
+    def _made(self) -> Sequence[Tensor]:
+        return self._make()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
+
+
+class CausalTask(TextTask):
+    """Causal LMs: a sample is a predicted position, its classes are the vocabulary.
+
+    A sample is a calibration text and what model t goes on with, its answer; or text that it has sampled.
+    """
+
+    classifies = False
+
+    def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
+        super().__init__(plan, index, device)
+        self._answered = self._sequences
+        if self.input.settings.calibration is not None and plan.config.answer_tokens:
+            length = plan.config.answer_tokens
+            self._answered = _Later(self.num_samples, lambda: self._answer(length))
+
+    def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
+        if self.input.settings.calibration is not None:
+            return [ids for ids in super()._calibrate(plan) if len(ids) > 1]
+        LOG.warning("%s: no calibration data given; it samples its own text (seed %d)", self.name, plan.config.seed)
+        self.sample_digests = ()  # nothing of the outside world, hence nothing to keep apart from evaluation
+        config = plan.config
+        return _Later(config.num_samples, lambda: self._sample_text(config.num_samples, config.max_length, config.seed))
+
+    def inputs(self, indices: Tensor) -> dict[str, Tensor]:
+        return self._padded([self._answered[int(i)] for i in indices])
+
+    def prompts(self, indices: Tensor) -> dict[str, Tensor]:
+        return super().inputs(indices)
+
+    def _sample_text(self, num_samples: int, length: int, seed: int) -> list[Tensor]:
+        """Model t's own text at temperature 1, from its BOS token or a random token: num_samples of ids (length,)."""
+        config = self.input.config.get_text_config()
+        source = seeds.generator(seed, "text", self.name)
+        start = torch.randint(config.vocab_size, (num_samples, 1), generator=source)
+        if config.bos_token_id is not None and config.bos_token_id < config.vocab_size:
+            start.fill_(config.bos_token_id)
+
+        def drawn(logits_BV: Tensor) -> Tensor:
+            return torch.multinomial(logits_BV.float().softmax(-1).cpu(), 1, generator=source)
+
+        return [row for ids in start.split(_AT_ONCE) for row in self._go_on(ids, length - 1, drawn)]
+
+    def _answer(self, length: int) -> list[Tensor]:
+        """The calibration texts with model t's greedy answers, up to the end that it gives them."""
+        ends, rows = self._ends, list(self._sequences)
+        by_length: dict[int, list[int]] = {}  # together go texts of one length: no family agrees on padding
+        for i, row in enumerate(rows):
+            if int(row[-1]) not in ends:
+                by_length.setdefault(len(row), []).append(i)
+        for same in by_length.values():
+            for chunk in torch.tensor(same).split(_AT_ONCE):
+                ids = torch.stack([rows[i] for i in chunk.tolist()])
+                answers = self._go_on(ids, length, lambda logits_BV: logits_BV.argmax(-1, keepdim=True).cpu())
+                for i, answered in zip(chunk.tolist(), answers, strict=True):
+                    over = torch.isin(answered[ids.shape[1] :], ends).nonzero()
+                    rows[i] = answered[: ids.shape[1] + int(over[0]) + 1] if len(over) else answered
+        return rows
+
+    @torch.no_grad()
+    def _go_on(self, ids: Tensor, length: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        """Texts (B, L) with `length` more tokens each, as far as the model has positions."""
+        config = self.input.config.get_text_config()
+        length = min(length, getattr(config, "max_position_embeddings", ids.shape[1] + length) - ids.shape[1])
+        parameters = self.parameters(self.own_weights())
+        step, cache = ids.to(self.device), None
+        for _ in range(length):
+            output = self.call(parameters, input_ids=step, past_key_values=cache, use_cache=True)
+            cache, chosen = output.past_key_values, choose(output.logits[:, -1])
+            ids, step = torch.cat([ids, chosen], dim=1), chosen.to(self.device)
+        return ids
+
+    def num_answers(self, inputs: Mapping[str, Tensor]) -> int:
+        return int(inputs["attention_mask"][:, 1:].sum())
+
+    def logits(
+        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
+    ) -> Tensor:
+        """logits (N, V) of the N positions after the first that hold a token, the same ones if perturbed."""
+        positions = inputs["input_ids"].shape[1] - 1
+        output = self._forward(weights, inputs, perturb, use_cache=False)
+        # inserted tokens come after position 0, so the last L - 1 positions are the clean text's
+        logits: Tensor = output.logits[:, -positions:][inputs["attention_mask"][:, 1:].bool()]
+        return logits.float()
+
+    def reach(
+        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], targets: Sequence[Target],
+        perturb: Perturb | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A target is a continuation of the text: its mean cross-entropy per token, and whether all are likeliest."""
+        rows = [torch.tensor(target) for target in targets]
+        targets_BN = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NO_TARGET).to(self.device)
+        places_BN = inputs["attention_mask"].sum(1, keepdim=True) + torch.arange(targets_BN.shape[1]).to(self.device)
+        there_BN, room = targets_BN != _NO_TARGET, torch.zeros_like(targets_BN)
+        ids, mask = (torch.cat([inputs[key], room], 1) for key in ("input_ids", "attention_mask"))
+        ids = ids.scatter(1, places_BN, targets_BN.clamp(min=0))
+        mask = mask.scatter(1, places_BN, there_BN.to(mask.dtype))
+        longer = {"input_ids": ids, "attention_mask": mask}
+        output = self._forward(weights, longer, perturb, use_cache=False)
+        # inserted tokens come after position 0: counted from the end, places are those of the clean text
+        own = output.logits[:, -ids.shape[1] :].float()
+        logits_BNV = own.gather(1, (places_BN - 1)[..., None].expand(-1, -1, own.shape[-1]))
+        losses = F.cross_entropy(logits_BNV.transpose(1, 2), targets_BN, reduction="none", ignore_index=_NO_TARGET)
+        hits_BN = (logits_BNV.argmax(-1) == targets_BN) | ~there_BN
+        return losses.sum(1) / there_BN.sum(1), hits_BN.all(1)
+
+    @torch.no_grad()
+    def following(self, weights: Mapping[str, Tensor], row: int, chains_CN: Tensor | None) -> Tensor:
+        """What a model expects after a sample's text and each continuation: probabilities (C, V); (1, V) after none.
+
+        Args:
+            row: the sample; its text is read once.
+            chains_CN: token ids.
+        """
+        parameters = self.parameters(weights)
+        prefix = self.call(parameters, input_ids=self._sequences[row][None].to(self.device), use_cache=True)
+        if chains_CN is None:
+            return torch.as_tensor(prefix.logits[:, -1].float().softmax(-1))
+        found = []
+        for chunk in chains_CN.to(self.device).split(_AT_ONCE):
+            cache = copy.deepcopy(prefix.past_key_values)
+            cache.batch_repeat_interleave(len(chunk))
+            output = self.call(parameters, input_ids=chunk, past_key_values=cache, use_cache=True)
+            found.append(output.logits[:, -1].float().softmax(-1))
+        return torch.cat(found)
+
+    @cached_property
+    def special_tokens(self) -> Tensor:
+        """Token ids that stand for no text: end, start, padding and the tokenizer's other special ones."""
+        config = self.input.config.get_text_config()
+        ids = {*self._ends.tolist(), *_ids(config.bos_token_id), *_ids(config.pad_token_id)}
+        ids |= set(self._tokenizer.all_special_ids if self._tokenizer else ())
+        return torch.tensor(sorted(i for i in ids if i < config.vocab_size))
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        """Token ids that end an answer; prompts may well end with another special token."""
+        return torch.tensor(_ids(self.input.config.get_text_config().eos_token_id), dtype=torch.long)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """None where there is none, as for a model that samples its own text."""
+        try:
+            return tokenizer_of(self._folders, self.name)
+        except DamError:
+            return None
+
+    def words_of(self, target: Target) -> int | str:
+        ids = [target] if isinstance(target, int) else list(target)
+        return str(self._tokenizer.decode(ids)) if self._tokenizer else " ".join(f"#{i}" for i in ids)
+
+
+def _ids(known: int | list[int] | None) -> list[int]:
+    """What configs hold as a token id, several, or none."""
+    return known if isinstance(known, list) else [] if known is None else [known]
