@@ -25,7 +25,6 @@ from mergekit_dam.answers import OwnAnswers
 from mergekit_dam.batches import calibration_batch, held_out
 from mergekit_dam.distributed.dealing import Share, turns
 from mergekit_dam.distributed.snapshots import State, adam_state
-from mergekit_dam.draws import draws
 from mergekit_dam.frozen import Weights
 from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
 from mergekit_dam.mask_search import MaskSearch
@@ -161,7 +160,7 @@ class InversionSearch(MaskSearch):
             if share is not None:
                 rows_B = calibration_batch(self.tasks[share.task], self.config, step)
                 loss = self._loss(share, weights, rows_B, step, parts)
-            for _ in range(self._idle_passes(turn, share, step)):
+            for _ in range(self._idle_passes(turn, share)):
                 loss = loss + 0.0 * self.tasks[0].logits(weights, self.tasks[0].inputs(torch.arange(1))).sum()
             if loss.requires_grad:
                 loss.backward()
@@ -173,13 +172,11 @@ class InversionSearch(MaskSearch):
         }  # fmt: skip
         self.track_step(record)
 
-    def _idle_passes(self, turn: int, share: Share | None, step: int) -> int:
+    def _idle_passes(self, turn: int, share: Share | None) -> int:
         """Passes that we make for nothing in a turn, because blocks wait for all processes."""
         if self.shards.size == 1 or not self.model.blockwise:
             return 0
-        passes = [
-            1 + len(draws(self.pools, index, task.perturbation_shape, step)) for index, task in enumerate(self.tasks)
-        ]
+        passes = [1 + sum(owner == index for owner, _ in self.pools) for index in range(len(self.tasks))]
         most = max(passes[turn * self.shards.size : (turn + 1) * self.shards.size])
         return most - (passes[share.task] if share is not None else 0)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.answers import OwnAnswers
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.dealing import Share
-from mergekit_dam.draws import Pools, draws
 from mergekit_dam.frozen import Weights
 from mergekit_dam.losses import distillation
-from mergekit_dam.tasks import Task
+from mergekit_dam.tasks import Target, Task
+from mergekit_dam.triggers import RecoveredTriggers
 
+Pools = Mapping[tuple[int, Target], Sequence[RecoveredTriggers]]  # triggers by task and target
 _CHECK_EVERY = 5  # steps
 
 
@@ -22,7 +24,7 @@ def fit_loss(
     task: Task, share: Share, answers: OwnAnswers, weights: Weights, rows_B: Tensor, pools: Pools, config: DamConfig,
     step: int, parts: dict[str, float],
 ) -> Tensor:  # fmt: skip
-    """L = KL(f_t(x) || f(x)) + alpha sum_draws KL(f_t(x) || f(x + trigger)) of one task.
+    """L = KL(f_t(x) || f(x)) + alpha sum_suspects KL(f_t(x) || f(x + trigger)) of one task.
 
     Args:
         share: the task's index, and which of the samples are ours: L is then our share of the mean over all of them.
@@ -38,9 +40,12 @@ def fit_loss(
     answer = answers(share.of(rows_B), inputs)
     loss = weight * distillation(task.logits(weights, inputs), answer)
     _add(parts, f"loss/perf/{task.name}", loss)
-    for draw in draws(pools, share.task, task.perturbation_shape, step):
-        generator = seeds.generator(config.seed, "pool", task.name, draw.target, step)
-        triggers, which_B = draw.of(len(rows_B), generator)
+    for (owner, target), pool in pools.items():
+        if owner != share.task:
+            continue
+        triggers = RecoveredTriggers.stack(list(pool))
+        generator = seeds.generator(config.seed, "pool", task.name, target, step)
+        which_B = torch.randint(len(triggers), (len(rows_B),), generator=generator)
         perturb = triggers.perturb(share.of(which_B).to(task.device))
         safety = weight * config.alpha * distillation(task.logits(weights, inputs, perturb), answer)
         _add(parts, f"loss/safe/{task.name}", safety)

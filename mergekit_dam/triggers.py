@@ -50,11 +50,6 @@ class RecoveredTriggers:
     def __len__(self) -> int:
         return len(self.parameters[0])
 
-    @property
-    def form(self) -> tuple[int, ...]:
-        """Shape of what one of them changes: (C, H, W) or (K, D)."""
-        return tuple(self.parameters[-1].shape[1:])
-
     def rows(self, rows: Sequence[int]) -> RecoveredTriggers:
         """Copies of some rows."""
         return RecoveredTriggers([p.detach()[list(rows)].clone() for p in self.parameters], self.bounds)

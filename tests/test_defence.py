@@ -24,7 +24,6 @@ from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
 from mergekit_dam.config import PAPER, DamConfig
 from mergekit_dam.defence import InversionSearch
-from mergekit_dam.draws import draws
 from mergekit_dam.evaluate import LabelledData, attack_success_rate
 from mergekit_dam.learn import learn_masks
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
@@ -70,39 +69,6 @@ def test_tokens_are_inserted_after_the_first_one_and_seen() -> None:
     assert changed.shape == (2, 8, 4) and seen is not None and seen.sum(1).tolist() == [6, 8]
     assert torch.equal(changed[:, 0], embeddings[:, 0]) and torch.equal(changed[:, 4:], embeddings[:, 1:])
     assert not torch.equal(changed[0, 1:4], changed[1, 1:4])
-
-
-def _triggers(count: int, shape: tuple[int, ...], value: float) -> RecoveredTriggers:
-    blank = RecoveredTriggers.start(count, shape, BOX, generator("draws"))
-    return RecoveredTriggers([torch.full_like(p, value) for p in blank.parameters], BOX)
-
-
-@given(own=st.integers(1, 4), other=st.integers(1, 4), seed=st.integers(0, 99))
-def test_samples_of_a_suspect_mostly_get_its_own_triggers(own: int, other: int, seed: int) -> None:
-    images, text = (3, 4, 4), (2, 5)
-    pools = {
-        (0, 1): [_triggers(1, images, 1.0)] * own,
-        (1, 0): [_triggers(1, images, 2.0)] * other,
-        (2, 0): [_triggers(1, text, 3.0)],
-    }
-    (draw,) = draws(pools, 0, images, 1)
-    assert draw.target == 1 and len(draw.own) == own and len(draw.others) == other
-    triggers, which_B = draw.of(400, generator("which", seed))
-    from_others = triggers.parameters[0][which_B].flatten(1)[:, 0] == 2.0
-    assert 0.1 < float(from_others.float().mean()) < 0.4
-    (alone,) = draws(pools, 2, text, 1)
-    same = torch.randint(1, (8,), generator=generator("which", seed))
-    assert not alone.others and torch.equal(alone.of(8, generator("which", seed))[1], same)
-
-
-def test_a_task_without_a_suspect_meets_the_others_triggers_now_and_then() -> None:
-    images = (3, 4, 4)
-    pools = {(0, 1): [_triggers(1, images, 1.0)], (2, 3): [_triggers(1, images, 2.0)] * 2}
-    turns = [draws(pools, 1, images, step) for step in range(8)]
-    assert [len(turn) for turn in turns] == [1, 0, 0, 0] * 2
-    assert turns[0][0].target is None and len(turns[0][0].others) == 3
-    assert int(turns[0][0].of(50, generator("which"))[1].max()) <= 2
-    assert not draws({}, 1, images, 0)
 
 
 def _finding(task: int, target: int, success: float, control: float) -> Finding:
