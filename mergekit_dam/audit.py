@@ -88,13 +88,13 @@ def model_scores(
     """One entry per model: suspicion, rank among the models, classes by rank, norm of its task vector.
 
     Args:
-        findings: of the scan; a model without any was not scanned, and is never over.
+        findings: of the scan; a model without any is never over.
         names: of the models, T.
         norms: L2 norm of each task vector, T.
         threshold: suspicion from which a model counts as over.
 
     Returns:
-        In the order of `names`. `suspicion` is that of the model's most suspect class, None if it was not scanned;
+        In the order of `names`. `suspicion` is that of the model's most suspect class, None without any finding;
         `rank` 1 is the most suspect model; `norm_ratio` is its norm over the median of the others'.
     """
     entries: list[dict[str, Any]] = []

@@ -120,13 +120,13 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         return "No scan for triggers was made: this objective has none."
     findings = masks.get("audit") or []
     if not findings:
-        return "No class could be scanned for triggers: these models have none (causal LMs), or no head was known."
+        return "The scan for backdoors found no target that it could score. One of another kind may have been missed."
     suspects = [one for one in findings if one.get("suspect")]
     scanned = len({(one.get("task"), one.get("target")) for one in findings})
-    rule = f"a class counts as suspect from {code(settings.get('suspicion'))} on"
+    rule = f"a target counts as suspect from {code(settings.get('suspicion'))} on"
     if not suspects:
         return (
-            f"A blind search for small triggers looked at {scanned} classes of the input models and found none that "
+            f"A blind search for triggers scored {scanned} targets of the input models and found none that "
             f"is suspect ({rule}). A trigger of another kind may have been missed."
         )
     rows = [
@@ -134,7 +134,7 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         for one in suspects
     ]
     return (
-        f"A blind search for small triggers looked at {scanned} classes of the input models; {len(rows)} are suspect "
+        f"A blind search for triggers scored {scanned} targets of the input models; {len(rows)} are suspect "
         f"({rule}), and the masks were fitted against what was found. A suspect class can be a false alarm.\n\n"
         + table(["model", "class", "trigger works on the model", "on the base", "difference"], rows)
     )

@@ -28,6 +28,8 @@ def recover(
 ) -> None:  # fmt: skip
     """A wide trigger of each suspect target into its pool; the suspects are shared out over the processes.
 
+    Triggers that are no matter of gradients, as words are, stay those of the scan.
+
     Args:
         tasks: T of them.
         pools: by task and target.
@@ -35,8 +37,9 @@ def recover(
         steps: of each inversion.
         seed: beside the setting's, the task's and the class's.
     """
-    found = [blank(tasks[index]) for index, _ in pools]
-    for turn, (index, target) in enumerate(pools):
+    sought = {key: pool for key, pool in pools.items() if tasks[key[0]].by_gradient}
+    found = [blank(tasks[index]) for index, _ in sought]
+    for turn, (index, target) in enumerate(sought):
         if shards.owns(turn):
             task = tasks[index]
             search = Inversion(
@@ -44,7 +47,7 @@ def recover(
                 generator=seeds.generator(config.seed, "wide", task.name, target, *seed),
             )  # fmt: skip
             found[turn] = search.run(steps).best
-    for turn, pool in enumerate(pools.values()):
+    for turn, pool in enumerate(sought.values()):
         shards.broadcast(found[turn].parameters, shards.owner(turn))
         pool.append(found[turn])
         del pool[1 : len(pool) - (_POOL - 1)]

@@ -61,7 +61,7 @@ def test_models_over_and_below(vit: Path, images: Path, tmp_path: Path) -> None:
     assert all(line.split(":")[0] in {"a", "b"} for line in calm.stdout.splitlines())
 
 
-def test_causal_lms_are_said_not_to_be_scanned(tmp_path: Path, texts: Path) -> None:
+def test_causal_lms_without_a_finding_have_no_score(tmp_path: Path, texts: Path) -> None:
     base = make_model("LlamaForCausalLM", tmp_path / "base")
     models = [make_model("LlamaForCausalLM", tmp_path / f"m{i}", seed=i, body=base) for i in (1, 2)]
     done = _audit(base, models, texts, tmp_path, "--json")

@@ -95,7 +95,7 @@ def test_the_scan_is_told_as_it_was(tmp_path: Path) -> None:
         [finding | {"suspect": True}]
     )
     assert "found none that is suspect" in card([finding | {"suspect": False}])
-    assert "No class could be scanned" in card([])
+    assert "found no target that it could score" in card([])
     assert "No scan for triggers was made" in card([finding], settings={"objective": "paper"})
     for text in (card([]), card([finding])):
         assert "no proof" in text and "Nothing: neither clean accuracy" in text

@@ -79,7 +79,7 @@ def test_the_page_is_whole_and_says_what_the_artefact_says(images_merged: Path) 
     assert facts["audit"] == masks.metadata["audit"] != []
     suspects = sum(one["suspect"] for one in facts["audit"])
     text = " ".join(" ".join(page.words).split())
-    assert suspects > 0 and f"{suspects} suspect class" in text
+    assert suspects > 0 and f"{suspects} suspect target" in text
     assert facts["training"]["masks"]["steps"] == FAST["steps"]
     assert facts["run"]["wall_seconds"] > 0 and set(facts["run"]["seconds"]) == {"scan", "masks"}
 

@@ -89,6 +89,6 @@ def audit(
 
 def _line(entry: dict[str, object]) -> str:
     if entry["suspicion"] is None:
-        return f"{entry['name']}: not scanned (it has no classes)"
+        return f"{entry['name']}: nothing found (no text that it alone knows by heart)"
     state = "OVER" if entry["over"] else "below"
     return f"{entry['name']}: suspicion {entry['suspicion']:.2f}, rank {entry['rank']}, {state} the threshold"
