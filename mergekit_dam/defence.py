@@ -86,7 +86,7 @@ class InversionSearch(MaskSearch):
         optimisers = {name: optimiser for name, (optimiser, _) in zip(self.masks, self.optimisers, strict=False)}
         facts = {
             "phase": phase, "done": done,
-            "findings": [{"rows": f.rows, **{k: getattr(f, k) for k in _NUMBERS}} for f in self.findings],
+            "findings": [{k: getattr(f, k) for k in _NUMBERS} for f in self.findings],
             "pools": [[*key, len(pool)] for key, pool in self.pools.items()],
             "patience": [self.patience.lowest, self.patience.misses],
         }  # fmt: skip
@@ -116,8 +116,7 @@ class InversionSearch(MaskSearch):
             self.findings += self._shared(scan(self.tasks, base, self.config, own))
             self.keep("scan", indices.stop)
         for finding in suspects(self.findings, self.config.suspicion):
-            words = () if self.tasks[finding.task].by_gradient else range(len(finding.trigger))
-            self.pools[finding.task, finding.target] = [finding.trigger.rows([row]) for row in words]
+            self.pools[finding.task, finding.target] = []
             self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task])})
         recover(
             self.tasks,
@@ -131,13 +130,13 @@ class InversionSearch(MaskSearch):
 
     def _shared(self, ours: list[Finding]) -> list[Finding]:
         """Everyone's findings of a turn in everyone's hands, by task and class."""
-        numbers = self.shards.union({self.shards.rank: [(f.rows, [getattr(f, k) for k in _NUMBERS]) for f in ours]})
+        numbers = self.shards.union({self.shards.rank: [[getattr(f, k) for k in _NUMBERS] for f in ours]})
         found = []
         for owner, rows in numbers.items():
-            for number, (count, values) in enumerate(rows):
-                trigger = ours[number].trigger if owner == self.shards.rank else blank(self.tasks[values[0]], count)
+            for number, row in enumerate(rows):
+                trigger = ours[number].trigger if owner == self.shards.rank else blank(self.tasks[row[0]])
                 self.shards.broadcast(trigger.parameters, owner)
-                found.append(Finding(trigger=trigger, **dict(zip(_NUMBERS, values, strict=True))))
+                found.append(Finding(trigger=trigger, **dict(zip(_NUMBERS, row, strict=True))))
         return sorted(found, key=lambda finding: (finding.task, finding.target))
 
     def refresh(self, step: int) -> None:
@@ -234,5 +233,4 @@ def _target(stored: int | list[int]) -> Target:
 
 def _blank_finding(tasks: Sequence[Task], facts: Mapping[str, Any]) -> Finding:
     """A finding without its trigger, from a snapshot's facts."""
-    numbers = {key: value for key, value in facts.items() if key != "rows"} | {"target": _target(facts["target"])}
-    return Finding(trigger=blank(tasks[facts["task"]], facts["rows"]), **numbers)
+    return Finding(trigger=blank(tasks[facts["task"]]), **{**facts, "target": _target(facts["target"])})

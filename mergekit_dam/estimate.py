@@ -63,7 +63,7 @@ def estimate(plan: Plan, *, flops_per_second: float | None = None) -> Estimate:
     }
     calls, passes = _work(plan, num_classes if scans else 0)
     if config.objective == "inversion":
-        passes += sum(_word_scan(model.config) // length for model in plan.models)
+        passes += sum(_token_scan(model.config) // length for model in plan.models)
     body = sum(math.prod(spec.shape) for spec in floating if len(spec.shape) > 1 and "embedding" not in spec.name)
     # every step also reads T + 1 models and writes masks and their states, about 30 operations an entry
     flops = 2.0 * body * length * passes + 30.0 * (num_models + 1) * parameters * config.steps
@@ -116,10 +116,9 @@ def _classes(config: PretrainedConfig) -> int:
     return 0 if name.endswith(("ForCausalLM", "LMHeadModel")) else int(config.num_labels or 0)
 
 
-def _word_scan(config: PretrainedConfig) -> int:
-    """Tokens that a scan reads to try every word of the vocabulary, on the model and on theta_0; 0 for images."""
-    words = int(getattr(config.get_text_config(), "vocab_size", 0))
-    return 0 if hasattr(getattr(config, "vision_config", config), "patch_size") else 2 * 3 * words
+def _token_scan(config: PretrainedConfig) -> int:
+    """Tokens that the scan of a causal LM reads: every beginning after two prompts, on the model and on theta_0."""
+    return 0 if _classes(config) else 2 * 2 * int(getattr(config.get_text_config(), "vocab_size", 0))
 
 
 def _activation_bytes(config: PretrainedConfig, length: int) -> int:

@@ -28,8 +28,6 @@ def recover(
 ) -> None:  # fmt: skip
     """A wide trigger of each suspect target into its pool; the suspects are shared out over the processes.
 
-    Triggers that are no matter of gradients, as words are, stay those of the scan.
-
     Args:
         tasks: T of them.
         pools: by task and target.
@@ -37,9 +35,8 @@ def recover(
         steps: of each inversion.
         seed: beside the setting's, the task's and the class's.
     """
-    sought = {key: pool for key, pool in pools.items() if tasks[key[0]].by_gradient}
-    found = [blank(tasks[index]) for index, _ in sought]
-    for turn, (index, target) in enumerate(sought):
+    found = [blank(tasks[index]) for index, _ in pools]
+    for turn, (index, target) in enumerate(pools):
         if shards.owns(turn):
             task = tasks[index]
             search = Inversion(
@@ -47,7 +44,7 @@ def recover(
                 generator=seeds.generator(config.seed, "wide", task.name, target, *seed),
             )  # fmt: skip
             found[turn] = search.run(steps).best
-    for turn, pool in enumerate(sought.values()):
+    for turn, pool in enumerate(pools.values()):
         shards.broadcast(found[turn].parameters, shards.owner(turn))
         pool.append(found[turn])
         del pool[1 : len(pool) - (_POOL - 1)]

@@ -2,8 +2,8 @@
 
 A backdoor is a small universal trigger that makes f_t answer one class (Wang et al., Neural Cleanse, IEEE S&P 2019).
 Such triggers also exist in clean models, as universal adversarial patterns; those work on theta_0 too, from which
-f_t was fine-tuned, while an implanted trigger is known to f_t alone. Text: words.py and, for
-causal LMs, continuations.py. The scan sees unlabelled calibration data only.
+f_t was fine-tuned, while an implanted trigger is known to f_t alone. Causal LMs: continuations.py. The scan sees
+unlabelled calibration data only.
 Legend: T tasks, B batch, R triggers, K classes.
 """
 
@@ -19,9 +19,8 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.continuations import scan_continuations
 from mergekit_dam.inversion import Inversion, success_rates
 from mergekit_dam.suspicion import Finding
-from mergekit_dam.tasks import CausalTask, Task, TextTask
+from mergekit_dam.tasks import CausalTask, Task
 from mergekit_dam.triggers import RecoveredTriggers
-from mergekit_dam.words import scan_words
 
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
 
@@ -45,8 +44,6 @@ def scan(
         task = tasks[index]
         if isinstance(task, CausalTask):
             findings += scan_continuations(index, task, base, config)
-        elif isinstance(task, TextTask):
-            findings += scan_words(index, task, base, config)
         else:
             findings += _scan_classes(index, task, base, config)
     return findings

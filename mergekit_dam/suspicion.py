@@ -19,11 +19,11 @@ class Finding:
     Attributes:
         task: the model's index.
         target: a class, or the token ids of a continuation.
-        trigger: the recovered trigger; of words, several rows.
-        size: in pixels; 1 for words; a continuation's length in tokens.
-        usual: median size of the task's other finalists; of words and continuations, their own.
-        success: share of calibration samples that f_t gives the class with the trigger (of words: surely, words.py);
-            of a continuation, the mean probability that f_t gives each further token of it once it has begun.
+        trigger: the recovered trigger, one row.
+        size: in pixels, in units of the embedding range, or a continuation's length in tokens.
+        usual: median size of the task's other finalists; a continuation's own.
+        success: share of calibration samples that f_t gives the class with the trigger; of a continuation, the mean
+            probability that f_t gives each further token of it once it has begun.
         control: the same for theta_0, with the head of t.
     """
 
@@ -34,11 +34,6 @@ class Finding:
     usual: float
     success: float
     control: float
-
-    @property
-    def rows(self) -> int:
-        """How many triggers."""
-        return len(self.trigger)
 
     @property
     def suspicion(self) -> float:

@@ -39,12 +39,10 @@ class Task(ABC):
         head: tensors of model t that the base lacks, by name in t's checkpoint.
         targets: output name -> parameter name of the module.
         block_of: parameter name -> the block that it lives in, see streamed.py.
-        by_gradient: whether triggers are found by gradient descent on pixels or embeddings; else among real words.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
     """
 
     classifies = True
-    by_gradient = True
 
     num_samples: int
     sample_digests: tuple[str, ...]

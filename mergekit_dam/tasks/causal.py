@@ -48,7 +48,7 @@ class CausalTask(TextTask):
     A sample is a calibration text and what model t goes on with, its answer; or text that it has sampled.
     """
 
-    classifies, by_gradient = False, True
+    classifies = False
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         super().__init__(plan, index, device)

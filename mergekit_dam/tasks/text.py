@@ -1,9 +1,8 @@
-"""Text encoders with a classification head. Legend: B batch, L tokens, D width, V vocabulary, K classes."""
+"""Text encoders with a classification head. Legend: B batch, L tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,17 +16,12 @@ from mergekit_dam.plan import Plan
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.readout import Readout, linear_head, logits_of, tokenizer_of
-from mergekit_dam.triggers import RecoveredTriggers
 
 _NEAREST = 3  # words shown per recovered token
-_WORDS_AT_ONCE = 1024
-_TEXTS_AT_ONCE = 256
 
 
 class TextTask(Task):
     """BERT, RoBERTa and DistilBERT, with their own classification head or a linear one."""
-
-    by_gradient = False
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         super().__init__(plan, index, device)
@@ -37,7 +31,6 @@ class TextTask(Task):
         output_name = next(name for name, target in self.targets.items() if target == self._embedding)
         table = TaskVectors(plan).base(output_name).float()
         self._table, self._folders = self._sources[output_name], (self.input.path, plan.base.path)
-        self._vocabulary = table.shape[0]
         self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
         self.perturbation_shape = (plan.config.perturbation_tokens, table.shape[1])
         self._sequences = self._calibrate(plan)
@@ -55,42 +48,6 @@ class TextTask(Task):
             ]
             for row_c, row_i in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)
         ]
-
-    @cached_property
-    def special_tokens(self) -> Tensor:
-        """Token ids that stand for no text."""
-        ids = tokenizer_of(self._folders, self.name).all_special_ids
-        return torch.tensor(sorted(i for i in ids if i < self._vocabulary), dtype=torch.long)
-
-    @torch.no_grad()
-    def alone(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """logits (V, K) of every word of the vocabulary between the tokens that begin and end a text, on the CPU."""
-        first, last = self._sequences[0][0], self._sequences[0][-1]
-        found = []
-        for words in torch.arange(self._vocabulary).split(_WORDS_AT_ONCE):
-            ids = torch.stack([first.expand(len(words)), words, last.expand(len(words))], 1).to(self.device)
-            found.append(self.logits(weights, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).cpu())
-        return torch.cat(found)
-
-    @torch.no_grad()
-    def with_words(self, weights: Mapping[str, Tensor], words_CN: Tensor, rows_B: Tensor) -> Tensor:
-        """logits (C, B, K) of samples with N words each after their first token, on the CPU."""
-        inputs, found = self.inputs(rows_B), []
-        ids_BL, mask_BL = inputs["input_ids"], inputs["attention_mask"]
-        for chunk in words_CN.to(self.device).split(max(1, _TEXTS_AT_ONCE // len(rows_B))):
-            words = chunk.repeat_interleave(len(rows_B), 0)
-            ids, mask = (one.repeat(len(chunk), 1) for one in (ids_BL, mask_BL))
-            changed = {
-                "input_ids": torch.cat([ids[:, :1], words, ids[:, 1:]], 1),
-                "attention_mask": torch.cat([mask[:, :1], torch.ones_like(words), mask[:, 1:]], 1),
-            }
-            found.append(self.logits(weights, changed).view(len(chunk), len(rows_B), -1).cpu())
-        return torch.cat(found)
-
-    def trigger_of(self, words_RN: Tensor) -> RecoveredTriggers:
-        """Triggers that insert these words, by their embeddings in model t."""
-        vectors = self.checkpoint.tensor(str(self._table))[words_RN].float().to(self.device)
-        return RecoveredTriggers([(vectors - self.bounds.centre) / self.bounds.span.clamp(min=1e-12)], self.bounds)
 
     def _readout(self) -> Readout:
         """The class's own logits, or a linear head."""
