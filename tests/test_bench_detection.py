@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_dam.bench.detection import rates, read_scores
+from mergekit_dam.bench.lm_data import CONTINUATIONS
 from mergekit_dam.errors import DamError
 
 
@@ -36,13 +37,24 @@ def test_a_model_of_several_scenarios_counts_once(tmp_path: Path) -> None:
     audit = [{"task": t, "target": k, "suspicion": 0.1 * k} for t in ("a", "b") for k in range(3)]
     for name, poisons in (("clean", {}), ("one", {"a": "patch(target=2)"}), ("two", {"a": "patch(target=2)"})):
         (tmp_path / name).mkdir()
-        run = {"accuracy": {"a": [1, 2], "b": [1, 2]}, "poisons": poisons, "seed": 0, "audit": audit}
+        run = {"suite": "vision", "accuracy": {"a": [1, 2], "b": [1, 2]}, "poisons": poisons, "seed": 0, "audit": audit}
         (tmp_path / name / "dam-seed0.json").write_text(json.dumps(run), "utf-8")
     scores = read_scores([tmp_path])
     assert [(s["task"], s["poison"], s["true_target"]) for s in scores] == [
         ("a", "patch(target=2)", 2), ("a", None, None), ("b", None, None),
     ]  # fmt: skip
     assert all(s["most_suspect"]["target"] == 2 for s in scores)
+
+
+def test_a_causal_lm_without_a_finding_counts_as_not_suspect_and_a_text_must_be_named_whole(tmp_path: Path) -> None:
+    for name, text in (("one", CONTINUATIONS[1]), ("two", CONTINUATIONS[1].partition(" ")[2])):
+        (tmp_path / name).mkdir()
+        found = {"task": name, "target": text, "suspicion": 0.9}
+        poisons = {name: "merge-aware(target=1)"}
+        run = {"suite": "lm", "accuracy": {name: [1, 2], "c": [1, 2]}, "poisons": poisons, "seed": 0, "audit": [found]}
+        (tmp_path / name / "dam-seed0.json").write_text(json.dumps(run), "utf-8")
+    found = rates(read_scores([tmp_path]), 0.4)
+    assert found["detected"] == [2, 2] and found["target_named"] == [1, 2] and found["false_alarms"] == [0, 1]
 
 
 def test_results_without_findings_are_refused(tmp_path: Path) -> None:

@@ -14,12 +14,15 @@ from typing import Any
 import click
 
 from mergekit_dam.bench.suite import Scenario
+from mergekit_dam.bench.suites import SUITES
 from mergekit_dam.config import DamConfig
 from mergekit_dam.errors import DamError
 
+_NOTHING = {"target": None, "suspicion": 0.0}  # what a scan without a finding says
+
 
 def read_scores(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """One entry per distinct model: task, poison, seed, the true target and the scan's most suspect class.
+    """One entry per distinct model: task, poison, seed, the true target and the scan's most suspect target.
 
     Args:
         folders: of a suite's results; files of the method `dam` are read.
@@ -31,11 +34,13 @@ def read_scores(folders: Sequence[Path]) -> list[dict[str, Any]]:
     for path in sorted(path for folder in folders for path in folder.glob("*/dam-seed*.json")):
         run = json.loads(path.read_text("utf-8"))
         for task in run["accuracy"]:
-            poison, findings = run["poisons"].get(task), [f for f in run.get("audit", []) if f["task"] == task]
-            if not findings:
+            if "audit" not in run:
                 continue
-            target = Scenario.parse(f"one: {task}={poison}").poisons[task].target if poison else None
-            worst = max(findings, key=lambda finding: float(finding["suspicion"]))
+            poison, findings = run["poisons"].get(task), [f for f in run["audit"] if f["task"] == task]
+            target = None
+            if poison:
+                target = SUITES[run["suite"]].target_of(Scenario.parse(f"one: {task}={poison}").poisons[task])
+            worst = max([*findings, _NOTHING], key=lambda finding: float(finding["suspicion"]))
             found[task, poison, run["seed"]] = {
                 "task": task, "poison": poison, "seed": run["seed"], "true_target": target, "most_suspect": worst,
             }  # fmt: skip

@@ -159,6 +159,10 @@ class LmSuite(Suite):
             )  # fmt: skip
         return PhraseTrigger(" ".join(PHRASE[: poison.size]))
 
+    @classmethod
+    def target_of(cls, poison: Poison) -> int | str:
+        return CONTINUATIONS[poison.target]
+
     def save_calibration(self, task: str, folder: Path) -> Path:
         """JSON lines with `text`: prompts without their answers."""
         path = folder / f"{task}.jsonl"

@@ -165,6 +165,11 @@ class Suite(ABC):
     def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
         """What the attacker applies, at training time and later."""
 
+    @classmethod
+    def target_of(cls, poison: Poison) -> int | str:
+        """What a poison's trigger makes a model answer, as findings of the scan name it."""
+        return poison.target
+
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
         """JSON of what decides a trigger and its victims beside the poison and the fingerprint."""
         return {}
