@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,12 @@ def test_tensors_of_any_form(dtype: torch.dtype, value: float, name: str, shape:
     tensors["coefficients"] = original.coefficients
     tensors[name] = torch.full(shape, value).to(dtype)
     masks = _read_masks(tmp_path, save(tensors, metadata={"dam": json.dumps(metadata)}))
-    fits = (name, shape) in [("task_shared.w", [2, 3]), ("backdoor_detection.b", [2])]
-    assert (masks is not None) == (fits and dtype == torch.float16 and 0 <= value <= 1)
+    mask = (name, shape) in [("task_shared.w", [2, 3]), ("backdoor_detection.b", [2])]
+    coefficients = name == "coefficients" and shape in ([2, 1], [2, 2])  # of two models, and for two tensors
+    fits = (mask and dtype == torch.float16 and 0 <= value <= 1) or (
+        coefficients and dtype == torch.float32 and math.isfinite(value)
+    )
+    assert (masks is not None) == fits
 
 
 def test_metadata_nested_beyond_the_stack(tmp_path: Path) -> None:
