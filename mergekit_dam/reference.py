@@ -58,7 +58,7 @@ def settings_page() -> str:
         parts.append(f"\n## {heading}\n\n| setting | values | default | unit | what it does | source |")
         parts.append("\n| --- | --- | --- | --- | --- | --- |\n")
         parts += [_row(name, info) for name, info in settings.model_fields.items()]
-    paper = ", ".join(f"`{name}: {_value(value)}`" for name, value in PAPER.items())
+    paper = ", ".join(f"`{name}: {_value(value).strip('`')}`" for name, value in PAPER.items())
     parts.append(f"\nWith `objective: paper` the defaults are the paper's where they differ: {paper}.\n")
     return "".join(parts)
 

@@ -14,6 +14,7 @@ from datasets import Dataset
 from PIL import Image
 
 from mergekit_dam.bench import vision
+from mergekit_dam.bench.gates import Gate
 from mergekit_dam.bench.suite import Poison, Scenario
 from mergekit_dam.bench.vision import PRESETS, VisionSuite
 from mergekit_dam.bench.vision_data import flipped_and_shifted
@@ -124,16 +125,23 @@ def test_augmentation_keeps_shape_and_range() -> None:
     assert float(changed.min()) >= 0 and float(changed.max()) <= 1
 
 
-def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
+def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = [
         "bench", "vision", "--data", str(data), "--out", str(tmp_path), "--seeds", "0", "--no-gates", "--workers", "2",
         "--preset", "tiny", "--scenario", "patch", "--method", "ties-0.5",
     ]  # fmt: skip
     told = CliRunner().invoke(main, [*arguments, "--dry-run"])
-    assert told.exit_code == 0 and "6 of 6 models to build" in told.stderr
-    done = CliRunner().invoke(main, arguments)
+    assert told.exit_code == 0 and "6 of 6 models to build" in told.stderr and not told.stdout
+    done = CliRunner().invoke(main, [*arguments, "--json"])
     assert done.exit_code == 0, done.stderr
     results = sorted((tmp_path / "results").rglob("*.json"))
+    facts = json.loads(done.stdout)
+    assert (facts["models"], facts["models_to_build"]) == (6, 6) and facts["runs"] == facts["runs_to_do"] == len(
+        results
+    )
+    assert sorted(facts["results"]) == [str(path) for path in results] and facts["gates"] == []
     written = {path: path.stat().st_mtime_ns for path in results}
     clean = json.loads((tmp_path / "results" / "vision-tiny" / "clean" / "ties-0.5-seed0.json").read_text())
     assert set(clean["accuracy"]) == set(VisionSuite.tasks) and len(clean["attack_success"]) > 5
@@ -141,10 +149,17 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(data: P
     assert list(poisoned["attack_success"]) == ["digits=patch(target=1,rate=1)"] and poisoned["wall_s"] > 0
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 0 and "0 of 6 models to build, 0 of " in again.stderr
+    assert again.stdout.splitlines() == facts["results"]
     assert {path: path.stat().st_mtime_ns for path in results} == written
     for wrong in (["--method", "tise"], ["--scenario", "ptach"], ["--preset", "huge"], ["--seeds", "a"]):
         failed = CliRunner().invoke(main, [*arguments, *wrong])
         assert failed.exit_code == 1 and "expected" in failed.stderr
+    weak = CliRunner().invoke(main, [*arguments, "--gates", "--json"])
+    assert weak.exit_code == 1 and "clean: fine-tunes above theta_0" in weak.stderr and not weak.stdout
+    monkeypatch.setattr("mergekit_dam.bench.command.check_gates", lambda _: [Gate("gain", True, "12.0", ">= 10.0")])
+    strong = json.loads(CliRunner().invoke(main, [*arguments, "--gates", "--json"]).stdout)
+    assert strong["gates"] == [{"name": "gain", "passed": True, "measured": "12.0", "wanted": ">= 10.0"}]
+    assert strong["results"] == facts["results"] and strong["runs_to_do"] == 0
 
 
 def test_missing_data_name_the_cure() -> None:

@@ -1,33 +1,23 @@
-"""Fuzzed safetensors and masks: whatever the bytes, one DamError or a sound result; never another exception.
-
-`DAM_FUZZ_CASES` sets the number of cases per property; `make faults` runs 10,000 and more in all.
-"""
+"""Fuzzed safetensors and indices of models: whatever the bytes, one DamError or a sound result."""
 
 from __future__ import annotations
 
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from mergekit_dam.artifact import LearnedMasks, load
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.errors import DamError
 from tests.bounds import bounded
-from tests.test_golden import GOLDEN
+from tests.hostile import edited, fuzzed
 
-CASES = int(os.environ.get("DAM_FUZZ_CASES", "150"))
-fuzzed = settings(
-    max_examples=CASES, deadline=None, database=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
 MODEL = save({"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)})
 ENTRIES = st.fixed_dictionaries(
     {
@@ -38,31 +28,8 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-def _file(header: bytes, body: bytes, length: int | None = None) -> bytes:
+def file(header: bytes, body: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(header) if length is None else length) + header + body
-
-
-@st.composite
-def _edited(draw: st.DrawFn, original: bytes) -> bytes:
-    """Cut, flipped, doubled or overwritten bytes; half of the edits hit the header."""
-    data = bytearray(original)
-    for _ in range(draw(st.integers(1, 4))):
-        end = draw(st.sampled_from([8, 8 + struct.unpack("<Q", original[:8])[0], len(original)]))
-        at = draw(st.integers(0, max(0, min(end, len(data)) - 1)))
-        kind = draw(st.sampled_from(["flip", "set", "cut", "insert", "drop"]))
-        if not data:
-            break
-        if kind == "flip":
-            data[at] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "set":
-            data[at] = draw(st.sampled_from([0, 0x7F, 0xFF, ord("{"), ord('"'), ord("9")]))
-        elif kind == "cut":
-            del data[at:]
-        elif kind == "insert":
-            data[at:at] = draw(st.binary(max_size=8))
-        else:
-            del data[at : at + draw(st.integers(1, 8))]
-    return bytes(data)
 
 
 @st.composite
@@ -71,7 +38,7 @@ def _headers(draw: st.DrawFn) -> bytes:
     header: dict[str, Any] = draw(st.dictionaries(st.sampled_from(["w", "b", "", "__metadata__", "é"]), ENTRIES))
     body = draw(st.binary(max_size=48))
     length = draw(st.sampled_from([None, None, None, 0, 7, 2**32, 2**63, 2**64 - 1]))
-    return _file(json.dumps(header).encode(), body, length)
+    return file(json.dumps(header).encode(), body, length)
 
 
 def _read_model(folder: Path, data: bytes) -> str:
@@ -97,7 +64,7 @@ def _read(folder: Path, data: bytes) -> str:
 
 
 @fuzzed
-@given(data=_edited(MODEL))
+@given(data=edited(MODEL))
 def test_a_damaged_model_is_refused_or_read_within_its_bounds(data: bytes, tmp_path: Path) -> None:
     _read_model(tmp_path, data)
 
@@ -118,12 +85,12 @@ def test_noise_is_refused(data: bytes, tmp_path: Path) -> None:
     ("data", "reason"),
     [
         (b"", "header"),
-        (_file(b"{}", b"", 2**63), "header"),
-        (_file(b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b""), "incomplete"),
-        (_file(b'{"w":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,4]}}', b"1234"), "overflow"),
-        (_file(b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"1234"), "shape"),
+        (file(b"{}", b"", 2**63), "header"),
+        (file(b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b""), "incomplete"),
+        (file(b'{"w":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,4]}}', b"1234"), "overflow"),
+        (file(b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"1234"), "shape"),
         (
-            _file(
+            file(
                 b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
                 b'"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}', b"123456",
             ),
@@ -162,97 +129,3 @@ def test_an_index_that_names_tensors_the_shard_lacks(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"ghost": "a.safetensors"}}')
     with pytest.raises(DamError, match="the tensor ghost, as the index says"):
         Checkpoint.open(tmp_path).shape("ghost")
-
-
-def _read_masks(folder: Path, data: bytes) -> LearnedMasks | None:
-    path = folder / "dam_masks.safetensors"
-    path.write_bytes(data)
-    with bounded():
-        return _believed(path)
-
-
-def _believed(path: Path) -> LearnedMasks | None:
-    try:
-        masks = load(path)
-    except DamError as error:
-        assert "\n" not in str(error) and str(error).isprintable()
-        return None
-    for name in masks.metadata["tensors"]:
-        product = masks.mask(name)
-        assert product is None or bool(torch.isfinite(product).all())
-        assert masks.coefficients_of(name).shape == (len(masks.metadata["models"]),)
-    return masks
-
-
-@fuzzed
-@given(data=_edited(GOLDEN.read_bytes()))
-def test_a_damaged_masks_file_is_never_believed(data: bytes, tmp_path: Path) -> None:
-    """Any change of the content is found by the checksum; what is still read says the same as the original."""
-    masks = _read_masks(tmp_path, data)
-    if masks is not None:
-        original = load(GOLDEN)
-        assert masks.metadata == original.metadata and torch.equal(masks.coefficients, original.coefficients)
-        for mask, by_name in original.probabilities.items():
-            assert all(torch.equal(masks.probabilities[mask][name], values) for name, values in by_name.items())
-
-
-JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=3)),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-def test_damage_to_the_name_of_the_checksum_does_not_turn_it_off(tmp_path: Path) -> None:
-    damaged = tmp_path / "dam_masks.safetensors"
-    damaged.write_bytes(GOLDEN.read_bytes().replace(b"content_sha256", b"bontent_sha256"))
-    with pytest.raises(DamError, match="no content_sha256, but 'bontent_sha256'"):
-        load(damaged)
-
-
-@fuzzed
-@given(key=st.sampled_from(["schema", "settings", "base", "models", "tensors"]), value=JSON, inner=st.booleans())
-def test_metadata_of_any_form(key: str, value: Any, inner: bool, tmp_path: Path) -> None:
-    """Well-formed files whose metadata have other types: no checksum, as a stranger could write them."""
-    original = load(GOLDEN)
-    metadata = {k: v for k, v in original.metadata.items() if k != "content_sha256"}
-    if inner and key == "models":
-        metadata["models"] = [{**metadata["models"][0], "samples": value}, metadata["models"][1]]
-    elif inner and key == "settings":
-        metadata["settings"] = {"rescale": value}
-    else:
-        metadata[key] = value
-    tensors = {f"{m}.{n}": v for m, by in original.probabilities.items() for n, v in by.items()}
-    data = save(tensors | {"coefficients": original.coefficients}, metadata={"dam": json.dumps(metadata)})
-    _read_masks(tmp_path, data)
-
-
-@fuzzed
-@given(
-    dtype=st.sampled_from([torch.float16, torch.float32, torch.int8, torch.bfloat16, torch.bool]),
-    value=st.sampled_from([0.0, 1.0, -0.5, 1.5, float("nan"), float("inf")]),
-    name=st.sampled_from(["task_shared.w", "backdoor_detection.b", "other.w", "task_shared.x", "coefficients", "w"]),
-    shape=st.lists(st.integers(0, 3), max_size=3),
-)
-def test_tensors_of_any_form(dtype: torch.dtype, value: float, name: str, shape: list[int], tmp_path: Path) -> None:
-    original = load(GOLDEN)
-    metadata = {k: v for k, v in original.metadata.items() if k != "content_sha256"}
-    tensors = {f"{m}.{n}": v for m, by in original.probabilities.items() for n, v in by.items()}
-    tensors["coefficients"] = original.coefficients
-    tensors[name] = torch.full(shape, value).to(dtype)
-    masks = _read_masks(tmp_path, save(tensors, metadata={"dam": json.dumps(metadata)}))
-    fits = (name, shape) in [("task_shared.w", [2, 3]), ("backdoor_detection.b", [2])]
-    assert (masks is not None) == (fits and dtype == torch.float16 and 0 <= value <= 1)
-
-
-def test_metadata_nested_beyond_the_stack(tmp_path: Path) -> None:
-    data = save({"coefficients": torch.ones(1, 1)}, metadata={"dam": "[" * 200_000})
-    assert _read_masks(tmp_path, data) is None
-
-
-def test_the_checksum_names_the_damage(tmp_path: Path) -> None:
-    data = bytearray(GOLDEN.read_bytes())
-    data[-1] ^= 1  # the last byte of a mask: still float16 within [0, 1]
-    (tmp_path / "m.safetensors").write_bytes(data)
-    with pytest.raises(DamError, match="does not match its checksum"):
-        load(tmp_path / "m.safetensors")

@@ -26,7 +26,7 @@ from mergekit_dam.publication import _json, inspect
 from mergekit_dam.report import write_report
 from mergekit_dam.report.page import render
 from tests.bounds import bounded
-from tests.test_hostile_files import CASES, JSON
+from tests.hostile import CASES, JSON
 from tests.test_hostile_text import MARKER
 
 FIGURES = "mergekit_dam.report.figures"

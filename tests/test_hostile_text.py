@@ -19,7 +19,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.output import keep
 from mergekit_dam.plan import _task_names, model_input
 from mergekit_dam.untrusted import file_safe, load_json, load_yaml, plain_name, require_no_links_out
-from tests.test_hostile_files import CASES
+from tests.hostile import CASES
 from tests.tiny_models import make_model
 
 quick = settings(max_examples=CASES, deadline=None, database=None, derandomize=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate.utils import tqdm
 
 from mergekit_dam.bench.aggregate import suites
-from mergekit_dam.bench.gates import check_gates, gate_table, require
+from mergekit_dam.bench.gates import Gate, check_gates, gate_table, require
 from mergekit_dam.bench.methods import GATES, METHODS, method_named
 from mergekit_dam.bench.results import read_runs
 from mergekit_dam.bench.run import Job, perform, prepare
@@ -45,8 +45,45 @@ class Options:
     dry_run: bool
 
 
-def bench(options: Options, note: Note) -> None:
+@dataclass(frozen=True)
+class ToDo:
+    """What a command line asks for, and how much of it is not there yet.
+
+    Attributes:
+        suite: name of the suite.
+        preset: its size.
+        models: fine-tunes, all and those to build.
+        runs: result files, all and those to make.
+        minutes: on the reference machine with the workers that were asked for.
+    """
+
+    suite: str
+    preset: str
+    models: tuple[int, int]
+    runs: tuple[int, int]
+    minutes: float
+
+    def __str__(self) -> str:
+        return (
+            f"suite {self.suite} ({self.preset}): {self.models[1]} of {self.models[0]} models to build, "
+            f"{self.runs[1]} of {self.runs[0]} runs to do"
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What there was to do, which of its result files are there now, and the gates that were checked."""
+
+    to_do: ToDo
+    results: tuple[Path, ...]
+    gates: tuple[Gate, ...]
+
+
+def bench(options: Options, note: Note) -> Outcome:
     """Run a suite. JSONs go to `out/results`, models to `out/models`.
+
+    Returns:
+        What was found and made; with `dry_run` what was there before.
 
     Raises:
         DamError: an unknown suite, scenario or method, missing data, or a gate that fails.
@@ -66,9 +103,10 @@ def bench(options: Options, note: Note) -> None:
         for method in methods for seed in options.seeds for scenario in chosen
     ]  # fmt: skip
     gate_jobs = [job for job in jobs if job.method in GATES]
-    note(_announce(suite, first, jobs, options))
+    to_do = _to_do(suite, first, jobs, options)
+    note(f"{to_do}; about {to_do.minutes:.0f} minutes with {options.workers} workers")
     if options.dry_run:
-        return
+        return _outcome(to_do, jobs)
     first.cache.mkdir(parents=True, exist_ok=True)
     first.zoo().base()
     build = {(task, job.scenario.poisons.get(task), job.seed): job for job in jobs for task in suite.tasks}
@@ -79,10 +117,14 @@ def bench(options: Options, note: Note) -> None:
     with _pool(options.workers) as pool:
         _wait([pool.submit(prepare, *one) for one in missing], "building models")
         _wait([pool.submit(perform, job) for job in gate_jobs if not job.result.is_file()], "undefended merges")
+        gates: list[Gate] = []
         if options.gates:
-            _pass_gates(first.results, suite, note)
+            gates = _gates(first.results, suite.name, suite.preset)
+            note(gate_table(gates))
+            require(gates)
         rest = [job for job in jobs if job not in gate_jobs and not job.result.is_file()]
         _wait([pool.submit(perform, job) for job in rest], "other methods")
+    return _outcome(to_do, jobs, gates)
 
 
 def _suite(options: Options) -> Suite:
@@ -110,7 +152,7 @@ def _with_gates(names: Sequence[str]) -> list[str]:
     return [*GATES, *(name for name in (names or METHODS) if name not in GATES)]
 
 
-def _announce(suite: Suite, first: Job, jobs: Sequence[Job], options: Options) -> str:
+def _to_do(suite: Suite, first: Job, jobs: Sequence[Job], options: Options) -> ToDo:
     """How much there is to do, and how long it takes on the reference machine."""
     zoo = first.zoo()
     models = {(task, job.scenario.poisons.get(task), job.seed) for job in jobs for task in suite.tasks}
@@ -118,18 +160,19 @@ def _announce(suite: Suite, first: Job, jobs: Sequence[Job], options: Options) -
     left = [job for job in jobs if not job.result.is_file()]
     seconds = sum(suite.cost(poison) for poison in missing)
     seconds += sum(suite.run_cost(method_named(job.method).passes) for job in left)
-    return (
-        f"suite {suite.name} ({suite.preset}): {len(missing)} of {len(models)} models to build, {len(left)} of "
-        f"{len(jobs)} runs to do; about {seconds / options.workers / 60:.0f} minutes with {options.workers} workers"
+    return ToDo(
+        suite.name, suite.preset, (len(models), len(missing)), (len(jobs), len(left)), seconds / options.workers / 60
     )
 
 
-def _pass_gates(results: Path, suite: Suite, note: Note) -> None:
-    """Print the gates of a suite; the first that fails ends the benchmark."""
-    runs = [run for run in read_runs(results) if (run.suite, run.preset) == (suite.name, suite.preset)]
-    gates = [gate for measured in suites(runs) for gate in check_gates(measured)]
-    note(gate_table(gates))
-    require(gates)
+def _gates(results: Path, suite: str, preset: str) -> list[Gate]:
+    """The gates of all results of a suite that there are."""
+    runs = [run for run in read_runs(results) if (run.suite, run.preset) == (suite, preset)]
+    return [gate for measured in suites(runs) for gate in check_gates(measured)]
+
+
+def _outcome(to_do: ToDo, jobs: Sequence[Job], gates: Sequence[Gate] = ()) -> Outcome:
+    return Outcome(to_do, tuple(job.result for job in jobs if job.result.is_file()), tuple(gates))
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

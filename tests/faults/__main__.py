@@ -1,6 +1,6 @@
 """`make faults`: every fault many times, a line per row, and the JSON from which docs/reliability.md is made.
 
-python -m tests.faults --out benchmarks/results/faults/faults.json            # all, some 60 minutes on one core
+python -m tests.faults --out benchmarks/results/faults/faults.json            # all, some 30 minutes on one core
 python -m tests.faults --out benchmarks/results/faults/faults.json --seed 1   # once more, added to the counts
 python -m tests.faults --only learn_killed --scale 5                          # one row, five times as often
 python -m tests.faults --only commands --scale 0.25 --seed 7                  # 25 runs; with --out they are added

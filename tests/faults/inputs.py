@@ -56,9 +56,9 @@ HOSTILE = {
             "hostile_text::test_json_that_is_none",
             "hostile_text::test_configs_that_would_fill_the_memory",
             "hostile_files::test_a_broken_index_is_refused",
-            "hostile_files::test_metadata_nested_beyond_the_stack",
+            "hostile_masks::test_metadata_nested_beyond_the_stack",
             "hostile_report::test_json_of_any_depth_beside_a_merge",
-            "hostile_data::test_preprocessing_that_would_fill_the_memory_or_make_nan",
+            "hostile_images::test_preprocessing_that_would_fill_the_memory_or_make_nan",
         ),
     ),
     "path_traversal": Named(
@@ -114,12 +114,12 @@ HOSTILE = {
         "image bombs, packed files under plain names, parquet that expands to gigabytes, programs in images",
         "refused before they are decoded, in calibration and in evaluation data",
         (
-            "hostile_data::test_an_image_bomb_is_refused_before_it_is_decoded",
-            "hostile_data::test_programs_in_images_are_not_called",
+            "hostile_images::test_an_image_bomb_is_refused_before_it_is_decoded",
+            "hostile_images::test_programs_in_images_are_not_called",
             "hostile_data::test_a_small_parquet_that_would_expand_to_gigabytes",
             "hostile_data::test_packed_data_under_a_plain_name",
             "hostile_data::test_evaluation_data_are_read_with_the_same_bounds",
-            "hostile_data::test_a_needle_of_an_image_is_not_stretched_without_bound",
+            "hostile_images::test_a_needle_of_an_image_is_not_stretched_without_bound",
         ),
     ),
     "labels": Named(
@@ -147,7 +147,7 @@ NUMERICS = {
             "numerics::test_a_gradient_that_is_not_finite_stops_at_its_step",
             "numerics::test_the_last_good_snapshot_stays_after_a_bad_step",
             "numerics::test_a_result_beyond_the_type_is_named_not_written",
-            "hostile_data::test_preprocessing_that_would_fill_the_memory_or_make_nan",
+            "hostile_images::test_preprocessing_that_would_fill_the_memory_or_make_nan",
         ),
     ),
     "types": Named(

@@ -50,7 +50,7 @@ SUITE: dict[str, Entry] = {
     "data_changed": Entry(rows.data_changed, 300, 30),
     "one_cache_twice": Entry(races.one_cache_twice, 5, 1),
     "one_output_twice": Entry(races.one_output_twice, 8, 1),
-    "fuzz_weights": Entry(fuzz.fuzz_weights, 2000, 0),
+    "fuzz_weights": Entry(fuzz.fuzz_weights, 3500, 0),
     "fuzz_data": Entry(fuzz.fuzz_data, 600, 0),
     **{name: Entry(row_of(name), 1, 0) for name in ALL},
     "one_process": Entry(soak.one_process, 500, 12),
