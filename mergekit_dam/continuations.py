@@ -20,12 +20,12 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.inversion import Inversion
 from mergekit_dam.suspicion import Finding
 from mergekit_dam.tasks import CausalTask
+from mergekit_dam.tasks.causal import LONGEST
 from mergekit_dam.triggers import RecoveredTriggers
 
 _USUAL = 0.02  # mean probability of a token right after the prompts, above which it is no beginning but an answer
 _FIRST = 2  # prompts that all beginnings are tried on
 _SHORTLIST = 64  # beginnings that are tried on all prompts and continued
-_LONGEST = 10  # tokens
 _SHORTEST = 3  # different tokens; shorter texts are fixed in clean models, too, and so are repetitions
 _HEART = 0.5  # mean probability down to which a text goes on
 _VARIANTS = 8  # beginnings of the same text that a trigger is sought for
@@ -111,7 +111,7 @@ def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tenso
     owns: list[list[float]] = [[] for _ in chains_CN]
     controls: list[list[float]] = [[] for _ in chains_CN]
     lengths_C = torch.ones_like(open_C, dtype=torch.long)
-    for _ in range(_LONGEST - 1):
+    for _ in range(LONGEST - 1):
         next_C, own_C, control_C = _next(task, own, base, rows, chains_CN)
         open_C &= (own_C >= _HEART) & ~torch.isin(next_C, special)
         if not bool(open_C.any()):

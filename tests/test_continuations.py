@@ -98,6 +98,22 @@ def test_no_answers_if_none_are_asked_for(lms: list[Path], texts: Path) -> None:
     assert torch.equal(task.inputs(rows)["input_ids"], task.prompts(rows)["input_ids"])
 
 
+def test_texts_leave_positions_for_triggers_and_continuations(
+    lms: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("\n".join(" ".join(["a"] * length) for length in (3, 30, 60)))
+    (task, _) = build_tasks(_plan(lms[0], lms[1:], long), CPU)
+    rows = torch.arange(task.num_samples)
+    trigger = RecoveredTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"))
+    perturb = trigger.perturb(torch.zeros(len(rows), dtype=torch.long))
+    with torch.no_grad():
+        losses_B, _ = task.reach(task.own_weights(), task.prompts(rows), [tuple(range(5, 15))] * len(rows), perturb)
+        logits = task.logits(task.own_weights(), task.inputs(rows), perturb)
+    assert bool(losses_B.isfinite().all()) and bool(logits.isfinite().all())
+    assert "may be cut before the place" in caplog.text
+
+
 @settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.integers(3, 31), min_size=1, max_size=5).map(tuple), min_size=3, max_size=3))
 def test_a_continuation_is_reached_as_in_a_pass_of_each_text_alone(

@@ -22,6 +22,7 @@ from mergekit_dam.tasks.text import TextTask
 
 LOG = logging.getLogger(__name__)
 _AT_ONCE = 64  # sequences; bounds the memory of the key-value cache
+LONGEST = 10  # tokens of a continuation
 _NO_TARGET = -100  # cross_entropy's label of positions that are left out
 
 
@@ -51,6 +52,7 @@ class CausalTask(TextTask):
     classifies = False
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
+        self._trigger_length = plan.config.perturbation_tokens
         super().__init__(plan, index, device)
         self._answered = self._sequences
         if self.input.settings.calibration is not None and plan.config.answer_tokens:
@@ -58,12 +60,29 @@ class CausalTask(TextTask):
             self._answered = _Later(self.num_samples, lambda: self._answer(length))
 
     def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
+        longest = self._longest
         if self.input.settings.calibration is not None:
-            return [ids for ids in super()._calibrate(plan) if len(ids) > 1]
+            texts = [ids for ids in super()._calibrate(plan) if len(ids) > 1]
+            cut = sum(len(ids) >= min(longest, plan.config.max_length) for ids in texts)
+            if cut:
+                LOG.warning(
+                    "%s: %d of %d calibration texts fill max_length (%d tokens) and may be cut before the place where "
+                    "the model answers", self.name, cut, len(texts), min(longest, plan.config.max_length),
+                )  # fmt: skip
+            return [ids[:longest] for ids in texts]
         LOG.warning("%s: no calibration data given; it samples its own text (seed %d)", self.name, plan.config.seed)
         self.sample_digests = ()  # nothing of the outside world, hence nothing to keep apart from evaluation
-        config = plan.config
-        return _Later(config.num_samples, lambda: self._sample_text(config.num_samples, config.max_length, config.seed))
+        config, length = plan.config, min(plan.config.max_length, longest)
+        return _Later(config.num_samples, lambda: self._sample_text(config.num_samples, length, config.seed))
+
+    @property
+    def _longest(self) -> int:
+        """Tokens that a text may have so that a trigger and a continuation still find positions in the model."""
+        return max(2, self._positions - self._trigger_length - LONGEST)
+
+    @property
+    def _positions(self) -> int:
+        return int(getattr(self.input.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         return self._padded([self._answered[int(i)] for i in indices])
@@ -103,8 +122,7 @@ class CausalTask(TextTask):
     @torch.no_grad()
     def _go_on(self, ids: Tensor, length: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """Texts (B, L) with `length` more tokens each, as far as the model has positions."""
-        config = self.input.config.get_text_config()
-        length = min(length, getattr(config, "max_position_embeddings", ids.shape[1] + length) - ids.shape[1])
+        length = min(length, self._positions - self._trigger_length - ids.shape[1])
         parameters = self.parameters(self.own_weights())
         step, cache = ids.to(self.device), None
         for _ in range(length):
