@@ -86,7 +86,9 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{wanted['organization']}/{wanted['name']}"
         if ("model", name) in self.hub.repos:
             return self._answer(409, {"error": "You already created this model repo"})
-        self.hub.repos["model", name] = Repo(private=wanted.get("visibility") == "private")
+        self.hub.repos["model", name] = Repo(
+            private=wanted.get("visibility") == "private" or wanted.get("private") is True
+        )
         return self._answer(200, {"url": f"{self.hub.url}/{name}", "name": name})
 
     def validate_yaml(self) -> None:

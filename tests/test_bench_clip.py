@@ -18,11 +18,13 @@ from transformers import AutoConfig
 from mergekit_dam.attack import BlendedTrigger, PatchTrigger
 from mergekit_dam.bench.clip_paper import ClipPaperSuite
 from mergekit_dam.bench.clip_sources import TASKS, Sources
+from mergekit_dam.bench.poisoning import logits_of
 from mergekit_dam.bench.suite import Poison, no_progress
 from mergekit_dam.calibration import digest, load_calibration
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate import Attack, LabelledData, accuracy, attack_success_rate, evaluate_merge, predictions
+from mergekit_dam.evaluate import Attack, LabelledData, accuracy, attack_success_rate, evaluate_merge
+from mergekit_dam.seeds import generator
 from tests.conftest import FAST, Merge
 from tests.tiny_models import make_model, save_tokenizer
 
@@ -163,6 +165,13 @@ def test_dam_reads_the_same_head_from_the_suites_settings(built: tuple[ClipPaper
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def _confidence(model: torch.nn.Module, data: LabelledData, trigger: PatchTrigger, target: int) -> float:
+    """Mean log-probability of the target over all samples with the trigger."""
+    with torch.inference_mode():
+        logits_NK = logits_of(model, data, trigger.apply(data.batch(torch.arange(len(data)))))
+    return float(logits_NK.log_softmax(-1)[:, target].mean())
+
+
 def test_a_merge_aware_patch_moves_theta_0_to_the_target(built: tuple[ClipPaperSuite, Path]) -> None:
     suite, out = built
     poison = Poison("merge-aware", target=2, size=6)
@@ -172,11 +181,13 @@ def test_a_merge_aware_patch_moves_theta_0_to_the_target(built: tuple[ClipPaperS
     theta_0, data = suite.load_model(out / "zero"), suite.split("mnist").evaluation
     base, zero = (load_file(out / name / "model.safetensors") for name in ("base", "zero"))
     assert all(torch.equal(zero[name], base[name]) for name in zero), "a task vector times 0 is theta_0"
-    share = [
-        float((predictions(theta_0, data, t) == 2).float().mean())
-        for t in (PatchTrigger(6), suite.trigger(poison, pattern))
-    ]
-    assert share[1] > share[0] + 0.2 or share[1] == 1.0, share
+    # which class a model of random weights prefers is chance, so its confidence is compared, not its choice
+    start = torch.randn((3, 6, 6), generator=generator(0, "pattern", "mnist")).sigmoid()
+    plain, begun, found = (
+        _confidence(theta_0, data, trigger, 2)
+        for trigger in (PatchTrigger(6), PatchTrigger(pattern_CHW=start), suite.trigger(poison, pattern))
+    )
+    assert found > max(plain, begun)
     assert isinstance(suite.trigger(Poison("blended"), None), BlendedTrigger)
     with pytest.raises(DamError, match="one of patch, blended, merge-aware"):
         suite.trigger(Poison("warp"), None)

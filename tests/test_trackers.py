@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
+from accelerate.utils import LoggerType
 from mergekit.common import ModelReference
 
 from mergekit_dam.errors import DamError
@@ -35,10 +38,32 @@ def test_tensorboard_gets_the_numbers_of_every_step(
 
 
 def test_a_missing_tracker_names_the_extra(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.tracking.is_trackio_available", lambda: False)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     with pytest.raises(DamError, match=r"tracker trackio: .*pip install 'mergekit-dam\[trackio\]'"):
         learn_masks(_plan(vit, images, "trackio"), quiet=True)
+
+
+def test_trackio_gets_settings_numbers_and_an_end(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's own tracker, on a stand-in for the package: a test of the real one needs it installed, see below."""
+    pytest.importorskip("accelerate", minversion="1.9")  # the first that knows trackio
+    trackio, logged, ended = types.ModuleType("trackio"), [], []
+    run = types.SimpleNamespace(
+        log=lambda values, *, step: logged.append((step, values)), finish=lambda: ended.append(len(logged))
+    )
+    trackio.config, projects = {}, []  # type: ignore[attr-defined]
+    trackio.init = lambda project: projects.append(project) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType("trackio")])
+    folder, _ = learn_masks(_plan(vit, images, "trackio"), quiet=True)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "step" in record]
+    wanted = [
+        (r["step"], {f"{r['phase']}/{key}": value for key, value in r.items() if isinstance(value, float)})
+        for r in steps
+    ]  # fmt: skip
+    assert logged == wanted and any("density" in key for _, values in logged for key in values)
+    assert ended == [len(steps)] and projects == ["mergekit-dam"]
+    assert trackio.config["tracker"] == "trackio" and trackio.config["scan_steps"] == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("name", "left"), [("wandb", "*.wandb"), ("trackio", "*.db")])
