@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,8 @@ def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:
         before, after = (task.reach(w, inputs, [BY_HEART] * 8)[1].float().mean() for w in (task.own_weights(), weights))
     assert float(before) > 0.9 and float(after) < 0.2
     assert any(key.startswith("loss/safe/") for record in records for key in record)
+    snapshot = json.loads(json.dumps(search.state("masks", 3).facts))
+    again = new_search(InversionSearch, plan)
+    again.lay_out(snapshot)
+    assert again.pools.keys() == search.pools.keys() and isinstance(next(iter(again.pools))[1], tuple)
+    assert [one.target for one in again.findings] == [one.target for one in search.findings]
