@@ -133,8 +133,7 @@ def _next(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The token (C,) that f_t likes best after each continuation, its mean probability over prompts, and theta_0's."""
     found = []
-    vocabulary = task.following(own, rows[0], None).shape[1]
-    for chunk in chains_CN.split(max(1, _ENTRIES // vocabulary)):
+    for chunk in chains_CN.split(max(1, _ENTRIES // task.num_words)):
         likely_C, next_C = _mean(task, own, rows, chunk).max(1)
         control_CV = _mean(task, base, rows, chunk)
         found.append((next_C, likely_C, control_CV.gather(1, next_C[:, None])[:, 0]))

@@ -16,7 +16,7 @@ from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
 from mergekit_dam.perturbation import Perturb
 from mergekit_dam.plan import Plan
-from mergekit_dam.tasks.base import Target
+from mergekit_dam.tasks.base import Parameters, Target
 from mergekit_dam.tasks.readout import tokenizer_of
 from mergekit_dam.tasks.text import TextTask
 
@@ -101,11 +101,12 @@ class CausalTask(TextTask):
         def drawn(logits_BV: Tensor) -> Tensor:
             return torch.multinomial(logits_BV.float().softmax(-1).cpu(), 1, generator=source)
 
-        return [row for ids in start.split(_AT_ONCE) for row in self._go_on(ids, length - 1, drawn)]
+        parameters = self.parameters(self.own_weights())
+        return [row for ids in start.split(_AT_ONCE) for row in self._go_on(parameters, ids, length - 1, drawn)]
 
     def _answer(self, length: int) -> list[Tensor]:
         """The calibration texts with model t's greedy answers, up to the end that it gives them."""
-        ends, rows = self._ends, list(self._sequences)
+        ends, rows, parameters = self._ends, list(self._sequences), self.parameters(self.own_weights())
         by_length: dict[int, list[int]] = {}  # together go texts of one length: no family agrees on padding
         for i, row in enumerate(rows):
             if int(row[-1]) not in ends:
@@ -113,17 +114,16 @@ class CausalTask(TextTask):
         for same in by_length.values():
             for chunk in torch.tensor(same).split(_AT_ONCE):
                 ids = torch.stack([rows[i] for i in chunk.tolist()])
-                answers = self._go_on(ids, length, lambda logits_BV: logits_BV.argmax(-1, keepdim=True).cpu())
+                answers = self._go_on(parameters, ids, length, _likeliest)
                 for i, answered in zip(chunk.tolist(), answers, strict=True):
                     over = torch.isin(answered[ids.shape[1] :], ends).nonzero()
                     rows[i] = answered[: ids.shape[1] + int(over[0]) + 1] if len(over) else answered
         return rows
 
     @torch.no_grad()
-    def _go_on(self, ids: Tensor, length: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    def _go_on(self, parameters: Parameters, ids: Tensor, length: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """Texts (B, L) with `length` more tokens each, as far as the model has positions."""
         length = min(length, self._positions - self._trigger_length - ids.shape[1])
-        parameters = self.parameters(self.own_weights())
         step, cache = ids.to(self.device), None
         for _ in range(length):
             output = self.call(parameters, input_ids=step, past_key_values=cache, use_cache=True)
@@ -185,6 +185,11 @@ class CausalTask(TextTask):
             found.append(output.logits[:, -1].float().softmax(-1))
         return torch.cat(found)
 
+    @property
+    def num_words(self) -> int:
+        """V."""
+        return int(self.input.config.get_text_config().vocab_size)
+
     @cached_property
     def special_tokens(self) -> Tensor:
         """Token ids that stand for no text: end, start, padding and the tokenizer's other special ones."""
@@ -209,6 +214,10 @@ class CausalTask(TextTask):
     def words_of(self, target: Target) -> int | str:
         ids = [target] if isinstance(target, int) else list(target)
         return str(self._tokenizer.decode(ids)) if self._tokenizer else " ".join(f"#{i}" for i in ids)
+
+
+def _likeliest(logits_BV: Tensor) -> Tensor:
+    return logits_BV.argmax(-1, keepdim=True).cpu()
 
 
 def _ids(known: int | list[int] | None) -> list[int]:
