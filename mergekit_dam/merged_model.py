@@ -11,7 +11,7 @@ gathered one by one, the merged weights never exist as a whole, see tasks/stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,12 +78,16 @@ class MergedModel:
 
     def _merged(self, spec: TensorSpec, masks: Masks, lambdas: Tensor) -> Tensor:
         """One merged tensor, whole."""
+        return self._merging(spec, masks, lambdas)()
+
+    def _merging(self, spec: TensorSpec, masks: Masks, lambdas: Tensor) -> Callable[[], Tensor]:
+        """Our rows of one merged tensor are on their way to all; what is returned waits for everyone's."""
         base = self.frozen.moved(self.frozen.base[spec.name])
         rows = torch.empty(base.shape, dtype=self.dtype, device=self.device)
         if base.numel():  # none where there are fewer rows than processes
             models, mask = self.frozen.models_here(spec.name), masks.get(spec.mask_name)
             merge(base, models, self._of(lambdas, spec), mask, out=rows)
-        return self.shards.gather(rows, spec.shape)
+        return self.shards.gathering(rows, spec.shape)
 
     def chain(
         self, weights: Weights, masks: Masks, coefficients: Tensor, coefficient_gradient: Tensor, *, whole: bool = False
@@ -185,10 +189,19 @@ class MergedModel:
         frozen, specs = self.frozen, {spec.name: spec for spec in self.changed}
         store = GradientStore(on_disk=self.offload == "disk")
 
+        coming: dict[str, Callable[[], Tensor]] = {}
+
         def form(name: str) -> Tensor:
             if name in specs:
-                return self._merged(specs[name], masks, lambdas)
+                arrived = coming.pop(name, None)
+                return self._merged(specs[name], masks, lambdas) if arrived is None else arrived()
             return frozen.computed(frozen.moved(frozen.base[name]))
+
+        def ahead(names: Iterable[str]) -> None:
+            frozen.ahead(names)
+            for name in names if self.shards.size > 1 else ():
+                if name in specs and name not in coming:
+                    coming[name] = self._merging(specs[name], masks, lambdas)
 
         def consume(name: str, gradient: Tensor) -> None:
             spec = specs.get(name)
@@ -205,7 +218,7 @@ class MergedModel:
                 store.rest(spec.mask_name, found)
 
         names = [spec.name for spec in self._specs]
-        return _Streamed(names, form, consume=consume, release=frozen.release, ahead=frozen.ahead, store=store)
+        return _Streamed(names, form, consume=consume, release=frozen.release, ahead=ahead, store=store)
 
     def _rows(self, weight: Tensor) -> Tensor | None:
         """Our rows of the gradient that the tasks of all processes left in a merged tensor; None if it is unused."""

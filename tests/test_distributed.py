@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,40 @@ def test_gradients_of_several_processes_are_those_of_one(
             torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-8)
     shares = [own for _, _, own in everyone]
     assert sum(shares) == held and max(shares) < 1.2 * held / count
+
+
+def _most_on_their_way(shards: Shards, plan: Plan) -> tuple[int, int]:
+    """The most tensors that are gathered at once in a pass with its backward pass, and tensors that change."""
+    begin, under_way, most = shards.gathering, 0, 0
+
+    def counted(local: torch.Tensor, shape: Sequence[int]) -> Callable[[], torch.Tensor]:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        arrived = begin(local, shape)
+
+        def wait() -> torch.Tensor:
+            nonlocal under_way
+            under_way -= 1
+            return arrived()
+
+        return wait
+
+    shards.gathering = counted  # type: ignore[method-assign]
+    vectors, tasks = TaskVectors(plan), build_tasks(plan, CPU)
+    changed = survey(vectors, shards).changed
+    model = MergedModel(vectors, changed, CPU, shards=shards, blockwise=plan.config.gather == "block")
+    masks = masks_in_use(model, plan.config, temperature=0.5)
+    weights = model.weights(combined(masks), torch.full((2, len(model.mask_names)), 0.3))
+    entropy(tasks[0].logits(weights, tasks[0].inputs(torch.arange(4)))).backward()
+    assert under_way == 0, "what was gathered ahead was used"
+    return most, len(changed)
+
+
+@pytest.mark.parametrize("gather", ["model", "block"])
+def test_the_next_block_is_on_its_way_while_one_runs(gather: str, vit: Path, images: Path) -> None:
+    for most, changed in group(_most_on_their_way, 2, _plan(vit, images, "inversion", gather=gather)):
+        assert most == 1 if gather == "model" else 1 < most <= changed // 2, "no more than a block"
 
 
 def _learned(shards: Shards, plan: Plan, stop: int, cache: str) -> LearnedMasks | None:

@@ -43,8 +43,8 @@ def device_bytes(job: Job, processes: int = 1) -> dict[str, float]:
     """Bytes on each device by what they hold, without activations; masks and frozen tensors are sharded over W.
 
     The merged model and its gradient are whole in each process, unless they are streamed (`offload`, or `gather:
-    block` with several processes): then one block and its gradient are there, and with `offload` one block of each
-    frozen model on its way.
+    block` with several processes): then one block and its gradient are there, a second block on its way from the
+    other processes, and with `offload` one block of each frozen model.
     """
     entries = job.masks * job.entries * job.parameters
     offloaded = job.offload != "none"
@@ -54,7 +54,7 @@ def device_bytes(job: Job, processes: int = 1) -> dict[str, float]:
     return {
         "mask logits": _FLOAT32 * entries / processes,
         "Adam's moments": _FLOAT32 * _MOMENTS * entries / processes,
-        "merged weights": job.computed * share * job.parameters,
+        "merged weights": job.computed * share * job.parameters * (2 if streamed and processes > 1 else 1),
         "their gradient": job.computed * share * job.parameters,
         "frozen models": job.stored * (job.tasks + 1) * job.parameters * (job.block if offloaded else 1 / processes),
         "sums of dL/dM": sums if streamed and job.offload != "disk" else 0.0,

@@ -9,12 +9,13 @@ must call them in the same order. Legend: W processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -71,11 +72,23 @@ class Shards:
 
     def gather(self, local: Tensor, shape: Shape) -> Tensor:
         """The whole tensor of `shape` from everyone's rows."""
+        return self.gathering(local, shape)()
+
+    def gathering(self, local: Tensor, shape: Shape) -> Callable[[], Tensor]:
+        """Begin to gather; what is returned waits for the end and hands out the whole tensor."""
         if self.mesh is None:
-            return local
-        whole = self.distributed(local.contiguous(), shape)
-        assert isinstance(whole, DTensor)
-        return whole.full_tensor().reshape(tuple(shape))
+            return lambda: local
+        with torch.no_grad():
+            rows = self.distributed(local.contiguous(), shape)
+            assert isinstance(rows, DTensor)
+            whole = rows.redistribute(placements=[Replicate()], async_op=True).to_local()
+
+        def arrived() -> Tensor:
+            # rows that were padded, since they are not as many everywhere, have arrived already
+            found = whole.wait() if isinstance(whole, AsyncCollectiveTensor) else whole
+            return found.reshape(tuple(shape))
+
+        return arrived
 
     def scatter(self, whole: Tensor) -> Tensor:
         """Our rows of the sum of everyone's `whole`."""

@@ -24,7 +24,7 @@ class StreamedWeights(Mapping[str, Tensor]):
         form: makes one tensor; it is called again for the backward pass and must give the same values.
         consume: takes the name and the gradient of a tensor, once per pass that used it; None for fixed weights.
         release: is told which tensors are no longer in use.
-        ahead: is told which tensors come next.
+        ahead: is told which tensors come next, when those of a block are first asked for.
     """
 
     def __init__(
@@ -35,7 +35,10 @@ class StreamedWeights(Mapping[str, Tensor]):
         self._names = tuple(names)
         self.form, self.consume, self.release, self.ahead = form, consume, release, ahead
         self._token = torch.zeros((), requires_grad=True)  # so that autograd walks back to `consume`
-        self._near: dict[str, list[str]] = {}  # a block's first tensor -> tensors of the blocks beside it
+        self._order: list[tuple[str, ...]] = []  # tensors by block, as blocks run
+        self._block_of: dict[str, int] = {}
+        self._kept: set[str] = set()  # what the backward pass will ask for
+        self._at: tuple[int, bool] | None = None  # the block that runs, and whether backward
         self._names_of: dict[int, str] = {}  # storage -> name of what is formed right now
 
     def __getitem__(self, name: str) -> Tensor:
@@ -50,9 +53,18 @@ class StreamedWeights(Mapping[str, Tensor]):
         return tensor
 
     def _announce(self, name: str) -> None:
-        """With a block's first tensor: the blocks before and after it are next, in a backward or a forward pass."""
-        if name in self._near:
-            self.ahead(self._near[name])
+        """With the first tensor of a block: what the next one needs, which in a backward pass is the one before."""
+        block = self._block_of.get(name)
+        backward = torch._C._current_graph_task_id() != -1
+        if block is None or self._at == (block, backward):
+            return
+        self._at = block, backward
+        following = block - 1 if backward else block + 1
+        if 0 <= following < len(self._order):
+            names = self._order[following]
+            # a block that is run again (gradient checkpointing) keeps nothing and needs all
+            needed = [n for n in names if n in self._kept] if backward else []
+            self.ahead(needed or names)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -80,17 +92,15 @@ class StreamedWeights(Mapping[str, Tensor]):
         Args:
             blocks: block -> parameter name -> output name, in the order in which they run.
         """
-        names = [tuple(by_target.values()) for by_target in blocks.values()]
-        self._near = {
-            name: [*(names[i - 1] if i else ()), *(names[i + 1] if i + 1 < len(names) else ())]
-            for i, own in enumerate(names)
-            for name in own[:1]
-        }  # fmt: skip
+        self._order = [tuple(by_target.values()) for by_target in blocks.values()]
+        self._block_of = {name: number for number, names in enumerate(self._order) for name in names}
+        self._at = None
 
         def pack(tensor: Tensor) -> Any:
             name = self._names_of.get(tensor.untyped_storage().data_ptr())
             if name is None:
                 return tensor
+            self._kept.add(name)
             return name, tensor.size(), tensor.stride(), tensor.storage_offset()
 
         def unpack(kept: Any) -> Tensor:
