@@ -9,6 +9,7 @@ Legend: T tasks, B batch, R triggers, K classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -22,6 +23,11 @@ from mergekit_dam.suspicion import Finding
 from mergekit_dam.tasks import CausalTask, Task
 from mergekit_dam.triggers import RecoveredTriggers
 
+LOG = logging.getLogger(__name__)
+_UNDEFENDED = (
+    "dam: model %s is a text encoder, whose backdoors the scan does not find: neither masks nor audit protect against "
+    "them yet. Merge such models only from people you trust (docs/threat-model.md)."
+)
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
 
 
@@ -42,6 +48,8 @@ def scan(
     findings = []
     for index in tasks_in_turn:
         task = tasks[index]
+        if not task.defended:
+            LOG.warning(_UNDEFENDED, task.name)
         if isinstance(task, CausalTask):
             findings += scan_continuations(index, task, base, config)
         else:

@@ -136,6 +136,22 @@ def test_without_m2_nothing_is_scanned(plan: Any) -> None:
     assert search.audit() == [] and set(search.masks) == {TASK_SHARED}
 
 
+@pytest.mark.parametrize(
+    ("family", "data", "names", "said"),
+    [("bert", "texts", ("m1", "m2"), ["m1", "m2"]), ("vit", "images", ("a", "b"), [])],
+)
+def test_who_merges_text_encoders_is_told_that_they_are_not_defended(
+    family: str, data: str, names: tuple[str, str], said: list[str], request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    root, calibration = (request.getfixturevalue(name) for name in (family, data))
+    base, *models = (ModelReference.parse(str(root / name)) for name in ("base", *names))
+    shared = {**FAST, "objective": "inversion", "calibration": str(calibration), "scan_steps": 2}
+    new_search(InversionSearch, build_plan(base, models, shared=shared, per_model={})).scan()
+    told = [record.getMessage() for record in caplog.records if "text encoder" in record.getMessage()]
+    assert [message.split()[2] for message in told] == said
+
+
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LabelledData, PatchTrigger]:
     """theta_0, a backdoored model of shapes and a clean one of stripes, trained for real, and their data."""

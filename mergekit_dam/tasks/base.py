@@ -40,9 +40,11 @@ class Task(ABC):
         targets: output name -> parameter name of the module.
         block_of: parameter name -> the block that it lives in, see streamed.py.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
+        defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md).
     """
 
     classifies = True
+    defended = True
 
     num_samples: int
     sample_digests: tuple[str, ...]

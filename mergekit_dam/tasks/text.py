@@ -23,6 +23,8 @@ _NEAREST = 3  # words shown per recovered token
 class TextTask(Task):
     """BERT, RoBERTa and DistilBERT, with their own classification head or a linear one."""
 
+    defended = False
+
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         super().__init__(plan, index, device)
         self._read = self._readout()
