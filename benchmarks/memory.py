@@ -8,6 +8,7 @@ The result goes to benchmarks/memory.json and, as a plot, to docs/pictures/memor
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -188,4 +189,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()
