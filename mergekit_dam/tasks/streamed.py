@@ -55,7 +55,7 @@ class StreamedWeights(Mapping[str, Tensor]):
     def _announce(self, name: str) -> None:
         """With the first tensor of a block: what the next one needs, which in a backward pass is the one before."""
         block = self._block_of.get(name)
-        backward = torch._C._current_graph_task_id() != -1
+        backward = torch._C._current_graph_task_id() != -1  # there is no public way to ask
         if block is None or self._at == (block, backward):
             return
         self._at = block, backward
