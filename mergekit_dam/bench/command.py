@@ -103,17 +103,17 @@ def bench(options: Options, note: Note) -> Outcome:
         for method in methods for seed in options.seeds for scenario in chosen
     ]  # fmt: skip
     gate_jobs = [job for job in jobs if job.method in GATES]
-    to_do = _to_do(suite, first, jobs, options)
+    build = {(task, job.scenario.poisons.get(task), job.seed): job for job in jobs for task in suite.tasks}
+    zoo = first.zoo()
+    missing = [
+        (job, task, poison) for (task, poison, seed), job in build.items() if not zoo.has_model(task, poison, seed)
+    ]  # fmt: skip
+    to_do = _to_do(suite, len(build), [poison for _, _, poison in missing], jobs, options)
     note(f"{to_do}; about {to_do.minutes:.0f} minutes with {options.workers} workers")
     if options.dry_run:
         return _outcome(to_do, jobs)
     first.cache.mkdir(parents=True, exist_ok=True)
-    first.zoo().base()
-    build = {(task, job.scenario.poisons.get(task), job.seed): job for job in jobs for task in suite.tasks}
-    missing = [
-        (job, task, poison) for (task, poison, _), job in build.items()
-        if not first.zoo().has_model(task, poison, job.seed)
-    ]  # fmt: skip
+    zoo.base()
     with _pool(options.workers) as pool:
         _wait([pool.submit(prepare, *one) for one in missing], "building models")
         _wait([pool.submit(perform, job) for job in gate_jobs if not job.result.is_file()], "undefended merges")
@@ -152,16 +152,20 @@ def _with_gates(names: Sequence[str]) -> list[str]:
     return [*GATES, *(name for name in (names or METHODS) if name not in GATES)]
 
 
-def _to_do(suite: Suite, first: Job, jobs: Sequence[Job], options: Options) -> ToDo:
-    """How much there is to do, and how long it takes on the reference machine."""
-    zoo = first.zoo()
-    models = {(task, job.scenario.poisons.get(task), job.seed) for job in jobs for task in suite.tasks}
-    missing: list[Poison | None] = [p for task, p, seed in models if not zoo.has_model(task, p, seed)]
+def _to_do(
+    suite: Suite, models: int, missing: Sequence[Poison | None], jobs: Sequence[Job], options: Options
+) -> ToDo:  # fmt: skip
+    """How much there is to do, and how long it takes on the reference machine.
+
+    Args:
+        models: how many the jobs need.
+        missing: of those, the poisons of what is to be built.
+    """
     left = [job for job in jobs if not job.result.is_file()]
     seconds = sum(suite.cost(poison) for poison in missing)
     seconds += sum(suite.run_cost(method_named(job.method).passes) for job in left)
     return ToDo(
-        suite.name, suite.preset, (len(models), len(missing)), (len(jobs), len(left)), seconds / options.workers / 60
+        suite.name, suite.preset, (models, len(missing)), (len(jobs), len(left)), seconds / options.workers / 60
     )
 
 
