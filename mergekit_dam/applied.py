@@ -64,6 +64,9 @@ class Applied:
         base: torch.Tensor = group.base.tensor
         if not self.masks.has(spec.mask_name):
             return base.clone()
+        if self.masks.students:
+            found = (student.get(name) for student in self.masks.students)
+            models = [None if tensor is None else tensor.to(base.device) for tensor in found]
         coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
         merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, base.device))
         written = self.written or base.dtype

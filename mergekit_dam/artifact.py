@@ -4,6 +4,7 @@ Format (schema 1), a plain safetensors file:
     task_shared.<tensor>          float16, probability in [0, 1] that a unit is kept by M1
     backdoor_detection.<tensor>   float16, the same for M2
     coefficients                  float32, (T, 1) or (T, P): lambda per model, or per model and masked tensor
+    student.<t>.<tensor>          float32: what is merged in place of model t's tensor (students.py); text encoders
     metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), versions,
                                   content_sha256 (over all the rest; files written before it was added lack it)
 A tensor without a mask is not in the file and keeps the base's values: no model changed it. Masks have the shape
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -28,7 +29,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_dam.artifact_form import CHECKSUM, check_content, check_metadata, check_values, checksum, read_metadata
+from mergekit_dam.artifact_form import (
+    CHECKSUM,
+    check_content,
+    check_metadata,
+    check_students,
+    check_values,
+    checksum,
+    read_metadata,
+)
 from mergekit_dam.cache import found_out
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
@@ -40,6 +49,7 @@ from mergekit_dam.plan import Plan
 LOG = logging.getLogger(__name__)
 SCHEMA = 1
 MASKS_FILE = "dam_masks.safetensors"
+_STUDENT = "student"
 _LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
 
 
@@ -52,12 +62,14 @@ class LearnedMasks:
         coefficients: lambda, (T, 1) or (T, P), float32.
         metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
         faults: of masks that were read, what makes them meaningless (`numerics.mask_faults`).
+        students: per model, by output name, what is merged in its place (students.py); none where models are merged.
     """
 
     probabilities: Mapping[str, Mapping[str, Tensor]]
     coefficients: Tensor
     metadata: Mapping[str, Any]
     faults: tuple[str, ...] = ()
+    students: Sequence[Mapping[str, Tensor]] = ()
 
     def product(self, name: str, device: torch.device | str = "cpu") -> MaskProduct | None:
         """M = M1 o M2 of a tensor, rescaled, to be formed where it is used; None if no mask is in use."""
@@ -118,6 +130,8 @@ def save(path: Path, masks: LearnedMasks) -> None:
         for mask, by_name in masks.probabilities.items()
         for name, values in by_name.items()
     }
+    for index, student in enumerate(masks.students):
+        tensors |= {f"{_STUDENT}.{index}.{name}": tensor.contiguous().cpu() for name, tensor in student.items()}
     tensors["coefficients"] = masks.coefficients.to(torch.float32).contiguous().cpu()
     metadata = {**masks.metadata, CHECKSUM: checksum(masks.metadata, tensors)}
     try:
@@ -159,10 +173,16 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
         coefficients = tensors["coefficients"]
         listed = set(metadata["tensors"])
         probabilities: dict[str, dict[str, Tensor]] = {TASK_SHARED: {}, BACKDOOR_DETECTION: {}}
+        count = len(metadata["models"]) if metadata.get("students") else 0
+        students: dict[str, dict[str, Tensor]] = {str(index): {} for index in range(count)}
         for key, values in tensors.items():
             if key == "coefficients":
                 continue
             mask, _, name = key.partition(".")
+            if mask == _STUDENT:
+                index, _, name = name.partition(".")
+                students[index][name] = values
+                continue
             if name not in listed:
                 raise KeyError(f"{key} in the list of tensors")
             probabilities[mask][name] = values
@@ -170,6 +190,7 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
         def check() -> str:
             check_content(metadata, tensors)
             check_values(metadata, probabilities, coefficients)
+            check_students(students.values())
             return json.dumps(mask_faults(probabilities, coefficients))
 
         found = found_out(
@@ -182,4 +203,4 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({first_line(error)})",
             cure="Learn the masks again.",
         ) from error  # fmt: skip
-    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)))
+    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)), tuple(students.values()))

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    StringConstraints,
+    ValidationError,
+)
 from torch import Tensor
 
 CHECKSUM = "content_sha256"  # entry of the metadata
@@ -48,6 +58,7 @@ class _Metadata(_Part):
     base: _Base
     models: Annotated[list[_Model], Field(max_length=_MOST_MODELS)]
     tensors: list[Annotated[str, StringConstraints(strict=True, max_length=_LONGEST_NAME)]]
+    students: dict[StrictStr, StrictFloat] = Field(default_factory=dict)
 
 
 def read_metadata(text: str) -> dict[str, Any]:
@@ -103,6 +114,18 @@ def check_values(
                 raise ValueError(f"mask of {name} is not float16 within [0, 1]")
             if len({by[name].shape for by in probabilities.values() if name in by}) > 1 or not values.numel():
                 raise ValueError(f"masks of {name} that are empty or differ in shape")
+
+
+def check_students(students: Iterable[Mapping[str, Tensor]]) -> None:
+    """What is merged in place of models.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    for student in students:
+        for name, tensor in student.items():
+            if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"student's {name} is not float32, or not finite")
 
 
 def _within_unit_interval(values: Tensor) -> bool:

@@ -57,6 +57,11 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
         for by_name in masks.probabilities.values():
             if name in by_name and not _broadcasts(tuple(by_name[name].shape), shapes[name]):
                 raise refuse(f"shape of {name}", tuple(by_name[name].shape), shapes[name])
+    written = {spec.name: spec.shape for spec in plan.tensors}
+    for student in masks.students:
+        for name, tensor in student.items():
+            if written.get(name) != tuple(tensor.shape):
+                raise refuse(f"student's {name}", written.get(name, "no such tensor"), tuple(tensor.shape))
     for key in sorted(plan.config.model_fields_set - NOT_LEARNED):
         if recorded["settings"].get(key) != getattr(plan.config, key):
             raise refuse(f"setting {key}", recorded["settings"].get(key), getattr(plan.config, key))

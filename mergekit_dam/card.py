@@ -118,6 +118,15 @@ def _defence(publication: Publication) -> str:
 def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     if settings.get("objective") != "inversion":
         return "No scan for triggers was made: this objective has none."
+    students = masks.get("students")
+    if isinstance(students, Mapping) and students:
+        return (
+            "No scan for triggers was made: it finds none in text encoders. Instead of each model a student of it was "
+            "merged: the base, taught what the model answers to clean texts with random words in between. What only a "
+            "trigger brings out gets across in part.\n\n"
+            + table(["model", "share of calibration texts that its student answers alike"],
+                    [[code(name), f"{float(share):.3f}"] for name, share in students.items()])
+        )  # fmt: skip
     findings = masks.get("audit") or []
     if not findings:
         return "The scan for backdoors found no target that it could score. One of another kind may have been missed."

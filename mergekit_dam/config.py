@@ -20,6 +20,7 @@ DAM = "Yang et al., ICLR 2025, arXiv 2410.13910"
 CONCRETE = "Maddison et al., arXiv 1611.00712"
 ADAMERGING = "Yang et al., arXiv 2310.02575"
 CLEANSE = "Wang et al., Neural Cleanse, IEEE S&P 2019"
+HINTON = "Hinton et al., arXiv 1503.02531"
 UNIVERSAL = "Moosavi-Dezfooli et al., arXiv 1610.08401"
 
 Settings = TypeVar("Settings", bound="_Settings")
@@ -86,6 +87,18 @@ class DamConfig(_Settings):
         "half of what it lacks of the usual size added.",
         unit="share", ge=0.0, le=1.0,
     )  # fmt: skip
+    student_steps: int = setting(
+        80, "Text encoders, inversion: steps in which theta_0 is taught each model's own answers; these students are "
+        "merged instead of the models. 0: merge the models, undefended.",
+        unit="steps", source=HINTON, ge=0,
+    )  # fmt: skip
+    student_batch_size: int = setting(32, "Text encoders: samples per step of a student.", unit="samples", ge=1)
+    student_learning_rate: float = setting(
+        1e-4, "Text encoders: AdamW step of a student at its highest.", source="-", gt=0.0
+    )
+    student_words: int = setting(
+        5, "Text encoders: random words put into each sample that a student learns from, at most.", unit="tokens", ge=0
+    )
     refresh_every: int = setting(20, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
     refresh_steps: int = setting(30, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
     batch_size: int = setting(8, "Samples per task and step (paper: 16).", unit="samples", source=DAM, ge=1)

@@ -33,6 +33,7 @@ from mergekit_dam.numerics import finite_flag, require_finite_gradients, require
 from mergekit_dam.objective import Patience, fit_loss, summed
 from mergekit_dam.pools import blank, recover
 from mergekit_dam.scan import scan
+from mergekit_dam.students import wanted
 from mergekit_dam.suspicion import Finding, suspects
 from mergekit_dam.tasks import Target, Task
 from mergekit_dam.triggers import RecoveredTriggers
@@ -69,7 +70,7 @@ class InversionSearch(MaskSearch):
         """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
         phase, done = self.begin("scan")
         if phase == "scan":
-            if BACKDOOR_DETECTION in self.masks:
+            if BACKDOOR_DETECTION in self.masks and not wanted(self.tasks, self.config):
                 self.scan(done)
             done = 0
         for step in self.progress(range(done, self.config.steps), "masks"):

@@ -14,6 +14,8 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.masks import mask_shape
 from mergekit_dam.plan import Plan
+from mergekit_dam.students import wanted
+from mergekit_dam.tasks import family_of
 
 _FLOAT = 4  # bytes; learning is done in float32
 _DISPATCH = 5e-4  # seconds that Python takes per layer and pass, whatever its size
@@ -52,8 +54,12 @@ def estimate(plan: Plan, *, flops_per_second: float | None = None) -> Estimate:
     entries = sum(math.prod(mask_shape(spec.shape, config.granularity)) for spec in floating)
     length = max(_tokens(model.config, config.max_length) for model in plan.models)
     num_classes = max(_classes(model.config) for model in plan.models)
-    scans = config.objective == "inversion" and num_classes > 0
-    at_once = max(config.batch_size, config.scan_batch_size * num_classes if scans else 0)
+    taught = wanted([family_of(plan)], config)
+    scans = config.objective == "inversion" and num_classes > 0 and not taught
+    at_once = max(
+        config.batch_size, config.scan_batch_size * num_classes if scans else 0,
+        config.student_batch_size if taught else 0,
+    )  # fmt: skip
     memory = {
         "base and models, mapped files on the CPU": (num_models + 1) * stored,
         "masks with gradients and moments": masks * _STATES * entries * _FLOAT,
@@ -62,7 +68,11 @@ def estimate(plan: Plan, *, flops_per_second: float | None = None) -> Estimate:
         "activations": at_once * _activation_bytes(plan.base.config, length),
     }
     calls, passes = _work(plan, num_classes if scans else 0)
-    if config.objective == "inversion":
+    if taught:
+        memory["a student with gradients and moments"] = _STATES * parameters * _FLOAT
+        steps = num_models * config.student_steps * 3
+        calls, passes = calls + steps, passes + steps * config.student_batch_size
+    elif config.objective == "inversion":
         passes += sum(_token_scan(model.config) // length for model in plan.models)
     body = sum(math.prod(spec.shape) for spec in floating if len(spec.shape) > 1 and "embedding" not in spec.name)
     # every step also reads T + 1 models and writes masks and their states, about 30 operations an entry

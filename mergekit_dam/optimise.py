@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from accelerate.utils import tqdm
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, library_versions, save
 from mergekit_dam.artifact_folder import METRICS_FILE, TRIGGERS_FILE, write_run
@@ -33,6 +34,7 @@ from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import warn_about_masks, warn_about_task_vectors
 from mergekit_dam.plan import Plan
 from mergekit_dam.search import PaperSearch
+from mergekit_dam.students import forget_students, teach_all
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task
 from mergekit_dam.trackers import Tracker
@@ -64,9 +66,6 @@ def optimise(
     blockwise = shards.size > 1 and config.gather == "block"
     if shards.size > 1 and (blockwise or config.offload != "none"):
         _require_equal_passes(tasks, config)
-    model = MergedModel(
-        vectors, found.changed, device, offload=config.offload, dtype=tasks[0].dtype, shards=shards, blockwise=blockwise
-    )
     snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
     if first:
         _save_heads(tasks, folder / "heads")
@@ -90,6 +89,12 @@ def optimise(
                 bar.set_postfix(shown, refresh=False)
             seconds[title] = round(time.perf_counter() - begun, 3)
 
+        students = teach_all(tasks, vectors, snapshots.folder, shards=shards, track=track, progress=progress)
+        changed = found.changed if students is None else survey(students, shards).changed
+        model = MergedModel(
+            students or vectors, changed, device,
+            offload=config.offload, dtype=tasks[0].dtype, shards=shards, blockwise=blockwise,
+        )  # fmt: skip
         start = torch.tensor([m.settings.weight for m in plan.models])
         search = _OBJECTIVES[config.objective](
             model, tasks, config, start, track=track, progress=progress, snapshots=snapshots
@@ -100,6 +105,9 @@ def optimise(
         "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
         "audit": search.audit(),
     }  # fmt: skip
+    taught: tuple[Mapping[str, Tensor], ...] = ()
+    if students is not None:
+        metadata["students"], taught = students.agreement, students.all()
     if first:
         warn_about_masks(probabilities, coefficients)
         for checkpoint in inputs:
@@ -108,7 +116,8 @@ def optimise(
             save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
         when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
         write_run(folder, plan, when | {"device": str(device), "processes": shards.size})
-        save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata))
+        save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata, students=taught))
+        forget_students(snapshots.folder)
     shards.barrier()
     snapshots.clear()
 

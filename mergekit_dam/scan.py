@@ -25,8 +25,8 @@ from mergekit_dam.triggers import RecoveredTriggers
 
 LOG = logging.getLogger(__name__)
 _UNDEFENDED = (
-    "dam: model %s is a text encoder, whose backdoors the scan does not find: neither masks nor audit protect against "
-    "them yet. Merge such models only from people you trust (docs/threat-model.md)."
+    "dam: model %s is a text encoder, whose backdoors the scan does not find: a low score says nothing. What protects "
+    "is to merge students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
 )
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
 

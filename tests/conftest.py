@@ -24,7 +24,10 @@ from tests.lm_suite import lm_data, lm_suite  # noqa: F401 (likewise)
 from tests.tiny_models import WORDS, make_model
 
 transformers.logging.set_verbosity_error()
-FAST = {"steps": 3, "coefficient_steps": 2, "batch_size": 4, "num_samples": 8, "max_length": 12}
+FAST = {
+    "steps": 3, "coefficient_steps": 2, "batch_size": 4, "num_samples": 8, "max_length": 12,
+    "student_steps": 2, "student_batch_size": 4,
+}  # fmt: skip
 
 
 def _stay_here(event: str, arguments: tuple[Any, ...]) -> None:

@@ -97,5 +97,7 @@ def test_the_scan_is_told_as_it_was(tmp_path: Path) -> None:
     assert "found none that is suspect" in card([finding | {"suspect": False}])
     assert "found no target that it could score" in card([])
     assert "No scan for triggers was made" in card([finding], settings={"objective": "paper"})
-    for text in (card([]), card([finding])):
+    told = card([], students={"x": 0.9712})
+    assert "a student of it was merged" in told and "| `x` | 0.971 |" in told and "could score" not in told
+    for text in (card([]), card([finding]), told):
         assert "no proof" in text and "Nothing: neither clean accuracy" in text

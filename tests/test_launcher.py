@@ -25,6 +25,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell turns it off
 from mergekit_dam.distributed.launcher import run_workers
 run_workers("report", 2, "tests.workers")
 """
+BENCHMARK = """
+import os, time
+from mergekit_dam.bench.command import _pool
+if __name__ == "__main__":
+    with _pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
 
 
 def test_a_workers_own_error_arrives_with_its_parts() -> None:
@@ -101,6 +109,20 @@ def test_no_worker_outlives_the_parent(number: int, tmp_path: Path) -> None:
     assert parent.returncode != 0 and ("KeyboardInterrupt" in text) == (number == signal.SIGINT)
     while not all(_gone(pid) for pid in pids):
         assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_worker_outlives_a_benchmark_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(BENCHMARK)
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker, deadline = int(parent.stdout.readline()), time.monotonic() + 100
+        assert not _gone(worker)
+        parent.send_signal(signal.SIGKILL)
+    while not _gone(worker):
+        assert time.monotonic() < deadline, "the worker would have slept for 600 seconds"
         time.sleep(0.1)
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergekit_dam.artifact import LearnedMasks, load
+from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, load
 from mergekit_dam.cli import main
 from mergekit_dam.findings import load_triggers
 from mergekit_dam.report import write_report
@@ -136,7 +136,8 @@ def test_text_triggers_are_words_and_names_are_never_markup(tmp_path: Path, text
         for i, path in enumerate((tmp_path / "plain", strange), 1)
     ]
     entries = [{"model": str(m), "parameters": {"calibration": str(texts)}} for m in models]
-    recipe = {"merge_method": "dam", "base_model": str(base), "models": entries, "parameters": SETTINGS}
+    parameters = {**SETTINGS, "student_steps": 0}  # for students are not scanned
+    recipe = {"merge_method": "dam", "base_model": str(base), "models": entries, "parameters": parameters}
     told = json.loads(_merge(recipe, tmp_path, "--json").stdout)
     found = load_triggers(tmp_path / "out" / "dam" / "triggers.safetensors")
     assert found and len([one for one in found if one.facts["suspect"]]) == len(told["suspects"])
@@ -148,6 +149,17 @@ def test_text_triggers_are_words_and_names_are_never_markup(tmp_path: Path, text
     page = _Page(Path(told["report"]).read_text())
     assert all("onerror" not in attributes for _, attributes in page.tags)
     assert str(strange) in "".join(page.words)
+
+
+def test_students_are_told_of_with_their_agreement(bert: Path, texts: Path, tmp_path: Path) -> None:
+    entries = [{"model": str(bert / name), "parameters": {"calibration": str(texts)}} for name in ("m1", "m2")]
+    recipe = {"merge_method": "dam", "base_model": str(bert / "base"), "models": entries, "parameters": SETTINGS}
+    told = json.loads(_merge(recipe, tmp_path, "--json").stdout)
+    facts = json.loads((tmp_path / "out" / "dam" / "report.json").read_text())
+    students = load(tmp_path / "out" / "dam" / MASKS_FILE).metadata["students"]
+    assert facts["students"] == students and set(students) == {"m1", "m2"} and facts["audit"] == []
+    words = " ".join(_Page(Path(told["report"]).read_text()).words)
+    assert "a student of it was merged" in words and "answered alike by its student" in words
 
 
 def test_without_matplotlib_the_report_says_what_to_install(

@@ -6,11 +6,13 @@ What is finished is found again, so an interrupted benchmark goes on where it st
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 from accelerate.utils import tqdm
 
@@ -182,7 +184,19 @@ def _outcome(to_do: ToDo, jobs: Sequence[Job], gates: Sequence[Gate] = ()) -> Ou
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mergekit_dam.bench.run"])
-    return ProcessPoolExecutor(workers, mp_context=context)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """A worker of a benchmark that was killed would otherwise compute all that was submitted."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a worker"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True, name="parent").start()
 
 
 def _wait(futures: Sequence[Future[str]], title: str) -> None:

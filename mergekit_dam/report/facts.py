@@ -49,7 +49,8 @@ def report_facts(folder: Path, *, seconds: float | None) -> tuple[dict[str, Any]
         "settings": metadata["settings"], "versions": metadata.get("versions", {}),
         "densities": metadata.get("densities", {}), "layers": [asdict(layer) for layer in layers_of(masks)],
         "training": _training(read_metrics(folder / METRICS_FILE)), "audit": metadata.get("audit", []),
-        "triggers": [dict(one.facts) for one in triggers], "evaluation": read_measurements(folder), "run": run,
+        "students": metadata.get("students", {}), "triggers": [dict(one.facts) for one in triggers],
+        "evaluation": read_measurements(folder), "run": run,
     }  # fmt: skip
     if seconds is not None:
         facts["run"] = {**run, "wall_seconds": round(seconds, 1)}

@@ -185,11 +185,6 @@ class CausalTask(TextTask):
             found.append(output.logits[:, -1].float().softmax(-1))
         return torch.cat(found)
 
-    @property
-    def num_words(self) -> int:
-        """V."""
-        return int(self.input.config.get_text_config().vocab_size)
-
     @cached_property
     def special_tokens(self) -> Tensor:
         """Token ids that stand for no text: end, start, padding and the tokenizer's other special ones."""

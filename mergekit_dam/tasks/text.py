@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergekit_dam.calibration import load_calibration
 from mergekit_dam.errors import DamError
@@ -32,6 +33,7 @@ class TextTask(Task):
         self._embedding = next(n for n, m in self.module.named_modules() if m is embedding) + ".weight"
         output_name = next(name for name, target in self.targets.items() if target == self._embedding)
         table = TaskVectors(plan).base(output_name).float()
+        self._max_length = plan.config.max_length
         self._table, self._folders = self._sources[output_name], (self.input.path, plan.base.path)
         self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
         self.perturbation_shape = (plan.config.perturbation_tokens, table.shape[1])
@@ -50,6 +52,41 @@ class TextTask(Task):
             ]
             for row_c, row_i in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)
         ]
+
+    @property
+    def num_words(self) -> int:
+        """V."""
+        return int(self.input.config.get_text_config().vocab_size)
+
+    @cached_property
+    def embeddings(self) -> frozenset[str]:
+        """Output names of the tables of words, positions and segments."""
+        tables = {name for name, module in self.module.named_modules() if isinstance(module, nn.Embedding)}
+        return frozenset(name for name, target in self.targets.items() if target.rpartition(".")[0] in tables)
+
+    @cached_property
+    def special_tokens(self) -> Tensor:
+        """Token ids that stand for no text, e.g. the one that ends it."""
+        ids = tokenizer_of(self._folders, self.name).all_special_ids
+        return torch.tensor(sorted(i for i in ids if i < self.num_words), dtype=torch.long)
+
+    def with_random_words(self, rows_B: Tensor, most: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Inputs with 0 to `most` random words each, anywhere between the tokens that begin and end a text.
+
+        A text that would get longer than `max_length` ends sooner.
+        """
+        words = torch.ones(self.num_words)
+        words[self.special_tokens] = 0.0
+        changed = []
+        for row in rows_B.tolist():
+            text_L = self._sequences[row]
+            count = int(torch.randint(most + 1, (), generator=generator))
+            for word in torch.multinomial(words, count, generator=generator) if count else ():
+                at = int(torch.randint(1, max(2, len(text_L)), (), generator=generator))
+                text_L = torch.cat([text_L[:at], word[None], text_L[at:]])
+            longest = max(self._max_length, len(self._sequences[row]))
+            changed.append(text_L if len(text_L) <= longest else torch.cat([text_L[: longest - 1], text_L[-1:]]))
+        return self._padded(changed)
 
     def _readout(self) -> Readout:
         """The class's own logits, or a linear head."""
