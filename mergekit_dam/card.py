@@ -124,7 +124,7 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
             "No scan for triggers was made: it finds none in text encoders. Instead of each model a student of it was "
             "merged: the base, taught what the model answers to clean texts with random words in between. What only a "
             "trigger brings out gets across in part.\n\n"
-            + table(["model", "share of calibration texts that its student answers alike"],
+            + table(["model", "share of the texts it was taught on that its student answers alike"],
                     [[code(name), f"{float(share):.3f}"] for name, share in students.items()])
         )  # fmt: skip
     findings = masks.get("audit") or []

@@ -89,7 +89,9 @@ def optimise(
                 bar.set_postfix(shown, refresh=False)
             seconds[title] = round(time.perf_counter() - begun, 3)
 
-        students = teach_all(tasks, vectors, snapshots.folder, shards=shards, track=track, progress=progress)
+        students = teach_all(tasks, vectors, snapshots.folder, shards=shards, progress=progress)
+        if students is not None and snapshots.facts is None:  # else the record is in the journal
+            track({"phase": "students", **{f"agreement/{k}": v for k, v in students.agreement.items()}})
         changed = found.changed if students is None else survey(students, shards).changed
         model = MergedModel(
             students or vectors, changed, device,

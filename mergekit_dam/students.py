@@ -27,7 +27,8 @@ from mergekit_dam.answers import OwnAnswers
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.shards import Shards
 from mergekit_dam.files import replacing
-from mergekit_dam.mask_search import Progress, Track
+from mergekit_dam.mask_search import Progress
+from mergekit_dam.numerics import require_finite
 from mergekit_dam.plan import Plan
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks import Task, TextTask
@@ -36,6 +37,7 @@ LOG = logging.getLogger(__name__)
 _FOLDER = "students"  # of those of a run that is under way
 _AGREEMENT = "agreement"
 _LEAST = 0.9  # agreement below which a student is no fair substitute
+_DIVERGED = "Lower student_learning_rate."
 _WARM_UP = 8  # steps
 _SLOWEST = 0.05  # of the learning rate, at the end
 
@@ -73,7 +75,7 @@ class StudentVectors(TaskVectors):
 
 
 def teach_all(
-    tasks: Sequence[Task], vectors: TaskVectors, folder: Path, *, shards: Shards, track: Track, progress: Progress
+    tasks: Sequence[Task], vectors: TaskVectors, folder: Path, *, shards: Shards, progress: Progress
 ) -> StudentVectors | None:
     """A student of every model; None where the models themselves are to be merged.
 
@@ -84,8 +86,10 @@ def teach_all(
         vectors: theta_0 and the models.
         folder: of the run; all processes see it.
         shards: processes that share the models out.
-        track: takes the record of agreement.
         progress: wraps steps in a progress bar with a title.
+
+    Raises:
+        DamError: a student that diverged.
     """
     plan = vectors.plan
     if not wanted(tasks, plan.config):
@@ -105,7 +109,6 @@ def teach_all(
                 save_file(kept, temporary, metadata={_AGREEMENT: f"{agreement:.4f}"})
     shards.barrier()
     found = StudentVectors(plan, folder)
-    track({"phase": "students", **{f"agreement/{name}": value for name, value in found.agreement.items()}})
     for name, value in found.agreement.items():
         if value < _LEAST and shards.rank == 0:
             LOG.warning(
@@ -159,6 +162,8 @@ def teach(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+    for name, tensor in free.items():
+        require_finite(tensor.detach(), f"tensor {name}", f"the student of {task.name}", _DIVERGED)
     same_N = OwnAnswers(task, weights)(rows_N, {}).argmax(-1) == answers_N
     return {name: tensor.detach() for name, tensor in free.items()}, float(same_N.float().mean())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,23 @@ def _taught(plan: Plan, folder: Path, titles: list[str] | None = None, shards: S
             titles.append(title)
         return steps
 
-    found = teach_all(
-        _tasks(plan), TaskVectors(plan), folder, shards=shards, track=lambda record: None, progress=progress
-    )
+    found = teach_all(_tasks(plan), TaskVectors(plan), folder, shards=shards, progress=progress)
     assert found is not None
     return found
+
+
+@pytest.fixture(scope="module")
+def folder(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run that has taught its students."""
+    made = tmp_path_factory.mktemp("run")
+    assert group(_taught_together, 1, plan, made) == [["student of victim", "student of clean"]]
+    return made
+
+
+def _taught_together(shards: Shards, plan: Plan, folder: Path) -> list[str]:
+    titles: list[str] = []
+    _taught(plan, folder, titles, shards)
+    return titles
 
 
 def _success(task: TextTask, weights: Any) -> float:
@@ -119,8 +132,8 @@ def _success(task: TextTask, weights: Any) -> float:
     return float(hit_B[clean_B != TARGET].float().mean())
 
 
-def test_a_student_keeps_the_answers_and_not_the_backdoor(plan: Plan, tmp_path: Path) -> None:
-    students = _taught(plan, tmp_path)
+def test_a_student_keeps_the_answers_and_not_the_backdoor(plan: Plan, folder: Path) -> None:
+    students = StudentVectors(plan, folder)
     victim = _tasks(plan)[0]
     student = {spec.name: students.base(spec.name) for spec in plan.tensors}
     student |= {name: found for name in student if (found := students.models(name)[0]) is not None}
@@ -129,8 +142,8 @@ def test_a_student_keeps_the_answers_and_not_the_backdoor(plan: Plan, tmp_path: 
     assert min(students.agreement.values()) > 0.95
 
 
-def test_embeddings_and_heads_stay_and_all_else_is_taught(plan: Plan, tmp_path: Path) -> None:
-    students = _taught(plan, tmp_path)
+def test_embeddings_and_heads_stay_and_all_else_is_taught(plan: Plan, folder: Path) -> None:
+    students = StudentVectors(plan, folder)
     for spec in plan.tensors:
         there = students.models(spec.name)
         if "embeddings" in spec.name and "LayerNorm" not in spec.name:
@@ -141,34 +154,24 @@ def test_embeddings_and_heads_stay_and_all_else_is_taught(plan: Plan, tmp_path: 
                 assert not torch.equal(tensor, students.base(spec.name))
 
 
-def test_students_of_an_interrupted_run_are_taken_as_they_are(plan: Plan, tmp_path: Path) -> None:
-    titles: list[str] = []
-    first = _taught(plan, tmp_path, titles)
-    assert titles == ["student of victim", "student of clean"]
-    lost = tmp_path / "students" / "clean.safetensors"
+def test_students_of_an_interrupted_run_are_taken_as_they_are(plan: Plan, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    lost = tmp_path / "run" / "students" / "clean.safetensors"
     before = load_file(lost)
     lost.unlink()
-    again = _taught(plan, tmp_path, titles)
-    assert titles[2:] == ["student of clean"] and again.agreement == first.agreement
+    assert group(_taught_together, 1, plan, tmp_path / "run") == [["student of clean"]]
     after = load_file(lost)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    anew = Plan(plan.base, plan.models, plan.tensors, plan.config.model_copy(update={"resume": False}))
-    _taught(anew, tmp_path, titles)
-    assert titles[3:] == ["student of victim", "student of clean"]
-
-
-def _taught_together(shards: Shards, plan: Plan, folder: Path) -> list[str]:
+    quick = plan.config.model_copy(update={"resume": False, "student_steps": 1})
     titles: list[str] = []
-    _taught(plan, folder, titles, shards)
-    return titles
+    _taught(Plan(plan.base, plan.models, plan.tensors, quick), tmp_path / "run", titles)
+    assert titles == ["student of victim", "student of clean"]
 
 
-def test_two_processes_share_the_students_out_and_teach_the_same(plan: Plan, tmp_path: Path) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    assert group(_taught_together, 1, plan, alone) == [["student of victim", "student of clean"]]
-    assert group(_taught_together, 2, plan, together) == [["student of victim"], ["student of clean"]]
+def test_two_processes_share_the_students_out_and_teach_the_same(plan: Plan, folder: Path, tmp_path: Path) -> None:
+    assert group(_taught_together, 2, plan, tmp_path) == [["student of victim"], ["student of clean"]]
     for name in ("victim", "clean"):
-        one, two = (load_file(folder / "students" / f"{name}.safetensors") for folder in (alone, together))
+        one, two = (load_file(where / "students" / f"{name}.safetensors") for where in (folder, tmp_path))
         assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
 
 
@@ -177,6 +180,13 @@ def test_a_student_that_learned_little_is_told(plan: Plan, tmp_path: Path, caplo
     students = _taught(little, tmp_path)
     said = [record.getMessage() for record in caplog.records if "answers only" in record.getMessage()]
     assert len(said) == sum(value < 0.9 for value in students.agreement.values()) > 0
+
+
+def test_a_student_that_diverged_is_refused(plan: Plan, tmp_path: Path) -> None:
+    wild = Plan(plan.base, plan.models, plan.tensors, plan.config.model_copy(update={"student_learning_rate": 1e38}))
+    with pytest.raises(DamError, match="student of victim") as caught:
+        _taught(wild, tmp_path)
+    assert "student_learning_rate" in str(caught.value)
 
 
 @given(seed=st.integers(0, 999), most=st.integers(0, 6), row=st.integers(0, 199))
