@@ -93,9 +93,7 @@ class DamConfig(_Settings):
         unit="steps", source=HINTON, ge=0,
     )  # fmt: skip
     student_batch_size: int = setting(32, "Text encoders: samples per step of a student.", unit="samples", ge=1)
-    student_learning_rate: float = setting(
-        1e-4, "Text encoders: AdamW step of a student at its highest.", source="-", gt=0.0
-    )
+    student_learning_rate: float = setting(1e-4, "Text encoders: AdamW step of a student at its highest.", gt=0.0)
     student_words: int = setting(
         5, "Text encoders: random words put into each sample that a student learns from, at most.", unit="tokens", ge=0
     )

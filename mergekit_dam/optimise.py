@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import IO, Any
 import torch
 from accelerate.utils import tqdm
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, library_versions, save
 from mergekit_dam.artifact_folder import METRICS_FILE, TRIGGERS_FILE, write_run
@@ -107,9 +106,8 @@ def optimise(
         "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
         "audit": search.audit(),
     }  # fmt: skip
-    taught: tuple[Mapping[str, Tensor], ...] = ()
     if students is not None:
-        metadata["students"], taught = students.agreement, students.all()
+        metadata["students"] = students.agreement
     if first:
         warn_about_masks(probabilities, coefficients)
         for checkpoint in inputs:
@@ -118,6 +116,7 @@ def optimise(
             save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
         when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
         write_run(folder, plan, when | {"device": str(device), "processes": shards.size})
+        taught = () if students is None else students.all()
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata, students=taught))
         forget_students(snapshots.folder)
     shards.barrier()

@@ -40,7 +40,8 @@ class Task(ABC):
         targets: output name -> parameter name of the module.
         block_of: parameter name -> the block that it lives in, see streamed.py.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
-        defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md).
+        defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md); where they
+            were not, students are merged instead of the models.
     """
 
     classifies = True

@@ -84,8 +84,8 @@ class TextTask(Task):
             for word in torch.multinomial(words, count, generator=generator) if count else ():
                 at = int(torch.randint(1, max(2, len(text_L)), (), generator=generator))
                 text_L = torch.cat([text_L[:at], word[None], text_L[at:]])
-            longest = max(self._max_length, len(self._sequences[row]))
-            changed.append(text_L if len(text_L) <= longest else torch.cat([text_L[: longest - 1], text_L[-1:]]))
+            fits = len(text_L) <= self._max_length
+            changed.append(text_L if fits else torch.cat([text_L[: self._max_length - 1], text_L[-1:]]))
         return self._padded(changed)
 
     def _readout(self) -> Readout:
