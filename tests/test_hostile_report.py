@@ -162,7 +162,7 @@ def test_no_text_becomes_markup(one: str, two: str) -> None:
             "schema": 1, "created": first, "base": {"model": first, "sha256": second, "revision": first},
             "models": [model], "settings": {**SETTINGS, "note": first}, "versions": {"torch": second},
             "densities": {first: 0.5}, "layers": [], "training": {}, "audit": [finding], "triggers": [],
-            "evaluation": {"after": counts},
+            "students": {first: 0.5}, "evaluation": {"after": counts},
             "run": {"device": first, "started": second},
         }  # fmt: skip
         trigger = {**finding, "kind": "tokens", "tokens": [[[first, 0.5], [second, 0.4]]], "pictures": []}
@@ -187,8 +187,8 @@ def test_figures_show_names_as_text(tmp_path: Path) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(
-    key=st.sampled_from(["settings", "models", "versions", "densities", "audit", "norms", "triggers", "metrics", "run",
-                         "evaluation"]),
+    key=st.sampled_from(["settings", "models", "versions", "densities", "audit", "students", "norms", "triggers",
+                         "metrics", "run", "evaluation"]),
     value=JSON,
     inner=st.sampled_from(["", "loss", "settings", "samples", "tokens", "kind", "after", "phase", "suspect"]),
     drawn=st.integers(0, 19),

@@ -22,7 +22,8 @@ from mergekit_dam.numerics import require_finite, require_finite_gradients, warn
 from tests.conftest import FAST, Merge
 from tests.tiny_models import edit
 
-QUICK = {**FAST, "scan_steps": 2, "refresh_every": 2, "refresh_steps": 1}
+# the models themselves are merged, whose values are looked at here
+QUICK = {**FAST, "scan_steps": 2, "refresh_every": 2, "refresh_steps": 1, "student_steps": 0}
 
 
 def _copy(source: Path, target: Path, change: Any = None) -> Path:
