@@ -129,9 +129,14 @@ def _success(task: TextTask, weights: Any) -> float:
     return float(hit_B[clean_B != TARGET].float().mean())
 
 
-def test_a_student_keeps_the_answers_and_not_the_backdoor(plan: Plan, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def victim(plan: Plan) -> TextTask:
+    """The victim's task."""
+    return _tasks(plan)[0]
+
+
+def test_a_student_keeps_the_answers_and_not_the_backdoor(victim: TextTask, plan: Plan, folder: Path) -> None:
     students = StudentVectors(plan, folder)
-    victim = _tasks(plan)[0]
     student = {spec.name: students.base(spec.name) for spec in plan.tensors}
     student |= {name: found for name in student if (found := students.models(name)[0]) is not None}
     assert _success(victim, victim.own_weights()) > 0.9
@@ -188,16 +193,16 @@ def test_a_student_that_diverged_is_refused(plan: Plan, tmp_path: Path) -> None:
 
 @given(seed=st.integers(0, 999), most=st.integers(0, 6), row=st.integers(0, 199))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
-def test_random_words_go_between_and_texts_stay_within_the_limit(plan: Plan, seed: int, most: int, row: int) -> None:
-    task = _TASKS.setdefault(id(plan), _tasks(plan)[0])
-    whole = task.inputs(torch.tensor([row]))["input_ids"][0].tolist()
-    found = task.with_random_words(torch.tensor([row]), most, seeds.generator(seed))
+def test_random_words_go_between_and_texts_stay_within_the_limit(
+    victim: TextTask, plan: Plan, seed: int, most: int, row: int
+) -> None:
+    whole = victim.inputs(torch.tensor([row]))["input_ids"][0].tolist()
+    found = victim.with_random_words(torch.tensor([row]), most, seeds.generator(seed))
     ids = found["input_ids"][0].tolist()
     assert found["attention_mask"].all() and len(whole) <= len(ids) <= min(len(whole) + most, plan.config.max_length)
-    assert ids[0] == whole[0] and ids[-1] == whole[-1] and not set(ids) - set(whole) & set(task.special_tokens.tolist())
+    assert (
+        ids[0] == whole[0] and ids[-1] == whole[-1] and not set(ids) - set(whole) & set(victim.special_tokens.tolist())
+    )
     if len(ids) < plan.config.max_length:
         rest = iter(ids)
         assert all(word in rest for word in whole), "words of the text are still there, in order"
-
-
-_TASKS: dict[int, TextTask] = {}

@@ -85,7 +85,6 @@ class Shards:
         whole = rows.new_empty(most * self.size, *rest)
         # not through DTensor: with its asynchronous redistribution over gloo the heap was damaged in one of 60 runs
         work = dist.all_gather_into_tensor(whole, rows, group=self.mesh.get_group(), async_op=True)
-
         assert work is not None, "we are in the group"
         under_way = work, rows  # which must stay until they have been read
 
