@@ -23,6 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mergekit_dam.bench.elementwise import measure_elementwise
 from mergekit_dam.bench.peer import FOLDER, peer_python
 from mergekit_dam.bench.performance import Case, measure
 from mergekit_dam.bench.throughput import METHODS, measure_merges
@@ -44,6 +47,17 @@ CASES = [
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"granularity": "row"}),
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"offload": "disk"}),
 ]  # fmt: skip
+BF16 = {"compute_dtype": "bfloat16"}
+# a step there takes less than a second; b8 is launches more than arithmetic, b64 the other way round
+ON_CUDA = [
+    *(Case("clip", "inversion", t, steps=10, warm_up=3, batch_size=b) for t, b in ((2, 8), (4, 8), (8, 8), (4, 64))),
+    Case("clip", "inversion", 4, steps=10, warm_up=3, batch_size=8, settings={"granularity": "row"}),
+    *(Case("clip", "inversion", 4, batch_size=8, settings={"offload": where}) for where in ("cpu", "disk")),
+    *(Case("llama", "inversion", t, steps=10, warm_up=3, batch_size=8) for t in (4, 8)),
+    Case("llama-1b", "inversion", 4, steps=6, warm_up=2, batch_size=8, settings=BF16),
+    Case("llama-1b", "inversion", 4, steps=6, warm_up=2, batch_size=8, settings={**BF16, "granularity": "row"}),
+    Case("llama-1b", "inversion", 4, batch_size=8, settings={**BF16, "offload": "cpu"}),
+]
 RATIO = {4: 1.25, 8: 1.4}  # highest step time over the floor, by number of tasks
 PEER_TIME, PEER_MEMORY, MERGE = 0.6, 0.4, 0.9
 PEER_TASKS, PEER_BATCH = 4, 8
@@ -77,12 +91,15 @@ def main() -> None:
 
 def _jobs(device: str) -> dict[str, Callable[[Path], dict[str, Any]]]:
     """What can be measured, by name."""
-    cases = [Case(**{**case.__dict__, "device": device}) for case in CASES]
+    cases = [Case(**{**case.__dict__, "device": device}) for case in (CASES if device == "cpu" else ON_CUDA)]
     jobs: dict[str, Callable[[Path], dict[str, Any]]] = {
         case.name: lambda folder, case=case: measure(case, folder)  # type: ignore[misc]
         for case in cases
     }
     jobs[f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"] = lambda folder: _peer(device, folder)
+    if device != "cpu":
+        jobs[f"elementwise-t4-{device}"] = lambda folder: measure_elementwise(4, torch.device(device))
+        return jobs
     for other in METHODS:
         jobs[f"merge-clip-t4-{other}"] = lambda folder, other=other: measure_merges("clip", 4, other, folder)  # type: ignore[misc]
     return jobs
@@ -139,6 +156,9 @@ def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
         if peer and ours:
             rows += _peer_rows(peer, ours, device)
     for name, result in results:
+        for what, share in result.get("share_of_copy", {}).items():
+            rows.append(_row(f"{name}: {what}, rate over that of a copy", share, None))
+    for name, result in results:
         for method, ratio in result.get("first_throughput_ratio", {}).items():
             rows.append(_row(f"{name}: dam over {method}, first merge of these files", ratio, None))
         for method, ratio in result.get("throughput_ratio", {}).items():
@@ -166,7 +186,9 @@ def _step_rows(name: str, result: dict[str, Any]) -> list[Row]:
     rows.append((f"{name}: peak, own memory", f"{peak / 2**30:.2f} GiB", "", ""))
     if streamed:
         limit = size["state"] + 3 * size["block"] + size["activations"]
-        rows.append(_row(f"{name}: peak / (state + 3 blocks + activations)", size["grown"] / limit, 1.0))
+        share = (size["device"] or size["grown"]) / limit
+        bar = 1.0 if case["settings"]["offload"] == "disk" else None
+        rows.append(_row(f"{name}: peak / (state + 3 blocks + activations)", share, bar))
     return rows
 
 

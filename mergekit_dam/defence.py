@@ -26,10 +26,10 @@ from mergekit_dam.batches import calibration_batch, held_out
 from mergekit_dam.distributed.dealing import Share, turns
 from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
-from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
 from mergekit_dam.mask_search import MaskSearch
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
-from mergekit_dam.numerics import finite_flag, require_finite_gradients, require_flags
+from mergekit_dam.numerics import require_finite_gradients
 from mergekit_dam.objective import Patience, fit_loss, summed
 from mergekit_dam.pools import blank, recover
 from mergekit_dam.scan import scan
@@ -155,7 +155,7 @@ class InversionSearch(MaskSearch):
         """Step 2: one step of both masks and the coefficients."""
         merged = self.combined()
         weights = self.model.weights(merged, self.coefficients)
-        parts: dict[str, float] = {}
+        parts: dict[str, Tensor] = {}
         for turn, share in enumerate(self.turns):
             loss = torch.zeros((), device=self.model.device)
             if share is not None:
@@ -166,9 +166,9 @@ class InversionSearch(MaskSearch):
             if loss.requires_grad:
                 loss.backward()
         self.update(merged, weights, step)
-        parts = self._summed(parts)
+        losses = self._summed(parts)
         record = {
-            "phase": "masks", "step": step, "loss": sum(parts.values()), **parts,
+            "phase": "masks", "step": step, "loss": sum(losses.values()), **losses,
             **{f"density/{name}": mask.density() for name, mask in self.masks.items()},
         }  # fmt: skip
         self.track_step(record)
@@ -181,12 +181,14 @@ class InversionSearch(MaskSearch):
         most = max(passes[turn * self.shards.size : (turn + 1) * self.shards.size])
         return most - (passes[share.task] if share is not None else 0)
 
-    def _loss(self, share: Share, weights: Weights, rows_B: Tensor, step: int, parts: dict[str, float]) -> Tensor:
+    def _loss(self, share: Share, weights: Weights, rows_B: Tensor, step: int, parts: dict[str, Tensor]) -> Tensor:
         task, answers = self.tasks[share.task], self.answers[share.task]
         return fit_loss(task, share, answers, weights, rows_B, self.pools, self.config, step, parts)
 
-    def _summed(self, parts: dict[str, float]) -> dict[str, float]:
-        return summed(self.shards.union({self.shards.rank: parts}).values())
+    def _summed(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        """Everyone's terms; here is where the accelerator is waited for."""
+        ours = torch.stack(list(parts.values())).tolist() if parts else []
+        return summed(self.shards.union({self.shards.rank: dict(zip(parts, ours, strict=True))}).values())
 
     @torch.no_grad()
     def is_enough(self, step: int) -> bool:
@@ -194,13 +196,12 @@ class InversionSearch(MaskSearch):
         if not self.patience.is_due(step):
             return False
         weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
-        parts: dict[str, float] = {}
+        parts: dict[str, Tensor] = {}
         for share in self.turns:
             rows_B = held_out(self.tasks[share.task], self.config) if share is not None else torch.empty(0)
             if share is not None and len(share.of(rows_B)):
                 self._loss(share, weights, rows_B, 0, parts)
-        parts = self._summed(parts)
-        loss = sum(parts.values())
+        loss = sum(self._summed(parts).values())
         self.track({"phase": "held out", "step": step, "loss/held out": loss})
         return self.patience.is_over(loss)
 
@@ -212,16 +213,15 @@ class InversionSearch(MaskSearch):
                 group["lr"] = rate * share
         self.coefficients.grad = torch.zeros_like(self.coefficients)
         *mask_optimisers, (coefficient_optimiser, _) = self.optimisers
-        finite: dict[str, dict[str, Tensor]] = {name: {} for name in self.masks}
+        steps = LogitSteps(
+            self.masks, {name: optimiser for name, (optimiser, _) in zip(self.masks, mask_optimisers, strict=True)}
+        )
         for key, found in self.model.logit_gradients(
             weights, merged, self.coefficients, self.coefficients.grad, range(len(self.masks)),
             whole=self.config.granularity == "tensor",
         ):  # fmt: skip
-            for mask, (optimiser, _), part in zip(self.masks.values(), mask_optimisers, found, strict=True):
-                finite[mask.name][key] = finite_flag(part)
-                step_of(optimiser, mask.logits[key], part)
-        for name, flags in finite.items():
-            require_flags(flags, f"mask {name}", step)
+            steps.add(key, dict(zip(self.masks, found, strict=True)))
+        steps.finish(step)
         require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
         coefficient_optimiser.step()
         self.coefficients.clamp_(0.0, self.config.max_coefficient)

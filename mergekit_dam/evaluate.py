@@ -128,10 +128,13 @@ class Scores:
         accuracy: task -> clean accuracy.
         attack_success: attack -> task -> rate. On the attacked task it is succession, elsewhere transfer; a task
             without a class of the target's number is left out.
+        without_trigger: attack -> task -> share of the same samples that are answered with the target as they are.
+            So much of an attack's success is none of the trigger's doing.
     """
 
     accuracy: Mapping[str, Rate]
     attack_success: Mapping[str, Mapping[str, Rate]]
+    without_trigger: Mapping[str, Mapping[str, Rate]]
 
     @property
     def mean_accuracy(self) -> float:
@@ -144,14 +147,16 @@ class Scores:
         return sum(others) / len(others) if others else float("nan")
 
     def to_json(self) -> dict[str, Any]:
-        """{"accuracy": {task: [hits, total]}, "attack_success": {attack: {task: [hits, total]}}}"""
+        """{"accuracy": {task: [hits, total]}, "attack_success": {attack: {task: [hits, total]}}, ...}"""
         return {
-            "accuracy": {task: [r.hits, r.total] for task, r in self.accuracy.items()},
-            "attack_success": {
-                name: {task: [r.hits, r.total] for task, r in rates.items()}
-                for name, rates in self.attack_success.items()
-            },
+            "accuracy": _counts(self.accuracy),
+            "attack_success": {name: _counts(rates) for name, rates in self.attack_success.items()},
+            "without_trigger": {name: _counts(rates) for name, rates in self.without_trigger.items()},
         }
+
+
+def _counts(rates: Mapping[str, Rate]) -> dict[str, list[int]]:
+    return {task: [rate.hits, rate.total] for task, rate in rates.items()}
 
 
 def predictions(model: nn.Module, data: LabelledData, trigger: Trigger | None = None) -> Tensor:
@@ -168,7 +173,11 @@ def predictions(model: nn.Module, data: LabelledData, trigger: Trigger | None = 
 
 def accuracy(model: nn.Module, data: LabelledData) -> Rate:
     """Clean top-1 accuracy."""
-    return Rate(int((predictions(model, data) == data.labels_N).sum()), len(data))
+    return _share(predictions(model, data) == data.labels_N)
+
+
+def _share(hits_N: Tensor) -> Rate:
+    return Rate(int(hits_N.sum()), len(hits_N))
 
 
 def attack_success_rate(model: nn.Module, data: LabelledData, trigger: Trigger, target: int) -> Rate:
@@ -197,13 +206,18 @@ def evaluate_merge(
     """
     for task in models:
         refuse_overlap(data[task], calibration)
+    clean = {task: predictions(model, data[task]) for task, model in models.items()}
     success: dict[str, dict[str, Rate]] = {}
+    without: dict[str, dict[str, Rate]] = {}
     for one in attacks:
         reachable = [task for task in models if one.target <= int(data[task].labels_N.max())]
         success[one.name] = {
             task: attack_success_rate(models[task], data[task], one.trigger, one.target) for task in reachable
         }
-    return Scores({task: accuracy(model, data[task]) for task, model in models.items()}, success)
+        without[one.name] = {
+            task: attack.attack_success_rate(clean[task], data[task].labels_N, one.target) for task in reachable
+        }
+    return Scores({task: _share(found == data[task].labels_N) for task, found in clean.items()}, success, without)
 
 
 def refuse_overlap(data: LabelledData, calibration: Collection[str]) -> None:

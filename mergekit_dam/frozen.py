@@ -6,7 +6,7 @@ whole in each process, since a task needs them so. T models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from mergekit_dam.pages import drop_pages, read_ahead, views_of_files
 from mergekit_dam.plan import TensorSpec
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks.streamed import StreamedWeights
+from mergekit_dam.transfers import Transfers
 
 Offload = Literal["none", "cpu", "disk"]
 Weights = Mapping[str, Tensor]
@@ -45,6 +46,7 @@ class FrozenModels:
     ) -> None:  # fmt: skip
         self.device, self.offload, self.dtype, self.shards = device, offload, dtype, shards
         self._vectors, self._changed, self._specs = vectors, tuple(changed), vectors.plan.tensors
+        self._transfers = Transfers(device) if offload != "none" and device.type == "cuda" else None
         masked = {spec.name for spec in changed}
         # rows of mapped files: what is not ours is never read; what no model changed is whole
         stored = {spec.name: vectors.base(spec.name) for spec in self._specs}
@@ -78,7 +80,9 @@ class FrozenModels:
 
     def moved(self, tensor: Tensor) -> Tensor:
         """On the device."""
-        return tensor if tensor.device == self.device else tensor.to(self.device, non_blocking=True)
+        if tensor.device == self.device:
+            return tensor
+        return tensor.to(self.device) if self._transfers is None else self._transfers.take(tensor)
 
     def computed(self, tensor: Tensor) -> Tensor:
         """In the type that passes are computed in."""
@@ -86,19 +90,27 @@ class FrozenModels:
 
     def release(self, names: Iterable[str]) -> None:
         """No page of these tensors is needed for now."""
-        for tensor in self._pages(names):
-            drop_pages(tensor)
+        for tensor in self._waiting(names) if self._mapped else ():
+            if tensor.data_ptr() in self._mapped:
+                drop_pages(tensor)
 
     def ahead(self, names: Iterable[str]) -> None:
-        """These tensors are needed next: the system reads them from the disk in the background."""
-        for tensor in self._pages(names):
-            read_ahead(tensor)
+        """Base and models of these tensors are needed next."""
+        self._ahead(self._waiting(names))
 
-    def _pages(self, names: Iterable[str]) -> Iterable[Tensor]:
-        for name in names if self._mapped else ():
-            for tensor in (self.base[name], *self.models.get(name, ())):
-                if tensor is not None and tensor.data_ptr() in self._mapped:
-                    yield tensor
+    def _ahead(self, tensors: Iterable[Tensor]) -> None:
+        """They are read from the disk, and sent to an accelerator, in the background."""
+        coming = list(tensors)
+        for tensor in coming if self._mapped else ():
+            if tensor.data_ptr() in self._mapped:
+                read_ahead(tensor)
+        if self._transfers is not None:
+            self._transfers.begin(coming)
+
+    def _waiting(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Our rows of theta_0 and of theta_1..T."""
+        for name in names:
+            yield from (m for m in (self.base[name], *self.models.get(name, ())) if m is not None)
 
     def _whole(self, stored: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The stored tensors in place of our rows of them."""
@@ -110,8 +122,10 @@ class FrozenModels:
     def _fixed(self, tensors: dict[str, Tensor]) -> Weights:
         if self.offload == "none":
             return tensors
-        form = lambda name: self.computed(self.moved(tensors[name]))  # noqa: E731
-        return StreamedWeights(tensors, form, consume=None, release=self.release, ahead=self.ahead)
+        return StreamedWeights(
+            tensors, lambda name: self.computed(self.moved(tensors[name])), consume=None, release=self.release,
+            ahead=lambda names: self._ahead(tensors[name] for name in names),
+        )  # fmt: skip
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """Where a frozen tensor waits."""

@@ -12,8 +12,17 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.shards import ALONE
 from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, MaskProduct, mask_shape, product
+from mergekit_dam.masks import (
+    BACKDOOR_DETECTION,
+    TASK_SHARED,
+    ConcreteMask,
+    MaskProduct,
+    mask_shape,
+    product,
+    together_numel,
+)
 from mergekit_dam.merged_model import MergedModel
+from mergekit_dam.numerics import finite_flags, require_flags
 
 Whole = dict[str, dict[str, Tensor]]
 
@@ -44,11 +53,59 @@ def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights] |
     }
 
 
-def step_of(optimiser: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> None:
-    """One step of a single parameter: those without a gradient stay, so that no two gradients exist at once."""
-    parameter.grad = gradient
-    optimiser.step()
-    parameter.grad = None
+class LogitSteps:
+    """One optimiser step of all masks, from gradients that come tensor by tensor.
+
+    As many tensors are stepped together as `together_numel` says.
+
+    Args:
+        masks: by name.
+        optimisers: of the logits of the masks that learn, by the same names.
+    """
+
+    def __init__(self, masks: Mapping[str, ConcreteMask], optimisers: Mapping[str, torch.optim.Optimizer]) -> None:
+        self.masks, self.optimisers = masks, optimisers
+        self._waiting: dict[str, list[str]] = {name: [] for name in optimisers}
+        self._seen: list[str] = []
+        self._finite: list[Tensor] = []
+        self._held = 0
+        some = next(iter(masks.values()))
+        sizes = [logits.numel() for logits in some.logits.values()]
+        self._most = together_numel(next(iter(some.logits.values())).device, sum(sizes)) * len(optimisers)
+
+    def add(self, key: str, gradients: Mapping[str, Tensor]) -> None:
+        """dL/dlogit of one tensor by mask."""
+        for name, gradient in gradients.items():
+            logits = self.masks[name].logits[key]
+            logits.grad = gradient
+            self._waiting[name].append(key)
+            self._held += gradient.numel()
+        if self._held >= self._most:
+            self._step()
+
+    def finish(self, step: int) -> None:
+        """Step what is left.
+
+        Raises:
+            DamError: some gradient was not finite.
+        """
+        self._step()
+        if self._seen:
+            require_flags(self._seen, torch.cat(self._finite), step)
+
+    def _step(self) -> None:
+        """Logits without a gradient stay as they are."""
+        for name, keys in self._waiting.items():
+            parameters = [self.masks[name].logits[key] for key in keys]
+            if not parameters:
+                continue
+            self._seen += [f"mask {name} for {key}" for key in keys]
+            self._finite.append(finite_flags([p.grad for p in parameters if p.grad is not None]))
+            self.optimisers[name].step()
+            for parameter in parameters:
+                parameter.grad = None
+            keys.clear()
+        self._held = 0
 
 
 def final_probabilities(masks: Mapping[str, ConcreteMask]) -> Whole:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.distributed.shards import ALONE, Shards
+from mergekit_dam.grouped import groups, sums_of_sigmoids
 from mergekit_dam.seeds import generator
 
 Granularity = Literal["element", "row", "tensor"]
@@ -28,6 +29,12 @@ _ON_DEVICE = 1 << 26  # elements: 256 MiB in float32; here a launch costs more t
 def chunk_numel(device: torch.device) -> int:
     """Elements that elementwise work takes at a time."""
     return _IN_CACHE if device.type == "cpu" else _ON_DEVICE
+
+
+def together_numel(device: torch.device, total: int) -> int:
+    """Elements of the tensors that are stepped together, out of `total`: one tensor on the CPU, so that no two
+    gradients exist; on an accelerator enough that there are few calls, in little memory beside masks and moments."""
+    return 1 if device.type == "cpu" else max(2 * _ON_DEVICE, total // 8)
 
 
 def mask_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
@@ -222,12 +229,18 @@ class ConcreteMask:
 
     def density(self) -> float:
         """Kept fraction over all masked units."""
-        kept = self.shards.sum(torch.stack([self._kept(key) for key in self.logits]))
-        return float(sum(kept.tolist())) / max(1, sum(math.prod(shape) for shape in self.shapes.values()))
+        kept = self.shards.sum(self._kept().to(torch.float64))
+        return float(kept) / max(1, sum(math.prod(shape) for shape in self.shapes.values()))
 
-    def _kept(self, key: str) -> Tensor:
-        parts = self.logits[key].view(-1).split(chunk_numel(self.logits[key].device))
-        return torch.stack([part.sigmoid().sum() for part in parts]).sum()
+    def _kept(self) -> Tensor:
+        """Sum of the probabilities of all units held here."""
+        every = list(self.logits.values())
+        size = chunk_numel(every[0].device)
+        if every[0].device.type != "cpu":
+            sums = [sums_of_sigmoids(group).double().sum() for group in groups(every, size)]
+        else:
+            sums = [part.sigmoid().sum().double() for logits in every for part in logits.view(-1).split(size)]
+        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=every[0].device)
 
 
 def product(masks: Sequence[ConcreteMask], key: str, samples: Sequence[Tensor] | None = None) -> MaskProduct:

@@ -5,7 +5,8 @@ loop both call `merge`, so that they agree bit for bit. T models; tensors of any
 to S, coefficients (T,). Everything is computed in float32 and elementwise, hence commutes with sharding.
 
 All of it runs over chunks that stay in the processor's cache: each tensor is read once, and no intermediate result of
-a tensor's size exists. On other devices a chunk is large, for there the number of kernels counts.
+a tensor's size exists. On accelerators kernels of our own do the same where they can (fused.py); elsewhere a chunk is
+large there, for the number of kernels counts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_dam import fused
 from mergekit_dam.masks import MaskProduct, chunk_numel
 
 Mask = Tensor | MaskProduct
@@ -43,6 +45,9 @@ def merge(
     """
     if out is None:
         out = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    if fused.serves(base, mask):
+        fused.merge(base, models, coefficients, mask, out)
+        return out
     lambdas = coefficients.tolist()
     layout = _Layout(base, mask.shape if mask is not None else base.shape)
     work = _Work(layout, base.device)
@@ -89,6 +94,11 @@ def gradients(
         mask_out: contiguous, float32, of M's shape.
         coefficient_out: (T,), float32.
     """
+    everything = all(part is not None for part in (coefficients, mask, mask_out, coefficient_out))
+    if everything and fused.serves(base, mask):
+        assert coefficients is not None and coefficient_out is not None
+        fused.gradients(gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, mask_out=mask_out)
+        return
     lambdas = coefficients.tolist() if coefficients is not None and mask_out is not None else None
     shape = mask_out.shape if mask_out is not None else mask.shape if mask is not None else base.shape
     layout = _Layout(base, shape)
@@ -131,6 +141,10 @@ def logit_gradients(
     Returns:
         dL/dlogit of the wanted factors, each of shape S, float32.
     """
+    if fused.serves(base, mask) and tuple(wanted) == tuple(range(len(mask.factors))):
+        found = [torch.empty(base.shape, dtype=torch.float32, device=base.device) for _ in wanted]
+        fused.gradients(gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, logits_out=found)
+        return found
     lambdas = coefficients.tolist()
     layout = _Layout(base, mask.shape)
     work = _Work(layout, base.device)

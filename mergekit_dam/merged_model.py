@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_dam import fused
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.frozen import FrozenModels, Offload, Weights
+from mergekit_dam.fused_groups import Group, Member, grouped
 from mergekit_dam.gradient_store import GradientStore
-from mergekit_dam.masks import MaskProduct
+from mergekit_dam.masks import MaskProduct, together_numel
 from mergekit_dam.merge_rule import Mask, coefficient_gradient, gradients, logit_gradients, merge
 from mergekit_dam.plan import TensorSpec
 from mergekit_dam.task_vectors import TaskVectors
@@ -59,6 +61,17 @@ class MergedModel:
         for spec in changed:
             self._tied[spec.mask_name].append(spec)
         self._specs = vectors.plan.tensors
+        alone = fused.runs_on(device) and not self.blockwise and shards.size == 1
+        self._groups = self._grouped() if alone else []
+
+    def _grouped(self) -> list[Group]:
+        """What an accelerator merges together."""
+        members = [
+            Member(spec.name, name, self._column[name], self.frozen.base[spec.name], self.frozen.models[spec.name])
+            for name, (spec, *others) in self._tied.items()
+            if not others
+        ]
+        return grouped(members, together_numel(self.device, sum(member.base.numel() for member in members)))
 
     def weights(self, masks: Masks, coefficients: Tensor, *, in_step: bool = True) -> Weights:
         """Merged weights by output name; those that change are leaves with gradients.
@@ -68,13 +81,22 @@ class MergedModel:
             coefficients: lambda, (T, 1) or (T, P).
             in_step: whether all processes make the same passes with them; else they are whole from the start.
         """
-        lambdas = coefficients.detach().cpu()
+        lambdas = self._lambdas(coefficients)
         if self.blockwise and (in_step or self.shards.size == 1):
             return self._streamed(masks, lambdas)
         weights = {name: self.frozen.moved(tensor) for name, tensor in self.frozen.base.items()}
+        done: dict[str, Tensor] = {}
+        for group in self._groups:
+            if group.serves(masks):
+                done |= group.merged(masks, lambdas, self.dtype)
         for spec in self.changed:
-            weights[spec.name] = self._merged(spec, masks, lambdas).requires_grad_(True)
+            found = done[spec.name] if spec.name in done else self._merged(spec, masks, lambdas)
+            weights[spec.name] = found.requires_grad_(True)
         return weights
+
+    def _lambdas(self, coefficients: Tensor) -> Tensor:
+        """lambda where the merge rule reads it: in the host's memory, unless a kernel does."""
+        return coefficients.detach() if fused.runs_on(self.device) else coefficients.detach().cpu()
 
     def _merged(self, spec: TensorSpec, masks: Masks, lambdas: Tensor) -> Tensor:
         """One merged tensor, whole."""
@@ -108,7 +130,7 @@ class MergedModel:
             for name, found in weights.store.take(self.device):
                 yield name, self.shards.sum(found) if whole else found
             return
-        lambdas = coefficients.detach().cpu()
+        lambdas = self._lambdas(coefficients)
         for name in self._tied:
             ours = self._mask_gradient(name, weights, masks[name], lambdas, coefficient_gradient)
             if ours is not None:
@@ -131,8 +153,15 @@ class MergedModel:
             for name, found in self.chain(weights, masks, coefficients, coefficient_gradient, whole=whole):
                 yield name, masks[name].logit_gradients(found, wanted)
             return
-        lambdas = coefficients.detach().cpu()
+        lambdas, done = self._lambdas(coefficients), set[str]()
+        for group in self._groups:
+            if group.serves(masks) and tuple(wanted) == tuple(range(group.num_factors(masks))):
+                upstreams = [self._taken(weights[member.name]) for member in group.members]
+                yield from group.logit_gradients(upstreams, masks, lambdas, coefficient_gradient)
+                done |= group.mask_names
         for name, (spec, *others) in self._tied.items():
+            if name in done:
+                continue
             mask = masks[name]
             if others or not mask.separate or mask.shape != self.frozen.base[spec.name].shape:
                 ours = self._mask_gradient(name, weights, mask, lambdas, coefficient_gradient)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.grouped import are_finite
 
 LOG = logging.getLogger(__name__)
 _COLLAPSED = 1e-3  # a mask whose mean is nearer than this to 0 or 1 decides nothing
@@ -40,26 +41,35 @@ def finite_flag(tensor: Tensor) -> Tensor:
     return torch.isfinite(low) & torch.isfinite(high)
 
 
+def finite_flags(tensors: Sequence[Tensor]) -> Tensor:
+    """`finite_flag` of each, (n,); a few launches in all on an accelerator."""
+    if tensors[0].device.type == "cpu":
+        return torch.stack([finite_flag(tensor) for tensor in tensors])
+    return are_finite(tensors)
+
+
 def require_finite_gradients(gradients: Mapping[str, Tensor | None], what: str, step: int) -> None:
     """Refuse NaN or infinity in gradients by name.
 
     Raises:
         DamError: the first tensor concerned, and the step.
     """
-    require_flags({name: finite_flag(g) for name, g in gradients.items() if g is not None}, what, step)
+    found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    if found:
+        require_flags([f"{what} for {name}" for name in found], finite_flags(list(found.values())), step)
 
 
-def require_flags(flags: Mapping[str, Tensor], what: str, step: int) -> None:
-    """Refuse a step in which some gradient was not finite (`finite_flag`); one wait for the device in all.
+def require_flags(names: Sequence[str], flags_N: Tensor, step: int) -> None:
+    """Refuse a step in which some gradient was not finite (`finite_flags`); one wait for the device in all.
 
     Raises:
         DamError: the first tensor concerned, and the step.
     """
-    if not flags or bool(torch.stack(list(flags.values())).all()):
+    if bool(flags_N.all()):
         return
-    name = next(name for name, flag in flags.items() if not bool(flag))
     raise DamError(
-        f"gradient of {what} for {name} at step {step}", expected="finite numbers", got="NaN or infinity",
+        f"gradient of {names[flags_N.tolist().index(False)]} at step {step}", expected="finite numbers",
+        got="NaN or infinity",
         cure="Lower mask_learning_rate or the models' weight; nothing of this step is kept.",
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ _CHECK_EVERY = 5  # steps
 
 def fit_loss(
     task: Task, share: Share, answers: OwnAnswers, weights: Weights, rows_B: Tensor, pools: Pools, config: DamConfig,
-    step: int, parts: dict[str, float],
+    step: int, parts: dict[str, Tensor],
 ) -> Tensor:  # fmt: skip
     """L = KL(f_t(x) || f(x)) + alpha sum_suspects KL(f_t(x) || f(x + trigger)) of one task.
 
@@ -53,8 +53,9 @@ def fit_loss(
     return loss
 
 
-def _add(parts: dict[str, float], name: str, loss: Tensor) -> None:
-    parts[name] = parts.get(name, 0.0) + float(loss.detach())
+def _add(parts: dict[str, Tensor], name: str, loss: Tensor) -> None:
+    """As a tensor: a number would wait for the accelerator."""
+    parts[name] = parts[name] + loss.detach() if name in parts else loss.detach()
 
 
 def summed(everyones: Iterable[Mapping[str, float]]) -> dict[str, float]:

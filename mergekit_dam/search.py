@@ -20,11 +20,10 @@ from mergekit_dam.batches import calibration_batch
 from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
 from mergekit_dam.losses import consistency, disagreement, entropy
-from mergekit_dam.mask_pair import Whole, combined, final_probabilities, mask_state, masks_in_use, step_of
+from mergekit_dam.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
 from mergekit_dam.mask_search import MaskSearch
 from mergekit_dam.masks import BACKDOOR_DETECTION, MaskProduct
 from mergekit_dam.merged_model import Masks, fixed
-from mergekit_dam.numerics import finite_flag, require_flags
 from mergekit_dam.perturbation import UniversalPerturbation
 
 Batch = dict[str, Tensor]  # inputs of one task
@@ -160,14 +159,13 @@ class PaperSearch(MaskSearch):
     ) -> None:
         """Step 4, second half: one Adam step of the mask whose turn it is, tensor by tensor."""
         unused = torch.zeros_like(coefficients)
-        finite: dict[str, Tensor] = {}
+        steps = LogitSteps(self.masks, {turn: self.optimisers[turn]})
         for key, (found,) in self.model.logit_gradients(
             weights, masks, coefficients, unused, [tuple(self.masks).index(turn)],
             whole=self.config.granularity == "tensor",
         ):  # fmt: skip
-            finite[key] = finite_flag(found)
-            step_of(self.optimisers[turn], self.masks[turn].logits[key], found)
-        require_flags(finite, f"mask {turn}", step)
+            steps.add(key, {turn: found})
+        steps.finish(step)
 
     def fit_coefficients(self, done: int = 0) -> None:
         """With the masks fixed at what will be saved, fit the coefficients on the summed entropy (AdaMerging)."""

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from mergekit.common import ModelReference
+from torch import Tensor
 
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.merged_model import MergedModel
-from mergekit_dam.plan import Plan
+from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.search import PaperSearch
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import build_tasks
+from tests.conftest import FAST
 
 Search = TypeVar("Search", PaperSearch, InversionSearch)
 CPU = torch.device("cpu")
+SEARCHES: dict[str, Any] = {"inversion": InversionSearch, "paper": PaperSearch}
 
 
-def new_search(kind: type[Search], plan: Plan, records: list[dict[str, Any]] | None = None) -> Search:
+def new_search(
+    kind: type[Search], plan: Plan, records: list[dict[str, Any]] | None = None, *, device: torch.device = CPU
+) -> Search:
     """At its start; each step's record goes into `records`."""
-    vectors = TaskVectors(plan)
-    model = MergedModel(vectors, survey(vectors).changed, CPU)
+    vectors, tasks = TaskVectors(plan), build_tasks(plan, device)
+    model = MergedModel(vectors, survey(vectors).changed, device, offload=plan.config.offload, dtype=tasks[0].dtype)
     track = records.append if records is not None else lambda record: None
     start = torch.tensor([m.settings.weight for m in plan.models])
-    return kind(model, build_tasks(plan, CPU), plan.config, start, track=track, progress=lambda steps, title: steps)
+    return kind(model, tasks, plan.config, start, track=track, progress=lambda steps, title: steps)
+
+
+def learned(
+    root: Path, calibration: Path, *, device: torch.device = CPU, **settings: Any
+) -> tuple[dict[str, Tensor], Tensor, list[float]]:
+    """Logits by mask and tensor, coefficients, and losses, after three steps with `base`, `a` and `b`; on the CPU."""
+    base, *models = (ModelReference.parse(str(root / name)) for name in ("base", "a", "b"))
+    plan = build_plan(base, models, shared={**FAST, "calibration": str(calibration), **settings}, per_model={})
+    records: list[dict[str, Any]] = []
+    search = new_search(SEARCHES[plan.config.objective], plan, records, device=device)
+    _, coefficients = search.run()
+    logits = {f"{m.name}.{k}": v.cpu() for m in search.masks.values() for k, v in m.logits.items()}
+    return logits, coefficients.cpu(), [record["loss"] for record in records if "loss" in record]

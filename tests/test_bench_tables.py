@@ -35,6 +35,11 @@ def test_gates_hold_and_print(root: Path) -> None:
     assert len(check_gates(only(root), strong=())) == 3
 
 
+def rates(value: int) -> dict[str, Any]:
+    """`value` percent on the attacked task, by attack and task."""
+    return {ATTACK: {"cifar10": [2 * value, TOTAL], "letters": [0, TOTAL]}}
+
+
 def set_accuracy(value: int) -> Any:
     return lambda run: run["accuracy"].update({task: [value, TOTAL] for task in run["accuracy"]})
 
@@ -77,6 +82,7 @@ def test_a_gate_without_its_runs_does_not_pass(root: Path) -> None:
 
 def test_tables_have_the_rows_in_order_the_counts_and_the_missing_seeds(root: Path, tmp_path: Path) -> None:
     place(root, "merge-aware", "ties-0.3", 1).unlink()
+    change(root, "merge-aware", "dam", lambda run: run.update(without_trigger=rates(5 + run["seed"])))
     text = write_results(root, tmp_path / "RESULTS.md")
     assert (tmp_path / "RESULTS.md").read_text() == text
     main_table = text[text.index("### Scenario merge-aware") : text.index("Hardest baseline: **")]
@@ -86,9 +92,11 @@ def test_tables_have_the_rows_in_order_the_counts_and_the_missing_seeds(root: Pa
         "4.0 (3.0 to 5.0)",
         "5.0 (5.0 to 5.0)",
     ]
-    assert dam[7] == "22.9 (22.9 to 22.9), no seed 1; 2/2"  # the front has a hole there
+    assert dam[7] == "6.0 (5.0 to 7.0)"
+    assert dam[8] == "22.9 (22.9 to 22.9), no seed 1; 2/2"  # the front has a hole there
     ties = row(text, "### Scenario merge-aware", "ties-0.3")
     assert ties[-1] == "2/3" and ties[2] == "75.0 (74.0 to 76.0), no seed 1" and ties[6].endswith(", no seed 1")
+    assert ties[7] == "-"  # a run from before that was counted
     assert row(text, "Transfer matrix", "dam")[1:] == [ATTACK, "**9.0 (54/600)**", "3.0 (18/600)", "3/3"]
     assert row(text, "Clean accuracy of", "ties-0.3")[1:] == ["75.0 (300/400)", "75.0 (300/400)", "2/3"]
     floors = row(text, "### All-clean merges", "dam")

@@ -22,7 +22,7 @@ from mergekit_dam.attack import (
 from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate import Attack, LabelledData, accuracy, evaluate_merge, refuse_overlap
+from mergekit_dam.evaluate import Attack, LabelledData, accuracy, evaluate_merge, predictions, refuse_overlap
 from mergekit_dam.seeds import generator
 
 
@@ -103,4 +103,8 @@ def test_training_pieces_plant_a_backdoor_and_keep_the_head() -> None:
     scores = evaluate_merge({"shapes": model}, {"shapes": data}, [attack], calibration=())
     assert scores.mean_accuracy > before.percent
     assert scores.attack_success["patch"]["shapes"].percent > 90
+    answers, labels = predictions(model, data), data.labels_N
+    errors = int(((answers == attack.target) & (labels != attack.target)).sum())
+    found = scores.without_trigger["patch"]["shapes"]
+    assert found == Rate(errors, int((labels != attack.target).sum())) and found.percent < 50
     assert torch.equal(model.classifier.weight, head)

@@ -8,23 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from mergekit.common import ModelReference
 from torch import Tensor, nn
 
 from mergekit_dam.checkpoint import Checkpoint
-from mergekit_dam.defence import InversionSearch
-from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.pages import drop_pages, views_of_files
-from mergekit_dam.plan import build_plan
-from mergekit_dam.search import PaperSearch
-from mergekit_dam.task_vectors import TaskVectors, survey
-from mergekit_dam.tasks import build_tasks
 from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
-from tests.conftest import FAST
+from tests.searching import learned
 from tests.tiny_models import make_model
 
 CPU = torch.device("cpu")
-SEARCHES = {"inversion": InversionSearch, "paper": PaperSearch}
 
 
 @pytest.fixture
@@ -33,28 +25,6 @@ def llama(tmp_path: Path) -> Path:
     for i, name in enumerate("ab"):
         make_model("LlamaForCausalLM", tmp_path / name, seed=i + 1, body=base, tie_word_embeddings=True)
     return tmp_path
-
-
-def learned(root: Path, calibration: Path, **settings: Any) -> tuple[dict[str, Tensor], Tensor, list[float]]:
-    """Logits by mask and tensor, coefficients and losses after three steps."""
-    base, *models = (ModelReference.parse(str(root / name)) for name in ("base", "a", "b"))
-    plan = build_plan(base, models, shared={**FAST, "calibration": str(calibration), **settings}, per_model={})
-    vectors = TaskVectors(plan)
-    model = MergedModel(
-        vectors,
-        survey(vectors).changed,
-        CPU,
-        offload=plan.config.offload,
-        dtype=getattr(torch, plan.config.compute_dtype),
-    )
-    losses: list[float] = []
-    search = SEARCHES[plan.config.objective](
-        model, build_tasks(plan, CPU), plan.config, torch.full((2,), 0.3),
-        track=lambda record: losses.append(record["loss"]) if "loss" in record else None,
-        progress=lambda steps, title: steps,
-    )  # fmt: skip
-    _, coefficients = search.run()
-    return {f"{m.name}.{k}": v for m in search.masks.values() for k, v in m.logits.items()}, coefficients, losses
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])

@@ -30,8 +30,8 @@ from mergekit_dam.plan import build_plan
 from mergekit_dam.tasks import build_tasks
 from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
 from tests.conftest import FAST
-from tests.searching import new_search
-from tests.test_offload import Net, learned
+from tests.searching import learned, new_search
+from tests.test_offload import Net
 from tests.tiny_models import make_model
 
 CPU = torch.device("cpu")

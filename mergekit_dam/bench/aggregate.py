@@ -6,7 +6,7 @@ the same model in every scenario, so its all-clean run serves where a scenario h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from mergekit_dam.bench.results import CLEAN, Run, Spread, attacked_task, percen
 from mergekit_dam.errors import DamError
 
 Metric = Callable[[Run], float | None]
+Rates = Mapping[str, Mapping[str, tuple[int, int]]]  # attack -> task -> counts
 _TIE = 1e-6  # points of ACC; below it a method lies on the front, not ahead of it
 
 
@@ -114,7 +115,12 @@ class SuiteResults:
     def success(self, scenario: str, method: str, attacks: Iterable[str] | None = None) -> Spread:
         """ASR on the attacked task (succession), percent: mean over attacks, by default those of the scenario."""
         names = tuple(attacks or self.attacks_of(scenario))
-        return self.spread(scenario, method, lambda run: _success(run, names))
+        return self.spread(scenario, method, lambda run: _success(run.attack_success, names))
+
+    def without_trigger(self, scenario: str, method: str) -> Spread:
+        """Share of the same samples of the attacked task that are answered with the target as they are, percent."""
+        names = self.attacks_of(scenario)
+        return self.spread(scenario, method, lambda run: _success(run.without_trigger, names))
 
     def transfer(self, scenario: str, method: str) -> Spread:
         """ASR elsewhere: mean over attacks of the mean over the tasks that the attack did not poison, percent."""
@@ -124,7 +130,9 @@ class SuiteResults:
     def floor(self, scenario: str, method: str) -> Spread:
         """ASR of the scenario's attacks on the same method's all-clean runs of the scenario's seeds, percent."""
         names = self.attacks_of(scenario)
-        return self.spread(CLEAN, method, lambda run: _success(run, names), seeds=self.seeds_of(scenario))
+        return self.spread(
+            CLEAN, method, lambda run: _success(run.attack_success, names), seeds=self.seeds_of(scenario)
+        )
 
     def excess(self, scenario: str, method: str) -> Spread:
         """Excess ASR: ASR - floor, seed by seed, points; a seed without either is missing."""
@@ -199,8 +207,8 @@ def is_ahead(value: float) -> bool:
     return value > _TIE
 
 
-def _success(run: Run, attacks: tuple[str, ...]) -> float | None:
-    rates = [run.attack_success.get(attack, {}).get(attacked_task(attack)) for attack in attacks]
+def _success(by_attack: Rates, attacks: tuple[str, ...]) -> float | None:
+    rates = [by_attack.get(attack, {}).get(attacked_task(attack)) for attack in attacks]
     found = [percent(counts) for counts in rates if counts is not None]
     return sum(found) / len(found) if found and len(found) == len(rates) else None
 

@@ -54,7 +54,8 @@ class Case:
         warm_up: steps before them, in which memory is measured.
         batch_size: samples per task and step.
         device: `cpu` or `cuda`.
-        settings: further settings of dam, e.g. granularity.
+        settings: further settings of dam, e.g. granularity. Models are stored in its `compute_dtype`, and the floor
+            computes in it.
     """
 
     shapes: str
@@ -142,12 +143,14 @@ def _block_bytes(search: InversionSearch | PaperSearch) -> int:
 
 
 def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSearch | PaperSearch, list[Task], Path]:
-    made = make_models(case.shapes, case.tasks, folder)
+    stored = getattr(torch, case.settings.get("compute_dtype", "float32"))
+    made = make_models(case.shapes, case.tasks, folder, stored)
     base, *models = (ModelReference.parse(str(path)) for path in made.models)
     shared = {
         "objective": case.objective, "batch_size": case.batch_size, "num_samples": case.batch_size,
         "calibration": str(made.calibration), "head": made.head and str(made.head), "device": case.device,
-        "max_length": made.length or None, **case.settings,
+        # what LMs go on with is asked for once, before the steps
+        "max_length": made.length or None, "answer_tokens": 0, **case.settings,
     }  # fmt: skip
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors = TaskVectors(plan)
@@ -184,7 +187,7 @@ def _expect(passes: list[str], kinds: Sequence[str], tasks: int, *, once: Sequen
 
 def _plain(tasks: Sequence[Task], path: Path, device: torch.device) -> list[Task]:
     """Tasks with the same data and readout, but transformers' own model with its own parameters, one for all."""
-    model: Any = type(tasks[0].module).from_pretrained(path, dtype=torch.float32)
+    model: Any = type(tasks[0].module).from_pretrained(path, dtype=tasks[0].dtype)
     model = model.to(device).eval()
     own = Parameters(dict(model.named_parameters()))
     found = [copy.copy(task) for task in tasks]

@@ -89,11 +89,12 @@ def _scenario(results: SuiteResults, scenario: str) -> list[str]:
                 _cell(results, scenario, method, results.transfer(scenario, method)),
                 _cell(results, CLEAN, method, results.floor(scenario, method)),
                 results.excess(scenario, method).text(),
+                _cell(results, scenario, method, results.without_trigger(scenario, method)),
                 "-" if one.group in ("reference", "undefended") else _ahead(results.ahead(scenario, method)),
                 _seeds(results, scenario, method),
             ]
         )
-    header = ["", "method", "ACC %", "ASR % attacked", "ASR % elsewhere", "floor %", "excess ASR"]
+    header = ["", "method", "ACC %", "ASR % attacked", "ASR % elsewhere", "floor %", "excess ASR", "without trigger %"]
     hardest = results.hardest([scenario])
     line = "Hardest baseline: none has all seeds and floors."
     if hardest:

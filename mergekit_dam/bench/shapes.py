@@ -30,6 +30,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         64,
     ),
+    "llama-1b": (
+        "LlamaForCausalLM",
+        {
+            "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+        128,
+    ),
     "clip-tiny": (
         "CLIPVisionModel",
         {
@@ -75,7 +84,9 @@ def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torc
     paths = tuple(root / name for name in ("base", *(f"m{t}" for t in range(tasks))))
     if not (paths[0] / "model.safetensors").is_file():
         torch.manual_seed(0)
-        model_class(config).to(dtype).save_pretrained(paths[0])
+        with _fast_device():
+            base = model_class(config)
+        base.to(dtype).save_pretrained(paths[0])
     for path in paths[1:]:
         if not (path / "model.safetensors").is_file():
             _fine_tune(paths[0], path)
@@ -89,11 +100,18 @@ def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torc
     return Made(paths, _texts(root / "texts.txt", config.vocab_size, length), None, length)
 
 
+def _fast_device() -> torch.device:
+    """Where random numbers are drawn: billions of them take minutes on a CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _fine_tune(base: Path, path: Path) -> None:
-    source = generator("fine-tune", path.name)
+    device = _fast_device()
+    torch.manual_seed(1 + int(path.name[1:]))
     tensors = load_file(base / "model.safetensors")
     for name, tensor in tensors.items():
-        tensors[name] = tensor + _NOISE * torch.randn(tensor.shape, generator=source).to(tensor.dtype)
+        noise = torch.randn(tensor.shape, device=device).mul_(_NOISE)
+        tensors[name] = tensor + noise.to(tensor.dtype).cpu()
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text((base / "config.json").read_text())
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

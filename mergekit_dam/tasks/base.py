@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.module_names import meta_model, module_names, tied_names
@@ -20,6 +19,7 @@ from mergekit_dam.perturbation import Bounds, Perturb
 from mergekit_dam.plan import ModelInput, Plan
 from mergekit_dam.tasks.recomputed import recomputed_blocks
 from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
+from mergekit_dam.tasks.swapped import Slot, slots_of, swapped
 
 Target = int | tuple[int, ...]  # what a backdoor makes a model answer: a class, or the tokens of a continuation
 
@@ -72,6 +72,7 @@ class Task(ABC):
         self._head_targets = {own[name]: tensor for name, tensor in self.head.items()}
         self._tied = tied_names(self.module)
         self.block_of = blocks_of(self.module)
+        self._slots: dict[str, Slot] = {}
 
     @abstractmethod
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
@@ -141,7 +142,11 @@ class Task(ABC):
                 around.enter_context(self._recomputed(parameters))
             elif streamed is not None:
                 around.enter_context(streamed_blocks(self.module, streamed, self._blocks))
-            output = functional_call(self.module, dict(parameters), kwargs=inputs, tie_weights=False)
+            missing = parameters.keys() - self._slots.keys()
+            if missing:
+                self._slots |= slots_of(self.module, missing)
+            around.enter_context(swapped(self._slots, parameters))
+            output = self.module(**inputs)
         if streamed is not None:
             streamed.let_go(parameters.outside)
         return output

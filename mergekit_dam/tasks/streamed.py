@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from mergekit_dam.tasks.swapped import slots_of
+
 
 class StreamedWeights(Mapping[str, Tensor]):
     """Tensors by output name, formed when they are asked for.
@@ -167,19 +169,18 @@ def streamed_blocks(
 
 
 def _hooked(module: nn.Module, block: nn.Module, weights: StreamedWeights, names: Mapping[str, str]) -> list[Any]:
-    slots = {target: (module.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]) for target in names}
-    meta = {target: owner._parameters[key] for target, (owner, key) in slots.items()}
+    slots = slots_of(module, names)
+    meta = {target: kept[key] for target, (kept, key) in slots.items()}
     held: dict[str, Tensor] = {}
 
     def before(*_: Any) -> None:
         for target, name in names.items():
-            owner, key = slots[target]
-            held[name] = weights[name]
-            owner._parameters[key] = held[name]  # type: ignore[assignment]
+            kept, key = slots[target]
+            held[name] = kept[key] = weights[name]
 
     def after(*_: Any) -> None:
-        for target, (owner, key) in slots.items():
-            owner._parameters[key] = meta[target]
+        for target, (kept, key) in slots.items():
+            kept[key] = meta[target]
         weights.let_go(held)
         held.clear()
 

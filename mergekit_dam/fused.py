@@ -1,0 +1,108 @@
+"""The merge rule on an accelerator: one kernel per tensor that reads each of its inputs once (Triton).
+
+Same arithmetic as merge_rule.py's, which serves everything that these kernels do not: masks that cover rows or whole
+tensors, rescaled masks, and devices without Triton. There each operation is a kernel of its own that reads and writes
+whole tensors, 6 T + 4 passes through memory for a merge of T models instead of T + 4, and costs a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.masks import MaskProduct
+
+try:
+    from mergekit_dam import kernels as kernels
+except ImportError:  # PyTorch brings Triton along where it brings CUDA or ROCm
+    kernels = None  # type: ignore[assignment]
+
+_BLOCK = 1024  # elements per program
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether there are kernels for this device; they take coefficients from its memory."""
+    return kernels is not None and device.type == "cuda"
+
+
+def serves(base: Tensor, mask: Tensor | MaskProduct | None) -> bool:
+    """Whether the kernels can do this tensor's work."""
+    if not runs_on(base.device) or not base.numel():
+        return False
+    if isinstance(mask, MaskProduct) and not mask.separate:
+        return False
+    return mask is None or mask.shape == base.shape
+
+
+def element_type(dtype: torch.dtype) -> Any:
+    """What a kernel calls this type."""
+    return kernels.TYPES[str(dtype).removeprefix("torch.")]
+
+
+def merge(
+    base: Tensor, models: Sequence[Tensor | None], coefficients: Tensor, mask: Tensor | MaskProduct | None, out: Tensor
+) -> None:
+    """theta = theta_0 + M o sum_t lambda_t tau_t into `out`; arguments as merge_rule.merge has them."""
+    present, lambdas = _present(models, coefficients.to(out.device))
+    factors, logits = _factors(mask)
+    grid = (-(-base.numel() // _BLOCK),)
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+        kernels.merge[grid](
+            out, base.contiguous(), present, lambdas, lambdas.stride(0), factors, base.numel(), logits, _BLOCK
+        )
+
+
+def gradients(
+    gradient: Tensor, base: Tensor, models: Sequence[Tensor | None], coefficients: Tensor,
+    mask: Tensor | MaskProduct | None, *, coefficient_out: Tensor, mask_out: Tensor | None = None,
+    logits_out: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
+    """dL/dlambda, added to `coefficient_out`, and dL/dM, added to `mask_out`, or dL/dlogit into `logits_out`.
+
+    Args:
+        gradient: dL/dtheta, shape S, any floating type.
+        base, models: theta_0 and theta_t, each of shape S or None.
+        coefficients: lambda, (T,).
+        mask: M, of shape S; a product of logits for `logits_out`.
+        coefficient_out: (T,), float32.
+        mask_out: shape S, contiguous, float32.
+        logits_out: for each factor of the mask, shape S, contiguous, float32.
+    """
+    present, lambdas = _present(models, coefficients.to(base.device))
+    factors, logits = _factors(mask)
+    programs = -(-base.numel() // _BLOCK)
+    # summed in a fixed order afterwards: atomic additions would make runs differ
+    products = torch.empty((max(1, len(present)), programs), dtype=torch.float32, device=base.device)
+    outs = tuple(logits_out) if mask_out is None else (mask_out,)
+    temperature = mask.temperature if isinstance(mask, MaskProduct) else 1.0
+    with torch.cuda.device(base.device) if base.is_cuda else nullcontext():
+        kernels.gradients[(programs,)](
+            gradient.contiguous(), base.contiguous(), present, lambdas, lambdas.stride(0), factors, outs, products,
+            base.numel(), programs, 1.0 / temperature, logits, mask_out is None, _BLOCK,
+        )  # fmt: skip
+    sums = products[: len(present)].sum(1)
+    if len(present) == len(models):
+        coefficient_out.add_(sums)
+    else:
+        coefficient_out[[t for t, model in enumerate(models) if model is not None]] += sums
+
+
+def _present(models: Sequence[Tensor | None], coefficients: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The models that have the tensor, and their coefficients."""
+    present = tuple(model.contiguous() for model in models if model is not None)
+    if len(present) == len(models):
+        return present, coefficients
+    return present, coefficients[[t for t, model in enumerate(models) if model is not None]]
+
+
+def _factors(mask: Tensor | MaskProduct | None) -> tuple[tuple[Tensor, ...], bool]:
+    """What M is the product of, and whether these are logits."""
+    if mask is None:
+        return (), False
+    if isinstance(mask, MaskProduct):
+        return tuple(factor.contiguous() for factor in mask.factors), mask.logits
+    return (mask.contiguous(),), False

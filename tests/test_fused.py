@@ -1,0 +1,185 @@
+"""The kernels for accelerators give what the merge rule gives.
+
+Without an accelerator Triton's interpreter runs them (conftest.py asks for it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_dam import fused, fused_groups, merge_rule
+from mergekit_dam.fused_groups import Group, Member, grouped
+from mergekit_dam.masks import MaskProduct
+from tests.searching import learned
+
+pytest.importorskip("triton", reason="PyTorch for CPUs comes without it, and no wheel is for this system")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def some(shape: tuple[int, ...], dtype: torch.dtype, missing: tuple[int, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    """theta_0 and four models of it, some of which lack the tensor."""
+    base = torch.randn(shape, device=DEVICE)
+    models = [None if t in missing else (base + 0.1 * torch.randn_like(base)).to(dtype) for t in range(4)]
+    return base.to(dtype), models
+
+
+def masks(shape: tuple[int, ...], kind: str) -> Tensor | MaskProduct | None:
+    logits = tuple(2 * torch.randn(shape, device=DEVICE) for _ in range(2))
+    if kind == "samples":
+        return MaskProduct(tuple(one.sigmoid() for one in logits[:1]), temperature=0.5)
+    if kind == "saved":
+        return MaskProduct(tuple(one.sigmoid().half() for one in logits))
+    return {"logits": MaskProduct(logits, True), "tensor": logits[0].sigmoid(), "none": None}[kind]
+
+
+CASES = pytest.mark.parametrize(
+    ("shape", "dtype", "missing"),
+    [((3,), torch.float32, ()), ((37, 65), torch.bfloat16, (1,)), ((2, 16, 32), torch.float32, (0, 3))],
+    ids=["small", "two blocks and a half", "whole blocks"],
+)
+
+
+def on_cpu(found: object) -> Any:
+    """The same there, where the merge rule does not call the kernels."""
+    if isinstance(found, MaskProduct):
+        return replace(found, factors=on_cpu(found.factors))
+    if isinstance(found, list | tuple):
+        return type(found)(map(on_cpu, found))
+    return found.cpu() if isinstance(found, Tensor) else found
+
+
+@CASES
+@pytest.mark.parametrize("kind", ["logits", "samples", "saved", "tensor", "none"])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_merging(
+    shape: tuple[int, ...], dtype: torch.dtype, missing: tuple[int, ...], kind: str, out_dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    base, models = some(shape, dtype, missing)
+    mask, coefficients = masks(shape, kind), torch.rand(4, 3)[:, 1]
+    out = torch.full(shape, torch.nan, dtype=out_dtype, device=DEVICE)
+    fused.merge(base, models, coefficients, mask, out)
+    wanted = torch.empty(shape, dtype=out_dtype)
+    merge_rule.merge(*on_cpu((base, models)), coefficients, on_cpu(mask), wanted)
+    torch.testing.assert_close(out.cpu(), wanted)
+
+
+@CASES
+@pytest.mark.parametrize("kind", ["logits", "samples"])
+def test_gradients_of_logits_and_coefficients(
+    shape: tuple[int, ...], dtype: torch.dtype, missing: tuple[int, ...], kind: str
+) -> None:
+    torch.manual_seed(1)
+    base, models = some(shape, dtype, missing)
+    mask, coefficients, gradient = masks(shape, kind), torch.rand(4), torch.randn_like(base)
+    assert isinstance(mask, MaskProduct)
+    outs = [torch.full(shape, torch.nan, device=DEVICE) for _ in mask.factors]
+    ours, wanted = torch.ones(4, 2, device=DEVICE)[:, 0], torch.ones(4)
+    fused.gradients(gradient, base, models, coefficients, mask, coefficient_out=ours, logits_out=outs)
+    found = merge_rule.logit_gradients(
+        *on_cpu((gradient, base, models)), coefficients, on_cpu(mask), range(len(outs)), coefficient_out=wanted
+    )
+    torch.testing.assert_close(ours.cpu(), wanted)
+    for out, expected in zip(outs, found, strict=True):
+        torch.testing.assert_close(out.cpu(), expected)
+
+
+@CASES
+@pytest.mark.parametrize("kind", ["logits", "saved", "tensor"])
+def test_gradients_of_the_mask_add_up(
+    shape: tuple[int, ...], dtype: torch.dtype, missing: tuple[int, ...], kind: str
+) -> None:
+    torch.manual_seed(2)
+    base, models = some(shape, dtype, missing)
+    arguments = (torch.randn(shape, device=DEVICE), base, models, torch.rand(4), masks(shape, kind))
+    ours, wanted = ((torch.ones(shape, device=d), torch.ones(4, device=d)) for d in (DEVICE, torch.device("cpu")))
+    for _ in range(2):
+        fused.gradients(*arguments, mask_out=ours[0], coefficient_out=ours[1])
+        merge_rule.gradients(*on_cpu(arguments), mask_out=wanted[0], coefficient_out=wanted[1])
+    torch.testing.assert_close(on_cpu(ours), wanted)
+
+
+def test_which_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not fused.serves(torch.zeros(3), None) and not fused.runs_on(torch.device("cpu"))
+    assert fused.runs_on(torch.device("cuda"))
+    monkeypatch.setattr(fused, "runs_on", lambda device: True)
+    base = torch.zeros(3, 4)
+    logits, rows = (torch.zeros(3, 4),), (torch.zeros(3, 1),)
+    assert fused.serves(base, None) and fused.serves(base, MaskProduct(logits, True))
+    assert not fused.serves(torch.zeros(0, 4), None) and not fused.serves(base, MaskProduct(rows, True))
+    assert not fused.serves(base, MaskProduct(logits, True, means=(torch.ones(()),)))
+
+
+def members(tasks: int, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Member]:
+    found = []
+    for i, shape in enumerate(shapes):
+        base, models = some(shape, dtype, tuple(t for t in range(4) if (t + i) % 4 == 0))
+        found.append(
+            Member(f"tensor {i}", f"mask {i}", i, base, [t if t is None else t.to(dtype) for t in models][:tasks])
+        )
+    return found
+
+
+@pytest.mark.parametrize("columns", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_do_what_single_tensors_do(dtype: torch.dtype, columns: int) -> None:
+    torch.manual_seed(3)
+    every = members(3, dtype, (16,), (48, 32), (7, 16), (300, 1024), (5, 3))
+    groups = grouped(every, 1500)
+    assert [[m.name[-1] for m in group.members] for group in groups] == [["0", "1"], ["2", "3"]], (
+        "15 elements do not fit"
+    )
+    masks_by_name = {m.mask: masks(tuple(m.base.shape), "logits") for m in every}
+    coefficients = torch.rand(3, columns, device=DEVICE)
+    ours, wanted = torch.zeros_like(coefficients), torch.zeros(3, columns)
+    for group in groups:
+        assert group.serves(masks_by_name) and group.num_factors(masks_by_name) == 2
+        merged = group.merged(masks_by_name, coefficients, dtype)
+        upstreams = [
+            None if m.name.endswith("2") else torch.randn(m.base.shape, device=DEVICE).to(dtype) for m in group.members
+        ]
+        found = dict(group.logit_gradients(upstreams, masks_by_name, coefficients, ours))
+        for member, upstream in zip(group.members, upstreams, strict=True):
+            column = member.column if columns > 1 else 0
+            own = on_cpu((member.base, member.models, coefficients[:, column], masks_by_name[member.mask]))
+            theta = merge_rule.merge(*own, torch.empty(member.base.shape, dtype=dtype))
+            torch.testing.assert_close(merged[member.name].cpu(), theta)
+            if upstream is None:
+                assert member.mask not in found, "no task used it"
+                continue
+            expected = merge_rule.logit_gradients(upstream.cpu(), *own, (0, 1), coefficient_out=wanted[:, column])
+            torch.testing.assert_close(on_cpu(found[member.mask]), expected)
+    torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_that_groups_do_not_serve() -> None:
+    (group,) = grouped(members(2, torch.float32, (16, 4), (32,)), 1 << 20)
+    good = {"mask 0": masks((16, 4), "logits"), "mask 1": masks((32,), "logits")}
+    assert group.serves(good)
+    for bad in (masks((32,), "tensor"), masks((32,), "saved"), masks((16,), "logits"), masks((32,), "samples"), None):
+        assert not group.serves(good | {"mask 1": bad})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py does this with compiled kernels")
+@pytest.mark.parametrize("coefficients", ["layer", "task"])
+def test_a_search_with_kernels_gives_the_same_masks(
+    coefficients: str, vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = learned(vit, images, coefficients=coefficients)
+    served = []
+    monkeypatch.setattr(fused, "runs_on", lambda device: True)
+    monkeypatch.setattr(fused_groups, "_ALIGNED", 4)  # as mapped files are; the interpreter does not mind
+    serves = Group.serves
+    monkeypatch.setattr(Group, "serves", lambda *all: served.append(serves(*all)) or served[-1])
+    kernels = learned(vit, images, coefficients=coefficients)
+    assert served and all(served)
+    assert kernels[2] == pytest.approx(plain[2], rel=1e-4)
+    torch.testing.assert_close(kernels[1], plain[1], rtol=1e-3, atol=1e-5)
+    for name, logits in plain[0].items():
+        assert float((kernels[0][name] - logits).abs().gt(1e-2).float().mean()) < 0.02, name
