@@ -149,12 +149,11 @@ def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
         if "ratio" in result:
             rows += _step_rows(name, result)
     for device in ("cpu", "cuda"):
-        peer, ours = (
-            found.get(f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"),
-            found.get(f"clip-paper-t{PEER_TASKS}-b{PEER_BATCH}-{device}"),
-        )
-        if peer and ours:
-            rows += _peer_rows(peer, ours, device)
+        peer = found.get(f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
+        for objective, bars in (("paper", (PEER_TIME, PEER_MEMORY)), ("inversion", (None, None))):
+            ours = found.get(f"clip-{objective}-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
+            if peer and ours:
+                rows += _peer_rows(peer, ours, f"{objective} / fusion_bench ({device})", bars)
     for name, result in results:
         for what, share in result.get("share_of_copy", {}).items():
             rows.append(_row(f"{name}: {what}, rate over that of a copy", share, None))
@@ -199,17 +198,21 @@ def _memory_row(result: dict[str, Any]) -> Row:
     return f"memory: {what}", f"{measured} bytes per parameter", f"{computed} computed", ""
 
 
-def _peer_rows(peer: dict[str, Any], ours: dict[str, Any], device: str) -> list[Row]:
-    mine = ours["seconds"]["step"]
+def _peer_rows(
+    peer: dict[str, Any], ours: dict[str, Any], name: str, bars: tuple[float | None, float | None]
+) -> list[Row]:
+    """Time and memory of our step over the peer's; how much of the time the plain model's passes alone would take."""
+    case = ours["case"]
     # their first step allocates
-    theirs = peer["seconds"]["mask_steps_processor" if device == "cpu" else "mask_steps"][1:]
+    theirs = peer["seconds"]["mask_steps_processor" if case["device"] == "cpu" else "mask_steps"][1:]
+    one = sum(theirs) / len(theirs)
+    seconds = {key: sum(found) / len(found) / one for key, found in ours["seconds"].items()}
     memory = ours["bytes"]["device"] or ours["bytes"]["peak"]
-    other = peer["peak_device_bytes"] or peer["peak_rss_bytes"]
-    time = (sum(mine) / len(mine)) / (sum(theirs) / len(theirs))
     return [
-        _row(f"paper / fusion_bench ({device}): step time", time, PEER_TIME),
-        _row(f"paper / fusion_bench ({device}): peak memory", memory / other, PEER_MEMORY),
-    ]  # fmt: skip
+        _row(f"{name}: step time", seconds["step"], bars[0]),
+        _row(f"{name}: our floor over their step", seconds["floor"], None),
+        _row(f"{name}: peak memory", memory / (peer["peak_device_bytes"] or peer["peak_rss_bytes"]), bars[1]),
+    ]
 
 
 def _row(name: str, figure: float, bar: float | None, *, low: bool = False) -> Row:
