@@ -42,7 +42,8 @@ from mergekit_dam.cache import found_out
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.files import replacing
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct, means_of
+from mergekit_dam.mask_product import MaskProduct, means_of
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.numerics import mask_faults
 from mergekit_dam.plan import Plan
 

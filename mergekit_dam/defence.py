@@ -27,8 +27,9 @@ from mergekit_dam.distributed.dealing import Share, turns
 from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
 from mergekit_dam.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
+from mergekit_dam.mask_product import MaskProduct
 from mergekit_dam.mask_search import MaskSearch
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, MaskProduct
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.numerics import require_finite_gradients
 from mergekit_dam.objective import Patience, fit_loss, summed
 from mergekit_dam.pools import blank, recover

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_dam.masks import MaskProduct
+from mergekit_dam.mask_product import MaskProduct
 
 try:
     from mergekit_dam import kernels as kernels

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_dam import fused
 from mergekit_dam.fused import kernels
-from mergekit_dam.masks import MaskProduct
+from mergekit_dam.mask_product import MaskProduct
 
 _BLOCK = 1024  # elements per program
 _SUMS = 256  # products per step of their sum

@@ -12,15 +12,8 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.shards import ALONE
 from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
-from mergekit_dam.masks import (
-    BACKDOOR_DETECTION,
-    TASK_SHARED,
-    ConcreteMask,
-    MaskProduct,
-    mask_shape,
-    product,
-    together_numel,
-)
+from mergekit_dam.mask_product import MaskProduct, together_numel
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, mask_shape, product
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import finite_flags, require_flags
 

@@ -11,19 +11,19 @@ gathered one by one, the merged weights never exist as a whole, see tasks/stream
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_dam import fused
+from mergekit_dam.chunks import Mask
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.frozen import FrozenModels, Offload, Weights
 from mergekit_dam.fused_groups import Group, Member, grouped
-from mergekit_dam.gradient_store import GradientStore
-from mergekit_dam.masks import MaskProduct, together_numel
-from mergekit_dam.merge_rule import Mask, coefficient_gradient, gradients, logit_gradients, merge
+from mergekit_dam.mask_product import MaskProduct, together_numel
+from mergekit_dam.merge_rule import coefficient_gradient, gradients, logit_gradients, merge
+from mergekit_dam.merged_blocks import BlockMerger, MergedBlocks
 from mergekit_dam.plan import TensorSpec
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks.streamed import StreamedWeights
@@ -125,7 +125,7 @@ class MergedModel:
         Yields:
             Name and our rows of dL/dM of one mask after another, of M's shape, float32; tied tensors add up.
         """
-        if isinstance(weights, _Streamed):
+        if isinstance(weights, MergedBlocks):
             coefficient_gradient += self.shards.sum(weights.store.take_coefficients(coefficient_gradient))
             for name, found in weights.store.take(self.device):
                 yield name, self.shards.sum(found) if whole else found
@@ -149,7 +149,7 @@ class MergedModel:
         Yields:
             Name and our rows of dL/dlogit of the wanted factors of one mask after another.
         """
-        if isinstance(weights, _Streamed):
+        if isinstance(weights, MergedBlocks):
             for name, found in self.chain(weights, masks, coefficients, coefficient_gradient, whole=whole):
                 yield name, masks[name].logit_gradients(found, wanted)
             return
@@ -205,7 +205,7 @@ class MergedModel:
     def coefficient_gradients(self, weights: Weights, masks: Masks, coefficients: Tensor) -> Tensor:
         """dL/dlambda, shaped like `coefficients`, from the gradients that the tasks left in `weights`."""
         total = torch.zeros_like(coefficients)
-        if isinstance(weights, _Streamed):
+        if isinstance(weights, MergedBlocks):
             return self.shards.sum(weights.store.take_coefficients(total))
         for spec in self.changed:
             gradient = self._rows(weights[spec.name])
@@ -214,40 +214,12 @@ class MergedModel:
                 self._of(total, spec).add_(coefficient_gradient(gradient, self.frozen.base[spec.name], models, mask))
         return self.shards.sum(total)
 
-    def _streamed(self, masks: Masks, lambdas: Tensor) -> _Streamed:
-        frozen, specs = self.frozen, {spec.name: spec for spec in self.changed}
-        store = GradientStore(on_disk=self.offload == "disk")
-
-        coming: dict[str, Callable[[], Tensor]] = {}
-
-        def form(name: str) -> Tensor:
-            if name in specs:
-                arrived = coming.pop(name, None)
-                return self._merged(specs[name], masks, lambdas) if arrived is None else arrived()
-            return frozen.computed(frozen.moved(frozen.base[name]))
-
-        def ahead(names: Iterable[str]) -> None:
-            frozen.ahead(names)
-            for name in names if self.shards.size > 1 else ():
-                if name in specs and name not in coming:
-                    coming[name] = self._merging(specs[name], masks, lambdas)
-
-        def consume(name: str, gradient: Tensor) -> None:
-            spec = specs.get(name)
-            if spec is not None:
-                mask = masks[spec.mask_name]
-                found = store.of(spec.mask_name, mask.shape, self.device)
-                gradient = gradient if self.shards.size == 1 else self.shards.scatter(gradient.float())
-                if not gradient.numel():
-                    return
-                gradients(
-                    gradient, frozen.moved(frozen.base[name]), frozen.models_here(name), self._of(lambdas, spec), mask,
-                    mask_out=found, coefficient_out=self._of(store.coefficients(lambdas, self.device), spec),
-                )  # fmt: skip
-                store.rest(spec.mask_name, found)
-
-        names = [spec.name for spec in self._specs]
-        return _Streamed(names, form, consume=consume, release=frozen.release, ahead=ahead, store=store)
+    def _streamed(self, masks: Masks, lambdas: Tensor) -> MergedBlocks:
+        merger = BlockMerger(
+            self.frozen, self.changed, masks, lambdas, merging=lambda spec: self._merging(spec, masks, lambdas),
+            of=self._of,
+        )  # fmt: skip
+        return MergedBlocks([spec.name for spec in self._specs], merger)
 
     def _rows(self, weight: Tensor) -> Tensor | None:
         """Our rows of the gradient that the tasks of all processes left in a merged tensor; None if it is unused."""
@@ -259,14 +231,6 @@ class MergedModel:
     def _of(self, coefficients: Tensor, spec: TensorSpec) -> Tensor:
         """lambda of the T models for one tensor, a view (T,)."""
         return coefficients[:, 0 if coefficients.shape[1] == 1 else self._column[spec.mask_name]]
-
-
-class _Streamed(StreamedWeights):
-    """Merged weights of one step, with the gradients that the tasks' backward passes have added up so far."""
-
-    def __init__(self, *args: Any, store: GradientStore, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.store = store
 
 
 def fixed(weights: Weights) -> Weights:

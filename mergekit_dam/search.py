@@ -21,8 +21,9 @@ from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
 from mergekit_dam.losses import consistency, disagreement, entropy
 from mergekit_dam.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
+from mergekit_dam.mask_product import MaskProduct
 from mergekit_dam.mask_search import MaskSearch
-from mergekit_dam.masks import BACKDOOR_DETECTION, MaskProduct
+from mergekit_dam.masks import BACKDOOR_DETECTION
 from mergekit_dam.merged_model import Masks, fixed
 from mergekit_dam.perturbation import UniversalPerturbation
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from mergekit_dam import merge_rule
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, distillation, entropy
-from mergekit_dam.masks import ConcreteMask, MaskProduct, mask_shape, product
+from mergekit_dam.mask_product import MaskProduct
+from mergekit_dam.masks import ConcreteMask, mask_shape, product
 from mergekit_dam.perturbation import Bounds, UniversalPerturbation
 from mergekit_dam.seeds import generator, stable_seed
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_dam import fused, fused_groups, merge_rule
 from mergekit_dam.fused_groups import Group, Member, grouped
-from mergekit_dam.masks import MaskProduct
+from mergekit_dam.mask_product import MaskProduct
 from tests.searching import learned
 
 pytest.importorskip("triton", reason="PyTorch for CPUs comes without it, and no wheel is for this system")

@@ -22,7 +22,7 @@ from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import DamConfig
 from mergekit_dam.defence import InversionSearch
 from mergekit_dam.distributed.dealing import turns
-from mergekit_dam.masks import MaskProduct
+from mergekit_dam.mask_product import MaskProduct
 from mergekit_dam.merge_rule import gradients, logit_gradients
 from mergekit_dam.objective import Patience
 from mergekit_dam.pages import read_ahead

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergekit_dam import fused
 from mergekit_dam.bench.gauges import environment
-from mergekit_dam.masks import MaskProduct
+from mergekit_dam.mask_product import MaskProduct
 from mergekit_dam.merge_rule import logit_gradients, merge
 
 _REPEATS = 10

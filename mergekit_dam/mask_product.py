@@ -1,0 +1,153 @@
+"""M = M1 o M2 of one tensor as it is used: chunk by chunk, and back to the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST = 1e-6  # keeps the mean of a mask away from zero
+_IN_CACHE = 1 << 17  # elements, 512 KiB in float32: smaller ones cost more in calls than the cache saves (measured)
+_ON_DEVICE = 1 << 26  # elements: 256 MiB in float32; here a launch costs more than a pass through memory
+
+
+def chunk_numel(device: torch.device) -> int:
+    """Elements that elementwise work takes at a time."""
+    return _IN_CACHE if device.type == "cpu" else _ON_DEVICE
+
+
+def together_numel(device: torch.device, total: int) -> int:
+    """Elements of the tensors that are stepped together, out of `total`: one tensor on the CPU, so that no two
+    gradients exist; on an accelerator enough that there are few calls, in little memory beside masks and moments."""
+    return 1 if device.type == "cpu" else max(2 * _ON_DEVICE, total // 8)
+
+
+def _identity(total: Tensor) -> Tensor:
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class MaskProduct:
+    """M = prod_i f_i of one tensor, formed chunk by chunk where it is used and never stored.
+
+    Attributes:
+        factors: one per mask in use, all of M's shape: samples or probabilities in any floating type, or logits.
+        logits: whether a factor is a logit, so that sigmoid makes it a probability.
+        means: where masks are rescaled, the mean of each factor, 0-dim: f_i is divided by it.
+        temperature: of the relaxation, for the gradient.
+        add_up: makes the sum over the whole tensor from that over the entries held here.
+        entries: of the whole tensor; 0 for those held here.
+    """
+
+    factors: tuple[Tensor, ...]
+    logits: bool = False
+    means: tuple[Tensor, ...] | None = None
+    temperature: float = 1.0
+    add_up: Callable[[Tensor], Tensor] = _identity
+    entries: int = 0
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.factors[0].shape
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """M, flat, `size` entries at a time in float32. Each chunk is overwritten by the next."""
+        return (product for product, _ in self.chunks_with_factors(size))
+
+    def chunks_with_factors(self, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """M as `chunks` gives it, and beside each chunk those of the s_i, in float32."""
+        product_buffer, *buffers = self._buffers(size, 1 + len(self.factors))
+        scale = self._scale()
+        for parts in zip(*(f.reshape(-1).split(size) for f in self.factors), strict=True):
+            product = product_buffer[: parts[0].numel()]
+            values = [self._value(part, b[: part.numel()]) for part, b in zip(parts, buffers, strict=True)]
+            torch.mul(values[0], values[1], out=product) if len(values) > 1 else product.copy_(values[0])
+            for value in values[2:]:
+                product.mul_(value)
+            yield product if scale is None else product.mul_(scale), values
+
+    @property
+    def separate(self) -> bool:
+        """Whether no entry's gradient depends on another entry: masks are not rescaled."""
+        return self.means is None
+
+    def full(self) -> Tensor:
+        """M as one tensor, float32."""
+        out = torch.empty(self.shape, dtype=torch.float32, device=self.factors[0].device)
+        size = chunk_numel(out.device)
+        for part, chunk in zip(out.view(-1).split(size), self.chunks(size), strict=True):
+            part.copy_(chunk)
+        return out
+
+    def logit_gradients(self, gradient: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+        """dL/dlogit of the wanted masks from dL/dM, through the means and the sigmoid.
+
+        With s_i the sample or probability, n entries and h = dL/dM o M:
+        dL/dlogit_i = (h - s_i sum(h) / (n mean_i)) (1 - s_i) / temperature, the middle term where masks are rescaled.
+
+        Args:
+            gradient: dL/dM, contiguous, float32; it is overwritten.
+            wanted: indices of factors.
+        """
+        size = chunk_numel(gradient.device)
+        pieces = gradient.view(-1).split(size)
+        if self.separate:
+            outs = [gradient if i == wanted[-1] else torch.empty_like(gradient) for i in wanted]
+            split = [out.view(-1).split(size) for out in outs]
+            for h, (product, values), *to in zip(pieces, self.chunks_with_factors(size), *split, strict=True):
+                self.to_logits(h.mul_(product), values, wanted, to)
+            return outs
+        totals = []
+        for h, product in zip(pieces, self.chunks(size), strict=True):
+            totals.append(h.mul_(product).sum())
+        total = self.add_up(torch.stack(totals).sum()) / (self.entries or gradient.numel())
+        found = []
+        for i in wanted:
+            # the last one may have the gradient's own memory
+            out = gradient if i == wanted[-1] else torch.empty_like(gradient)
+            (value, work) = self._buffers(size, 2)
+            assert self.means is not None
+            through_mean = total / self.means[i]
+            for h, part, to in zip(
+                pieces, self.factors[i].reshape(-1).split(size), out.view(-1).split(size), strict=True
+            ):
+                s = self._value(part, value[: part.numel()])
+                h = torch.sub(h, torch.mul(s, through_mean, out=work[: part.numel()]), out=work[: part.numel()])
+                torch.addcmul(h, h, s, value=-1.0, out=to).div_(self.temperature)
+            found.append(out)
+        return found
+
+    def to_logits(self, h: Tensor, values: Sequence[Tensor], wanted: Sequence[int], to: Sequence[Tensor]) -> None:
+        """h (1 - s_i) / temperature of one chunk into `to`, for masks that are not rescaled; see `logit_gradients`.
+
+        Args:
+            h: dL/dM o M; the last of `to` may have its memory.
+            values: all s_i.
+            wanted: indices of factors, one per tensor of `to`.
+        """
+        for i, out in zip(wanted, to, strict=True):
+            torch.addcmul(h, h, values[i], value=-1.0, out=out)
+            if self.temperature != 1.0:
+                out.div_(self.temperature)
+
+    def _value(self, part: Tensor, out: Tensor) -> Tensor:
+        return torch.sigmoid(part, out=out) if self.logits else out.copy_(part)
+
+    def _scale(self) -> Tensor | None:
+        if self.means is None:
+            return None
+        scale = torch.ones((), device=self.factors[0].device)
+        for mean in self.means:
+            scale = scale / mean
+        return scale
+
+    def _buffers(self, size: int, count: int) -> Sequence[Tensor]:
+        numel = min(size, self.factors[0].numel())
+        return torch.empty((count, numel), dtype=torch.float32, device=self.factors[0].device).unbind()
+
+
+def means_of(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Mean of each factor over its whole tensor, by which it is divided (step 1 of the published loop); not zero."""
+    return tuple(value.mean(dtype=torch.float32).clamp_min(SMALLEST) for value in values)
