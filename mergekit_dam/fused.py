@@ -8,7 +8,7 @@ whole tensors, 6 T + 4 passes through memory for a merge of T models instead of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ def serves(base: Tensor, mask: Tensor | MaskProduct | None) -> bool:
     return mask is None or mask.shape == base.shape
 
 
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are started on this device, whatever the current one is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def element_type(dtype: torch.dtype) -> Any:
     """What a kernel calls this type."""
     return kernels.TYPES[str(dtype).removeprefix("torch.")]
@@ -50,7 +55,7 @@ def merge(
     present, lambdas = _present(models, coefficients.to(out.device))
     factors, logits = _factors(mask)
     grid = (-(-base.numel() // _BLOCK),)
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+    with on(out.device):
         kernels.merge[grid](
             out, base.contiguous(), present, lambdas, lambdas.stride(0), factors, base.numel(), logits, _BLOCK
         )
@@ -79,7 +84,7 @@ def gradients(
     products = torch.empty((max(1, len(present)), programs), dtype=torch.float32, device=base.device)
     outs = tuple(logits_out) if mask_out is None else (mask_out,)
     temperature = mask.temperature if isinstance(mask, MaskProduct) else 1.0
-    with torch.cuda.device(base.device) if base.is_cuda else nullcontext():
+    with on(base.device):
         kernels.gradients[(programs,)](
             gradient.contiguous(), base.contiguous(), present, lambdas, lambdas.stride(0), factors, outs, products,
             base.numel(), programs, 1.0 / temperature, logits, mask_out is None, _BLOCK,

@@ -119,11 +119,12 @@ class Group:
         """
         flat = torch.empty(self.numel, dtype=dtype, device=self._device)
         factors, (count, logits, _) = self._factors(masks)
-        kernels.merge_many[self._programs,](
-            flat, self._frozen, factors, coefficients, *self._strides(coefficients), self._owners, self._firsts,
-            self._sizes, self._offsets, self._columns, self._tasks, count, fused.element_type(self._stored), logits,
-            _BLOCK,
-        )  # fmt: skip
+        with fused.on(self._device):
+            kernels.merge_many[self._programs,](
+                flat, self._frozen, factors, coefficients, *self._strides(coefficients), self._owners, self._firsts,
+                self._sizes, self._offsets, self._columns, self._tasks, count, fused.element_type(self._stored),
+                logits, _BLOCK,
+            )  # fmt: skip
         return {m.name: part for m, part in zip(self.members, self._parts(flat), strict=True)}
 
     def logit_gradients(
@@ -140,20 +141,7 @@ class Group:
             return
         unused = max((m.base.numel() for m, u in zip(self.members, upstreams, strict=True) if u is None), default=0)
         nothing = present[0].new_zeros(unused)
-        every = [_ready(nothing if u is None else u) for u in upstreams]
-        factors, (count, logits, temperature) = self._factors(masks)
-        flat = torch.empty((count, self.numel), dtype=torch.float32, device=self._device)
-        products = torch.empty((self._tasks, self._programs), dtype=torch.float32, device=self._device)
-        kernels.gradients_many[self._programs,](
-            flat, self._table([u.data_ptr() for u in every]), self._frozen, factors, coefficients,
-            *self._strides(coefficients), self._owners, self._firsts, self._sizes, self._offsets, self._columns,
-            products, self._programs, self.numel, 1.0 / temperature, self._tasks, count,
-            fused.element_type(self._stored), fused.element_type(present[0].dtype), logits, _BLOCK,
-        )  # fmt: skip
-        sums = torch.empty((self._tasks, len(self.members)), dtype=torch.float32, device=self._device)
-        kernels.sum_products[len(self.members), self._tasks](
-            products, self._programs, self._firsts, self._counts, sums, _SUMS
-        )
+        flat, sums = self._chained([_ready(nothing if u is None else u) for u in upstreams], masks, coefficients)
         if coefficient_out.shape[1] == 1:
             coefficient_out.add_(sums.sum(1, keepdim=True))
         else:
@@ -162,6 +150,26 @@ class Group:
         for member, used, *parts in zip(self.members, upstreams, *rows, strict=True):
             if used is not None:
                 yield member.mask, parts
+
+    def _chained(
+        self, upstreams: Sequence[Tensor], masks: Mapping[str, object], coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """dL/dlogit, (F, elements of all), and dL/dlambda of each tensor, (T, n)."""
+        factors, (count, logits, temperature) = self._factors(masks)
+        flat = torch.empty((count, self.numel), dtype=torch.float32, device=self._device)
+        products = torch.empty((self._tasks, self._programs), dtype=torch.float32, device=self._device)
+        sums = torch.empty((self._tasks, len(self.members)), dtype=torch.float32, device=self._device)
+        with fused.on(self._device):
+            kernels.gradients_many[self._programs,](
+                flat, self._table([u.data_ptr() for u in upstreams]), self._frozen, factors, coefficients,
+                *self._strides(coefficients), self._owners, self._firsts, self._sizes, self._offsets, self._columns,
+                products, self._programs, self.numel, 1.0 / temperature, self._tasks, count,
+                fused.element_type(self._stored), fused.element_type(upstreams[0].dtype), logits, _BLOCK,
+            )  # fmt: skip
+            kernels.sum_products[len(self.members), self._tasks](
+                products, self._programs, self._firsts, self._counts, sums, _SUMS
+            )
+        return flat, sums
 
     def _table(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self._device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _Arrival = tuple[Tensor, torch.cuda.Event]
+_Key = tuple[int, torch.Size]  # address in the host; a tensor and its first rows share it
 
 
 class Transfers:
@@ -23,22 +24,23 @@ class Transfers:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="transfers")
-        self._now: dict[int, Future[_Arrival]] = {}  # of the block that was announced last, by address in the host
-        self._before: dict[int, Future[_Arrival]] = {}
+        self._now: dict[_Key, Future[_Arrival]] = {}  # of the block that was announced last
+        self._before: dict[_Key, Future[_Arrival]] = {}
 
     def begin(self, tensors: Iterable[Tensor]) -> None:
         """Announce the tensors of the next block; those of the block before the one at hand are let go of."""
         held = self._before | self._now
-        wanted = {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}
+        wanted = {_key(tensor): tensor for tensor in tensors if tensor.numel()}
         ahead = {
-            at: held[at] if at in held else self._thread.submit(self._copied, tensor) for at, tensor in wanted.items()
+            key: held[key] if key in held else self._thread.submit(self._copied, tensor)
+            for key, tensor in wanted.items()
         }
         self._before, self._now = self._now, ahead
 
     def take(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, for work on the current stream; one that was not announced is copied now."""
-        coming = self._now.get(tensor.data_ptr()) or self._before.get(tensor.data_ptr())
-        if coming is None or not tensor.numel():
+        coming = self._now.get(_key(tensor)) or self._before.get(_key(tensor))
+        if coming is None:
             return tensor.to(self._device, non_blocking=tensor.is_pinned())
         copy, arrived = coming.result()
         current = torch.cuda.current_stream(self._device)
@@ -53,3 +55,7 @@ class Transfers:
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
             return copy, arrived
+
+
+def _key(tensor: Tensor) -> _Key:
+    return tensor.data_ptr(), tensor.shape

@@ -79,8 +79,10 @@ def test_transfers_bring_what_was_asked_for() -> None:
             busy = busy @ busy / 32
         for tensor in blocks[here]:
             torch.testing.assert_close(transfers.take(tensor).cpu(), tensor, rtol=0, atol=0)
-    alone = torch.randn(5)
+    alone, whole = torch.randn(5), torch.randn(6, 4)
     assert torch.equal(transfers.take(alone).cpu(), alone)
+    transfers.begin([whole[:3]])  # has the address of the whole
+    assert transfers.take(whole).shape == (6, 4) and transfers.take(whole[:3]).shape == (3, 4)
 
 
 def test_grouped_reductions() -> None:
