@@ -18,6 +18,7 @@ from mergekit_dam.perturbation import UniversalPerturbation
 from mergekit_dam.plan import build_plan
 from mergekit_dam.seeds import generator
 from mergekit_dam.tasks import Task, build_tasks
+from mergekit_dam.tasks.swapped import slots_of, swapped
 from tests.conftest import FAST, Merge
 from tests.test_method import FAMILIES
 from tests.tiny_models import make_model, save_tokenizer
@@ -147,3 +148,13 @@ def test_pixels_follow_the_preprocessor_config(tmp_path: Path) -> None:
     found = Preprocessing.read([tmp_path], 16)
     assert found.pixels([image]).shape == (1, 3, 16, 16)
     assert torch.equal(found.normalise(torch.ones(1, 3, 2, 2)), torch.ones(1, 3, 2, 2))
+
+
+def test_swapped_tensors_leave_their_slots_even_after_an_error() -> None:
+    layer = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    before = {name: tensor for name, tensor in layer.state_dict(keep_vars=True).items()}
+    slots = slots_of(layer, before)
+    with pytest.raises(ZeroDivisionError), swapped(slots, {"0.weight": torch.ones(2), "0.running_mean": torch.ones(2)}):
+        assert bool((layer[0].weight == 1).all()) and bool((layer[0].running_mean == 1).all())
+        _ = 1 / 0
+    assert all(tensor is before[name] for name, tensor in layer.state_dict(keep_vars=True).items())
