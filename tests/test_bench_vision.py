@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,9 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(
     assert again.exit_code == 0 and "0 of 6 models to build, 0 of " in again.stderr
     assert again.stdout.splitlines() == facts["results"]
     assert {path: path.stat().st_mtime_ns for path in results} == written
+    shutil.rmtree(tmp_path / "models")  # which no run needs any more
+    gone = CliRunner().invoke(main, arguments)
+    assert gone.exit_code == 0 and "0 of 6 models to build, 0 of " in gone.stderr
     for wrong in (["--method", "tise"], ["--scenario", "ptach"], ["--preset", "huge"], ["--seeds", "a"]):
         failed = CliRunner().invoke(main, [*arguments, *wrong])
         assert failed.exit_code == 1 and "expected" in failed.stderr

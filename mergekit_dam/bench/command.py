@@ -54,7 +54,7 @@ class ToDo:
     Attributes:
         suite: name of the suite.
         preset: its size.
-        models: fine-tunes, all and those to build.
+        models: fine-tunes, all and those to build: what no unfinished run needs is not built again.
         runs: result files, all and those to make.
         minutes: on the reference machine with the workers that were asked for.
     """
@@ -105,28 +105,34 @@ def bench(options: Options, note: Note) -> Outcome:
         for method in methods for seed in options.seeds for scenario in chosen
     ]  # fmt: skip
     gate_jobs = [job for job in jobs if job.method in GATES]
-    build = {(task, job.scenario.poisons.get(task), job.seed): job for job in jobs for task in suite.tasks}
-    zoo = first.zoo()
+    zoo, left = first.zoo(), [job for job in jobs if not job.result.is_file()]
     missing = [
-        (job, task, poison) for (task, poison, seed), job in build.items() if not zoo.has_model(task, poison, seed)
-    ]  # fmt: skip
-    to_do = _to_do(suite, len(build), [poison for _, _, poison in missing], jobs, options)
+        (job, task, poison)
+        for (task, poison, seed), job in _models(suite, left).items()
+        if not zoo.has_model(task, poison, seed)
+    ]
+    to_do = _to_do(suite, len(_models(suite, jobs)), [poison for _, _, poison in missing], jobs, options)
     note(f"{to_do}; about {to_do.minutes:.0f} minutes with {options.workers} workers")
     if options.dry_run:
         return _outcome(to_do, jobs)
     first.cache.mkdir(parents=True, exist_ok=True)
-    zoo.base()
+    if left:
+        zoo.base()
     with _pool(options.workers) as pool:
         _wait([pool.submit(prepare, *one) for one in missing], "building models")
-        _wait([pool.submit(perform, job) for job in gate_jobs if not job.result.is_file()], "undefended merges")
+        _wait([pool.submit(perform, job) for job in left if job in gate_jobs], "undefended merges")
         gates: list[Gate] = []
         if options.gates:
             gates = _gates(first.results, suite.name, suite.preset)
             note(gate_table(gates))
             require(gates)
-        rest = [job for job in jobs if job not in gate_jobs and not job.result.is_file()]
-        _wait([pool.submit(perform, job) for job in rest], "other methods")
+        _wait([pool.submit(perform, job) for job in left if job not in gate_jobs], "other methods")
     return _outcome(to_do, jobs, gates)
+
+
+def _models(suite: Suite, jobs: Sequence[Job]) -> dict[tuple[str, Poison | None, int], Job]:
+    """Task, poison and seed of every model that these jobs merge, with one of the jobs."""
+    return {(task, job.scenario.poisons.get(task), job.seed): job for job in jobs for task in suite.tasks}
 
 
 def _suite(options: Options) -> Suite:

@@ -34,7 +34,7 @@ class StreamedWeights(Mapping[str, Tensor]):
         consume: Callable[[str, Tensor], None] | None, release: Callable[[Iterable[str]], None],
         ahead: Callable[[Iterable[str]], None] = lambda names: None,
     ) -> None:  # fmt: skip
-        self._names = tuple(names)
+        self._names = dict.fromkeys(names)
         self.form, self.consume, self.release, self.ahead = form, consume, release, ahead
         self._token = torch.zeros((), requires_grad=True)  # so that autograd walks back to `consume`
         self._order: list[tuple[str, ...]] = []  # tensors by block, as blocks run
@@ -44,7 +44,7 @@ class StreamedWeights(Mapping[str, Tensor]):
         self._names_of: dict[int, str] = {}  # storage -> name of what is formed right now
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._known:
+        if name not in self._names:
             raise KeyError(name)
         self._announce(name)
         if self.consume is None or not torch.is_grad_enabled():
@@ -73,10 +73,6 @@ class StreamedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-    @property
-    def _known(self) -> frozenset[str]:
-        return frozenset(self._names)
 
     def fixed(self) -> StreamedWeights:
         """The same weights without gradients."""
