@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from mergekit_dam.grouped import are_finite, groups, sums_of_sigmoids
 from mergekit_dam.transfers import Transfers
 from tests.conftest import FAST, Merge
 from tests.searching import learned
+from tests.tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CUDA = torch.device("cuda")
@@ -64,6 +67,24 @@ def test_mergekit_learns_and_merges_there(vit: Path, images: Path, merge: Merge)
     on_cpu, on_cuda = (load_file(out / "model.safetensors") for out in (first, second))
     for name, tensor in on_cpu.items():
         torch.testing.assert_close(on_cuda[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["text", "causal"])
+def test_students_and_continuations(kind: str, bert: Path, texts: Path, merge: Merge, tmp_path: Path) -> None:
+    if kind == "causal":
+        base = make_model("LlamaForCausalLM", tmp_path / "base", seed=0)
+        models = [make_model("LlamaForCausalLM", tmp_path / f"m{i}", seed=i, body=base) for i in (1, 2)]
+    else:
+        base, models = bert / "base", [bert / "m1", bert / "m2"]
+    found = []
+    for device in ("cpu", CUDA.type):
+        parameters = {**FAST, "calibration": str(texts), "device": device}
+        out = merge(base, models, parameters=parameters, dtype="float32", out=device)
+        found.append(load_file(out / "model.safetensors"))
+        (out / "dam" / MASKS_FILE).unlink()
+        shutil.rmtree(os.environ["MERGEKIT_DAM_CACHE"])  # or the second run would find the masks of the first
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-2, atol=5e-3)
 
 
 def test_transfers_bring_what_was_asked_for() -> None:
