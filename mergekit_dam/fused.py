@@ -7,6 +7,7 @@ whole tensors, 6 T + 4 passes through memory for a merge of T models instead of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,12 +22,22 @@ try:
 except ImportError:  # PyTorch brings Triton along where it brings CUDA or ROCm
     kernels = None  # type: ignore[assignment]
 
+LOG = logging.getLogger(__name__)
 _BLOCK = 1024  # elements per program
 
 
 def runs_on(device: torch.device) -> bool:
     """Whether there are kernels for this device; they take coefficients from its memory."""
     return kernels is not None and device.type == "cuda"
+
+
+def warn_without_kernels(device: torch.device) -> None:
+    """Say so once where an accelerator could have them."""
+    if kernels is None and device.type == "cuda":
+        LOG.warning(
+            "dam: without Triton the merge rule takes about ten times as long on this device: "
+            "pip install 'mergekit-dam[kernels]'"
+        )
 
 
 def serves(base: Tensor, mask: Tensor | MaskProduct | None) -> bool:

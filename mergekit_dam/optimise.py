@@ -29,6 +29,7 @@ from mergekit_dam.distributed.snapshots import Snapshots
 from mergekit_dam.errors import DamError
 from mergekit_dam.files import replacing, write_whole
 from mergekit_dam.findings import save_triggers
+from mergekit_dam.fused import warn_without_kernels
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import warn_about_masks, warn_about_task_vectors
 from mergekit_dam.plan import Plan
@@ -62,6 +63,7 @@ def optimise(
     found = survey(vectors, shards)
     if first:
         warn_about_task_vectors([model.name for model in plan.models], found.norms)
+        warn_without_kernels(device)
     blockwise = shards.size > 1 and config.gather == "block"
     if shards.size > 1 and (blockwise or config.offload != "none"):
         _require_equal_passes(tasks, config)

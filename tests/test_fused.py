@@ -166,6 +166,17 @@ def test_masks_that_groups_do_not_serve() -> None:
         assert not group.serves(good | {"mask 1": bad})
 
 
+def test_an_accelerator_without_triton_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fused.warn_without_kernels(torch.device("cuda"))
+    monkeypatch.setattr(fused, "kernels", None)
+    fused.warn_without_kernels(torch.device("cpu"))
+    assert not caplog.text and not fused.runs_on(torch.device("cuda"))
+    fused.warn_without_kernels(torch.device("cuda"))
+    assert "mergekit-dam[kernels]" in caplog.text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py does this with compiled kernels")
 def test_a_search_with_kernels_gives_the_same_masks(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = learned(vit, images, steps=2)

@@ -10,6 +10,7 @@ import click
 import torch
 from mergekit.merge_methods import registered_methods
 
+from mergekit_dam import fused
 from mergekit_dam.artifact import library_versions
 
 
@@ -26,4 +27,5 @@ def doctor() -> None:
         # nothing here registers it: this is what mergekit's own commands find
         "dam registered": "dam" in {method.spec.name for method in registered_methods()},
         "accelerators": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
+        "kernels for accelerators (Triton)": fused.kernels is not None,
     }, indent=2))  # fmt: skip
