@@ -70,29 +70,13 @@ def optimise(
     snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
     if first:
         _save_heads(tasks, folder / "heads")
-    started, seconds = datetime.now(timezone.utc), dict[str, float]()
+    started = datetime.now(timezone.utc)
     tracker = Tracker(config.tracker if first else None, config.model_dump())
     with _journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics, closing(tracker):
-        last: dict[str, Any] = {}
-
-        def track(record: dict[str, Any]) -> None:
-            last.update(record)
-            metrics.write(json.dumps(record) + "\n")
-            tracker.log(record)
-
-        def progress(steps: Iterable[int], title: str) -> Iterable[int]:
-            done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) and steps.step == 1 else {}
-            bar = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr, **done)
-            begun = time.perf_counter()
-            for step in bar:
-                yield step
-                shown = {k: f"{v:.3f}" for k, v in last.items() if k == "loss" or k.startswith("density/")}
-                bar.set_postfix(shown, refresh=False)
-            seconds[title] = round(time.perf_counter() - begun, 3)
-
-        students = teach_all(tasks, vectors, snapshots.folder, shards=shards, progress=progress)
+        recorder = _Recorder(metrics, tracker, quiet=quiet)
+        students = teach_all(tasks, vectors, snapshots.folder, shards=shards, progress=recorder.progress)
         if students is not None and snapshots.facts is None:  # else the record is in the journal
-            track({"phase": "students", **{f"agreement/{k}": v for k, v in students.agreement.items()}})
+            recorder.track({"phase": "students", **{f"agreement/{k}": v for k, v in students.agreement.items()}})
         changed = found.changed if students is None else survey(students, shards).changed
         model = MergedModel(
             students or vectors, changed, device,
@@ -100,7 +84,7 @@ def optimise(
         )  # fmt: skip
         start = torch.tensor([m.settings.weight for m in plan.models])
         search = _OBJECTIVES[config.objective](
-            model, tasks, config, start, track=track, progress=progress, snapshots=snapshots
+            model, tasks, config, start, track=recorder.track, progress=recorder.progress, snapshots=snapshots
         )
         probabilities, coefficients = search.run()
     metadata = description | {
@@ -116,13 +100,48 @@ def optimise(
             checkpoint.require_unchanged()
         if isinstance(search, InversionSearch):
             save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
-        when = {"started": started.isoformat(timespec="seconds"), "seconds": seconds}
+        when = {"started": started.isoformat(timespec="seconds"), "seconds": recorder.seconds}
         write_run(folder, plan, when | {"device": str(device), "processes": shards.size})
         taught = () if students is None else students.all()
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata, students=taught))
         forget_students(snapshots.folder)
     shards.barrier()
     snapshots.clear()
+
+
+class _Recorder:
+    """Where records and progress go.
+
+    Args:
+        metrics: the open metrics.jsonl.
+        tracker: where else records go.
+        quiet: no progress bar.
+
+    Attributes:
+        seconds: by phase, of those that came to their end.
+    """
+
+    def __init__(self, metrics: IO[str], tracker: Tracker, *, quiet: bool) -> None:
+        self._metrics, self._tracker, self._quiet = metrics, tracker, quiet
+        self._last: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def track(self, record: dict[str, Any]) -> None:
+        """One flat record."""
+        self._last.update(record)
+        self._metrics.write(json.dumps(record) + "\n")
+        self._tracker.log(record)
+
+    def progress(self, steps: Iterable[int], title: str) -> Iterable[int]:
+        """The steps, with a bar that shows the loss and the densities."""
+        done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) and steps.step == 1 else {}
+        bar = tqdm(steps, desc=f"dam: {title}", disable=self._quiet or None, file=sys.stderr, **done)
+        begun = time.perf_counter()
+        for step in bar:
+            yield step
+            shown = {k: f"{v:.3f}" for k, v in self._last.items() if k == "loss" or k.startswith("density/")}
+            bar.set_postfix(shown, refresh=False)
+        self.seconds[title] = round(time.perf_counter() - begun, 3)
 
 
 def _require_equal_passes(tasks: Sequence[Task], config: DamConfig) -> None:
