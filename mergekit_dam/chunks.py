@@ -30,6 +30,7 @@ class Layout:
         self.largest = min(numel, self.size * (numel // entries) if self.rows else self.size)
 
     def split(self, tensor: Tensor | None) -> Sequence[Tensor | None]:
+        """Chunks of a tensor of shape S, as views; of None so many times None."""
         if tensor is None:
             return [None] * self.count
         view = tensor.reshape(self.shape[0], -1) if self.rows else tensor.reshape(-1)
@@ -55,6 +56,7 @@ class Layout:
             yield from mask.expand(self.shape).reshape(-1).split(self.size)
 
     def add_to_mask(self, out: Tensor, gradient: Tensor) -> None:
+        """Add a chunk's dL/dM to that of the mask entries that cover it."""
         if self.rows:
             out.add_(gradient.sum(1, keepdim=True))
         elif self.single:
@@ -64,6 +66,7 @@ class Layout:
 
 
 def add_products(products: Sequence[Sequence[Tensor]], out: Tensor) -> None:
+    """Add each model's sum over the chunks to `out`, (T,)."""
     for t, found in enumerate(products):
         if found:
             out[t] += torch.stack(list(found)).sum()
@@ -79,9 +82,11 @@ class Work:
         return self._buffers[index][: chunk.numel()].view(chunk.shape)
 
     def float32(self, chunk: Tensor) -> Tensor:
+        """The chunk itself, or a copy in float32."""
         return chunk if chunk.dtype == torch.float32 else self._like(3, chunk).copy_(chunk)
 
     def masked(self, gradient: Tensor, mask: Tensor) -> Tensor:
+        """dL/dtheta o M."""
         return torch.mul(gradient, mask, out=self._like(2, gradient))
 
     def total(

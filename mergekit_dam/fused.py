@@ -23,7 +23,7 @@ except ImportError:  # PyTorch brings Triton along where it brings CUDA or ROCm
     kernels = None  # type: ignore[assignment]
 
 LOG = logging.getLogger(__name__)
-_BLOCK = 1024  # elements per program
+BLOCK = 1024  # elements per program
 
 
 def runs_on(device: torch.device) -> bool:
@@ -65,10 +65,10 @@ def merge(
     """theta = theta_0 + M o sum_t lambda_t tau_t into `out`; arguments as merge_rule.merge has them."""
     present, lambdas = _present(models, coefficients.to(out.device))
     factors, logits = _factors(mask)
-    grid = (-(-base.numel() // _BLOCK),)
+    grid = (-(-base.numel() // BLOCK),)
     with on(out.device):
         kernels.merge[grid](
-            out, base.contiguous(), present, lambdas, lambdas.stride(0), factors, base.numel(), logits, _BLOCK
+            out, base.contiguous(), present, lambdas, lambdas.stride(0), factors, base.numel(), logits, BLOCK
         )
 
 
@@ -90,7 +90,7 @@ def gradients(
     """
     present, lambdas = _present(models, coefficients.to(base.device))
     factors, logits = _factors(mask)
-    programs = -(-base.numel() // _BLOCK)
+    programs = -(-base.numel() // BLOCK)
     # summed in a fixed order afterwards: atomic additions would make runs differ
     products = torch.empty((max(1, len(present)), programs), dtype=torch.float32, device=base.device)
     outs = tuple(logits_out) if mask_out is None else (mask_out,)
@@ -98,7 +98,7 @@ def gradients(
     with on(base.device):
         kernels.gradients[(programs,)](
             gradient.contiguous(), base.contiguous(), present, lambdas, lambdas.stride(0), factors, outs, products,
-            base.numel(), programs, 1.0 / temperature, logits, mask_out is None, _BLOCK,
+            base.numel(), programs, 1.0 / temperature, logits, mask_out is None, BLOCK,
         )  # fmt: skip
     sums = products[: len(present)].sum(1)
     if len(present) == len(models):

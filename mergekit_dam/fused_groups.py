@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import fused
-from mergekit_dam.fused import kernels
+from mergekit_dam.chunks import Mask
+from mergekit_dam.fused import BLOCK, kernels
+from mergekit_dam.grouped import groups
 from mergekit_dam.mask_product import MaskProduct
 
-_BLOCK = 1024  # elements per program
 _SUMS = 256  # products per step of their sum
 _ALIGNED = 16  # bytes of addresses, elements of sizes: what lets a thread load 16 bytes at once
 
@@ -50,17 +51,11 @@ class Member:
 
 def grouped(members: Sequence[Member], most: int) -> list[Group]:
     """Groups of tensors of one type that end once they have `most` elements; tensors that do not fit are left out."""
-    waiting: dict[torch.dtype, list[Member]] = {}
-    found = []
+    by_type: dict[torch.dtype, list[Member]] = {}
     for member in members:
-        if not member.fits:
-            continue
-        held = waiting.setdefault(member.base.dtype, [])
-        held.append(member)
-        if sum(m.base.numel() for m in held) >= most:
-            found.append(Group(held))
-            waiting[member.base.dtype] = []
-    return found + [Group(held) for held in waiting.values() if held]
+        if member.fits:
+            by_type.setdefault(member.base.dtype, []).append(member)
+    return [Group(some) for same in by_type.values() for some in groups(same, most, lambda m: m.base.numel())]
 
 
 class Group:
@@ -78,7 +73,7 @@ class Group:
         sizes = [member.base.numel() for member in members]
         self.numel = sum(sizes)
         self._sizes_n = sizes
-        blocks = [-(-size // _BLOCK) for size in sizes]
+        blocks = [-(-size // BLOCK) for size in sizes]
         self._programs = sum(blocks)
         # a model that lacks the tensor has theta_0's: its task vector is zero
         addresses = [(m.base if t is None else t).data_ptr() for m in members for t in (m.base, *m.models)]
@@ -94,7 +89,7 @@ class Group:
         """Of all members."""
         return frozenset(member.mask for member in self.members)
 
-    def serves(self, masks: Mapping[str, object]) -> bool:
+    def serves(self, masks: Mapping[str, Mask]) -> bool:
         """Whether these masks, by name, are of a kind that the kernels know."""
         found = [masks.get(member.mask) for member in self.members]
         products = [mask for mask in found if isinstance(mask, MaskProduct) and mask.separate]
@@ -105,11 +100,11 @@ class Group:
         factors = (factor for mask in products for factor in mask.factors)
         return len(kinds) == 1 and shapes and all(f.dtype == torch.float32 and _is_plain(f) for f in factors)
 
-    def num_factors(self, masks: Mapping[str, object]) -> int:
+    def num_factors(self, masks: Mapping[str, Mask]) -> int:
         """F of masks that this group serves."""
         return len(_product(masks[self.members[0].mask]).factors)
 
-    def merged(self, masks: Mapping[str, object], coefficients: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def merged(self, masks: Mapping[str, Mask], coefficients: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """theta by name, each a part of one allocation.
 
         Args:
@@ -123,12 +118,12 @@ class Group:
             kernels.merge_many[self._programs,](
                 flat, self._frozen, factors, coefficients, *self._strides(coefficients), self._owners, self._firsts,
                 self._sizes, self._offsets, self._columns, self._tasks, count, fused.element_type(self._stored),
-                logits, _BLOCK,
+                logits, BLOCK,
             )  # fmt: skip
         return {m.name: part for m, part in zip(self.members, self._parts(flat), strict=True)}
 
     def logit_gradients(
-        self, upstreams: Sequence[Tensor | None], masks: Mapping[str, object], coefficients: Tensor,
+        self, upstreams: Sequence[Tensor | None], masks: Mapping[str, Mask], coefficients: Tensor,
         coefficient_out: Tensor,
     ) -> Iterator[tuple[str, list[Tensor]]]:  # fmt: skip
         """dL/dlogit of all factors, mask by mask; dL/dlambda is added to `coefficient_out`, shaped like lambda.
@@ -152,7 +147,7 @@ class Group:
                 yield member.mask, parts
 
     def _chained(
-        self, upstreams: Sequence[Tensor], masks: Mapping[str, object], coefficients: Tensor
+        self, upstreams: Sequence[Tensor], masks: Mapping[str, Mask], coefficients: Tensor
     ) -> tuple[Tensor, Tensor]:
         """dL/dlogit, (F, elements of all), and dL/dlambda of each tensor, (T, n)."""
         factors, (count, logits, temperature) = self._factors(masks)
@@ -164,7 +159,7 @@ class Group:
                 flat, self._table([u.data_ptr() for u in upstreams]), self._frozen, factors, coefficients,
                 *self._strides(coefficients), self._owners, self._firsts, self._sizes, self._offsets, self._columns,
                 products, self._programs, self.numel, 1.0 / temperature, self._tasks, count,
-                fused.element_type(self._stored), fused.element_type(upstreams[0].dtype), logits, _BLOCK,
+                fused.element_type(self._stored), fused.element_type(upstreams[0].dtype), logits, BLOCK,
             )  # fmt: skip
             kernels.sum_products[len(self.members), self._tasks](
                 products, self._programs, self._firsts, self._counts, sums, _SUMS
@@ -178,7 +173,7 @@ class Group:
         parts = flat.split(self._sizes_n)
         return [part.view(m.base.shape) for part, m in zip(parts, self.members, strict=True)]
 
-    def _factors(self, masks: Mapping[str, object]) -> tuple[Tensor, tuple[int, bool, float]]:
+    def _factors(self, masks: Mapping[str, Mask]) -> tuple[Tensor, tuple[int, bool, float]]:
         """Addresses (n F,) of the factors; F, whether they are logits, and their temperature."""
         found = [_product(masks[member.mask]) for member in self.members]
         addresses = self._table([f.data_ptr() for mask in found for f in mask.factors])
@@ -189,7 +184,7 @@ class Group:
         return coefficients.stride(0), coefficients.stride(1) if coefficients.shape[1] > 1 else 0
 
 
-def _product(mask: object) -> MaskProduct:
+def _product(mask: Mask) -> MaskProduct:
     assert isinstance(mask, MaskProduct)
     return mask
 

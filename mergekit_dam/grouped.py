@@ -5,20 +5,23 @@ torch's `_foreach` functions are what its own optimisers and gradient clipping a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Item = TypeVar("Item")
 
-def groups(tensors: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Tensors in their order, together until they have `most` elements or more; the empty ones left out."""
-    group: list[Tensor] = []
+
+def groups(items: Iterable[Item], most: int, numel: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Items in their order, together until they have `most` elements or more; the empty ones left out."""
+    group: list[Item] = []
     held = 0
-    for tensor in tensors:
-        if tensor.numel():
-            group.append(tensor)
-            held += tensor.numel()
+    for item in items:
+        if numel(item):
+            group.append(item)
+            held += numel(item)
         if held >= most:
             yield group
             group, held = [], 0

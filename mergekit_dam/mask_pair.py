@@ -62,9 +62,9 @@ class LogitSteps:
         self._seen: list[str] = []
         self._finite: list[Tensor] = []
         self._held = 0
-        some = next(iter(masks.values()))
-        sizes = [logits.numel() for logits in some.logits.values()]
-        self._most = together_numel(next(iter(some.logits.values())).device, sum(sizes)) * len(optimisers)
+        every = list(next(iter(masks.values())).logits.values())
+        total = sum(logits.numel() for logits in every)
+        self._most = together_numel(every[0].device, total) * len(optimisers)
 
     def add(self, key: str, gradients: Mapping[str, Tensor]) -> None:
         """dL/dlogit of one tensor by mask."""

@@ -99,7 +99,7 @@ class ConcreteMask:
         every = list(self.logits.values())
         size = chunk_numel(every[0].device)
         if every[0].device.type != "cpu":
-            sums = [sums_of_sigmoids(group).double().sum() for group in groups(every, size)]
+            sums = [sums_of_sigmoids(group).double().sum() for group in groups(every, size, Tensor.numel)]
         else:
             sums = [part.sigmoid().sum().double() for logits in every for part in logits.view(-1).split(size)]
         return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=every[0].device)

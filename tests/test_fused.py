@@ -120,9 +120,7 @@ def members(tasks: int, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Me
     found = []
     for i, shape in enumerate(shapes):
         base, models = some(shape, dtype, tuple(t for t in range(4) if (t + i) % 4 == 0))
-        found.append(
-            Member(f"tensor {i}", f"mask {i}", i, base, [t if t is None else t.to(dtype) for t in models][:tasks])
-        )
+        found.append(Member(f"tensor {i}", f"mask {i}", i, base, models[:tasks]))
     return found
 
 

@@ -19,7 +19,7 @@ from mergekit_dam.perturbation import Bounds, Perturb
 from mergekit_dam.plan import ModelInput, Plan
 from mergekit_dam.tasks.recomputed import recomputed_blocks
 from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
-from mergekit_dam.tasks.swapped import Slot, slots_of, swapped
+from mergekit_dam.tasks.swapped import slots_of, swapped
 
 Target = int | tuple[int, ...]  # what a backdoor makes a model answer: a class, or the tokens of a continuation
 
@@ -72,7 +72,8 @@ class Task(ABC):
         self._head_targets = {own[name]: tensor for name, tensor in self.head.items()}
         self._tied = tied_names(self.module)
         self.block_of = blocks_of(self.module)
-        self._slots: dict[str, Slot] = {}
+        tied = {*self._tied, *self._tied.values()}
+        self._slots = slots_of(self.module, {*self.targets.values(), *self._head_targets, *tied})
 
     @abstractmethod
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
@@ -142,9 +143,6 @@ class Task(ABC):
                 around.enter_context(self._recomputed(parameters))
             elif streamed is not None:
                 around.enter_context(streamed_blocks(self.module, streamed, self._blocks))
-            missing = parameters.keys() - self._slots.keys()
-            if missing:
-                self._slots |= slots_of(self.module, missing)
             around.enter_context(swapped(self._slots, parameters))
             output = self.module(**inputs)
         if streamed is not None:
