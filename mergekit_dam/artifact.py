@@ -1,15 +1,15 @@
 """`dam_masks.safetensors`: the only hand-off between learning and merging.
 
-Format (schema 1), a plain safetensors file:
-    task_shared.<tensor>          float16, probability in [0, 1] that a unit is kept by M1
-    backdoor_detection.<tensor>   float16, the same for M2
+Format (schema 2), a plain safetensors file:
+    task_shared.<tensor>          uint8, 254 times the probability that a unit is kept by M1 (mask_bytes.py)
+    backdoor_detection.<tensor>   uint8, the same for M2
     coefficients                  float32, (T, 1) or (T, P): lambda per model, or per model and masked tensor
     student.<t>.<tensor>          float32: what is merged in place of model t's tensor (students.py); text encoders
     metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), versions,
                                   content_sha256 (over all the rest; files written before it was added lack it)
 A tensor without a mask is not in the file and keeps the base's values: no model changed it. Masks have the shape
 of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by their mean when they are applied
-(setting `rescale`), so the file holds plain probabilities.
+(setting `rescale`), so the file holds plain probabilities. Files of schema 1, whose masks are float16, are read, too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mergekit_dam.artifact_form import (
     CHECKSUM,
+    TYPES,
     check_content,
     check_metadata,
     check_students,
@@ -42,13 +43,14 @@ from mergekit_dam.cache import found_out
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.files import replacing
+from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_product import MaskProduct, means_of
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.numerics import mask_faults
 from mergekit_dam.plan import Plan
 
 LOG = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 MASKS_FILE = "dam_masks.safetensors"
 _STUDENT = "student"
 _LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
@@ -59,7 +61,7 @@ class LearnedMasks:
     """Masks and coefficients, ready to merge with.
 
     Attributes:
-        probabilities: mask name -> tensor name -> float16 probabilities.
+        probabilities: mask name -> tensor name -> probabilities, as bytes (mask_bytes.py) or in a floating type.
         coefficients: lambda, (T, 1) or (T, P), float32.
         metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
         faults: of masks that were read, what makes them meaningless (`numerics.mask_faults`).
@@ -127,14 +129,15 @@ def library_versions() -> dict[str, str]:
 def save(path: Path, masks: LearnedMasks) -> None:
     """Write the artefact: complete under its name, or not there at all."""
     tensors = {
-        f"{mask}.{name}": values.to(torch.float16).contiguous().cpu()
+        f"{mask}.{name}": to_bytes(values).contiguous().cpu()
         for mask, by_name in masks.probabilities.items()
         for name, values in by_name.items()
     }
     for index, student in enumerate(masks.students):
         tensors |= {f"{_STUDENT}.{index}.{name}": tensor.contiguous().cpu() for name, tensor in student.items()}
     tensors["coefficients"] = masks.coefficients.to(torch.float32).contiguous().cpu()
-    metadata = {**masks.metadata, CHECKSUM: checksum(masks.metadata, tensors)}
+    metadata = {**masks.metadata, "schema": SCHEMA}
+    metadata[CHECKSUM] = checksum(metadata, tensors)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -164,9 +167,10 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = read_metadata((file.metadata() or {})["dam"])
-            if metadata.get("schema") != SCHEMA:
+            if metadata.get("schema") not in tuple(TYPES):  # it may be of any type
                 raise DamError(
-                    f"masks {path}", expected=f"schema {SCHEMA}", got=str(metadata.get("schema"))[:80],
+                    f"masks {path}", expected=f"schema {SCHEMA} or an earlier one",
+                    got=str(metadata.get("schema"))[:80],
                     cure="Learn the masks again with this version of mergekit-dam.",
                 )  # fmt: skip
             check_metadata(metadata)

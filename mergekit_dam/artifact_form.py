@@ -22,12 +22,15 @@ from pydantic import (
 )
 from torch import Tensor
 
+from mergekit_dam.mask_bytes import STEPS
+
 CHECKSUM = "content_sha256"  # entry of the metadata
 # entries of files that were written before there was a checksum
 _FORMER = {
     "schema", "settings", "base", "models", "tensors", "seed", "versions", "norms", "densities", "audit"
 }  # fmt: skip
 _ONE_AS_FLOAT16_BITS = 0x3C00
+TYPES = {1: torch.float16, 2: torch.uint8}  # of masks, by schema
 _LONGEST_NAME, _MOST_MODELS = 1024, 1024  # a report draws them
 Digest = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-zA-Z]{1,64}$")]
 
@@ -108,10 +111,11 @@ def check_values(
     # no bound on their size: a start at nearly closed masks makes large ones, and the merge checks its results
     if not bool(torch.isfinite(coefficients).all()):
         raise ValueError("coefficients that are not finite")
+    wanted = TYPES[metadata["schema"]]
     for by_name in probabilities.values():
         for name, values in by_name.items():
-            if values.dtype != torch.float16 or not _within_unit_interval(values):
-                raise ValueError(f"mask of {name} is not float16 within [0, 1]")
+            if values.dtype != wanted or not _within_unit_interval(values):
+                raise ValueError(f"mask of {name} is not {str(wanted).removeprefix('torch.')} within [0, 1]")
             if len({by[name].shape for by in probabilities.values() if name in by}) > 1 or not values.numel():
                 raise ValueError(f"masks of {name} that are empty or differ in shape")
 
@@ -129,9 +133,11 @@ def check_students(students: Iterable[Mapping[str, Tensor]]) -> None:
 
 
 def _within_unit_interval(values: Tensor) -> bool:
-    """Whether all float16 values are in [0, 1]: as integers their bit patterns are ordered alike, NaN above 1."""
+    """Whether all are in [0, 1]. float16: as integers their bit patterns are ordered alike, NaN above 1."""
     if values.numel() == 0:
         return True
+    if values.dtype == torch.uint8:
+        return int(values.max()) <= STEPS
     low, high = values.view(torch.int16).aminmax()
     return int(low) >= 0 and int(high) <= _ONE_AS_FLOAT16_BITS
 

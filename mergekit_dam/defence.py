@@ -68,7 +68,7 @@ class InversionSearch(MaskSearch):
         self.pools: dict[tuple[int, Target], list[RecoveredTriggers]] = {}
 
     def run(self) -> tuple[Whole, Tensor]:
-        """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
+        """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
         phase, done = self.begin("scan")
         if phase == "scan":
             if BACKDOOR_DETECTION in self.masks and not wanted(self.tasks, self.config):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_dam.mask_bytes import to_probabilities
 from mergekit_dam.mask_product import MaskProduct
 
 try:
@@ -120,5 +121,6 @@ def _factors(mask: Tensor | MaskProduct | None) -> tuple[tuple[Tensor, ...], boo
     if mask is None:
         return (), False
     if isinstance(mask, MaskProduct):
-        return tuple(factor.contiguous() for factor in mask.factors), mask.logits
+        floats = (to_probabilities(f) if f.dtype == torch.uint8 else f for f in mask.factors)
+        return tuple(factor.contiguous() for factor in floats), mask.logits
     return (mask.contiguous(),), False

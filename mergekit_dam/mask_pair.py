@@ -12,6 +12,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.shards import ALONE
 from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
+from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_product import MaskProduct, together_numel
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, mask_shape, product
 from mergekit_dam.merged_model import MergedModel
@@ -102,12 +103,12 @@ class LogitSteps:
 
 
 def final_probabilities(masks: Mapping[str, ConcreteMask]) -> Whole:
-    """What is saved: whole float16 probabilities by mask and tensor, in the first process; nothing in the others."""
+    """What is saved: whole probabilities as bytes by mask and tensor, in the first process; nothing in the others."""
     found: Whole = {}
     for name, mask in masks.items():
         found[name] = {}
         for key, shape in mask.shapes.items():
-            whole = mask.shards.gather(mask.expectation(key).to(torch.float16), shape)
+            whole = mask.shards.gather(to_bytes(mask.expectation(key)), shape)
             if mask.shards.rank == 0:
                 found[name][key] = whole
     return found

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_dam.mask_bytes import STEPS, to_probabilities
+
 SMALLEST = 1e-6  # keeps the mean of a mask away from zero
 _IN_CACHE = 1 << 17  # elements, 512 KiB in float32: smaller ones cost more in calls than the cache saves (measured)
 _ON_DEVICE = 1 << 26  # elements: 256 MiB in float32; here a launch costs more than a pass through memory
@@ -33,7 +35,8 @@ class MaskProduct:
     """M = prod_i f_i of one tensor, formed chunk by chunk where it is used and never stored.
 
     Attributes:
-        factors: one per mask in use, all of M's shape: samples or probabilities in any floating type, or logits.
+        factors: one per mask in use, all of M's shape: samples or probabilities in any floating type or as bytes
+            (mask_bytes.py), or logits.
         logits: whether a factor is a logit, so that sigmoid makes it a probability.
         means: where masks are rescaled, the mean of each factor, 0-dim: f_i is divided by it.
         temperature: of the relaxation, for the gradient.
@@ -133,7 +136,7 @@ class MaskProduct:
                 out.div_(self.temperature)
 
     def _value(self, part: Tensor, out: Tensor) -> Tensor:
-        return torch.sigmoid(part, out=out) if self.logits else out.copy_(part)
+        return torch.sigmoid(part, out=out) if self.logits else to_probabilities(part, out)
 
     def _scale(self) -> Tensor | None:
         if self.means is None:
@@ -150,4 +153,5 @@ class MaskProduct:
 
 def means_of(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Mean of each factor over its whole tensor, by which it is divided (step 1 of the published loop); not zero."""
-    return tuple(value.mean(dtype=torch.float32).clamp_min(SMALLEST) for value in values)
+    means = (v.mean(dtype=torch.float32) / (STEPS if v.dtype == torch.uint8 else 1) for v in values)
+    return tuple(mean.clamp_min(SMALLEST) for mean in means)

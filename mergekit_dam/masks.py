@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.grouped import groups, sums_of_sigmoids
+from mergekit_dam.mask_bytes import to_probabilities
 from mergekit_dam.mask_product import SMALLEST, MaskProduct, chunk_numel, means_of
 from mergekit_dam.seeds import generator
 
@@ -83,7 +84,7 @@ class ConcreteMask:
         """Mean over the whole of a mask from our values of it, 0-dim, not zero."""
         if self.shards.size == 1:
             return means_of([values])[0]
-        return (self.shards.sum(values.float().sum()) / math.prod(self.shapes[key])).clamp_min(SMALLEST)
+        return (self.shards.sum(to_probabilities(values).sum()) / math.prod(self.shapes[key])).clamp_min(SMALLEST)
 
     def expectation(self, key: str) -> Tensor:
         """Probability that a unit is kept, sigmoid(logit): the mask that is saved, not one random sample."""

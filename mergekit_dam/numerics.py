@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.grouped import are_finite
+from mergekit_dam.mask_bytes import to_probabilities
 
 LOG = logging.getLogger(__name__)
 _COLLAPSED = 1e-3  # a mask whose mean is nearer than this to 0 or 1 decides nothing
@@ -86,7 +87,7 @@ def mask_faults(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients:
     """What makes learned masks meaningless: a mask all 0 or all 1, or coefficients all 0.
 
     Args:
-        probabilities: mask name -> tensor name -> probabilities of any shape.
+        probabilities: mask name -> tensor name -> probabilities of any shape, or their bytes.
         coefficients: lambda, (T, 1) or (T, P).
     """
     found = []
@@ -111,7 +112,7 @@ def mask_faults(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients:
 
 def _sum(values: Tensor) -> float:
     """In pieces that stay in the processor's cache, for a copy in float32 of all is as large as the masks twice."""
-    return math.fsum(float(part.sum(dtype=torch.float32)) for part in values.reshape(-1).split(_PIECE))
+    return math.fsum(float(to_probabilities(part).sum()) for part in values.reshape(-1).split(_PIECE))
 
 
 def warn_about_task_vectors(names: Sequence[str], norms: Sequence[float]) -> list[str]:

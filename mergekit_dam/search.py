@@ -20,6 +20,7 @@ from mergekit_dam.batches import calibration_batch
 from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
 from mergekit_dam.losses import consistency, disagreement, entropy
+from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
 from mergekit_dam.mask_product import MaskProduct
 from mergekit_dam.mask_search import MaskSearch
@@ -54,7 +55,7 @@ class PaperSearch(MaskSearch):
         ]
 
     def run(self) -> tuple[Whole, Tensor]:
-        """Learn. Returns float16 probabilities by mask and tensor, and the coefficients (T, 1) or (T, P)."""
+        """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
         phase, done = self.begin("masks")
         for step in self.progress(range(done if phase == "masks" else self.config.steps, self.config.steps), "masks"):
             self.step(step)
@@ -171,7 +172,7 @@ class PaperSearch(MaskSearch):
     def fit_coefficients(self, done: int = 0) -> None:
         """With the masks fixed at what will be saved, fit the coefficients on the summed entropy (AdaMerging)."""
         saved = {
-            name: {key: mask.expectation(key).to(torch.float16) for key in self.model.mask_names}
+            name: {key: to_bytes(mask.expectation(key)) for key in self.model.mask_names}
             for name, mask in self.masks.items()
         }
         masks = combined(self.masks, saved)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergekit_dam import fused, fused_groups, merge_rule
 from mergekit_dam.fused_groups import Group, Member, grouped
+from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_product import MaskProduct
 from tests.searching import learned
 
@@ -34,7 +35,7 @@ def masks(shape: tuple[int, ...], kind: str) -> Tensor | MaskProduct | None:
     if kind == "samples":
         return MaskProduct(tuple(one.sigmoid() for one in logits[:1]), temperature=0.5)
     if kind == "saved":
-        return MaskProduct(tuple(one.sigmoid().half() for one in logits))
+        return MaskProduct(tuple(to_bytes(one.sigmoid()) for one in logits))
     return {"logits": MaskProduct(logits, True), "tensor": logits[0].sigmoid(), "none": None}[kind]
 
 

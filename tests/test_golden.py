@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mergekit_dam.artifact import SCHEMA, LearnedMasks, load, save
+from mergekit_dam.mask_bytes import STEPS, to_bytes, to_probabilities
 
 GOLDEN = Path(__file__).parent / "golden" / "dam_masks.safetensors"
-WITHOUT_CHECKSUM = GOLDEN.with_name("dam_masks_without_checksum.safetensors")  # as version 0.1 wrote it
+FORMER = GOLDEN.with_name("dam_masks_schema1.safetensors")  # probabilities in float16
+WITHOUT_CHECKSUM = GOLDEN.with_name("dam_masks_schema1_without_checksum.safetensors")
 
 
 def _masks() -> LearnedMasks:
-    values = torch.arange(6, dtype=torch.float16).reshape(2, 3) / 8
+    values = torch.arange(6).reshape(2, 3) * (STEPS // 8) / STEPS
     probabilities = {"task_shared": {"w": values, "b": values[:, 0]}, "backdoor_detection": {"w": 1 - values}}
     metadata = {
         "schema": SCHEMA, "settings": {"rescale": True}, "base": {"model": "base", "sha256": "0" * 64},
@@ -30,13 +34,34 @@ def test_writing_gives_the_golden_bytes(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-@pytest.mark.parametrize("file", [GOLDEN, WITHOUT_CHECKSUM])
-def test_the_golden_file_is_read_and_applied(file: Path) -> None:
+@pytest.mark.parametrize(("file", "unit"), [(GOLDEN, (STEPS // 8) / STEPS), (FORMER, 1 / 8), (WITHOUT_CHECKSUM, 1 / 8)])
+def test_golden_files_are_read_and_applied(file: Path, unit: float) -> None:
     masks = load(file)
-    first = torch.arange(6).reshape(2, 3) / 8
+    first = torch.arange(6).reshape(2, 3) * unit
     expected = (first / first.mean()) * ((1 - first) / (1 - first).mean())
     found = masks.mask("w")
     assert found is not None
     torch.testing.assert_close(found, expected)
     assert torch.equal(masks.coefficients_of("b"), torch.tensor([0.5, 1.0]))
     assert not masks.has("c") and masks.mask("c") is None
+
+
+def test_a_file_of_the_former_schema_is_written_in_the_present_one(tmp_path: Path) -> None:
+    former = load(FORMER)
+    save(tmp_path / "m.safetensors", former)
+    again = load(tmp_path / "m.safetensors")
+    assert again.metadata["schema"] == SCHEMA != former.metadata["schema"]
+    for name in former.metadata["tensors"]:
+        torch.testing.assert_close(again.mask(name), former.mask(name), rtol=0, atol=0.02)
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40))
+def test_bytes_are_within_half_a_step(values: list[float]) -> None:
+    probabilities = torch.tensor(values)
+    kept = to_bytes(probabilities)
+    assert kept.dtype == torch.uint8 and int(kept.max()) <= STEPS
+    found = to_probabilities(kept)
+    torch.testing.assert_close(found, probabilities, rtol=0, atol=0.5001 / STEPS)
+    assert torch.equal(to_bytes(found), kept) and torch.equal(to_bytes(kept), kept)
+    exact = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(to_probabilities(to_bytes(exact)), exact)

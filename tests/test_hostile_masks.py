@@ -17,7 +17,7 @@ from mergekit_dam.artifact import LearnedMasks, load
 from mergekit_dam.errors import DamError
 from tests.bounds import bounded
 from tests.hostile import JSON, edited, fuzzed
-from tests.test_golden import GOLDEN
+from tests.test_golden import FORMER, GOLDEN
 
 
 def _read_masks(folder: Path, data: bytes) -> LearnedMasks | None:
@@ -78,23 +78,26 @@ def test_metadata_of_any_form(key: str, value: Any, inner: bool, tmp_path: Path)
 
 @fuzzed
 @given(
-    dtype=st.sampled_from([torch.float16, torch.float32, torch.int8, torch.bfloat16, torch.bool]),
-    value=st.sampled_from([0.0, 1.0, -0.5, 1.5, float("nan"), float("inf")]),
+    file=st.sampled_from([GOLDEN, FORMER]),
+    dtype=st.sampled_from([torch.uint8, torch.float16, torch.float32, torch.int8, torch.bfloat16, torch.bool]),
+    value=st.sampled_from([0.0, 1.0, -0.5, 1.5, 254.0, 255.0, float("nan"), float("inf")]),
     name=st.sampled_from(["task_shared.w", "backdoor_detection.b", "other.w", "task_shared.x", "coefficients", "w"]),
     shape=st.lists(st.integers(0, 3), max_size=3),
 )
-def test_tensors_of_any_form(dtype: torch.dtype, value: float, name: str, shape: list[int], tmp_path: Path) -> None:
-    original = load(GOLDEN)
+def test_tensors_of_any_form(
+    file: Path, dtype: torch.dtype, value: float, name: str, shape: list[int], tmp_path: Path
+) -> None:
+    original = load(file)
     metadata = {k: v for k, v in original.metadata.items() if k != "content_sha256"}
     tensors = {f"{m}.{n}": v for m, by in original.probabilities.items() for n, v in by.items()}
     tensors["coefficients"] = original.coefficients
     tensors[name] = torch.full(shape, value).to(dtype)
+    kept, most = (torch.uint8, 254) if file == GOLDEN else (torch.float16, 1)
+    within = 0 <= float(torch.tensor(value).to(dtype)) <= most
     masks = _read_masks(tmp_path, save(tensors, metadata={"dam": json.dumps(metadata)}))
     mask = (name, shape) in [("task_shared.w", [2, 3]), ("backdoor_detection.b", [2])]
     coefficients = name == "coefficients" and shape in ([2, 1], [2, 2])  # of two models, and for two tensors
-    fits = (mask and dtype == torch.float16 and 0 <= value <= 1) or (
-        coefficients and dtype == torch.float32 and math.isfinite(value)
-    )
+    fits = (mask and dtype == kept and within) or (coefficients and dtype == torch.float32 and math.isfinite(value))
     assert (masks is not None) == fits
 
 
@@ -105,7 +108,7 @@ def test_metadata_nested_beyond_the_stack(tmp_path: Path) -> None:
 
 def test_the_checksum_names_the_damage(tmp_path: Path) -> None:
     data = bytearray(GOLDEN.read_bytes())
-    data[-1] ^= 1  # the last byte of a mask: still float16 within [0, 1]
+    data[-1] ^= 1  # the last byte of a mask: still within [0, 254]
     (tmp_path / "m.safetensors").write_bytes(data)
     with pytest.raises(DamError, match="does not match its checksum"):
         load(tmp_path / "m.safetensors")

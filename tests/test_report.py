@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, load
 from mergekit_dam.cli import main
 from mergekit_dam.findings import load_triggers
+from mergekit_dam.mask_bytes import to_probabilities
 from mergekit_dam.report import write_report
 from mergekit_dam.report.layers import BOTH, layer_of, layers_of
 from mergekit_dam.report.write import NO_FIGURES
@@ -90,7 +91,7 @@ def test_figures_per_layer_are_weighted_means(images_merged: Path) -> None:
     assert [layer.label for layer in layers] == ["embeddings", "0", "1", "layernorm"]
     total = sum(layer.entries for layer in layers)
     for mask, by_name in masks.probabilities.items():
-        everything = torch.cat([values.float().flatten() for values in by_name.values()])
+        everything = torch.cat([to_probabilities(values).flatten() for values in by_name.values()])
         assert total == everything.numel()
         mean = sum(layer.density[mask] * layer.entries for layer in layers) / total
         assert math.isclose(mean, float(everything.mean()), rel_tol=1e-5)

@@ -31,6 +31,7 @@ from mergekit_dam.bench.suites import SUITES
 from mergekit_dam.bench.zoo import Zoo
 from mergekit_dam.calibration import digest
 from mergekit_dam.evaluate import Attack, evaluate_merge
+from mergekit_dam.mask_bytes import to_probabilities
 
 SCHEMA = 1
 
@@ -206,7 +207,7 @@ def _learned(out: Path | None) -> dict[str, Any]:
         for tensor, values in by_tensor.items():
             layer = next((part for part in tensor.split(".") if part.isdigit()), "other")
             total = sums.setdefault(layer, {}).setdefault(name, [0.0, 0.0])
-            total[0] += float(values.float().sum())
+            total[0] += float(to_probabilities(values).sum())
             total[1] += values.numel()
     density = {layer: {m: round(s / n, 4) for m, (s, n) in by.items()} for layer, by in sums.items()}
     coefficients = [round(float(c), 4) for c in masks.coefficients.mean(1)]

@@ -114,11 +114,11 @@ def _processor_seconds() -> float:
 
 
 def _random_masks(plan: Plan, path: Path) -> None:
-    """Masks as learning leaves them: float16 probabilities of every element, coefficients per tensor."""
+    """Masks as learning leaves them: a probability for every element, coefficients per tensor."""
     names = list(dict.fromkeys(spec.mask_name for spec in plan.tensors if spec.dtype.is_floating_point))
     shapes = {spec.mask_name: spec.shape for spec in plan.tensors}
     probabilities = {
-        mask: {name: torch.rand(shapes[name], generator=generator(mask, name)).half() for name in names}
+        mask: {name: torch.rand(shapes[name], generator=generator(mask, name)) for name in names}
         for mask in (TASK_SHARED, BACKDOOR_DETECTION)
     }
     digests = {model.name: Checkpoint.open(model.path).digest() for model in (plan.base, *plan.models)}

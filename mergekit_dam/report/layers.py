@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from mergekit_dam.artifact import LearnedMasks
+from mergekit_dam.mask_bytes import to_probabilities
 
 BOTH = "both"
 _BODIES = frozenset({"model", "transformer", "vit", "bert", "roberta", "distilbert", "vision_model", "text_model"})
@@ -52,12 +55,11 @@ def layers_of(masks: LearnedMasks) -> list[Layer]:
     layers: dict[tuple[str, int | None], Layer] = {}
     for name, place in zip(names, places, strict=True):
         layer = layers.setdefault(place, Layer(_label(place, stacks)))
-        values = [masks.probabilities[mask][name].float() for mask in in_use if name in masks.probabilities[mask]]
-        entries = max((value.numel() for value in values), default=1)
-        product = math.prod(values[1:], start=values[0]) if values else None
-        shares = {mask: float(masks.probabilities[mask][name].float().mean()) for mask in in_use}
-        if product is not None:
-            shares[BOTH] = float(product.mean())
+        values = {mask: to_probabilities(masks.probabilities[mask][name]) for mask in in_use}
+        entries = max((value.numel() for value in values.values()), default=1)
+        shares = {mask: float(value.mean()) for mask, value in values.items()}
+        if values:
+            shares[BOTH] = float(math.prod(values.values(), start=torch.ones(())).mean())
         own = masks.coefficients_of(name).tolist()
         total = layer.entries + entries
         for mask, share in shares.items():
