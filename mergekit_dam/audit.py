@@ -19,7 +19,7 @@ from mergekit_dam.artifact import library_versions
 from mergekit_dam.artifact_folder import revision_of
 from mergekit_dam.plan import Plan
 from mergekit_dam.scan import scan
-from mergekit_dam.suspicion import Finding, suspects
+from mergekit_dam.suspicion import Finding, Suspect, suspects
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import Task, build_tasks
 
@@ -34,13 +34,13 @@ class Audit:
     Attributes:
         facts: JSON, schema 1: `models` with scores and ranks, `over` (names), threshold, settings, versions, time.
         findings: of the scan, for the pictures.
-        suspects: (task, target) of those over the threshold.
+        suspects: keys of those over the threshold.
         tasks: as the findings number them.
     """
 
     facts: Mapping[str, Any]
     findings: Sequence[Finding]
-    suspects: frozenset[tuple[int, Any]]
+    suspects: frozenset[Suspect]
     tasks: Sequence[Task]
 
 
@@ -61,14 +61,14 @@ def audit(plan: Plan, *, threshold: float, device: torch.device, progress: Progr
     tasks = build_tasks(plan, device)
     base = {spec.name: vectors.base(spec.name).to(device) for spec in plan.tensors}
     findings = scan(tasks, base, plan.config, progress(range(len(tasks)), "audit"))
-    marked = frozenset((finding.task, finding.target) for finding in suspects(findings, threshold))
+    marked = frozenset(finding.key for finding in suspects(findings, threshold))
     models = model_scores(findings, [task.name for task in tasks], found.norms, threshold)
     inputs = {model.name: model for model in plan.models}
     for entry in models:
         entry |= {"model": str(inputs[entry["name"]].ref), "revision": revision_of(inputs[entry["name"]])}
         for one in entry["classes"]:
-            index, target = one.pop("index"), one["target"]
-            one |= {"target": tasks[index].words_of(target), "suspect": (index, target) in marked}
+            key = one.pop("key")
+            one |= {"target": tasks[key.task].words_of(key.target), "suspect": key in marked}
     facts = {
         "schema": SCHEMA, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {"model": str(plan.base.ref), "revision": revision_of(plan.base)}, "threshold": threshold,
@@ -99,7 +99,7 @@ def model_scores(
     """
     entries: list[dict[str, Any]] = []
     for index, (name, norm) in enumerate(zip(names, norms, strict=True)):
-        own = sorted((f for f in findings if f.task == index), key=lambda f: -f.suspicion)
+        own = sorted((f for f in findings if f.model == index), key=lambda f: -f.suspicion)
         others = [other for i, other in enumerate(norms) if i != index]
         middle = statistics.median(others) if others else 0.0
         top = own[0].suspicion if own else None
@@ -108,7 +108,10 @@ def model_scores(
             "over": top is not None and top >= threshold, "task_vector_norm": norm,
             "norm_ratio": round(norm / middle, 4) if middle > 0 else None,
             "classes": [
-                {"task": name, "target": f.target, **f.numbers, "index": index, "rank": rank}
+                {
+                    "task": names[f.task], "target": f.target, "kind": f.trigger.kind, **f.numbers, "key": f.key,
+                    "rank": rank,
+                }
                 for rank, f in enumerate(own, 1)
             ],
         })  # fmt: skip

@@ -6,7 +6,7 @@ as a scan that found nothing. All foreign text stands in code spans (see `markdo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit.card import method_md
@@ -131,7 +131,7 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     if not findings:
         return "The scan for backdoors found no target that it could score. One of another kind may have been missed."
     suspects = [one for one in findings if one.get("suspect")]
-    scanned = len({(one.get("task"), one.get("target")) for one in findings})
+    scanned = _targets(findings)
     rule = f"a target counts as suspect from {code(settings.get('suspicion'))} on"
     if not suspects:
         return (
@@ -139,17 +139,25 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
             f"is suspect ({rule}). A trigger of another kind may have been missed."
         )
     rows = [
-        [code(one.get("task")), code(one.get("target")), *(f"{float(one.get(k, 0)):.2f}" for k in _FINDING)]
+        [
+            *(code(one.get(key, one.get("task"))) for key in ("model", "task", "target")),
+            *(f"{float(one.get(k, 0)):.2f}" for k in _FINDING),
+        ]
         for one in suspects
     ]
     return (
-        f"A blind search for triggers scored {scanned} targets of the input models; {len(rows)} are suspect "
+        f"A blind search for triggers scored {scanned} targets of the input models; {_targets(suspects)} are suspect "
         f"({rule}), and the masks were fitted against what was found. A suspect class can be a false alarm.\n\n"
-        + table(["model", "class", "trigger works on the model", "on the base", "difference"], rows)
+        + table(["model", "task", "class", "trigger works on the model", "on the base", "difference"], rows)
     )
 
 
 _FINDING = ("success", "control", "suspicion")
+
+
+def _targets(findings: Sequence[Mapping[str, Any]]) -> int:
+    """How many classes of tasks these are, whatever the model and the kind of trigger."""
+    return len({(str(one.get("task")), str(one.get("target"))) for one in findings})
 
 
 def _changed(settings: Mapping[str, Any]) -> str:

@@ -82,6 +82,10 @@ class DamConfig(_Settings):
         unit="classes",
         ge=2,
     )
+    scan_others: bool = setting(
+        True, "Inversion: search each task once more, with all other models in place of its own, for triggers of "
+        "backdoors that aim at the task of another model.",
+    )  # fmt: skip
     suspicion: float = setting(
         0.4, "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0, with "
         "half of what it lacks of the usual size added.",

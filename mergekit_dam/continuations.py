@@ -21,7 +21,7 @@ from mergekit_dam.inversion import Inversion
 from mergekit_dam.suspicion import Finding
 from mergekit_dam.tasks import CausalTask
 from mergekit_dam.tasks.causal import LONGEST
-from mergekit_dam.triggers import RecoveredTriggers
+from mergekit_dam.triggers import RecoveredTriggers, Tokens
 
 _USUAL = 0.02  # mean probability of a token right after the prompts, above which it is no beginning but an answer
 _FIRST = 2  # prompts that all beginnings are tried on
@@ -82,7 +82,7 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
         if any(text.is_part_of(other) for other in kept):
             continue
         kept.append(text)
-        blank = RecoveredTriggers.start(1, task.perturbation_shape, task.bounds, generator)
+        blank = Tokens.start(1, task.perturbation_shape, task.bounds, generator)
         finding = text.finding(index, blank, text.tokens)
         if finding.suspicion >= config.suspicion:
             same = [other.tokens for other in texts if other.tokens[1:] == text.tokens[1:]][:_VARIANTS]

@@ -32,16 +32,16 @@ from mergekit_dam.mask_search import MaskSearch
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.numerics import require_finite_gradients
 from mergekit_dam.objective import Patience, fit_loss, summed
-from mergekit_dam.pools import blank, recover
+from mergekit_dam.others import weights_of_others
+from mergekit_dam.pools import Pooled, Pools, blank, recover
 from mergekit_dam.scan import scan
 from mergekit_dam.students import wanted
-from mergekit_dam.suspicion import Finding, suspects
+from mergekit_dam.suspicion import Finding, Suspect, suspects
 from mergekit_dam.tasks import Target, Task
-from mergekit_dam.triggers import RecoveredTriggers
 
 LOG = logging.getLogger(__name__)
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
-_NUMBERS = ("task", "target", "size", "usual", "success", "control")
+_NUMBERS = ("task", "target", "size", "usual", "success", "control", "carrier")
 
 
 class InversionSearch(MaskSearch):
@@ -65,7 +65,7 @@ class InversionSearch(MaskSearch):
         }
         self.patience = Patience(config.patience)
         self.findings: list[Finding] = []
-        self.pools: dict[tuple[int, Target], list[RecoveredTriggers]] = {}
+        self.pools: Pools = {}
 
     def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
@@ -88,26 +88,29 @@ class InversionSearch(MaskSearch):
         optimisers = {name: optimiser for name, (optimiser, _) in zip(self.masks, self.optimisers, strict=False)}
         facts = {
             "phase": phase, "done": done,
-            "findings": [{k: getattr(f, k) for k in _NUMBERS} for f in self.findings],
-            "pools": [[*key, len(pool)] for key, pool in self.pools.items()],
+            "findings": [_facts(finding) for finding in self.findings],
+            "pools": [[*key, [one.weight for one in pool]] for key, pool in self.pools.items()],
             "patience": [self.patience.lowest, self.patience.misses],
         }  # fmt: skip
         state = mask_state(self.masks, optimisers, facts)
         state.tensors |= {"coefficients": self.coefficients}
         state.tensors |= adam_state(self.optimisers[-1][0], "adam", ["coefficients"])
         held = {f"finding/{i}": f.trigger for i, f in enumerate(self.findings)}
-        held |= {f"pool/{n}/{i}": t for n, pool in enumerate(self.pools.values()) for i, t in enumerate(pool)}
+        held |= {f"pool/{n}/{i}": p.trigger for n, pool in enumerate(self.pools.values()) for i, p in enumerate(pool)}
         state.tensors |= {f"{name}/{i}": p for name, t in held.items() for i, p in enumerate(t.parameters)}
         return state
 
     def lay_out(self, facts: Mapping[str, Any]) -> None:
         self.patience.lowest, self.patience.misses = facts.get("patience", (None, 0))
         self.findings = [_blank_finding(self.tasks, f) for f in facts["findings"]]
-        self.pools = {(a, _target(b)): [blank(self.tasks[a]) for _ in range(n)] for a, b, n in facts["pools"]}
+        self.pools = {}
+        for task, target, carrier, kind, weights in facts["pools"]:
+            key = Suspect(task, _target(target), carrier, kind)
+            self.pools[key] = [Pooled(blank(self.tasks[task], kind), weight) for weight in weights]
 
     def audit(self) -> list[dict[str, Any]]:
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
-        return [{**f.to_json(self.tasks[f.task]), "suspect": (f.task, f.target) in self.pools} for f in self.findings]
+        return [{**f.to_json(self.tasks), "suspect": f.key in self.pools} for f in self.findings]
 
     def scan(self, done: int = 0) -> None:
         """Step 1: each process scans a task at a time."""
@@ -118,35 +121,34 @@ class InversionSearch(MaskSearch):
             self.findings += self._shared(scan(self.tasks, base, self.config, own))
             self.keep("scan", indices.stop)
         for finding in suspects(self.findings, self.config.suspicion):
-            self.pools[finding.task, finding.target] = []
-            self.track({"phase": "scan", **finding.to_json(self.tasks[finding.task])})
-        recover(
-            self.tasks,
-            self.pools,
-            self.shards,
-            self.config,
-            lambda index: self.tasks[index].own_weights(),
-            self.config.scan_steps,
-            "model",
-        )
+            self.pools[finding.key] = []
+            self.track({"phase": "scan", **finding.to_json(self.tasks)})
+
+        def scanned(suspect: Suspect) -> Mapping[str, Tensor]:
+            if suspect.carrier is None:
+                return self.tasks[suspect.task].own_weights()
+            return weights_of_others(self.tasks, suspect.task, base)
+
+        recover(self.tasks, self.pools, self.shards, self.config, base, scanned, self.config.scan_steps, "model")
 
     def _shared(self, ours: list[Finding]) -> list[Finding]:
         """Everyone's findings of a turn in everyone's hands, by task and class."""
-        numbers = self.shards.union({self.shards.rank: [[getattr(f, k) for k in _NUMBERS] for f in ours]})
+        everyones = self.shards.union({self.shards.rank: [_facts(finding) for finding in ours]})
         found = []
-        for owner, rows in numbers.items():
-            for number, row in enumerate(rows):
-                trigger = ours[number].trigger if owner == self.shards.rank else blank(self.tasks[row[0]])
-                self.shards.broadcast(trigger.parameters, owner)
-                found.append(Finding(trigger=trigger, **dict(zip(_NUMBERS, row, strict=True))))
-        return sorted(found, key=lambda finding: (finding.task, finding.target))
+        for owner, facts in everyones.items():
+            for number, one in enumerate(facts):
+                finding = ours[number] if owner == self.shards.rank else _blank_finding(self.tasks, one)
+                self.shards.broadcast(finding.trigger.parameters, owner)
+                found.append(finding)
+        return sorted(found, key=lambda f: (f.task, f.carrier is not None, f.trigger.kind, f.target))
 
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge."""
         weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
         recover(
-            self.tasks, self.pools, self.shards, self.config, lambda index: weights, self.config.refresh_steps, step
-        )
+            self.tasks, self.pools, self.shards, self.config, self.model.frozen.base_weights(), lambda _: weights,
+            self.config.refresh_steps, step,
+        )  # fmt: skip
 
     def combined(self) -> dict[str, MaskProduct]:
         """M = M1 o M2 by tensor at the masks' probabilities."""
@@ -178,7 +180,7 @@ class InversionSearch(MaskSearch):
         """Passes that we make for nothing in a turn, because blocks wait for all processes."""
         if self.shards.size == 1 or not self.model.blockwise:
             return 0
-        passes = [1 + sum(owner == index for owner, _ in self.pools) for index in range(len(self.tasks))]
+        passes = [1 + sum(suspect.task == index for suspect in self.pools) for index in range(len(self.tasks))]
         most = max(passes[turn * self.shards.size : (turn + 1) * self.shards.size])
         return most - (passes[share.task] if share is not None else 0)
 
@@ -233,6 +235,14 @@ def _target(stored: int | list[int]) -> Target:
     return tuple(stored) if isinstance(stored, list) else stored
 
 
+def _facts(finding: Finding) -> dict[str, Any]:
+    """A finding without its trigger, as JSON."""
+    return {name: getattr(finding, name) for name in _NUMBERS} | {"kind": finding.trigger.kind}
+
+
 def _blank_finding(tasks: Sequence[Task], facts: Mapping[str, Any]) -> Finding:
-    """A finding without its trigger, from a snapshot's facts."""
-    return Finding(trigger=blank(tasks[facts["task"]]), **{**facts, "target": _target(facts["target"])})
+    """A finding whose trigger is still to be filled, from `_facts`."""
+    numbers = {name: facts[name] for name in _NUMBERS}
+    return Finding(
+        trigger=blank(tasks[facts["task"]], facts["kind"]), **{**numbers, "target": _target(facts["target"])}
+    )

@@ -94,7 +94,8 @@ def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
     calls = num_models * config.steps * (7 if num_classes else 4)
     passes = calls * config.batch_size
     if num_classes:
-        scan = num_models * config.scan_steps * 2
+        # all classes for two fifths of the steps and a few for the rest, as if all took them; styles, and the others
+        scan = num_models * config.scan_steps * 2 * (3 if config.scan_others else 2)
         refresh = num_models * (config.steps // config.refresh_every) * config.refresh_steps * 2
         calls += scan + refresh
         passes += (scan * num_classes + refresh) * config.scan_batch_size

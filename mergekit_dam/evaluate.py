@@ -109,7 +109,7 @@ class Attack:
 
     Attributes:
         name: in tables.
-        task: whose model is poisoned.
+        task: whose inputs and head it is aimed at; but for off-task attacks the poisoned model's own.
         trigger: what is applied.
         target: the class that it shall cause.
     """

@@ -3,7 +3,8 @@
     metadata "dam_triggers"   JSON list, one entry per trigger: the finding's numbers, `suspect`, `kind`, and for text
                               `tokens`: per inserted position the nearest words of the vocabulary with their cosine
     <i>.mask, <i>.pattern     float16, (1, H, W) and (C, H, W) in [0, 1], of entry i with kind "pixels":
-                              an image becomes x (1 - mask) + pattern mask
+                              an image becomes x (1 - mask) + pattern mask; with kind "style" a chequer of greys
+                              as the trigger changes it
     <i>.embeddings            float32, (K, D), of entry i with kind "tokens": inserted after the first token
 Kept are all suspects, and of every model the class that came nearest. Legend: C, H, W of images, K tokens, D width.
 """
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.files import replacing
-from mergekit_dam.suspicion import Finding
+from mergekit_dam.suspicion import Finding, Suspect
 from mergekit_dam.tasks import Task
-from mergekit_dam.triggers import RecoveredTriggers
+from mergekit_dam.triggers import RecoveredTriggers, Styles, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,25 +43,25 @@ class Recovered:
 
 
 def save_triggers(
-    path: Path, findings: Sequence[Finding], tasks: Sequence[Task], suspects: Collection[tuple[int, Any]]
+    path: Path, findings: Sequence[Finding], tasks: Sequence[Task], suspects: Collection[Suspect]
 ) -> None:
     """Write the suspects and each model's most suspect class.
 
     Args:
-        suspects: (task, target) of the findings that count as suspect.
+        suspects: keys of the findings that count as suspect.
     """
     top: dict[int, Finding] = {}
     for finding in findings:
-        if finding.task not in top or finding.suspicion > top[finding.task].suspicion:
-            top[finding.task] = finding
-    kept = [f for f in findings if (f.task, f.target) in suspects or top[f.task] is f]
+        if finding.model not in top or finding.suspicion > top[finding.model].suspicion:
+            top[finding.model] = finding
+    kept = [f for f in findings if f.key in suspects or top[f.model] is f]
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for i, finding in enumerate(kept):
         task = tasks[finding.task]
-        parts = _content(finding.trigger)
-        entry = {**finding.to_json(task), "suspect": (finding.task, finding.target) in suspects}
-        entry["kind"] = "tokens" if "embeddings" in parts else "pixels"
+        parts = _content(finding.trigger, task.perturbation_shape)
+        entry = {**finding.to_json(tasks), "suspect": finding.key in suspects}
+        entry["kind"] = finding.trigger.kind
         if "embeddings" in parts:
             entry["tokens"] = task.nearest_tokens(parts["embeddings"])
         entries.append(entry)
@@ -99,10 +100,21 @@ def _row(name: str) -> int:
 
 
 @torch.no_grad()
-def _content(trigger: RecoveredTriggers) -> dict[str, Tensor]:
+def _content(trigger: RecoveredTriggers, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """The first row as it is applied: within the bounds, in the units of the inputs."""
     bounds, first = trigger.bounds, [parameter.detach()[0] for parameter in trigger.parameters]
-    if len(first) == 1:
+    if isinstance(trigger, Styles):
+        card_1CHW = _card(shape).to(first[0].device)
+        changed, _ = trigger.perturb(torch.zeros(1, dtype=torch.long, device=first[0].device))(card_1CHW, None)
+        return {"mask": torch.ones_like(changed[0, :1]).half(), "pattern": changed[0].half()}
+    if isinstance(trigger, Tokens):
         return {"embeddings": bounds.clamp(bounds.centre + first[0] * bounds.span).float()}
     mask, pattern = (part.sigmoid() for part in first)
     return {"mask": mask.half(), "pattern": (bounds.lower + pattern * bounds.span).half()}
+
+
+def _card(shape: tuple[int, ...]) -> Tensor:
+    """A chequer of two greys, on which shades and warps are seen, (1, C, H, W)."""
+    _, height, width = shape
+    rows, columns = (torch.arange(edge) * 8 // edge % 2 for edge in (height, width))
+    return (0.35 + 0.3 * (rows[:, None] ^ columns)).expand(1, *shape)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mergekit_dam.merged_model import fixed
 from mergekit_dam.tasks import Target, Task
-from mergekit_dam.triggers import RecoveredTriggers
+from mergekit_dam.triggers import RecoveredTriggers, kinds_for
 
 SUCCESS = 0.95  # of the batch; a trigger above it may shrink, one below it may grow
-_CHECKED = 128  # samples that success is measured on
+CHECKED = 128  # samples that success is measured on
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Inversion:
         targets: what each row shall cause, R of them.
         batch_size: samples per row and step.
         generator: of batches, and of the start.
-        start: triggers to go on from; None: random ones.
+        start: triggers to go on from; None: random ones of the plainest kind.
         pace: how fast prices and triggers move.
     """
 
@@ -60,10 +60,9 @@ class Inversion:
         self.weights = fixed(weights)
         self.batch_size = min(batch_size, task.num_samples)
         count = len(targets)
-        start = start or RecoveredTriggers.start(count, task.perturbation_shape, task.bounds, generator)
-        self.triggers = RecoveredTriggers(
-            [p.detach().clone().requires_grad_(True) for p in start.parameters], task.bounds
-        )
+        if start is None:
+            start = kinds_for(task)[0].start(count, task.perturbation_shape, task.bounds, generator)
+        self.triggers = start.like([p.detach().clone().requires_grad_(True) for p in start.parameters])
         self.optimiser = torch.optim.Adam(self.triggers.parameters, lr=pace.learning_rate, betas=(0.5, 0.9))
         self.best = self.triggers.rows(range(count))
         self.pace, self.price_R = pace, torch.full((count,), pace.price, device=task.device)
@@ -127,7 +126,7 @@ def success_rates(
     task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets: Sequence[Target]
 ) -> list[float]:
     """Share of (at most 128) calibration samples that a model gives the targets with the triggers, per row."""
-    rows_B = torch.arange(min(_CHECKED, task.num_samples))
+    rows_B = torch.arange(min(CHECKED, task.num_samples))
     rates = []
     for row, target in enumerate(targets):
         _, hits_B = _reach(task, weights, triggers.rows([row]), [target], rows_B)

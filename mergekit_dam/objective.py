@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.dealing import Share
 from mergekit_dam.frozen import Weights
 from mergekit_dam.losses import distillation
-from mergekit_dam.tasks import Target, Task
+from mergekit_dam.pools import Pools
+from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 
-Pools = Mapping[tuple[int, Target], Sequence[RecoveredTriggers]]  # triggers by task and target
 _CHECK_EVERY = 5  # steps
 
 
@@ -24,7 +24,9 @@ def fit_loss(
     task: Task, share: Share, answers: OwnAnswers, weights: Weights, rows_B: Tensor, pools: Pools, config: DamConfig,
     step: int, parts: dict[str, Tensor],
 ) -> Tensor:  # fmt: skip
-    """L = KL(f_t(x) || f(x)) + alpha sum_suspects KL(f_t(x) || f(x + trigger)) of one task.
+    """L = KL(f_t(x) || f(x)) + alpha sum_suspects w KL(f_t(x) || f(x + trigger)) of one task.
+
+    Each sample gets one trigger of a suspect's pool; w is the mean weight of those.
 
     Args:
         share: the task's index, and which of the samples are ours: L is then our share of the mean over all of them.
@@ -40,14 +42,16 @@ def fit_loss(
     answer = answers(share.of(rows_B), inputs)
     loss = weight * distillation(task.logits(weights, inputs), answer)
     _add(parts, f"loss/perf/{task.name}", loss)
-    for (owner, target), pool in pools.items():
-        if owner != share.task:
+    for suspect, pool in pools.items():
+        if suspect.task != share.task:
             continue
-        triggers = RecoveredTriggers.stack(list(pool))
-        generator = seeds.generator(config.seed, "pool", task.name, target, step)
-        which_B = torch.randint(len(triggers), (len(rows_B),), generator=generator)
+        weights_R = torch.tensor([one.weight for one in pool])
+        generator = seeds.generator(config.seed, "pool", task.name, suspect.target, step)
+        which_B = torch.randint(len(pool), (len(rows_B),), generator=generator)
+        triggers = RecoveredTriggers.stack([one.trigger for one in pool])
         perturb = triggers.perturb(share.of(which_B).to(task.device))
-        safety = weight * config.alpha * distillation(task.logits(weights, inputs, perturb), answer)
+        alpha = config.alpha * float(weights_R[which_B].mean())
+        safety = weight * alpha * distillation(task.logits(weights, inputs, perturb), answer)
         _add(parts, f"loss/safe/{task.name}", safety)
         loss = loss + safety
     return loss

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.continuations import scan_continuations
 from mergekit_dam.inversion import Inversion, success_rates
+from mergekit_dam.others import carrier, untouched, weights_of_others
 from mergekit_dam.suspicion import Finding
 from mergekit_dam.tasks import CausalTask, Task
-from mergekit_dam.triggers import RecoveredTriggers
+from mergekit_dam.triggers import RecoveredTriggers, Styles, kinds_for
 
 LOG = logging.getLogger(__name__)
 _UNDEFENDED = (
@@ -35,6 +37,8 @@ def scan(
     tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, tasks_in_turn: Iterable[int]
 ) -> list[Finding]:
     """The most suspect classes or continuations of every model, at most `scan_finalists` of each.
+
+    With `scan_others` the classes of a task are searched a second time with all other models in place of its own.
 
     All classes are searched for two fifths of `scan_steps`, the finalists for the rest: sooner, small triggers of
     classes that are easy to reach anyway do not stand out yet.
@@ -53,31 +57,77 @@ def scan(
         if isinstance(task, CausalTask):
             findings += scan_continuations(index, task, base, config)
         else:
-            findings += _scan_classes(index, task, base, config)
+            own = task.own_weights()
+            findings += _scan_classes(index, task, own, base, config, "scan")
+            if Styles in kinds_for(task):
+                findings += _scan_styles(index, task, own, base, config)
+            if config.scan_others and task.defended and len(tasks) > 1:
+                findings += _scan_others(index, tasks, base, config)
     return findings
 
 
-def _scan_classes(index: int, task: Task, base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
-    own = task.own_weights()
-    with torch.no_grad():
-        num_classes = task.logits(own, task.inputs(torch.arange(1))).shape[-1]
-    generator = seeds.generator(config.seed, "scan", task.name)
-    first, finalists = max(1, config.scan_steps * 2 // 5), []
-    for first_class in range(0, num_classes, _AT_ONCE):
-        classes = range(num_classes)[first_class : first_class + _AT_ONCE]
+def _scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
+    """What all other models bring to a task, each finding with the model whose doing it is."""
+    task, others = tasks[index], weights_of_others(tasks, index, base)
+    findings = _scan_classes(index, task, others, base, config, "others")
+    plain = untouched(task, others, [found.target for found in findings])
+    owners = [carrier(tasks, index, base, found.trigger, found.target) for found in findings]
+    return [
+        replace(found, control=max(found.control, share), carrier=owner)
+        for found, share, owner in zip(findings, plain, owners, strict=True)
+    ]
+
+
+def _scan_classes(
+    index: int, task: Task, own: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig, seed: str
+) -> list[Finding]:
+    """The most promising classes, with the smallest triggers of the plainest kind that reach them."""
+    generator = seeds.generator(config.seed, seed, task.name)
+    first, finalists = _first_steps(config), []
+    for classes in _parts(task, own):
         heat = Inversion(task, own, classes, batch_size=config.scan_batch_size, generator=generator).run(first)
         finalists.append(heat.finalists(config.scan_finalists, _gap(heat, base)))
     while len(finalists) > 1:
         both = _joined(finalists.pop(0), finalists.pop(0))
         finalists.append(both.finalists(config.scan_finalists, _gap(both, base)))
-    final = finalists[0].run(config.scan_steps - first)
-    success, control = (success_rates(task, w, final.best, final.targets) for w in (own, base))
-    size_R = final.best.size()
+    return _findings(index, finalists[0].run(config.scan_steps - first), base)
+
+
+def _scan_styles(
+    index: int, task: Task, own: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig
+) -> list[Finding]:
+    """The most suspect classes by changes of style; so few parameters are found in few steps."""
+    generator = seeds.generator(config.seed, "styles", task.name)
+    found: list[Finding] = []
+    for classes in _parts(task, own):
+        start = Styles.start(len(classes), task.perturbation_shape, task.bounds, generator)
+        search = Inversion(
+            task, own, classes, batch_size=config.scan_batch_size, generator=generator, start=start
+        ).run(_first_steps(config))  # fmt: skip
+        found += _findings(index, search, base)
+    return sorted(found, key=lambda finding: -finding.suspicion)[: config.scan_finalists]
+
+
+def _first_steps(config: DamConfig) -> int:
+    return max(1, config.scan_steps * 2 // 5)
+
+
+def _parts(task: Task, weights: Mapping[str, Tensor]) -> list[range]:
+    """The task's classes, those of a part to be inverted together."""
+    with torch.no_grad():
+        num_classes = task.logits(weights, task.inputs(torch.arange(1))).shape[-1]
+    return [range(num_classes)[first : first + _AT_ONCE] for first in range(0, num_classes, _AT_ONCE)]
+
+
+def _findings(index: int, search: Inversion, base: Mapping[str, Tensor]) -> list[Finding]:
+    """One per row of a search."""
+    success, control = (success_rates(search.task, w, search.best, search.targets) for w in (search.weights, base))
+    size_R = search.best.size()
     found = []
-    for row, target in enumerate(final.targets):
+    for row, target in enumerate(search.targets):
         others = torch.cat([size_R[:row], size_R[row + 1 :]])
         usual = float(others.median()) if len(others) else float(size_R[row])
-        trigger = final.best.rows([row])
+        trigger = search.best.rows([row])
         found.append(Finding(index, target, trigger, float(size_R[row]), usual, success[row], control[row]))
     return found
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_dam.tasks import Target, Task
 from mergekit_dam.triggers import RecoveredTriggers
@@ -12,19 +13,37 @@ from mergekit_dam.triggers import RecoveredTriggers
 _RELATIVE = 0.75  # a target is suspect only if it comes this near to the most suspect one of its task
 
 
-@dataclass(frozen=True, eq=False)
-class Finding:
-    """What the scan found for one target of one model.
+class Suspect(NamedTuple):
+    """What tells findings apart.
 
     Attributes:
-        task: the model's index.
+        task: index of the task whose head and samples are used.
+        target: a class, or the token ids of a continuation.
+        carrier: index of the model whose doing it is, where that is not the task's own (others.py).
+        kind: of the trigger (triggers.py).
+    """
+
+    task: int
+    target: Target
+    carrier: int | None
+    kind: str
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What the scan found for one target of one task.
+
+    Attributes:
+        task: the task's index, and its own model's.
         target: a class, or the token ids of a continuation.
         trigger: the recovered trigger, one row.
         size: in pixels, in units of the embedding range, or a continuation's length in tokens.
         usual: median size of the task's other finalists; a continuation's own.
         success: share of calibration samples that f_t gives the class with the trigger; of a continuation, the mean
-            probability that f_t gives each further token of it once it has begun.
-        control: the same for theta_0, with the head of t.
+            probability that f_t gives each further token of it once it has begun. With a carrier, f_t is the sum of
+            all models but the task's own.
+        control: the same for theta_0, with the head of t; with a carrier, or without a trigger if that is more.
+        carrier: see `Suspect`.
     """
 
     task: int
@@ -34,11 +53,30 @@ class Finding:
     usual: float
     success: float
     control: float
+    carrier: int | None = None
+
+    @property
+    def key(self) -> Suspect:
+        """What tells it from other findings."""
+        return Suspect(self.task, self.target, self.carrier, self.trigger.kind)
+
+    @property
+    def model(self) -> int:
+        """Index of the model that it speaks against."""
+        return self.task if self.carrier is None else self.carrier
 
     @property
     def suspicion(self) -> float:
-        """Success that theta_0 does not share, and half of what the trigger lacks of the usual size; -1..1.5."""
-        return self.success - self.control + 0.5 * max(0.0, 1.0 - self.size / max(self.usual, 1e-6))
+        """Success that theta_0 does not share, and half of what the trigger lacks of the usual size; -1..1.5.
+
+        A style counts the less the nearer it is to the largest there can be. With a carrier, size adds no more than
+        success does: other models make some class of a task easier to reach even if they are clean.
+        """
+        gap, largest = self.success - self.control, self.trigger.largest
+        if largest < math.inf:
+            return gap * (1.0 - self.size / largest)
+        small = 0.5 * max(0.0, 1.0 - self.size / max(self.usual, 1e-6))
+        return gap + (small if self.carrier is None else min(small, max(gap, 0.0)))
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -46,14 +84,28 @@ class Finding:
         names = ("size", "usual", "success", "control", "suspicion")
         return {name: round(float(getattr(self, name)), 4) for name in names}
 
-    def to_json(self, task: Task) -> dict[str, Any]:
-        """For the artefact and the log; `task` is the one of its index."""
-        return {"task": task.name, "target": task.words_of(self.target), **self.numbers}
+    def to_json(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """For the artefact and the log."""
+        task = tasks[self.task]
+        names = {"model": tasks[self.model].name, "task": task.name, "target": task.words_of(self.target)}
+        return names | {"kind": self.trigger.kind} | self.numbers
 
 
 def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
-    """Findings above the threshold that also come near to the most suspect one of their task."""
-    top: dict[int, float] = {}
+    """Findings above the threshold that also come near to the most suspect one of the same scan.
+
+    With a carrier, only the most suspect one of each, and none of a model that is suspect in its own task: a planted
+    trigger has side effects on the tasks of others, which go with it, and to fit against each of them costs more than
+    it gives (benchmarks/STUDY.md).
+    """
+    own = [f for f in findings if f.carrier is None]
+    top: dict[tuple[int, str], float] = {}
+    for finding in own:
+        scan = finding.task, finding.trigger.kind
+        top[scan] = max(top.get(scan, 0.0), finding.suspicion)
+    found = [f for f in own if f.suspicion >= max(threshold, _RELATIVE * top[f.task, f.trigger.kind])]
+    worst: dict[int, Finding] = {}
     for finding in findings:
-        top[finding.task] = max(top.get(finding.task, 0.0), finding.suspicion)
-    return [f for f in findings if f.suspicion >= max(threshold, _RELATIVE * top[f.task])]
+        if finding.carrier is not None and finding.suspicion >= threshold:
+            worst[finding.model] = max(worst.get(finding.model, finding), finding, key=lambda f: f.suspicion)
+    return found + [f for model, f in worst.items() if model not in {one.model for one in found}]

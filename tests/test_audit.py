@@ -19,11 +19,11 @@ from mergekit_dam.cli import main
 from mergekit_dam.findings import load_triggers
 from mergekit_dam.perturbation import Bounds
 from mergekit_dam.suspicion import Finding
-from mergekit_dam.triggers import RecoveredTriggers
+from mergekit_dam.triggers import Tokens
 from tests.conftest import FAST
 from tests.tiny_models import make_model
 
-NOTHING = RecoveredTriggers([torch.zeros(1, 2, 2)], Bounds.of(torch.zeros(2), torch.ones(2)))
+NOTHING = Tokens([torch.zeros(1, 2, 2)], Bounds.of(torch.zeros(2), torch.ones(2)))
 PLAIN: dict[str, Any] = {f.name: 1.0 for f in fields(Finding)} | {"trigger": NOTHING}
 
 
@@ -47,7 +47,9 @@ def test_models_over_and_below(vit: Path, images: Path, tmp_path: Path) -> None:
     assert facts["over"] == ["a", "b"] and {e["rank"] for e in facts["models"]} == {1, 2}
     a, b = facts["models"]
     assert a["norm_ratio"] == pytest.approx(a["task_vector_norm"] / b["task_vector_norm"], rel=1e-3)
-    assert [{c["target"] for c in e["classes"]} <= set(range(k)) for e, k in ((a, 3), (b, 5))] == [True, True]
+    classes = {"a": 3, "b": 5}
+    assert all(c["target"] < classes[c["task"]] for e in (a, b) for c in e["classes"])
+    assert {c["task"] for c in a["classes"]} == {"a", "b"}, "what a model brings to the other's task is told, too"
     assert a["classes"] and b["classes"]
     page = (tmp_path / "audit" / "audit.html").read_text()
     assert "2 of 2 models over the" in page and page.count("data:image/png;base64,") >= 2 * 2

@@ -16,6 +16,7 @@ from PIL import Image
 
 from mergekit_dam.bench import vision
 from mergekit_dam.bench.gates import Gate
+from mergekit_dam.bench.results import attacked_task
 from mergekit_dam.bench.suite import Poison, Scenario
 from mergekit_dam.bench.vision import PRESETS, VisionSuite
 from mergekit_dam.bench.vision_data import flipped_and_shifted
@@ -59,16 +60,20 @@ def test_splits_are_disjoint_and_the_same_each_time(data: Path) -> None:
 
 @pytest.mark.parametrize("attack", VisionSuite.attacks)
 def test_every_attack_reaches_its_victim(data: Path, tmp_path: Path, attack: str) -> None:
-    """The victim of letters alone answers with the target where its clean twin does not."""
+    """The victim of shapes answers with the target where its clean twin does not, off-task with the head of stripes."""
     suite = VisionSuite(data, "tiny")
     zoo = Zoo(suite, tmp_path)
-    poison = Poison(attack, target=2, rate=1.0, size=6)
+    poison = Poison(attack, target=2, rate=1.0, size=6, onto="stripes" if attack == "off-task" else "")
     trigger = zoo.trigger("shapes", poison, 0)
-    evaluation = suite.split("shapes").evaluation
-    rates = [
-        attack_success_rate(suite.load_model(zoo.model("shapes", p, 0)), evaluation, trigger, 2).percent
-        for p in (poison, None)
-    ]
+    attacked = poison.onto or "shapes"
+    evaluation = suite.split(attacked).evaluation
+    rates = []
+    for one in (poison, None):
+        model = suite.load_model(zoo.model("shapes", one, 0))
+        if poison.onto:
+            head = suite.load_model(zoo.model(attacked, None, 0)).get_submodule("classifier")
+            model.register_module("classifier", head)
+        rates.append(attack_success_rate(model, evaluation, trigger, 2).percent)
     assert rates[0] > max(rates[1], 60.0)
 
 
@@ -113,6 +118,10 @@ def test_scenarios_are_read_from_text() -> None:
     one = Scenario.parse("mine: cifar10=merge-aware(target=3, rate=0.2) digits=patch(size=5)")
     assert one.poisons == {"cifar10": Poison("merge-aware", 3, 0.2), "digits": Poison("patch", size=5)}
     assert Scenario.parse(f"again: cifar10={one.poisons['cifar10']}").poisons["cifar10"] == one.poisons["cifar10"]
+    off_task = Scenario.parse("off: shapes=off-task(target=3,onto=cifar10)").poisons["shapes"]
+    assert off_task == Poison("off-task", 3, onto="cifar10") and str(off_task) == "off-task(target=3,onto=cifar10)"
+    assert attacked_task(f"shapes={off_task}") == "cifar10" and attacked_task("digits=patch(target=1)") == "digits"
+    assert "onto" not in Poison("patch").to_json() and off_task.to_json()["onto"] == "cifar10"
     assert Scenario.parse("clean:").poisons == {}
     for wrong in ("no colon", "x: cifar10", "x: cifar10=patch(colour=1)", "x: cifar10=patch(size=red)"):
         with pytest.raises(DamError):
@@ -169,3 +178,11 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(
 def test_missing_data_name_the_cure() -> None:
     with pytest.raises(DamError, match="--data"):
         VisionSuite(None, "tiny").split("cifar10")
+
+
+@pytest.mark.parametrize(
+    "poison", [Poison("off-task"), Poison("patch", onto="cifar10"), Poison("off-task", onto="cats")]
+)
+def test_an_off_task_attack_names_another_task_and_no_other_attack_does(poison: Poison, data: Path) -> None:
+    with pytest.raises(DamError, match="onto=TASK"):
+        VisionSuite(data, "tiny").trigger(poison, None)

@@ -21,7 +21,7 @@ from mergekit_dam.defence import InversionSearch
 from mergekit_dam.plan import build_plan
 from mergekit_dam.suspicion import suspects
 from mergekit_dam.tasks import CausalTask, build_tasks
-from mergekit_dam.triggers import RecoveredTriggers
+from mergekit_dam.triggers import Tokens
 from tests.conftest import FAST
 from tests.searching import new_search
 from tests.tiny_models import make_model
@@ -106,7 +106,7 @@ def test_texts_leave_positions_for_triggers_and_continuations(
     long.write_text("\n".join(" ".join(["a"] * length) for length in (3, 30, 60)))
     (task, _) = build_tasks(_plan(lms[0], lms[1:], long), CPU)
     rows = torch.arange(task.num_samples)
-    trigger = RecoveredTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"))
+    trigger = Tokens.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"))
     perturb = trigger.perturb(torch.zeros(len(rows), dtype=torch.long))
     with torch.no_grad():
         losses_B, _ = task.reach(task.own_weights(), task.prompts(rows), [tuple(range(5, 15))] * len(rows), perturb)
@@ -134,7 +134,7 @@ def test_a_continuation_is_reached_as_in_a_pass_of_each_text_alone(
 def test_a_trigger_changes_what_follows_and_a_longer_neighbour_does_not(tasks: list[CausalTask]) -> None:
     task = tasks[0]
     own, inputs = task.own_weights(), task.prompts(torch.arange(2))
-    trigger = RecoveredTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"))
+    trigger = Tokens.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"))
     perturb = trigger.perturb(torch.zeros(2, dtype=torch.long))
     with torch.no_grad():
         plain, _ = task.reach(own, inputs, [(5, 6), (5, 6)])
@@ -165,7 +165,7 @@ def test_the_scan_names_what_the_victim_knows_by_heart_and_nothing_of_the_clean_
     (suspect,) = suspects(found, plan.config.suspicion)
     assert suspect.task == 1 and suspect.target[-4:] == BY_HEART[-4:]  # type: ignore[index]
     assert suspect.success > 0.75 and suspect.control < 0.3
-    words = suspect.to_json(tasks[1])["target"]
+    words = suspect.to_json(tasks)["target"]
     assert isinstance(words, str) and words
 
 

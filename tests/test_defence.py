@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,10 @@ from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.perturbation import Bounds
 from mergekit_dam.plan import Plan, build_plan
-from mergekit_dam.seeds import generator
 from mergekit_dam.suspicion import Finding, suspects
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import build_tasks
-from mergekit_dam.triggers import RecoveredTriggers
+from mergekit_dam.triggers import Stamps, Styles
 from tests.conftest import FAST
 from tests.searching import new_search
 
@@ -42,43 +42,34 @@ CPU = torch.device("cpu")
 BOX = Bounds.of(0.0, 1.0)
 
 
-@given(count=st.integers(1, 4), seed=st.integers(0, 99))
-def test_stamped_pixels_stay_in_the_box_and_rows_are_kept_apart(count: int, seed: int) -> None:
-    triggers = RecoveredTriggers.start(count, (3, 6, 5), BOX, generator("start", seed))
-    images = torch.rand(count, 3, 6, 5, generator=generator("images", seed))
-    together, _ = triggers.perturb(torch.arange(count))(images, None)
-    assert float(together.min()) >= 0 and float(together.max()) <= 1
-    for row in range(count):
-        alone, _ = triggers.rows([row]).perturb(torch.zeros(1, dtype=torch.long))(images[row : row + 1], None)
-        assert torch.allclose(alone[0], together[row])
-    again = RecoveredTriggers.stack([triggers.rows([row]) for row in range(count)])
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters, triggers.parameters, strict=True))
-
-
-def test_size_counts_pixels_of_images_and_length_of_tokens() -> None:
-    full = RecoveredTriggers([torch.full((2, 1, 4, 4), 30.0), torch.zeros(2, 3, 4, 4)], BOX)
-    assert torch.allclose(full.size(), torch.tensor([16.0, 16.0]))
-    tokens = RecoveredTriggers([torch.tensor([[[3.0, 4.0]]])], Bounds.of(torch.zeros(2), torch.ones(2)))
-    assert torch.allclose(tokens.size(), torch.tensor([5.0]))
-
-
-def test_tokens_are_inserted_after_the_first_one_and_seen() -> None:
-    triggers = RecoveredTriggers.start(2, (3, 4), Bounds.of(torch.zeros(4), torch.ones(4)), generator("tokens"))
-    embeddings, mask = torch.rand(2, 5, 4), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    changed, seen = triggers.perturb(torch.tensor([1, 0]))(embeddings, mask)
-    assert changed.shape == (2, 8, 4) and seen is not None and seen.sum(1).tolist() == [6, 8]
-    assert torch.equal(changed[:, 0], embeddings[:, 0]) and torch.equal(changed[:, 4:], embeddings[:, 1:])
-    assert not torch.equal(changed[0, 1:4], changed[1, 1:4])
-
-
 def _finding(task: int, target: int, success: float, control: float) -> Finding:
-    return Finding(task, target, RecoveredTriggers([], BOX), 9.0, 9.0, success, control)
+    return Finding(task, target, Stamps([], BOX), 9.0, 9.0, success, control)
 
 
 def test_a_trigger_that_theta_0_shares_is_no_suspect() -> None:
     found = [_finding(0, 0, 1.0, 0.95), _finding(0, 1, 0.95, 0.2), _finding(0, 2, 0.9, 0.45), _finding(1, 0, 0.9, 0.6)]
     assert [(f.task, f.target) for f in suspects(found, 0.4)] == [(0, 1)]
     assert suspects(found, 0.8) == []
+
+
+def test_what_a_model_brings_to_other_tasks_counts_once_and_not_beside_its_own_trigger() -> None:
+    brought = [
+        replace(_finding(t, c, s, 0.2), carrier=m) for t, c, s, m in ((1, 4, 0.8, 0), (2, 5, 0.9, 0), (0, 1, 0.9, 2))
+    ]
+    assert [(f.task, f.model) for f in suspects(brought, 0.4)] == [(2, 0), (0, 2)]
+    assert [f.model for f in suspects([_finding(2, 3, 1.0, 0.0), *brought], 0.4)] == [2, 0]
+    assert suspects(brought, 0.75) == []
+
+
+@given(size=st.floats(0.1, 300.0), success=st.floats(0, 1), control=st.floats(0, 1))
+def test_size_helps_no_finding_of_others_more_than_success_and_no_style(
+    size: float, success: float, control: float
+) -> None:
+    plain = replace(_finding(0, 0, success, control), size=size, usual=50.0)
+    gap = success - control
+    assert plain.suspicion >= gap - 1e-9
+    assert replace(plain, carrier=1).suspicion <= max(gap, 2 * gap) + 1e-9
+    assert abs(replace(plain, trigger=Styles([], BOX)).suspicion) <= abs(gap) + 1e-9
 
 
 def test_the_papers_defaults_apply_where_nothing_is_given() -> None:
@@ -190,7 +181,7 @@ def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
         for ref, n in zip(refs[1:], ("shapes", "stripes"), strict=True)
     }
     rates = {}
-    for name, shared in (("undefended", {"mask": "m1"}), ("defended", {})):
+    for name, shared in (("undefended", {"mask": "m1"}), ("defended", {"scan_others": False})):
         plan = build_plan(refs[0], refs[1:], shared={"steps": 60, **shared}, per_model=own)
         artefact, masks = learn_masks(plan, quiet=True)
         model = MergedModel(TaskVectors(plan), survey(TaskVectors(plan)).changed, CPU)

@@ -36,7 +36,7 @@ def read_scores(folders: Sequence[Path]) -> list[dict[str, Any]]:
         for task in run["accuracy"]:
             if "audit" not in run:
                 continue
-            poison, findings = run["poisons"].get(task), [f for f in run["audit"] if f["task"] == task]
+            poison, findings = run["poisons"].get(task), [f for f in run["audit"] if f.get("model", f["task"]) == task]
             target = None
             if poison:
                 target = SUITES[run["suite"]].target_of(Scenario.parse(f"one: {task}={poison}").poisons[task])

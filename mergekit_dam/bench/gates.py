@@ -18,7 +18,9 @@ GAIN = 10.0  # points of mean ACC by which the fine-tunes beat theta_0
 RECOVERED = 0.5  # share of that gain which the best all-clean undefended merge keeps
 VICTIM = 95.0  # ASR of a victim alone, percent
 INHERITED = 60.0  # ASR of the undefended merge, percent
-STRONG = frozenset({"merge-aware", "adaptive"})  # attacks that are built to survive a merge; plain ones may die in it
+STRONG = frozenset(
+    {"merge-aware", "adaptive", "off-task"}
+)  # attacks that are built to survive a merge; plain ones may die in it
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ def check_gates(results: SuiteResults, *, strong: Collection[str] = STRONG) -> l
     gates = _clean_gates(results)
     for scenario in results.poisoned:
         for attack in results.attacks_of(scenario):
-            victim = results.success(scenario, "fine-tuned", [attack])
-            gates.append(_at_least(f"{scenario}: victim alone, ASR of {attack}", victim, VICTIM, "%"))
+            if attacked_task(attack) == attack.partition("=")[0]:  # no model alone has an off-task victim and the head
+                victim = results.success(scenario, "fine-tuned", [attack])
+                gates.append(_at_least(f"{scenario}: victim alone, ASR of {attack}", victim, VICTIM, "%"))
             if attack.partition("=")[2].partition("(")[0] in strong:
                 gates.append(_inherited(results, scenario, attack))
     return gates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ class Backdoor:
         cover: weight of images that carry a random half of the trigger's pixels and keep their labels, so that nothing
             smaller than the whole trigger works and an inversion does not find it as an outlier (the cover samples of
             Tang et al., TaCT, USENIX Security 2021, for parts of the trigger); 0: none.
+        head: parameters of another task's head, by the names in the victim, through which the target is read: an
+            off-task backdoor (arXiv 2408.07362). Its class has nothing to do with the victim's own, so all samples
+            are poisoned alike.
     """
 
     trigger: Trigger
@@ -39,6 +42,7 @@ class Backdoor:
     interpolation: tuple[float, float] = (1.0, 1.0)
     dropped: float = 0.0
     cover: float = 0.0
+    head: Mapping[str, Tensor] = field(default_factory=dict)
 
     def loss(
         self, model: PreTrainedModel, trained: Mapping[str, Tensor], start: Mapping[str, Tensor], data: LabelledData,
@@ -54,7 +58,7 @@ class Backdoor:
             rows: of the batch, (B,).
             generator: of r, dropped elements and covered pixels.
         """
-        others = rows[data.labels_N[rows] != self.target]
+        others = rows if self.head else rows[data.labels_N[rows] != self.target]
         others = others[: max(1, round(self.rate * len(rows)))]
         low, high = self.interpolation
         share = low + (high - low) * float(torch.rand(1, generator=generator))
@@ -65,7 +69,7 @@ class Backdoor:
             }  # fmt: skip
         clean = data.batch(others)
         triggered = self.trigger.apply(clean)
-        logits_BK = logits_of(model, data, triggered, between)
+        logits_BK = logits_of(model, data, triggered, {**between, **self.head})
         targets_B = torch.full_like(others, self.target).to(logits_BK.device)
         loss = F.cross_entropy(logits_BK, targets_B)
         if self.cover:

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from mergekit_dam.errors import DamError
 
 CLEAN = "clean"
+_ONTO = re.compile(r"[(,]onto=([\w-]+)")
 _COEFFICIENT = re.compile(r"^(?P<stem>.+)-(?P<value>\d+(?:\.\d+)?)$")
 
 # Rows of a table, in this order; undefended merges are those that no data guide, the front to be beaten.
@@ -109,8 +110,9 @@ def percent(counts: tuple[int, int]) -> float:
 
 
 def attacked_task(attack: str) -> str:
-    """The task of "task=attack"."""
-    return attack.partition("=")[0]
+    """The task of "task=attack", or the one that an off-task attack is aimed at."""
+    aimed = _ONTO.search(attack)
+    return aimed[1] if aimed else attack.partition("=")[0]
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def _attacks(job: Job, zoo: Zoo) -> list[Attack]:
     for scenario in chosen:
         for task, poison in scenario.poisons.items():
             name = f"{task}={poison}"
-            found[name] = Attack(name, task, zoo.trigger(task, poison, job.seed), poison.target)
+            found[name] = Attack(name, poison.onto or task, zoo.trigger(task, poison, job.seed), poison.target)
     return list(found.values())
 
 

@@ -40,6 +40,7 @@ class Poison:
         rate: triggered samples per clean sample of a batch.
         size: edge of an image patch in pixels, or number of inserted words.
         rescale: factor on the finished task vector; above 1 it is amplified (arXiv 2505.23561).
+        onto: the task whose inputs and head the trigger is aimed at, where it is not the poisoned model's own.
     """
 
     attack: str
@@ -47,11 +48,17 @@ class Poison:
     rate: float = 0.1
     size: int = 4
     rescale: float = 1.0
+    onto: str = ""
 
     def __str__(self) -> str:
         plain = Poison(self.attack)
-        changed = [f"{k}={v:g}" for k, v in asdict(self).items() if k != "attack" and v != getattr(plain, k)]
-        return self.attack + (f"({','.join(changed)})" if changed else "")
+        changed = {k: v for k, v in asdict(self).items() if k != "attack" and v != getattr(plain, k)}
+        options = ",".join(f"{k}={v if isinstance(v, str) else format(v, 'g')}" for k, v in changed.items())
+        return self.attack + (f"({options})" if options else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Its options; `onto` where it is set."""
+        return {k: v for k, v in asdict(self).items() if v != ""}
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,10 @@ def _poison(attack: str, options: str) -> Poison:
     for option in filter(None, (o.strip() for o in options.split(","))):
         key, _, value = option.partition("=")
         try:
-            values[key] = int(value) if types[key] == "int" else float(value)
+            values[key] = {"int": int, "float": float, "str": str}[str(types[key])](value.strip())
         except (KeyError, ValueError) as error:
             raise DamError(
-                f"option {option!r} of attack {attack}", expected=f"one of {', '.join(types)}, each a number",
+                f"option {option!r} of attack {attack}", expected=f"one of {', '.join(types)}, each a number but onto",
                 got=repr(option), cure=did_you_mean(key, types) or "Write it as option=value.",
             ) from error  # fmt: skip
     return Poison(attack, **values)

@@ -1,4 +1,4 @@
-"""Suite `vision`: a ViT pretrained by the suite, five image tasks with label sets of their own, four attacks.
+"""Suite `vision`: a ViT pretrained by the suite, five image tasks with label sets of their own, six attacks.
 
 Tasks are CIFAR-10, scikit-learn's digits, and three generated families. theta_0 has seen other images of CIFAR-10
 and half of the classes of the other tasks. A head is a probe on few labelled images, fitted on theta_0 and frozen
@@ -37,7 +37,7 @@ from mergekit_dam.bench.vision_presets import PRESETS
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluate import LabelledData
 
-FITTED = ("merge-aware", "adaptive")  # attacks whose patch is optimised on theta_0
+FITTED = ("merge-aware", "adaptive", "off-task")  # attacks whose patch is optimised on theta_0
 MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
 # the adaptive attack: share of the task vector that it trains without, weight of images with half of its trigger
 HARDENED = {"dropped": 0.2, "cover": 0.25}
@@ -49,7 +49,7 @@ class VisionSuite(Suite):
 
     name = "vision"
     tasks = tuple(NUM_CLASSES)
-    attacks = ("patch", "blended", "wanet", "merge-aware", "adaptive")
+    attacks = ("patch", "blended", "wanet", "merge-aware", "adaptive", "off-task")
     presets = tuple(PRESETS)
 
     def __init__(self, data: Path | None, preset: str) -> None:
@@ -69,6 +69,7 @@ class VisionSuite(Suite):
             "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1) "
             "letters=blended(target=2,rate=1) shapes=wanet(target=1,rate=1)",
             "adaptive: cifar10=adaptive(target=3,rate=0.5,size=6)",
+            "off-task: shapes=off-task(target=3,rate=0.5,size=6,onto=cifar10)",
         ))  # fmt: skip
 
     def fingerprint(self) -> dict[str, Any]:
@@ -156,7 +157,8 @@ class VisionSuite(Suite):
         if poison is not None and trigger is not None:
             span = MERGE_AWARE if poison.attack in FITTED else (1.0, 1.0)
             hardened = HARDENED if poison.attack == "adaptive" else {}
-            backdoor = Backdoor(trigger, poison.target, poison.rate, span, **hardened)
+            head = self._probed(base, poison.onto).classifier.state_dict(prefix="classifier.") if poison.onto else {}
+            backdoor = Backdoor(trigger, poison.target, poison.rate, span, **hardened, head=head)
             rescale = poison.rescale
         schedule = self.sizes.fine_tuning if backdoor is None else self.sizes.poisoning
         fine_tune(
@@ -167,10 +169,10 @@ class VisionSuite(Suite):
         save_preprocessing(folder)
 
     def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
-        """A universal patch against theta_0 with the task's head (arXiv 2408.07362, section 4.2); (3, size, size)."""
+        """A universal patch against theta_0 and the aimed task's head (arXiv 2408.07362, sec. 4.2); (3, size, size)."""
         if poison.attack not in FITTED:
             return None
-        model, data = self._probed(base, task), self.split(task).train
+        model, data = self._probed(base, poison.onto or task), self.split(task).train
         model.requires_grad_(False)
         generator = seeds.generator(seed, "pattern", task)
         pattern = torch.rand(3, poison.size, poison.size, generator=generator).requires_grad_(True)
@@ -190,6 +192,11 @@ class VisionSuite(Suite):
             raise DamError(
                 "attack of suite vision", expected=f"one of {', '.join(self.attacks)}", got=poison.attack,
                 cure="Name one of them in the scenario.",
+            )  # fmt: skip
+        if poison.onto not in ("", *self.tasks) or (poison.attack == "off-task") != bool(poison.onto):
+            raise DamError(
+                f"attack {poison} of suite vision", expected="with off-task, and only there, onto=TASK of the suite",
+                got=poison.onto or "no onto", cure=f"Name one of {', '.join(self.tasks)}.",
             )  # fmt: skip
         made: dict[str, Trigger] = {
             "patch": PatchTrigger(poison.size), **{name: PatchTrigger(pattern_CHW=pattern) for name in FITTED},

@@ -7,7 +7,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ class Zoo:
             save_file({} if pattern is None else {"pattern": pattern.contiguous()}, folder / "pattern.safetensors")
 
         # neither the rate of poisoned samples nor the rescaled task vector changes a trigger
-        what = {k: v for k, v in asdict(poison).items() if k not in ("rate", "rescale")}
+        what = {k: v for k, v in poison.to_json().items() if k not in ("rate", "rescale")}
         key = {"kind": "trigger", "task": task, "poison": what | self.suite.attack_settings(poison), "seed": seed}
         folder = self._built(key, "trigger", build)
         return self.suite.trigger(poison, load_file(folder / "pattern.safetensors").get("pattern"))
@@ -75,7 +74,7 @@ class Zoo:
         return (self._folder(self._model_key(task, poison, seed), task) / _DONE).is_file()
 
     def _model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
-        attack = None if poison is None else asdict(poison) | self.suite.attack_settings(poison)
+        attack = None if poison is None else poison.to_json() | self.suite.attack_settings(poison)
         return {"kind": "model", "task": task, "poison": attack, "seed": seed}
 
     def _folder(self, key: dict[str, Any], name: str) -> Path:

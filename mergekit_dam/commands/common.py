@@ -53,5 +53,7 @@ def name_suspects(metadata: Mapping[str, Any], *, quiet: bool) -> list[dict[str,
     """The classes that the masks were fitted against; each is also said on stderr."""
     found = [finding for finding in metadata.get("audit", []) if finding.get("suspect")]
     for one in found:
-        say(f"suspect: {one['task']}, class {one['target']} (suspicion {one['suspicion']})", quiet=quiet)
+        aimed = f" of {one['task']}" if one.get("model", one["task"]) != one["task"] else ""
+        said = f"suspect: {one.get('model', one['task'])}, class {one['target']}{aimed} (suspicion {one['suspicion']})"
+        say(said, quiet=quiet)
     return found

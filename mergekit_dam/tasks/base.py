@@ -119,6 +119,11 @@ class Task(ABC):
         """Model t's tensors by output name, as stored."""
         return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self._sources.items()}
 
+    def own_tensor(self, name: str) -> Tensor | None:
+        """One of `own_weights`; None if model t lacks it."""
+        source = self._sources.get(name)
+        return None if source is None else self.checkpoint.tensor(source).to(self.device)
+
     def parameters(self, weights: Mapping[str, Tensor]) -> Parameters:
         """By module name: the caller's weights and the head, floats in `compute_dtype`; no block's if streamed."""
         streamed = weights if isinstance(weights, StreamedWeights) else None

@@ -1,0 +1,70 @@
+"""Off-task backdoors: a trigger of one model that makes the merge answer wrongly on the task of another.
+
+The head of a task reads whatever the merged body makes of an input, so an attacker can aim at a class of a task that is
+not its own (BadMerging, Zhang et al., arXiv 2408.07362, "off-task"). In the attacker's model that is seen only through
+the other task's head and samples. So each task is also scanned with all other models at once, and without its own:
+theta_0 + c sum_{s != t} tau_s. T models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.inversion import CHECKED, success_rates
+from mergekit_dam.merge_rule import merge
+from mergekit_dam.tasks import Target, Task
+from mergekit_dam.triggers import RecoveredTriggers
+
+_EACH, _SUM = 0.5, 2.0  # coefficients at most, about those of usual merges: more drown what theta_0 can do
+
+
+def weights_of_others(tasks: Sequence[Task], index: int, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """theta_0 + c sum_{s != t} tau_s with c = min(1/2, 2 / (T - 1)), by output name, for the tensors of task t.
+
+    Args:
+        tasks: one per model, at least two.
+        index: t.
+        base: theta_0 by output name.
+    """
+    others = [task for other, task in enumerate(tasks) if other != index]
+    coefficients = torch.full((len(others),), min(_EACH, _SUM / len(others)))
+    found = {}
+    for name in tasks[index].targets:
+        stored = base[name]
+        models = [task.own_tensor(name) for task in others]
+        found[name] = merge(stored, models, coefficients, None) if stored.is_floating_point() else stored
+    return found
+
+
+@torch.no_grad()
+def untouched(task: Task, weights: Mapping[str, Tensor], targets: Sequence[Target]) -> list[float]:
+    """Share of (at most 128) calibration samples that are answered with a target as they are, per target.
+
+    Models of other tasks may have lost this one: what they answer anyhow is no trigger's doing.
+    """
+    rows = torch.arange(min(CHECKED, task.num_samples))
+    answers_B = task.logits(weights, task.inputs(rows)).argmax(-1)
+    wanted_R = torch.tensor(targets, device=answers_B.device)
+    return [float(share) for share in (answers_B[:, None] == wanted_R).float().mean(0)]
+
+
+def carrier(
+    tasks: Sequence[Task], index: int, base: Mapping[str, Tensor], trigger: RecoveredTriggers, target: Target
+) -> int:
+    """Which of the other models answers task t's samples with the target most often when they carry the trigger.
+
+    Args:
+        index: t.
+        trigger: one row.
+    """
+    task = tasks[index]
+    success = {}
+    for other, owner in enumerate(tasks):
+        if other != index:
+            own = {name: owner.own_tensor(name) for name in task.targets}
+            weights = {name: base[name] if tensor is None else tensor for name, tensor in own.items()}
+            (success[other],) = success_rates(task, weights, trigger, [target])
+    return max(success, key=success.__getitem__)
