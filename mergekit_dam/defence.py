@@ -33,10 +33,10 @@ from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.numerics import require_finite_gradients
 from mergekit_dam.objective import Patience, fit_loss, summed
 from mergekit_dam.others import weights_of_others
-from mergekit_dam.pools import Pooled, Pools, blank, recover
+from mergekit_dam.pools import blank, recover
 from mergekit_dam.scan import scan
 from mergekit_dam.students import wanted
-from mergekit_dam.suspicion import Finding, Suspect, suspects
+from mergekit_dam.suspicion import Finding, Pooled, Pools, Suspect, suspects
 from mergekit_dam.tasks import Target, Task
 
 LOG = logging.getLogger(__name__)

@@ -61,7 +61,7 @@ class Inversion:
         self.batch_size = min(batch_size, task.num_samples)
         count = len(targets)
         if start is None:
-            start = kinds_for(task)[0].start(count, task.perturbation_shape, task.bounds, generator)
+            start = kinds_for(task.perturbation_shape)[0].start(count, task.perturbation_shape, task.bounds, generator)
         self.triggers = start.like([p.detach().clone().requires_grad_(True) for p in start.parameters])
         self.optimiser = torch.optim.Adam(self.triggers.parameters, lr=pace.learning_rate, betas=(0.5, 0.9))
         self.best = self.triggers.rows(range(count))

@@ -13,7 +13,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.dealing import Share
 from mergekit_dam.frozen import Weights
 from mergekit_dam.losses import distillation
-from mergekit_dam.pools import Pools
+from mergekit_dam.suspicion import Pools
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,31 +10,13 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.shards import Shards
 from mergekit_dam.inversion import WIDE, Inversion, success_rates
-from mergekit_dam.suspicion import Suspect
+from mergekit_dam.suspicion import Pooled, Pools, Suspect
 from mergekit_dam.tasks import Task
 from mergekit_dam.triggers import RecoveredTriggers, kinds_for
 
 _BATCH = 12  # samples per step of the search for a trigger to fit against
 _LEAST = 0.7  # weight of a trigger
 _POOL = 8  # triggers kept per suspect: the first one, and the latest
-
-
-@dataclass(frozen=True, eq=False)
-class Pooled:
-    """A trigger to fit against.
-
-    Attributes:
-        trigger: one row.
-        weight: how much it counts: the share of calibration samples on which theta_0 does not fall for it, but 0.7
-            at least. Wide triggers have much of their class's own looks, which theta_0 knows, too; to withstand them
-            costs accuracy on that class. A trigger that was fitted to theta_0 works on it as well, so all count.
-    """
-
-    trigger: RecoveredTriggers
-    weight: float
-
-
-Pools = dict[Suspect, list[Pooled]]
 
 
 def blank(task: Task, kind: str) -> RecoveredTriggers:
@@ -78,4 +59,4 @@ def recover(
 
 
 def _of(task: Task, kind: str) -> type[RecoveredTriggers]:
-    return next(one for one in kinds_for(task) if one.kind == kind)
+    return next(one for one in kinds_for(task.perturbation_shape) if one.kind == kind)

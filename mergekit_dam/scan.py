@@ -59,7 +59,7 @@ def scan(
         else:
             own = task.own_weights()
             findings += _scan_classes(index, task, own, base, config, "scan")
-            if Styles in kinds_for(task):
+            if Styles in kinds_for(task.perturbation_shape):
                 findings += _scan_styles(index, task, own, base, config)
             if config.scan_others and task.defended and len(tasks) > 1:
                 findings += _scan_others(index, tasks, base, config)

@@ -1,4 +1,4 @@
-"""What a scan finds, and from when on it is suspect. R triggers, one per row."""
+"""What a scan finds, from when on it is suspect, and what is fitted against then. R triggers, one per row."""
 
 from __future__ import annotations
 
@@ -91,19 +91,36 @@ class Finding:
         return names | {"kind": self.trigger.kind} | self.numbers
 
 
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """A trigger to fit against.
+
+    Attributes:
+        trigger: one row.
+        weight: how much it counts: the share of calibration samples on which theta_0 does not fall for it, but 0.7
+            at least. Wide triggers have much of their class's own looks, which theta_0 knows, too; to withstand them
+            costs accuracy on that class. A trigger that was fitted to theta_0 works on it as well, so all count.
+    """
+
+    trigger: RecoveredTriggers
+    weight: float
+
+
+Pools = dict[Suspect, list[Pooled]]
+
+
 def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
-    """Findings above the threshold that also come near to the most suspect one of the same scan.
+    """Findings above the threshold that also come near to the most suspect one of their task.
 
     With a carrier, only the most suspect one of each, and none of a model that is suspect in its own task: a planted
     trigger has side effects on the tasks of others, which go with it, and to fit against each of them costs more than
     it gives (benchmarks/STUDY.md).
     """
     own = [f for f in findings if f.carrier is None]
-    top: dict[tuple[int, str], float] = {}
+    top: dict[int, float] = {}
     for finding in own:
-        scan = finding.task, finding.trigger.kind
-        top[scan] = max(top.get(scan, 0.0), finding.suspicion)
-    found = [f for f in own if f.suspicion >= max(threshold, _RELATIVE * top[f.task, f.trigger.kind])]
+        top[finding.task] = max(top.get(finding.task, 0.0), finding.suspicion)
+    found = [f for f in own if f.suspicion >= max(threshold, _RELATIVE * top[f.task])]
     worst: dict[int, Finding] = {}
     for finding in findings:
         if finding.carrier is not None and finding.suspicion >= threshold:

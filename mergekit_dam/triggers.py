@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_dam.perturbation import Bounds, Perturb, insert_tokens
-from mergekit_dam.tasks import Task
 
 _START = -2.0  # mask logit at the start: 12 % of every pixel
 _GRID = 4  # control points per edge of what changes smoothly over an image
@@ -163,6 +162,6 @@ class Tokens(RecoveredTriggers):
         return insert
 
 
-def kinds_for(task: Task) -> tuple[type[RecoveredTriggers], ...]:
-    """Kinds of triggers for a task's inputs, the plainest first."""
-    return (Tokens,) if len(task.perturbation_shape) == 2 else (Stamps, Styles)
+def kinds_for(shape: tuple[int, ...]) -> tuple[type[RecoveredTriggers], ...]:
+    """Kinds of triggers for inputs of `shape`, the plainest first."""
+    return (Tokens,) if len(shape) == 2 else (Stamps, Styles)
