@@ -69,14 +69,14 @@ class Finding:
     def suspicion(self) -> float:
         """Success that theta_0 does not share, and half of what the trigger lacks of the usual size; -1..1.5.
 
-        A style counts the less the nearer it is to the largest there can be. With a carrier, size adds no more than
-        success does: other models make some class of a task easier to reach even if they are clean.
+        A style counts the less the nearer it is to the largest there can be. With a carrier both must speak against the
+        model, and the weaker one counts, twice: even clean models make some class of another's task easier to reach.
         """
         gap, largest = self.success - self.control, self.trigger.largest
         if largest < math.inf:
             return gap * (1.0 - self.size / largest)
         small = 0.5 * max(0.0, 1.0 - self.size / max(self.usual, 1e-6))
-        return gap + (small if self.carrier is None else min(small, max(gap, 0.0)))
+        return gap + small if self.carrier is None else 2.0 * min(gap, small)
 
     @property
     def numbers(self) -> dict[str, float]:
