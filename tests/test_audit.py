@@ -24,7 +24,7 @@ from tests.conftest import FAST
 from tests.tiny_models import make_model
 
 NOTHING = Tokens([torch.zeros(1, 2, 2)], Bounds.of(torch.zeros(2), torch.ones(2)))
-PLAIN: dict[str, Any] = {f.name: 1.0 for f in fields(Finding)} | {"trigger": NOTHING}
+PLAIN: dict[str, Any] = {f.name: 1.0 for f in fields(Finding)} | {"trigger": NOTHING, "carrier": None}
 
 
 def _audit(base: Path, models: list[Path], data: Path, folder: Path, *options: str) -> Any:
