@@ -61,7 +61,6 @@ def save_triggers(
         task = tasks[finding.task]
         parts = _content(finding.trigger, task.perturbation_shape)
         entry = {**finding.to_json(tasks), "suspect": finding.key in suspects}
-        entry["kind"] = finding.trigger.kind
         if "embeddings" in parts:
             entry["tokens"] = task.nearest_tokens(parts["embeddings"])
         entries.append(entry)

@@ -51,20 +51,22 @@ def untouched(task: Task, weights: Mapping[str, Tensor], targets: Sequence[Targe
     return [float(share) for share in (answers_B[:, None] == wanted_R).float().mean(0)]
 
 
-def carrier(
-    tasks: Sequence[Task], index: int, base: Mapping[str, Tensor], trigger: RecoveredTriggers, target: Target
-) -> int:
-    """Which of the other models answers task t's samples with the target most often when they carry the trigger.
+def carriers(
+    tasks: Sequence[Task], index: int, base: Mapping[str, Tensor], found: Sequence[tuple[RecoveredTriggers, Target]]
+) -> list[int]:
+    """Which of the other models answers task t's samples with a target most often when they carry its trigger.
 
     Args:
         index: t.
-        trigger: one row.
+        found: triggers, one row each, and their targets.
+
+    Returns:
+        A model's index for each; the first one of several that do so alike.
     """
-    task = tasks[index]
-    success = {}
+    task, success = tasks[index], {}
     for other, owner in enumerate(tasks):
         if other != index:
             own = {name: owner.own_tensor(name) for name in task.targets}
             weights = {name: base[name] if tensor is None else tensor for name, tensor in own.items()}
-            (success[other],) = success_rates(task, weights, trigger, [target])
-    return max(success, key=success.__getitem__)
+            success[other] = [success_rates(task, weights, trigger, [target])[0] for trigger, target in found]
+    return [max(success, key=lambda other: success[other][row]) for row in range(len(found))]

@@ -20,7 +20,7 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.continuations import scan_continuations
 from mergekit_dam.inversion import Inversion, success_rates
-from mergekit_dam.others import carrier, untouched, weights_of_others
+from mergekit_dam.others import carriers, untouched, weights_of_others
 from mergekit_dam.suspicion import Finding
 from mergekit_dam.tasks import CausalTask, Task
 from mergekit_dam.triggers import RecoveredTriggers, Styles, kinds_for
@@ -71,7 +71,7 @@ def _scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], 
     task, others = tasks[index], weights_of_others(tasks, index, base)
     findings = _scan_classes(index, task, others, base, config, "others")
     plain = untouched(task, others, [found.target for found in findings])
-    owners = [carrier(tasks, index, base, found.trigger, found.target) for found in findings]
+    owners = carriers(tasks, index, base, [(found.trigger, found.target) for found in findings])
     return [
         replace(found, control=max(found.control, share), carrier=owner)
         for found, share, owner in zip(findings, plain, owners, strict=True)
@@ -121,7 +121,7 @@ def _parts(task: Task, weights: Mapping[str, Tensor]) -> list[range]:
 
 def _findings(index: int, search: Inversion, base: Mapping[str, Tensor]) -> list[Finding]:
     """One per row of a search."""
-    success, control = (success_rates(search.task, w, search.best, search.targets) for w in (search.weights, base))
+    success, control = _rates(search, base)
     size_R = search.best.size()
     found = []
     for row, target in enumerate(search.targets):
@@ -132,9 +132,15 @@ def _findings(index: int, search: Inversion, base: Mapping[str, Tensor]) -> list
     return found
 
 
+def _rates(search: Inversion, base: Mapping[str, Tensor]) -> tuple[list[float], list[float]]:
+    """Success of the best triggers so far on the model and on theta_0, per row."""
+    own, control = (success_rates(search.task, w, search.best, search.targets) for w in (search.weights, base))
+    return own, control
+
+
 def _gap(search: Inversion, base: Mapping[str, Tensor]) -> Tensor:
     """Success of the best triggers so far that theta_0 does not share, (R,)."""
-    own, control = (success_rates(search.task, w, search.best, search.targets) for w in (search.weights, base))
+    own, control = _rates(search, base)
     return torch.tensor(own, device=search.task.device) - torch.tensor(control, device=search.task.device)
 
 

@@ -18,9 +18,8 @@ GAIN = 10.0  # points of mean ACC by which the fine-tunes beat theta_0
 RECOVERED = 0.5  # share of that gain which the best all-clean undefended merge keeps
 VICTIM = 95.0  # ASR of a victim alone, percent
 INHERITED = 60.0  # ASR of the undefended merge, percent
-STRONG = frozenset(
-    {"merge-aware", "adaptive", "off-task"}
-)  # attacks that are built to survive a merge; plain ones may die in it
+# attacks that are built to survive a merge; plain ones may die in it
+STRONG = frozenset({"merge-aware", "adaptive", "off-task"})
 
 
 @dataclass(frozen=True)
