@@ -2,11 +2,13 @@
 
 A model of 200 tensors otherwise takes 400 launches per step from Python, as long as its passes take with a small
 batch. Addresses of the tensors go to the kernels in tables; merged tensors and gradients are parts of one allocation.
+The groups that there are, by what one entry of a mask covers: fused_kinds.py.
 Legend: T models, n tensors of a group, P columns of the coefficients, F factors of a mask.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +17,11 @@ from torch import Tensor
 
 from mergekit_dam import fused
 from mergekit_dam.chunks import Mask
-from mergekit_dam.fused import BLOCK, kernels
-from mergekit_dam.grouped import groups
+from mergekit_dam.fused import kernels
 from mergekit_dam.mask_product import MaskProduct
 
-_SUMS = 256  # products per step of their sum
-_ALIGNED = 16  # bytes of addresses, elements of sizes: what lets a thread load 16 bytes at once
+_SUMS = 2048  # products per step of their sum
+ALIGNED = 16  # bytes of addresses, elements of sizes: what lets a thread load 16 bytes at once
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,13 @@ class Member:
     models: Sequence[Tensor | None]
 
     @property
-    def fits(self) -> bool:
-        """Whether the kernels can take it together with others."""
+    def is_plain(self) -> bool:
+        """Whether the kernels can read it together with others."""
         every = [self.base, *(model for model in self.models if model is not None)]
-        whole = self.base.numel() > 0 and self.base.numel() % _ALIGNED == 0
-        return whole and all(tensor.dtype == self.base.dtype and _is_plain(tensor) for tensor in every)
+        return self.base.numel() > 0 and all(t.dtype == self.base.dtype and _is_plain(t) for t in every)
 
 
-def grouped(members: Sequence[Member], most: int) -> list[Group]:
-    """Groups of tensors of one type that end once they have `most` elements; tensors that do not fit are left out."""
-    by_type: dict[torch.dtype, list[Member]] = {}
-    for member in members:
-        if member.fits:
-            by_type.setdefault(member.base.dtype, []).append(member)
-    return [Group(some) for same in by_type.values() for some in groups(same, most, lambda m: m.base.numel())]
-
-
-class Group:
+class Group(ABC):
     """Tensors of one type on one device, and what the kernels must know of them.
 
     Attributes:
@@ -72,17 +63,42 @@ class Group:
         self._tasks = len(members[0].models)
         sizes = [member.base.numel() for member in members]
         self.numel = sum(sizes)
-        self._sizes_n = sizes
-        blocks = [-(-size // BLOCK) for size in sizes]
-        self._programs = sum(blocks)
         # a model that lacks the tensor has theta_0's: its task vector is zero
         addresses = [(m.base if t is None else t).data_ptr() for m in members for t in (m.base, *m.models)]
         self._frozen = self._table(addresses)
-        self._sizes, self._offsets = self._table(sizes), self._table(_starts(sizes))
+        self._offsets = self._table(_starts(sizes))
         self._columns = self._table([member.column for member in members], torch.int32)
-        self._firsts, self._counts = self._table(_starts(blocks), torch.int32), self._table(blocks, torch.int32)
+        programs = [self._num_programs(member) for member in members]
+        self._programs = sum(programs)
+        self._firsts, self._counts = self._table(_starts(programs), torch.int32), self._table(programs, torch.int32)
         order = torch.arange(len(members), dtype=torch.int32)
-        self._owners = order.repeat_interleave(torch.tensor(blocks)).to(self._device)
+        self._owners = order.repeat_interleave(torch.tensor(programs)).to(self._device)
+
+    @staticmethod
+    @abstractmethod
+    def takes(member: Member) -> bool:
+        """Whether such groups can have this tensor, with the masks that they are for."""
+
+    @staticmethod
+    @abstractmethod
+    def mask_shape(member: Member) -> tuple[int, ...]:
+        """Shape that a tensor's mask must have."""
+
+    @staticmethod
+    @abstractmethod
+    def _num_programs(member: Member) -> int:
+        """Programs that work on a tensor; they lie one after the other."""
+
+    @abstractmethod
+    def _merge(self, flat: Tensor, masks: Mapping[str, Mask], coefficients: Tensor) -> None:
+        """theta of all members into `flat`."""
+
+    @abstractmethod
+    def _chain(
+        self, flat: Tensor, products: Tensor, upstreams: Sequence[Tensor], masks: Mapping[str, Mask],
+        coefficients: Tensor,
+    ) -> None:  # fmt: skip
+        """dL/dlogit into `flat`, (F, entries of all masks), and what adds up to dL/dlambda, (T, programs)."""
 
     @property
     def mask_names(self) -> frozenset[str]:
@@ -96,13 +112,13 @@ class Group:
         if len(products) < len(found):
             return False
         kinds = {(len(mask.factors), mask.logits, mask.temperature) for mask in products}
-        shapes = all(mask.shape == m.base.shape for mask, m in zip(products, self.members, strict=True))
+        shapes = all(tuple(mask.shape) == self.mask_shape(m) for mask, m in zip(products, self.members, strict=True))
         factors = (factor for mask in products for factor in mask.factors)
         return len(kinds) == 1 and shapes and all(f.dtype == torch.float32 and _is_plain(f) for f in factors)
 
     def num_factors(self, masks: Mapping[str, Mask]) -> int:
         """F of masks that this group serves."""
-        return len(_product(masks[self.members[0].mask]).factors)
+        return len(self._product(masks).factors)
 
     def merged(self, masks: Mapping[str, Mask], coefficients: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """theta by name, each a part of one allocation.
@@ -113,14 +129,10 @@ class Group:
             dtype: of theta.
         """
         flat = torch.empty(self.numel, dtype=dtype, device=self._device)
-        factors, (count, logits, _) = self._factors(masks)
         with fused.on(self._device):
-            kernels.merge_many[self._programs,](
-                flat, self._frozen, factors, coefficients, *self._strides(coefficients), self._owners, self._firsts,
-                self._sizes, self._offsets, self._columns, self._tasks, count, fused.element_type(self._stored),
-                logits, BLOCK,
-            )  # fmt: skip
-        return {m.name: part for m, part in zip(self.members, self._parts(flat), strict=True)}
+            self._merge(flat, masks, coefficients)
+        parts = _parts(flat, [tuple(member.base.shape) for member in self.members])
+        return {member.name: part for member, part in zip(self.members, parts, strict=True)}
 
     def logit_gradients(
         self, upstreams: Sequence[Tensor | None], masks: Mapping[str, Mask], coefficients: Tensor,
@@ -136,57 +148,43 @@ class Group:
             return
         unused = max((m.base.numel() for m, u in zip(self.members, upstreams, strict=True) if u is None), default=0)
         nothing = present[0].new_zeros(unused)
-        flat, sums = self._chained([_ready(nothing if u is None else u) for u in upstreams], masks, coefficients)
+        shapes = [self.mask_shape(member) for member in self.members]
+        entries = sum(torch.Size(shape).numel() for shape in shapes)
+        flat = torch.empty((self.num_factors(masks), entries), dtype=torch.float32, device=self._device)
+        products = torch.empty((self._tasks, self._programs), dtype=torch.float32, device=self._device)
+        sums = torch.empty((self._tasks, len(self.members)), dtype=torch.float32, device=self._device)
+        with fused.on(self._device):
+            ready = [_ready(nothing if u is None else u) for u in upstreams]
+            self._chain(flat, products, ready, masks, coefficients)
+            kernels.sum_products[len(self.members), self._tasks](
+                products, self._programs, self._firsts, self._counts, sums, _SUMS
+            )
         if coefficient_out.shape[1] == 1:
             coefficient_out.add_(sums.sum(1, keepdim=True))
         else:
             coefficient_out[:, self._columns.long()] += sums  # each column once: no two tensors share a mask
-        rows = [self._parts(row) for row in flat]
+        rows = [_parts(row, shapes) for row in flat]
         for member, used, *parts in zip(self.members, upstreams, *rows, strict=True):
             if used is not None:
                 yield member.mask, parts
 
-    def _chained(
-        self, upstreams: Sequence[Tensor], masks: Mapping[str, Mask], coefficients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """dL/dlogit, (F, elements of all), and dL/dlambda of each tensor, (T, n)."""
-        factors, (count, logits, temperature) = self._factors(masks)
-        flat = torch.empty((count, self.numel), dtype=torch.float32, device=self._device)
-        products = torch.empty((self._tasks, self._programs), dtype=torch.float32, device=self._device)
-        sums = torch.empty((self._tasks, len(self.members)), dtype=torch.float32, device=self._device)
-        with fused.on(self._device):
-            kernels.gradients_many[self._programs,](
-                flat, self._table([u.data_ptr() for u in upstreams]), self._frozen, factors, coefficients,
-                *self._strides(coefficients), self._owners, self._firsts, self._sizes, self._offsets, self._columns,
-                products, self._programs, self.numel, 1.0 / temperature, self._tasks, count,
-                fused.element_type(self._stored), fused.element_type(upstreams[0].dtype), logits, BLOCK,
-            )  # fmt: skip
-            kernels.sum_products[len(self.members), self._tasks](
-                products, self._programs, self._firsts, self._counts, sums, _SUMS
-            )
-        return flat, sums
-
     def _table(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self._device)
 
-    def _parts(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split(self._sizes_n)
-        return [part.view(m.base.shape) for part, m in zip(parts, self.members, strict=True)]
+    def _factors(self, masks: Mapping[str, Mask]) -> Tensor:
+        """Addresses (n F,) of the factors."""
+        found = [masks[member.mask] for member in self.members]
+        return self._table([f.data_ptr() for mask in found if isinstance(mask, MaskProduct) for f in mask.factors])
 
-    def _factors(self, masks: Mapping[str, Mask]) -> tuple[Tensor, tuple[int, bool, float]]:
-        """Addresses (n F,) of the factors; F, whether they are logits, and their temperature."""
-        found = [_product(masks[member.mask]) for member in self.members]
-        addresses = self._table([f.data_ptr() for mask in found for f in mask.factors])
-        return addresses, (len(found[0].factors), found[0].logits, found[0].temperature)
+    def _product(self, masks: Mapping[str, Mask]) -> MaskProduct:
+        """The first of masks that this group serves: number, kind and temperature of factors are those of all."""
+        first = masks[self.members[0].mask]
+        assert isinstance(first, MaskProduct)
+        return first
 
     @staticmethod
     def _strides(coefficients: Tensor) -> tuple[int, int]:
         return coefficients.stride(0), coefficients.stride(1) if coefficients.shape[1] > 1 else 0
-
-
-def _product(mask: Mask) -> MaskProduct:
-    assert isinstance(mask, MaskProduct)
-    return mask
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
@@ -197,8 +195,14 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     return starts
 
 
+def _parts(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of what lies one after the other."""
+    parts = flat.split([torch.Size(shape).numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNED == 0
+    return tensor.is_contiguous() and tensor.data_ptr() % ALIGNED == 0
 
 
 def _ready(upstream: Tensor) -> Tensor:

@@ -131,6 +131,79 @@ def gradients_many(
 
 
 @triton.jit
+def _row(owners, firsts, widths):
+    """The tensor of this program, the row of it, and how many elements that has: a multiple of 16."""
+    tensor = tl.load(owners + tl.program_id(0))
+    return tensor, tl.program_id(0) - tl.load(firsts + tensor), tl.multiple_of(tl.load(widths + tensor), 16)
+
+
+@triton.jit
+def _factor(factors, index, row, LOGITS: tl.constexpr):
+    """One entry of a factor that begins at an address out of a table."""
+    value = tl.load(tl.load(factors + index).to(tl.pointer_type(tl.float32)) + row)
+    if LOGITS:
+        value = tl.sigmoid(value)
+    return value
+
+
+@triton.jit
+def merge_rows(
+    out, frozen, factors, lambdas, stride_t, stride_p, owners, firsts, widths, offsets, columns,
+    TASKS: tl.constexpr, FACTORS: tl.constexpr, STORED: tl.constexpr, LOGITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tensor, row, width = _row(owners, firsts, widths)
+    begin = row.to(tl.int64) * width
+    column = lambdas + tl.load(columns + tensor) * stride_p
+    to = out + tl.multiple_of(tl.load(offsets + tensor), 16)
+    kept = 1.0
+    for f in tl.static_range(FACTORS):
+        kept *= _factor(factors, tensor * FACTORS + f, row, LOGITS)
+    block = 0
+    while block * BLOCK < width:
+        within = block * BLOCK + tl.arange(0, BLOCK)
+        at, inside = begin + within, within < width
+        theta_0 = _loaded(frozen, tensor * (TASKS + 1), at, inside, STORED)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for t in tl.static_range(TASKS):
+            tau = _loaded(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
+            total += tl.load(column + t * stride_t) * tau
+        tl.store(to + at, total * kept + theta_0, mask=inside)
+        block += 1
+
+
+@triton.jit
+def gradients_rows(
+    out, upstreams, frozen, factors, lambdas, stride_t, stride_p, owners, firsts, widths, columns, products,
+    programs, sharpness, TASKS: tl.constexpr, FACTORS: tl.constexpr, STORED: tl.constexpr, COMPUTED: tl.constexpr,
+    LOGITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tensor, row, width = _row(owners, firsts, widths)
+    begin = row.to(tl.int64) * width
+    column = lambdas + tl.load(columns + tensor) * stride_p
+    kept = 1.0
+    for f in tl.static_range(FACTORS):
+        kept *= _factor(factors, tensor * FACTORS + f, row, LOGITS)
+    to_mask = 0.0
+    for t in tl.static_range(TASKS):
+        # theta_0 and the upstream gradient of a row are in the cache for all models but the first
+        total = tl.zeros((BLOCK,), tl.float32)
+        block = 0
+        while block * BLOCK < width:
+            within = block * BLOCK + tl.arange(0, BLOCK)
+            at, inside = begin + within, within < width
+            theta_0 = _loaded(frozen, tensor * (TASKS + 1), at, inside, STORED)
+            tau = _loaded(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
+            total += _loaded(upstreams, tensor, at, inside, COMPUTED) * tau
+            block += 1
+        product = tl.sum(total)
+        tl.store(products + t * programs + tl.program_id(0), product * kept)
+        to_mask += tl.load(column + t * stride_t) * product
+    for f in tl.static_range(FACTORS):
+        value = _factor(factors, tensor * FACTORS + f, row, LOGITS)
+        tl.store(out + f * programs + tl.program_id(0), to_mask * kept * (1.0 - value) * sharpness)
+
+
+@triton.jit
 def sum_products(products, programs, firsts, counts, out, BLOCK: tl.constexpr):
     """Per tensor and task, the sum over its blocks, in one order: atomic additions would make runs differ."""
     tensor, task = tl.program_id(0), tl.program_id(1)

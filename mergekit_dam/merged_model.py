@@ -20,7 +20,8 @@ from mergekit_dam import fused
 from mergekit_dam.chunks import Mask
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.frozen import FrozenModels, Offload, Weights
-from mergekit_dam.fused_groups import Group, Member, grouped
+from mergekit_dam.fused_groups import Group, Member
+from mergekit_dam.fused_kinds import grouped
 from mergekit_dam.mask_product import MaskProduct, together_numel
 from mergekit_dam.merge_rule import coefficient_gradient, gradients, logit_gradients, merge
 from mergekit_dam.merged_blocks import BlockMerger, MergedBlocks

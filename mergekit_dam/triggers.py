@@ -127,14 +127,24 @@ class Styles(RecoveredTriggers):
         def change(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
             self.bounds.verify(x, "triggered pixels")
             edges = x.shape[-2:]
-            moved_BHW2 = F.interpolate(_FLOW * flow, edges, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+            moved_BHW2 = _stretched(_FLOW * flow, edges, "bicubic").permute(0, 2, 3, 1)
             rows, columns = (torch.linspace(-1, 1, edge, device=x.device) for edge in edges)
             still_HW2 = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
             warped = F.grid_sample(x, still_HW2 + moved_BHW2, padding_mode="border", align_corners=True)
-            added = F.interpolate(_SHIFT * shade, edges, mode="bilinear", align_corners=True) * self.bounds.span
+            added = _stretched(_SHIFT * shade, edges, "bilinear") * self.bounds.span
             return self.bounds.clamp(warped * (1 + _GAIN * gain) + added), mask
 
         return change
+
+
+def _stretched(grid_BCGG: Tensor, edges: Sequence[int], mode: str) -> Tensor:
+    """`F.interpolate` from corner to corner, as products: on accelerators its own backward pass adds in any order."""
+    count, device = grid_BCGG.shape[-1], grid_BCGG.device
+    identity_GG = torch.eye(count, device=device)[None, None]
+    rows, columns = (
+        F.interpolate(identity_GG, (edge, count), mode=mode, align_corners=True)[0, 0] for edge in edges
+    )  # fmt: skip
+    return rows @ grid_BCGG @ columns.T
 
 
 class Tokens(RecoveredTriggers):

@@ -30,10 +30,11 @@ INVERSION = {"objective": "inversion", "suspicion": 0.0, "scan_steps": 2, "refre
     [
         {"objective": "paper"},
         INVERSION,
+        {"objective": "inversion", "granularity": "row"},
         {"objective": "inversion", "mask": "m1", "granularity": "row", "rescale": True},
         {"objective": "inversion", "gradient_checkpointing": True},
     ],
-    ids=["paper", "inversion with triggers", "rows", "checkpointing"],
+    ids=["paper", "inversion with triggers", "rows", "rescaled rows", "checkpointing"],
 )
 def test_masks_equal_those_of_the_cpu(offload: str, settings: dict[str, Any], vit: Path, images: Path) -> None:
     wanted = learned(vit, images, **settings)

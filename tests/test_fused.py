@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import fused, fused_groups, merge_rule
-from mergekit_dam.fused_groups import Group, Member, grouped
+from mergekit_dam.fused_groups import Group, Member
+from mergekit_dam.fused_kinds import ElementGroup, RowGroup, grouped
 from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_product import MaskProduct
+from mergekit_dam.masks import Granularity, mask_shape
 from tests.searching import learned
 
 pytest.importorskip("triton", reason="PyTorch for CPUs comes without it, and no wheel is for this system")
@@ -125,20 +127,30 @@ def members(tasks: int, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Me
     return found
 
 
-@pytest.mark.parametrize("columns", [1, 5])
+SHAPES = (16,), (48, 32), (7, 16), (3, 1040), (5, 3), (3, 4, 16)
+
+
+def test_what_is_grouped() -> None:
+    groups = grouped(members(3, torch.float32, *SHAPES), 1500)
+    found = [(type(group), "".join(m.name[-1] for m in group.members)) for group in groups]
+    matrices = [(ElementGroup, "1"), (ElementGroup, "23"), (ElementGroup, "5")]
+    # 15 elements do not fit, nor do rows of 3
+    assert found == [(ElementGroup, "0"), *matrices, *((RowGroup, names) for _, names in matrices)]
+
+
+@pytest.mark.parametrize("columns", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_groups_do_what_single_tensors_do(dtype: torch.dtype, columns: int) -> None:
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_groups_do_what_single_tensors_do(granularity: Granularity, dtype: torch.dtype, columns: int) -> None:
     torch.manual_seed(3)
-    every = members(3, dtype, (16,), (48, 32), (7, 16), (3, 1040), (5, 3))
-    groups = grouped(every, 1500)
-    assert [[m.name[-1] for m in group.members] for group in groups] == [["0", "1"], ["2", "3"]], (
-        "15 elements do not fit"
-    )
-    masks_by_name = {m.mask: masks(tuple(m.base.shape), "logits") for m in every}
+    every = members(3, dtype, *SHAPES)
+    masks_by_name = {m.mask: masks(mask_shape(m.base.shape, granularity), "logits") for m in every}
     coefficients = torch.rand(3, columns, device=DEVICE)
     ours, wanted = torch.zeros_like(coefficients), torch.zeros(3, columns)
-    for group in groups:
-        assert group.serves(masks_by_name) and group.num_factors(masks_by_name) == 2
+    serving = [group for group in grouped(every, 1500) if group.serves(masks_by_name)]
+    assert "".join(sorted(m.name[-1] for group in serving for m in group.members)) == "01235", "each once"
+    for group in serving:
+        assert group.num_factors(masks_by_name) == 2
         merged = group.merged(masks_by_name, coefficients, dtype)
         upstreams = [
             None if m.name.endswith("2") else torch.randn(m.base.shape, device=DEVICE).to(dtype) for m in group.members
@@ -152,16 +164,27 @@ def test_groups_do_what_single_tensors_do(dtype: torch.dtype, columns: int) -> N
             if upstream is None:
                 assert member.mask not in found, "no task used it"
                 continue
-            expected = merge_rule.logit_gradients(upstream.cpu(), *own, (0, 1), coefficient_out=wanted[:, column])
-            torch.testing.assert_close(on_cpu(found[member.mask]), expected)
+            expected = expected_gradients(upstream.cpu(), *own, coefficient_out=wanted[:, column])
+            torch.testing.assert_close(on_cpu(found[member.mask]), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def expected_gradients(
+    upstream: Tensor, base: Tensor, models: list[Tensor | None], lambdas: Tensor, mask: MaskProduct, *,
+    coefficient_out: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """dL/dlogit of both factors by the merge rule."""
+    found = torch.zeros(mask.shape)
+    merge_rule.gradients(upstream, base, models, lambdas, mask, mask_out=found, coefficient_out=coefficient_out)
+    return mask.logit_gradients(found, (0, 1))
+
+
 def test_masks_that_groups_do_not_serve() -> None:
-    (group,) = grouped(members(2, torch.float32, (16, 4), (32,)), 1 << 20)
-    good = {"mask 0": masks((16, 4), "logits"), "mask 1": masks((32,), "logits")}
+    (group, _) = grouped(members(2, torch.float32, (16, 4), (32, 16)), 1 << 20)
+    good = {"mask 0": masks((16, 4), "logits"), "mask 1": masks((32, 16), "logits")}
     assert group.serves(good)
-    for bad in (masks((32,), "tensor"), masks((32,), "saved"), masks((16,), "logits"), masks((32,), "samples"), None):
+    of_others = ("tensor", "saved", "samples")
+    for bad in (*(masks((32, 16), kind) for kind in of_others), masks((32, 1), "logits"), None):
         assert not group.serves(good | {"mask 1": bad})
 
 
@@ -177,15 +200,25 @@ def test_an_accelerator_without_triton_is_told(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py does this with compiled kernels")
-def test_a_search_with_kernels_gives_the_same_masks(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = learned(vit, images, steps=2)
-    served = []
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_a_search_with_kernels_gives_the_same_masks(
+    granularity: Granularity, vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"steps": 1, "granularity": granularity}  # programs of the interpreter are slow
+    plain = learned(vit, images, **settings)
+    served = set()
     monkeypatch.setattr(fused, "runs_on", lambda device: True)
-    monkeypatch.setattr(fused_groups, "_ALIGNED", 4)  # as mapped files are; the interpreter does not mind
+    monkeypatch.setattr(fused_groups, "ALIGNED", 4)  # as mapped files are; the interpreter does not mind
     serves = Group.serves
-    monkeypatch.setattr(Group, "serves", lambda *all: served.append(serves(*all)) or served[-1])
-    kernels = learned(vit, images, steps=2)
-    assert served and all(served)
+
+    def noted(group: Group, masks_by_name: dict[str, MaskProduct]) -> bool:
+        found = serves(group, masks_by_name)
+        served.update(group.mask_names if found else ())
+        return found
+
+    monkeypatch.setattr(Group, "serves", noted)
+    kernels = learned(vit, images, **settings)
+    assert len(served) == len(plain[0]) // 2, "two logits per mask, and no mask is left to single operations"
     assert kernels[2] == pytest.approx(plain[2], rel=1e-4)
     torch.testing.assert_close(kernels[1], plain[1], rtol=1e-3, atol=1e-5)
     for name, logits in plain[0].items():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,50 +18,82 @@ from torch import Tensor
 
 from mergekit_dam import fused
 from mergekit_dam.bench.gauges import environment
+from mergekit_dam.fused_groups import Group, Member
+from mergekit_dam.fused_kinds import ElementGroup, RowGroup
 from mergekit_dam.mask_product import MaskProduct
-from mergekit_dam.merge_rule import logit_gradients, merge
+from mergekit_dam.merge_rule import gradients, logit_gradients, merge
 
 _REPEATS = 10
+_WIDTH = 2048  # of a row, as in a causal LM of a billion parameters
 
 
 def measure_elementwise(tasks: int, device: torch.device, numel: int = 1 << 28) -> dict[str, Any]:
-    """T models of one bfloat16 tensor merged under two masks, and the chain rule back to their logits.
+    """T models of one bfloat16 matrix merged under two masks, and the chain rule back to their logits.
+
+    Masks have an entry per element, and then one per row.
 
     Args:
         tasks: T.
-        device: where.
-        numel: elements of the tensor.
+        device: where; an accelerator.
+        numel: elements of the matrix, a multiple of 2,048.
 
     Returns:
         Median seconds and bytes per second of a copy, of both directions by our kernels and without them, and the
         share of the copy's rate that they reach.
     """
-    base, *models = ((0.1 * torch.randn(numel, device=device)).bfloat16() for _ in range(tasks + 1))
-    mask = MaskProduct(tuple(torch.randn(numel, device=device) for _ in range(2)), True)
-    coefficients, upstream = torch.rand(tasks, device=device), torch.randn(numel, device=device).bfloat16()
-    out, total = torch.empty_like(base), torch.zeros(tasks, device=device)
-    spare = torch.empty(numel, device=device)
-    forward = base.element_size() * (tasks + 2) + 4 * 2  # theta_0, theta_t, theta, two logits
-    backward = base.element_size() * (tasks + 2) + 4 * 2 + 4 * 2  # dL/dtheta for theta, and two gradients written
-
-    def chain() -> list[Tensor]:
-        return logit_gradients(upstream, base, models, coefficients, mask, (0, 1), coefficient_out=total)
-
-    found: dict[str, dict[str, float]] = {}
-    found["copy"] = _timed(lambda: spare.copy_(mask.factors[0]), 8 * numel, device)
-    found["merge"] = _timed(lambda: merge(base, models, coefficients, mask, out), forward * numel, device)
-    found["chain"] = _timed(chain, backward * numel, device)
-    with mock.patch.object(fused, "serves", lambda base, mask: False):
-        found["merge without kernels"] = _timed(
-            lambda: merge(base, models, coefficients, mask, out), forward * numel, device
-        )
-        found["chain without kernels"] = _timed(chain, backward * numel, device)
+    shape = (numel // _WIDTH, _WIDTH)
+    base, *models = ((0.1 * torch.randn(shape, device=device)).bfloat16() for _ in range(tasks + 1))
+    coefficients, upstream = torch.rand((tasks, 1), device=device), torch.randn(shape, device=device).bfloat16()
+    member = Member("matrix", "mask", 0, base, models)
+    found = {"copy": _timed(partial(_copy, *torch.empty((2, *shape), device=device)), 8 * numel, device)}
+    for kind, entries in ((ElementGroup, numel), (RowGroup, len(base))):
+        mask = MaskProduct(tuple(torch.randn(kind.mask_shape(member), device=device) for _ in range(2)), True)
+        frozen = base.element_size() * (tasks + 2) * numel  # theta_0 and theta_t, and theta or dL/dtheta
+        sizes = {"merge": frozen + 4 * 2 * entries, "chain": frozen + 4 * (2 + 2) * entries}  # logits, and gradients
+        group, case = kind([member]), _Case(base, models, upstream, mask, coefficients)
+        name = "" if kind is ElementGroup else ", rows"
+        for what, work in (("merge", case.merge), ("chain", case.chain)):
+            found[what + name] = _timed(partial(work, group), sizes[what], device)
+        with mock.patch.object(fused, "serves", lambda base, mask: False):
+            for what, work in (("merge", case.merge), ("chain", case.chain)):
+                found[f"{what}{name} without kernels"] = _timed(partial(work, None), sizes[what], device)
     ceiling = found["copy"]["bytes_per_second"]
     shares = {name: round(one["bytes_per_second"] / ceiling, 3) for name, one in found.items() if name != "copy"}
     return {
         "tasks": tasks, "numel": numel, "stored": "bfloat16", "rates": found, "share_of_copy": shares,
         "environment": environment(device),
     }  # fmt: skip
+
+
+@dataclass
+class _Case:
+    """One matrix, and what is done with it: by a group's kernels, or by single operations."""
+
+    base: Tensor
+    models: list[Tensor]
+    upstream: Tensor
+    mask: MaskProduct
+    coefficients: Tensor
+
+    def merge(self, group: Group | None) -> object:
+        if group is not None:
+            return group.merged({"mask": self.mask}, self.coefficients, self.base.dtype)
+        return merge(self.base, self.models, self.coefficients[:, 0], self.mask, torch.empty_like(self.base))
+
+    def chain(self, group: Group | None) -> object:
+        total = torch.zeros_like(self.coefficients)
+        if group is not None:
+            return list(group.logit_gradients([self.upstream], {"mask": self.mask}, self.coefficients, total))
+        known = self.upstream, self.base, self.models, self.coefficients[:, 0], self.mask
+        if self.mask.shape == self.base.shape:
+            return logit_gradients(*known, (0, 1), coefficient_out=total[:, 0])
+        found = torch.zeros(self.mask.shape, device=self.base.device)
+        gradients(*known, mask_out=found, coefficient_out=total[:, 0])
+        return self.mask.logit_gradients(found, (0, 1))
+
+
+def _copy(to: Tensor, of: Tensor) -> None:
+    to.copy_(of)
 
 
 def _timed(work: Callable[[], object], size: int, device: torch.device) -> dict[str, float]:

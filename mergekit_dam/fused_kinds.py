@@ -1,0 +1,120 @@
+"""Groups of tensors by what one entry of their masks covers: an element, or a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_dam import fused
+from mergekit_dam.chunks import Mask
+from mergekit_dam.fused import BLOCK, kernels
+from mergekit_dam.fused_groups import ALIGNED, Group, Member
+from mergekit_dam.grouped import groups
+from mergekit_dam.masks import mask_shape
+
+
+def grouped(members: Sequence[Member], most: int) -> list[Group]:
+    """Groups of each kind; which of them serves is for the masks to say. Tensors that do not fit are left out.
+
+    Vectors have an entry per element at both granularities, so they are never in one group with others.
+
+    Args:
+        members: tensors that change.
+        most: a group ends once it has so many elements.
+    """
+    found: list[Group] = []
+    for kind in (ElementGroup, RowGroup):
+        alike: dict[tuple[torch.dtype, bool], list[Member]] = {}
+        for member in members:
+            if member.is_plain and kind.takes(member):
+                alike.setdefault((member.base.dtype, member.base.ndim > 1), []).append(member)
+        for same in alike.values():
+            found += [kind(some) for some in groups(same, most, lambda m: m.base.numel())]
+    return found
+
+
+class ElementGroup(Group):
+    """Masks with an entry per element; a program works on a block of elements."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        self._sizes = self._table([member.base.numel() for member in members])
+
+    @staticmethod
+    def takes(member: Member) -> bool:
+        return member.base.numel() % ALIGNED == 0
+
+    @staticmethod
+    def mask_shape(member: Member) -> tuple[int, ...]:
+        return mask_shape(member.base.shape, "element")
+
+    @staticmethod
+    def _num_programs(member: Member) -> int:
+        return -(-member.base.numel() // BLOCK)
+
+    def _merge(self, flat: Tensor, masks: Mapping[str, Mask], coefficients: Tensor) -> None:
+        first = self._product(masks)
+        kernels.merge_many[self._programs,](
+            flat, self._frozen, self._factors(masks), coefficients, *self._strides(coefficients), self._owners,
+            self._firsts, self._sizes, self._offsets, self._columns, self._tasks, len(first.factors),
+            fused.element_type(self._stored), first.logits, BLOCK,
+        )  # fmt: skip
+
+    def _chain(
+        self, flat: Tensor, products: Tensor, upstreams: Sequence[Tensor], masks: Mapping[str, Mask],
+        coefficients: Tensor,
+    ) -> None:  # fmt: skip
+        first = self._product(masks)
+        kernels.gradients_many[self._programs,](
+            flat, self._table([u.data_ptr() for u in upstreams]), self._frozen, self._factors(masks), coefficients,
+            *self._strides(coefficients), self._owners, self._firsts, self._sizes, self._offsets, self._columns,
+            products, self._programs, self.numel, 1.0 / first.temperature, self._tasks, len(first.factors),
+            fused.element_type(self._stored), fused.element_type(upstreams[0].dtype), first.logits, BLOCK,
+        )  # fmt: skip
+
+
+class RowGroup(Group):
+    """Masks with an entry per row; a program works on a row."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        self._widths = self._table([_width(member) for member in members])
+
+    @staticmethod
+    def takes(member: Member) -> bool:
+        return member.base.ndim > 1 and _width(member) % ALIGNED == 0
+
+    @staticmethod
+    def mask_shape(member: Member) -> tuple[int, ...]:
+        return mask_shape(member.base.shape, "row")
+
+    @staticmethod
+    def _num_programs(member: Member) -> int:
+        return len(member.base)
+
+    def _merge(self, flat: Tensor, masks: Mapping[str, Mask], coefficients: Tensor) -> None:
+        first = self._product(masks)
+        kernels.merge_rows[self._programs,](
+            flat, self._frozen, self._factors(masks), coefficients, *self._strides(coefficients), self._owners,
+            self._firsts, self._widths, self._offsets, self._columns, self._tasks, len(first.factors),
+            fused.element_type(self._stored), first.logits, BLOCK,
+        )  # fmt: skip
+
+    def _chain(
+        self, flat: Tensor, products: Tensor, upstreams: Sequence[Tensor], masks: Mapping[str, Mask],
+        coefficients: Tensor,
+    ) -> None:  # fmt: skip
+        first = self._product(masks)
+        kernels.gradients_rows[self._programs,](
+            flat, self._table([u.data_ptr() for u in upstreams]), self._frozen, self._factors(masks), coefficients,
+            *self._strides(coefficients), self._owners, self._firsts, self._widths, self._columns, products,
+            self._programs, 1.0 / first.temperature, self._tasks, len(first.factors),
+            fused.element_type(self._stored), fused.element_type(upstreams[0].dtype), first.logits, BLOCK,
+        )  # fmt: skip
+
+
+def _width(member: Member) -> int:
+    """Elements of one row."""
+    return member.base.numel() // len(member.base)
