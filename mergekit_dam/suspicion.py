@@ -11,6 +11,8 @@ from mergekit_dam.tasks import Target, Task
 from mergekit_dam.triggers import RecoveredTriggers
 
 _RELATIVE = 0.75  # a target is suspect only if it comes this near to the most suspect one of its task
+_LARGE = 0.5  # of the usual size: a stamp above it may stand for what is no stamp
+_ENOUGH = 0.5  # of the threshold: what the style of the same target must reach then
 
 
 class Suspect(NamedTuple):
@@ -112,6 +114,9 @@ Pools = dict[Suspect, list[Pooled]]
 def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
     """Findings above the threshold that also come near to the most suspect one of their task.
 
+    A stamp that is not small may stand for what is no stamp, such as a warp: then the style of the same target counts
+    as well, if it speaks against the model too (benchmarks/STUDY.md).
+
     With a carrier, only the most suspect one of each, and none of a model that is suspect in its own task: a planted
     trigger has side effects on the tasks of others, which go with it, and to fit against each of them costs more than
     it gives (benchmarks/STUDY.md).
@@ -121,6 +126,10 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
     for finding in own:
         top[finding.task] = max(top.get(finding.task, 0.0), finding.suspicion)
     found = [f for f in own if f.suspicion >= max(threshold, _RELATIVE * top[f.task])]
+    large = {(f.task, f.target) for f in found if f.trigger.largest == math.inf and f.size > _LARGE * f.usual}
+    found += [
+        f for f in own if f not in found and (f.task, f.target) in large and f.suspicion >= _ENOUGH * threshold
+    ]  # fmt: skip
     worst: dict[int, Finding] = {}
     for finding in findings:
         if finding.carrier is not None and finding.suspicion >= threshold:
