@@ -217,8 +217,9 @@ class InversionSearch(MaskSearch):
         self.coefficients.grad = torch.zeros_like(self.coefficients)
         *mask_optimisers, (coefficient_optimiser, _) = self.optimisers
         steps = LogitSteps(
-            self.masks, {name: optimiser for name, (optimiser, _) in zip(self.masks, mask_optimisers, strict=True)}
-        )
+            self.masks, {name: optimiser for name, (optimiser, _) in zip(self.masks, mask_optimisers, strict=True)},
+            together=not self.model.blockwise,
+        )  # fmt: skip
         for key, found in self.model.logit_gradients(
             weights, merged, self.coefficients, self.coefficients.grad, range(len(self.masks)),
             whole=self.config.granularity == "tensor",

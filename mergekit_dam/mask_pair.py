@@ -50,14 +50,16 @@ def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights] |
 class LogitSteps:
     """One optimiser step of all masks, from gradients that come tensor by tensor.
 
-    As many tensors are stepped together as `together_numel` says.
-
     Args:
         masks: by name.
         optimisers: of the logits of the masks that learn, by the same names.
+        together: whether as many tensors are stepped together as `together_numel` says, or each by itself, which
+            spares their gradients' memory.
     """
 
-    def __init__(self, masks: Mapping[str, ConcreteMask], optimisers: Mapping[str, torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, masks: Mapping[str, ConcreteMask], optimisers: Mapping[str, torch.optim.Optimizer], *, together: bool
+    ) -> None:  # fmt: skip
         self.masks, self.optimisers = masks, optimisers
         self._waiting: dict[str, list[str]] = {name: [] for name in optimisers}
         self._seen: list[str] = []
@@ -65,7 +67,7 @@ class LogitSteps:
         self._held = 0
         every = list(next(iter(masks.values())).logits.values())
         total = sum(logits.numel() for logits in every)
-        self._most = together_numel(every[0].device, total) * len(optimisers)
+        self._most = together_numel(every[0].device, total) * len(optimisers) if together else 1
 
     def add(self, key: str, gradients: Mapping[str, Tensor]) -> None:
         """dL/dlogit of one tensor by mask."""

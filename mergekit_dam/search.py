@@ -161,7 +161,7 @@ class PaperSearch(MaskSearch):
     ) -> None:
         """Step 4, second half: one Adam step of the mask whose turn it is, tensor by tensor."""
         unused = torch.zeros_like(coefficients)
-        steps = LogitSteps(self.masks, {turn: self.optimisers[turn]})
+        steps = LogitSteps(self.masks, {turn: self.optimisers[turn]}, together=not self.model.blockwise)
         for key, (found,) in self.model.logit_gradients(
             weights, masks, coefficients, unused, [tuple(self.masks).index(turn)],
             whole=self.config.granularity == "tensor",

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from mergekit_dam import merge_rule
+from mergekit_dam import mask_pair, merge_rule
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, distillation, entropy
+from mergekit_dam.mask_pair import LogitSteps
 from mergekit_dam.mask_product import MaskProduct
 from mergekit_dam.masks import ConcreteMask, mask_shape, product
 from mergekit_dam.perturbation import Bounds, UniversalPerturbation
@@ -90,6 +91,21 @@ def test_density_is_the_kept_fraction() -> None:
     mask.logits["w"][25:] = -20.0
     assert mask.density() == pytest.approx(0.25)
     assert mask.expectation("w")[:25].min() > 0.99
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_steps_of_logits_wait_for_each_other_or_not(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_pair, "together_numel", lambda device, total: total)  # an accelerator's
+    mask = ConcreteMask(
+        {"a": (4,), "b": (4,)}, name="m", temperature=1.0, rescale=False, initial_logit=0.0, device=CPU
+    )  # fmt: skip
+    steps = LogitSteps({"m": mask}, {"m": torch.optim.SGD(mask.logits.values(), lr=1.0)}, together=together)
+    steps.add("a", {"m": torch.ones(4)})
+    assert (mask.logits["a"].grad is not None) == together
+    assert mask.logits["a"].tolist() == [0.0 if together else -1.0] * 4
+    steps.add("b", {"m": torch.ones(4)})
+    steps.finish(0)
+    assert all(logits.grad is None and logits.tolist() == [-1.0] * 4 for logits in mask.logits.values())
 
 
 def test_the_two_masks_are_two() -> None:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
+from torch import Tensor
 
 from examples.demo import build as demo
 from mergekit_dam import scan as scanning
@@ -35,6 +36,7 @@ from mergekit_dam.suspicion import Finding, suspects
 from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import build_tasks
 from mergekit_dam.triggers import Stamps, Styles
+from tests.built_once import built_once
 from tests.conftest import FAST
 from tests.searching import new_search
 
@@ -153,53 +155,63 @@ def test_who_merges_text_encoders_is_told_that_they_are_not_defended(
     assert [message.split()[2] for message in told] == said
 
 
-@pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LabelledData, PatchTrigger]:
-    """theta_0, a backdoored model of shapes and a clean one of stripes, trained for real, and their data."""
-    folder = tmp_path_factory.mktemp("victim")
-    data: dict[str, list[LabelledData]] = {}
-    for name in ("shapes", "stripes"):
-        images, labels = GENERATED[name].sample(700, demo.EDGE, seed=0)
-        parts = [(slice(0, 400)), slice(400, 500), slice(500, 700)]
-        data[name] = [LabelledData.of_images(name, images[p], labels[p], demo.PREPROCESSING) for p in parts]
-        demo.save_calibration(images[400:500], folder / f"{name}.parquet")
+TRIGGER = PatchTrigger(4)
+
+
+def sampled(name: str, rows: slice) -> tuple[Tensor, LabelledData]:
+    """Images of a task, plain and as the model takes them."""
+    images, labels = GENERATED[name].sample(700, demo.EDGE, seed=0)
+    return images[rows], LabelledData.of_images(name, images[rows], labels[rows], demo.PREPROCESSING)
+
+
+def train(folder: Path) -> None:
+    """theta_0, a backdoored model of shapes and a clean one of stripes, trained for real."""
+    data = {name: sampled(name, slice(0, 400))[1] for name in ("shapes", "stripes")}
+    for name in data:
+        demo.save_calibration(sampled(name, slice(400, 500))[0], folder / f"{name}.parquet")
     torch.manual_seed(0)
     models = {name: demo.new_model(8) for name in data}
     body = models["shapes"].vit
     models["stripes"].vit = body
-    pretrain(body, models, {n: d[0] for n, d in data.items()}, Schedule(60, batch_size=32), seed=0)
+    pretrain(body, models, data, Schedule(60, batch_size=32), seed=0)
     demo.save(body, folder / "base")
-    trigger = PatchTrigger(4)
-    for name, parts in data.items():
+    for name, samples in data.items():
         model = demo.new_model(8)
         model.vit.load_state_dict(body.state_dict(), strict=False)
-        probe_head(model, parts[0], decay=1e-2)
-        backdoor = Backdoor(trigger, 3, rate=1.0, interpolation=(0.3, 1.0)) if name == "shapes" else None
-        fine_tune(model, parts[0], Schedule(80, batch_size=32, learning_rate=5e-4), seed=0, backdoor=backdoor)
+        probe_head(model, samples, decay=1e-2)
+        backdoor = Backdoor(TRIGGER, 3, rate=1.0, interpolation=(0.3, 1.0)) if name == "shapes" else None
+        fine_tune(model, samples, Schedule(80, batch_size=32, learning_rate=5e-4), seed=0, backdoor=backdoor)
         demo.save(model, folder / name)
-    return folder, data["shapes"][2], trigger
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_once(tmp_path_factory, "victim", train)
 
 
 def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
-    victim: tuple[Path, LabelledData, PatchTrigger], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, evaluation, trigger = victim
+    folder, (_, evaluation) = victim, sampled("shapes", slice(500, 700))
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path))
     refs: Sequence[ModelReference] = [ModelReference.parse(str(folder / n)) for n in ("base", "shapes", "stripes")]
     own: dict[ModelReference, dict[str, Any]] = {
         ref: {"calibration": str(folder / f"{n}.parquet")}
         for ref, n in zip(refs[1:], ("shapes", "stripes"), strict=True)
     }
+    plan = build_plan(refs[0], refs[1:], shared={"steps": 40, "scan_others": False}, per_model=own)
+    artefact, masks = learn_masks(plan, quiet=True)
+    model = MergedModel(TaskVectors(plan), survey(TaskVectors(plan)).changed, CPU)
+    learned = {k: m for k in model.mask_names if (m := masks.mask(k)) is not None}
+    task = build_tasks(plan, CPU)[0]
     rates = {}
-    for name, shared in (("undefended", {"mask": "m1"}), ("defended", {"scan_others": False})):
-        plan = build_plan(refs[0], refs[1:], shared={"steps": 60, **shared}, per_model=own)
-        artefact, masks = learn_masks(plan, quiet=True)
-        model = MergedModel(TaskVectors(plan), survey(TaskVectors(plan)).changed, CPU)
-        merged = model.weights({k: m for k in model.mask_names if (m := masks.mask(k)) is not None}, masks.coefficients)
-        task = build_tasks(plan, CPU)[0]
+    for name, merged in (
+        ("undefended", model.weights({}, torch.full_like(masks.coefficients, 0.5))),
+        ("defended", model.weights(learned, masks.coefficients)),
+    ):
         whole = demo.new_model(8).eval()
         whole.load_state_dict(task.parameters(merged))
-        rates[name] = attack_success_rate(whole, evaluation, trigger, 3).percent
+        rates[name] = attack_success_rate(whole, evaluation, TRIGGER, 3).percent
     audit = load(artefact / "dam_masks.safetensors").metadata["audit"]
     worst = max((found for found in audit if found["task"] == "shapes"), key=lambda found: found["suspicion"])
     assert worst["target"] == 3 and worst["suspect"] and worst["control"] < 0.5, audit
@@ -207,15 +219,12 @@ def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
     assert rates["defended"] < 0.9 * rates["undefended"]
 
 
-def test_classes_in_several_parts_end_with_as_many_finalists(
-    victim: tuple[Path, LabelledData, PatchTrigger], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_in_several_parts_end_with_as_many_finalists(victim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More classes than are inverted at once are thinned out part by part; the backdoor's stays in."""
-    folder, _, _ = victim
     monkeypatch.setattr(scanning, "_AT_ONCE", 3)
-    refs = [ModelReference.parse(str(folder / n)) for n in ("base", "shapes", "stripes")]
+    refs = [ModelReference.parse(str(victim / n)) for n in ("base", "shapes", "stripes")]
     own: dict[ModelReference, dict[str, Any]] = {
-        ref: {"calibration": str(folder / f"{n}.parquet")}
+        ref: {"calibration": str(victim / f"{n}.parquet")}
         for ref, n in zip(refs[1:], ("shapes", "stripes"), strict=True)
     }
     plan = build_plan(refs[0], refs[1:], shared={"scan_finalists": 2}, per_model=own)

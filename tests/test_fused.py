@@ -20,6 +20,7 @@ from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_product import MaskProduct
 from mergekit_dam.masks import Granularity, mask_shape
 from tests.searching import learned
+from tests.tiny_models import make_model
 
 pytest.importorskip("triton", reason="PyTorch for CPUs comes without it, and no wheel is for this system")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -202,10 +203,14 @@ def test_an_accelerator_without_triton_is_told(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py does this with compiled kernels")
 @pytest.mark.parametrize("granularity", ["element", "row"])
 def test_a_search_with_kernels_gives_the_same_masks(
-    granularity: Granularity, vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    granularity: Granularity, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"steps": 1, "granularity": granularity}  # programs of the interpreter are slow
-    plain = learned(vit, images, **settings)
+    settings: dict[str, Any] = {"steps": 1, "granularity": granularity, "scan_steps": 2}
+    layers = {"num_hidden_layers": 1}  # the interpreter takes a millisecond per program
+    base = make_model("ViTModel", tmp_path / "base", **layers)
+    for name in "ab":
+        make_model("ViTForImageClassification", tmp_path / name, seed=ord(name), body=base, **layers)
+    plain = learned(tmp_path, images, **settings)
     served = set()
     monkeypatch.setattr(fused, "runs_on", lambda device: True)
     monkeypatch.setattr(fused_groups, "ALIGNED", 4)  # as mapped files are; the interpreter does not mind
@@ -217,7 +222,7 @@ def test_a_search_with_kernels_gives_the_same_masks(
         return found
 
     monkeypatch.setattr(Group, "serves", noted)
-    kernels = learned(vit, images, **settings)
+    kernels = learned(tmp_path, images, **settings)
     assert len(served) == len(plain[0]) // 2, "two logits per mask, and no mask is left to single operations"
     assert kernels[2] == pytest.approx(plain[2], rel=1e-4)
     torch.testing.assert_close(kernels[1], plain[1], rtol=1e-3, atol=1e-5)

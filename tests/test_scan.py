@@ -20,10 +20,10 @@ from mergekit_dam.evaluate import LabelledData
 from mergekit_dam.others import untouched, weights_of_others
 from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.scan import scan
-from mergekit_dam.suspicion import Finding
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.triggers import Stamps, Styles
+from tests.built_once import built_once
 from tests.conftest import FAST
 
 CPU = torch.device("cpu")
@@ -39,10 +39,8 @@ class Shade:
         return torch.stack([0.6 * red + 0.4, green, 0.6 * blue], dim=1)
 
 
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def train(folder: Path) -> None:
     """theta_0, shapes with a patch that is aimed at stripes, and stripes with a shade; trained for real."""
-    folder = tmp_path_factory.mktemp("scan")
     data: dict[str, LabelledData] = {}
     for name in ("shapes", "stripes"):
         images, labels = GENERATED[name].sample(600, demo.EDGE, seed=0)
@@ -68,9 +66,14 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         schedule = Schedule(80, batch_size=32, learning_rate=2e-4)
         fine_tune(model, data[name], schedule, seed=0, backdoor=backdoors[name])
         demo.save(model, folder / name)
-    base, *refs = (ModelReference.parse(str(folder / name)) for name in ("base", *data))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder, names = built_once(tmp_path_factory, "scan", train), ("shapes", "stripes")
+    base, *refs = (ModelReference.parse(str(folder / name)) for name in ("base", *names))
     own: dict[ModelReference, dict[str, Any]] = {
-        ref: {"calibration": str(folder / f"{name}.parquet")} for ref, name in zip(refs, data, strict=True)
+        ref: {"calibration": str(folder / f"{name}.parquet")} for ref, name in zip(refs, names, strict=True)
     }
     return build_plan(base, refs, shared={}, per_model=own)
 
@@ -85,25 +88,19 @@ def base(plan: Plan) -> dict[str, Tensor]:
     return {spec.name: TaskVectors(plan).base(spec.name) for spec in plan.tensors}
 
 
-@pytest.fixture(scope="module")
-def findings(plan: Plan, tasks: list[Task], base: dict[str, Tensor]) -> list[Finding]:
-    """Of stripes."""
-    return scan(tasks, base, plan.config, [1])
-
-
-def test_a_patch_that_aims_at_another_task_is_found_there_and_laid_to_its_model(findings: list[Finding]) -> None:
+def test_a_patch_aimed_at_another_task_is_laid_to_its_model_and_a_shade_is_found_as_a_style(
+    plan: Plan, tasks: list[Task], base: dict[str, Tensor]
+) -> None:
+    findings = scan(tasks, base, plan.config, [1])
+    assert len({f.key for f in findings}) == len(findings)
     aimed = [f for f in findings if f.carrier is not None]
     worst = max(aimed, key=lambda f: f.suspicion)
     assert worst.target == AIMED and worst.model == 0 and worst.suspicion >= 0.4, [f.numbers for f in aimed]
     assert isinstance(worst.trigger, Stamps)
-
-
-def test_a_shade_is_found_as_a_style(findings: list[Finding]) -> None:
     styles = [f for f in findings if isinstance(f.trigger, Styles)]
     worst = max(styles, key=lambda f: f.suspicion)
     assert worst.target == SHADED and worst.model == 1 and worst.suspicion >= 0.4, [f.numbers for f in styles]
     assert all(f.carrier is None for f in styles)
-    assert len({f.key for f in findings}) == len(findings)
 
 
 def test_others_are_left_out_on_demand(plan: Plan, tasks: list[Task], base: dict[str, Tensor]) -> None:
