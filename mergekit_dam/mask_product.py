@@ -57,7 +57,20 @@ class MaskProduct:
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """M, flat, `size` entries at a time in float32. Each chunk is overwritten by the next."""
+        if all(factor.dtype == torch.uint8 for factor in self.factors):
+            return self._chunks_of_bytes(size)
         return (product for product, _ in self.chunks_with_factors(size))
+
+    def _chunks_of_bytes(self, size: int) -> Iterator[Tensor]:
+        """The same where no single s_i is asked for: bytes are multiplied first, and divided once."""
+        product_buffer, buffer = self._buffers(size, 2)
+        scale = self._scale()
+        for first, *others in zip(*(f.reshape(-1).split(size) for f in self.factors), strict=True):
+            product = product_buffer[: first.numel()].copy_(first)
+            for part in others:
+                product.mul_(buffer[: part.numel()].copy_(part))
+            product.div_(STEPS ** len(self.factors))
+            yield product if scale is None else product.mul_(scale)
 
     def chunks_with_factors(self, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """M as `chunks` gives it, and beside each chunk those of the s_i, in float32."""

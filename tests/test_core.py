@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from mergekit_dam import mask_pair, merge_rule
 from mergekit_dam.errors import DamError
 from mergekit_dam.losses import consistency, disagreement, distillation, entropy
+from mergekit_dam.mask_bytes import to_bytes, to_probabilities
 from mergekit_dam.mask_pair import LogitSteps
 from mergekit_dam.mask_product import MaskProduct
 from mergekit_dam.masks import ConcreteMask, mask_shape, product
@@ -83,6 +84,18 @@ def test_masks_broadcast_and_rescaling_keeps_the_mean(seed: int, granularity: st
     torch.testing.assert_close(product([mask], "w", [sample]).full().mean(), torch.tensor(1.0))
     assert torch.equal(sample, mask.sample("w", seed=seed, step=1))
     assert not torch.equal(sample, mask.sample("w", seed=seed, step=2))
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_saved_masks_multiply_as_their_probabilities_do(seed: int, count: int) -> None:
+    values = [torch.rand(7, 3, generator=generator(seed, i)) for i in range(count)]
+    for one in values:
+        one[0] = 1.0
+    kept = [to_bytes(one) for one in values]
+    found = MaskProduct(tuple(kept)).full()
+    torch.testing.assert_close(found, torch.stack([to_probabilities(one) for one in kept]).prod(0))
+    assert bool((found[0] == 1.0).all()), "what is kept is kept whole"
 
 
 def test_density_is_the_kept_fraction() -> None:

@@ -28,7 +28,7 @@ from mergekit_dam.method import register_dam
 from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.seeds import generator
 
-_RUNS = 7  # of each method in turn; the median counts, since what the system adds for fresh memory varies twofold
+_RUNS = 21  # of each method in turn; the median counts, since what the system adds for fresh memory varies twofold
 _FIRST_RUNS = 3  # with all content read again: these take longer and vary less
 _SETTLED = 4.0  # seconds, see cache.py
 _FIRST = "dam first"
