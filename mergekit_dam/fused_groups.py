@@ -11,13 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_dam import fused
 from mergekit_dam.chunks import Mask
-from mergekit_dam.fused import kernels
+from mergekit_dam.fused import BLOCK, kernels
 from mergekit_dam.mask_product import MaskProduct
 
 _SUMS = 2048  # products per step of their sum
@@ -90,15 +91,13 @@ class Group(ABC):
         """Programs that work on a tensor; they lie one after the other."""
 
     @abstractmethod
-    def _merge(self, flat: Tensor, masks: Mapping[str, Mask], coefficients: Tensor) -> None:
-        """theta of all members into `flat`."""
+    def _merge(self, arguments: Mapping[str, Any]) -> None:
+        """Start the kernel that puts theta of all members into `out`."""
 
     @abstractmethod
-    def _chain(
-        self, flat: Tensor, products: Tensor, upstreams: Sequence[Tensor], masks: Mapping[str, Mask],
-        coefficients: Tensor,
-    ) -> None:  # fmt: skip
-        """dL/dlogit into `flat`, (F, entries of all masks), and what adds up to dL/dlambda, (T, programs)."""
+    def _chain(self, arguments: Mapping[str, Any]) -> None:
+        """Start the kernel that puts dL/dlogit, (F, entries of all masks), into `out`, and into `products` what adds up
+        to dL/dlambda, (T, programs)."""
 
     @property
     def mask_names(self) -> frozenset[str]:
@@ -130,7 +129,7 @@ class Group(ABC):
         """
         flat = torch.empty(self.numel, dtype=dtype, device=self._device)
         with fused.on(self._device):
-            self._merge(flat, masks, coefficients)
+            self._merge({**self._arguments(masks, coefficients), "out": flat, "offsets": self._offsets})
         parts = _parts(flat, [tuple(member.base.shape) for member in self.members])
         return {member.name: part for member, part in zip(self.members, parts, strict=True)}
 
@@ -155,7 +154,14 @@ class Group(ABC):
         sums = torch.empty((self._tasks, len(self.members)), dtype=torch.float32, device=self._device)
         with fused.on(self._device):
             ready = [_ready(nothing if u is None else u) for u in upstreams]
-            self._chain(flat, products, ready, masks, coefficients)
+            self._chain(
+                {
+                    **self._arguments(masks, coefficients), "out": flat, "products": products,
+                    "upstreams": self._table([u.data_ptr() for u in ready]), "programs": self._programs,
+                    "sharpness": 1.0 / self._product(masks).temperature,
+                    "COMPUTED": fused.element_type(ready[0].dtype),
+                }
+            )  # fmt: skip
             kernels.sum_products[len(self.members), self._tasks](
                 products, self._programs, self._firsts, self._counts, sums, _SUMS
             )
@@ -171,20 +177,25 @@ class Group(ABC):
     def _table(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self._device)
 
-    def _factors(self, masks: Mapping[str, Mask]) -> Tensor:
-        """Addresses (n F,) of the factors."""
-        found = [masks[member.mask] for member in self.members]
-        return self._table([f.data_ptr() for mask in found if isinstance(mask, MaskProduct) for f in mask.factors])
+    def _arguments(self, masks: Mapping[str, Mask], coefficients: Tensor) -> dict[str, Any]:
+        """What both kernels of a kind are given."""
+        first = self._product(masks)
+        every = (masks[member.mask] for member in self.members)
+        factors = [f.data_ptr() for mask in every if isinstance(mask, MaskProduct) for f in mask.factors]
+        return {
+            "frozen": self._frozen, "factors": self._table(factors), "lambdas": coefficients,
+            "stride_t": coefficients.stride(0),
+            "stride_p": coefficients.stride(1) if coefficients.shape[1] > 1 else 0,
+            "owners": self._owners, "firsts": self._firsts, "columns": self._columns, "TASKS": self._tasks,
+            "FACTORS": len(first.factors), "STORED": fused.element_type(self._stored), "LOGITS": first.logits,
+            "BLOCK": BLOCK,
+        }  # fmt: skip
 
     def _product(self, masks: Mapping[str, Mask]) -> MaskProduct:
         """The first of masks that this group serves: number, kind and temperature of factors are those of all."""
         first = masks[self.members[0].mask]
         assert isinstance(first, MaskProduct)
         return first
-
-    @staticmethod
-    def _strides(coefficients: Tensor) -> tuple[int, int]:
-        return coefficients.stride(0), coefficients.stride(1) if coefficients.shape[1] > 1 else 0
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

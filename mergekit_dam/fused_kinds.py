@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from mergekit_dam import fused
-from mergekit_dam.chunks import Mask
 from mergekit_dam.fused import BLOCK, kernels
 from mergekit_dam.fused_groups import ALIGNED, Group, Member
 from mergekit_dam.grouped import groups
@@ -54,24 +52,12 @@ class ElementGroup(Group):
     def _num_programs(member: Member) -> int:
         return -(-member.base.numel() // BLOCK)
 
-    def _merge(self, flat: Tensor, masks: Mapping[str, Mask], coefficients: Tensor) -> None:
-        first = self._product(masks)
-        kernels.merge_many[self._programs,](
-            flat, self._frozen, self._factors(masks), coefficients, *self._strides(coefficients), self._owners,
-            self._firsts, self._sizes, self._offsets, self._columns, self._tasks, len(first.factors),
-            fused.element_type(self._stored), first.logits, BLOCK,
-        )  # fmt: skip
+    def _merge(self, arguments: Mapping[str, Any]) -> None:
+        kernels.merge_many[self._programs,](**arguments, sizes=self._sizes)
 
-    def _chain(
-        self, flat: Tensor, products: Tensor, upstreams: Sequence[Tensor], masks: Mapping[str, Mask],
-        coefficients: Tensor,
-    ) -> None:  # fmt: skip
-        first = self._product(masks)
+    def _chain(self, arguments: Mapping[str, Any]) -> None:
         kernels.gradients_many[self._programs,](
-            flat, self._table([u.data_ptr() for u in upstreams]), self._frozen, self._factors(masks), coefficients,
-            *self._strides(coefficients), self._owners, self._firsts, self._sizes, self._offsets, self._columns,
-            products, self._programs, self.numel, 1.0 / first.temperature, self._tasks, len(first.factors),
-            fused.element_type(self._stored), fused.element_type(upstreams[0].dtype), first.logits, BLOCK,
+            **arguments, sizes=self._sizes, offsets=self._offsets, numel=self.numel
         )  # fmt: skip
 
 
@@ -94,25 +80,11 @@ class RowGroup(Group):
     def _num_programs(member: Member) -> int:
         return len(member.base)
 
-    def _merge(self, flat: Tensor, masks: Mapping[str, Mask], coefficients: Tensor) -> None:
-        first = self._product(masks)
-        kernels.merge_rows[self._programs,](
-            flat, self._frozen, self._factors(masks), coefficients, *self._strides(coefficients), self._owners,
-            self._firsts, self._widths, self._offsets, self._columns, self._tasks, len(first.factors),
-            fused.element_type(self._stored), first.logits, BLOCK,
-        )  # fmt: skip
+    def _merge(self, arguments: Mapping[str, Any]) -> None:
+        kernels.merge_rows[self._programs,](**arguments, widths=self._widths)
 
-    def _chain(
-        self, flat: Tensor, products: Tensor, upstreams: Sequence[Tensor], masks: Mapping[str, Mask],
-        coefficients: Tensor,
-    ) -> None:  # fmt: skip
-        first = self._product(masks)
-        kernels.gradients_rows[self._programs,](
-            flat, self._table([u.data_ptr() for u in upstreams]), self._frozen, self._factors(masks), coefficients,
-            *self._strides(coefficients), self._owners, self._firsts, self._widths, self._columns, products,
-            self._programs, 1.0 / first.temperature, self._tasks, len(first.factors),
-            fused.element_type(self._stored), fused.element_type(upstreams[0].dtype), first.logits, BLOCK,
-        )  # fmt: skip
+    def _chain(self, arguments: Mapping[str, Any]) -> None:
+        kernels.gradients_rows[self._programs,](**arguments, widths=self._widths)
 
 
 def _width(member: Member) -> int:
