@@ -1,6 +1,7 @@
 """Triton kernels of the merge rule: each input is read once, nothing of a tensor's size is stored in between.
 
-Callers and shapes: fused.py. All pointers are to contiguous memory; arithmetic is in float32.
+Callers and shapes: fused.py (one tensor), fused_kinds.py (a group of them). All pointers are to contiguous memory;
+arithmetic is in float32.
 """
 
 # no postponed annotations: Triton reads them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,3 +58,14 @@ def test_a_style_without_parameters_changes_nothing_and_each_of_its_three_parts_
         changed, _ = Styles(moved, BOX).perturb(rows)(images, None)
         assert float((changed - images).abs().mean()) > 0.05
         assert torch.allclose(Styles(moved, BOX).size(), torch.tensor(100.0))
+
+
+@given(height=st.integers(4, 9), width=st.integers(4, 9), seed=st.integers(0, 99))
+def test_a_shade_is_stretched_from_corner_to_corner(height: int, width: int, seed: int) -> None:
+    styles = Styles.start(2, (3, height, width), BOX, generator("shade", seed))
+    gain, shade, flow = styles.parameters
+    shaded, _ = styles.like([0 * gain, shade, 0 * flow]).perturb(torch.arange(2))(
+        torch.full((2, 3, height, width), 0.5), None
+    )
+    expected = F.interpolate(0.4 * shade.tanh(), (height, width), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(shaded - 0.5, expected, atol=1e-6, rtol=1e-5)
