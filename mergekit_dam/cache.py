@@ -1,4 +1,4 @@
-"""The cache folder, and what was found out about large files, so that unchanged ones are not read again for it.
+"""The cache folder, whose code its masks are of, and what was found out about large files, to be read only once.
 
 A file counts as unchanged while its device, inode, size, time of change of content and time of change of the inode
 are the same. The last one is the kernel's own and cannot be set by a program, so a file that was rewritten and had
@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from mergekit_dam.files import write_whole
@@ -21,11 +22,26 @@ from mergekit_dam.files import write_whole
 _LARGE = 1 << 24  # bytes: about 10 ms of hashing; to remember a smaller file takes longer than to read it
 _SETTLED = 3.0  # seconds: a file that changed later than this before may change again within one tick of its dates
 _OTHERS_WRITE = 0o022
+_NO_PART = ("bench", "commands", "report")  # folders of modules that only use masks
 
 
 def cache_folder() -> Path:
     """Where learned masks are kept: MERGEKIT_DAM_CACHE, else ~/.cache/mergekit-dam."""
     return Path(os.environ.get("MERGEKIT_DAM_CACHE") or Path.home() / ".cache" / "mergekit-dam")
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of the modules of this package that have a part in masks: what other code learned is learned again.
+
+    The version would not tell one working copy from another, nor who forgot to raise it.
+    """
+    root, found = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if name.parts[0] not in _NO_PART:
+            found.update(f"{name.as_posix()}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def found_out(path: Path, what: str, find: Callable[[], str], *, fresh: bool = False) -> str:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, describe, library_versions, load
 from mergekit_dam.artifact_match import load_cached, verify
-from mergekit_dam.cache import cache_folder
+from mergekit_dam.cache import cache_folder, code_digest
 from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import DamConfig
 from mergekit_dam.distributed.launcher import Job, run_workers
@@ -61,7 +61,8 @@ def learn_masks(
     place = CPU if count > 1 else device or device_of(plan.config.device)
     tasks = build_tasks(plan, place)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
-    key = hashlib.sha256(json.dumps([description, library_versions()], sort_keys=True).encode()).hexdigest()[:32]
+    facts = [description, library_versions(), code_digest()]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / key
     if first:
         _make(folder)

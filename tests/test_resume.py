@@ -18,6 +18,7 @@ import torch
 from mergekit.common import ModelReference
 from safetensors import safe_open
 
+from mergekit_dam import cache, learn
 from mergekit_dam.artifact import MASKS_FILE
 from mergekit_dam.cache import cache_folder
 from mergekit_dam.distributed.snapshots import Snapshots
@@ -164,3 +165,23 @@ def test_a_damaged_snapshot_is_named_and_resume_false_starts_anew(
         written = _stop_at(patch, -1)
         learn_masks(_plan(vit, images, "paper", resume=False), quiet=True)
     assert len(written) == 6
+
+
+def test_masks_of_other_code_are_learned_again(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = _plan(vit, images, "paper")
+    first, _ = learn_masks(plan, quiet=True)
+    assert learn_masks(plan, quiet=True)[0] == first
+    monkeypatch.setattr(learn, "code_digest", lambda: "another working copy")
+    second, _ = learn_masks(plan, quiet=True)
+    assert second != first and _results(second) == _results(first)
+
+
+def test_only_code_that_has_a_part_in_masks_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "tasks").mkdir()
+    digests = []
+    for number, name in enumerate(("scan.py", "scan.py", "tasks/base.py", "bench/run.py", "notes.txt")):
+        (tmp_path / name).write_text(f"value = {number}\n")
+        digests.append(cache.code_digest.__wrapped__())
+    assert digests[2:] == digests[2:3] * 3 and len(set(digests)) == 3
