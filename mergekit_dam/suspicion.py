@@ -13,6 +13,7 @@ from mergekit_dam.triggers import RecoveredTriggers
 _RELATIVE = 0.75  # a target is suspect only if it comes this near to the most suspect one of its task
 _LARGE = 0.5  # of the usual size: a stamp above it may stand for what is no stamp
 _ENOUGH = 0.5  # of the threshold: what the style of the same target must reach then
+_CLEAR = 0.7  # what it must reach beside a small stamp
 
 
 class Suspect(NamedTuple):
@@ -115,7 +116,8 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
     """Findings above the threshold that also come near to the most suspect one of their task.
 
     A stamp that is not small may stand for what is no stamp, such as a warp: then the style of the same target counts
-    as well, if it speaks against the model too (benchmarks/STUDY.md).
+    as well, if it speaks against the model too; beside a small stamp only if it does so clearly, since to fit against
+    both costs accuracy (benchmarks/STUDY.md).
 
     With a carrier, only the most suspect one of each, and none of a model that is suspect in its own task: a planted
     trigger has side effects on the tasks of others, which go with it, and to fit against each of them costs more than
@@ -126,9 +128,11 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
     for finding in own:
         top[finding.task] = max(top.get(finding.task, 0.0), finding.suspicion)
     found = [f for f in own if f.suspicion >= max(threshold, _RELATIVE * top[f.task])]
-    large = {(f.task, f.target) for f in found if f.trigger.largest == math.inf and f.size > _LARGE * f.usual}
+    large = {(f.task, f.target): f.size > _LARGE * f.usual for f in found if f.trigger.largest == math.inf}
+    least = {True: _ENOUGH * threshold, False: max(_CLEAR, threshold)}
     found += [
-        f for f in own if f not in found and (f.task, f.target) in large and f.suspicion >= _ENOUGH * threshold
+        f for f in own
+        if f not in found and (f.task, f.target) in large and f.suspicion >= least[large[f.task, f.target]]
     ]  # fmt: skip
     worst: dict[int, Finding] = {}
     for finding in findings:

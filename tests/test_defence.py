@@ -64,13 +64,14 @@ def test_what_a_model_brings_to_other_tasks_counts_once_and_not_beside_its_own_t
     assert suspects(brought, 0.75) == []
 
 
-@pytest.mark.parametrize(("size", "gap", "kinds"), [(6.0, 0.4, 2), (4.0, 0.4, 1), (6.0, 0.2, 1)])
+@pytest.mark.parametrize(("size", "gap", "kinds"), [(6.0, 0.4, 2), (4.0, 0.4, 1), (6.0, 0.2, 1), (1.0, 0.98, 2)])
 def test_a_style_counts_beside_a_stamp_that_may_stand_for_it(size: float, gap: float, kinds: int) -> None:
     stamp = replace(_finding(0, 1, 0.9, 0.2), size=size, usual=10.0)
-    style = replace(_finding(0, 1, 0.5 + gap, 0.5), trigger=Styles([], BOX), size=90.0)
+    style = replace(_finding(0, 1, gap, 0.0), trigger=Styles([], BOX), size=60.0)
     others = [replace(style, target=2), replace(style, task=1), replace(style, carrier=1)]
+    others = [replace(other, success=0.4) for other in others]
     assert suspects([stamp, style, *others], 0.4) == [stamp, style][:kinds]
-    assert suspects([style, *others], 0.4) == [], "by itself it does not come up to the threshold"
+    assert suspects(others, 0.4) == [], "by themselves they do not come up to the threshold"
 
 
 @given(size=st.floats(0.1, 300.0), success=st.floats(0, 1), control=st.floats(0, 1))
