@@ -62,6 +62,7 @@ class Group(ABC):
         self.members = tuple(members)
         self._device, self._stored = members[0].base.device, members[0].base.dtype
         self._tasks = len(members[0].models)
+        self._mask_shapes = [self.mask_shape(member) for member in members]
         sizes = [member.base.numel() for member in members]
         self.numel = sum(sizes)
         # a model that lacks the tensor has theta_0's: its task vector is zero
@@ -111,9 +112,9 @@ class Group(ABC):
         if len(products) < len(found):
             return False
         kinds = {(len(mask.factors), mask.logits, mask.temperature) for mask in products}
-        shapes = all(tuple(mask.shape) == self.mask_shape(m) for mask, m in zip(products, self.members, strict=True))
-        factors = (factor for mask in products for factor in mask.factors)
-        return len(kinds) == 1 and shapes and all(f.dtype == torch.float32 and _is_plain(f) for f in factors)
+        if len(kinds) > 1 or [tuple(mask.shape) for mask in products] != self._mask_shapes:
+            return False
+        return all(f.dtype == torch.float32 and _is_plain(f) for mask in products for f in mask.factors)
 
     def num_factors(self, masks: Mapping[str, Mask]) -> int:
         """F of masks that this group serves."""
@@ -147,8 +148,7 @@ class Group(ABC):
             return
         unused = max((m.base.numel() for m, u in zip(self.members, upstreams, strict=True) if u is None), default=0)
         nothing = present[0].new_zeros(unused)
-        shapes = [self.mask_shape(member) for member in self.members]
-        entries = sum(torch.Size(shape).numel() for shape in shapes)
+        entries = sum(torch.Size(shape).numel() for shape in self._mask_shapes)
         flat = torch.empty((self.num_factors(masks), entries), dtype=torch.float32, device=self._device)
         products = torch.empty((self._tasks, self._programs), dtype=torch.float32, device=self._device)
         sums = torch.empty((self._tasks, len(self.members)), dtype=torch.float32, device=self._device)
@@ -169,7 +169,7 @@ class Group(ABC):
             coefficient_out.add_(sums.sum(1, keepdim=True))
         else:
             coefficient_out[:, self._columns.long()] += sums  # each column once: no two tensors share a mask
-        rows = [_parts(row, shapes) for row in flat]
+        rows = [_parts(row, self._mask_shapes) for row in flat]
         for member, used, *parts in zip(self.members, upstreams, *rows, strict=True):
             if used is not None:
                 yield member.mask, parts

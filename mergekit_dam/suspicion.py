@@ -128,12 +128,12 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
     for finding in own:
         top[finding.task] = max(top.get(finding.task, 0.0), finding.suspicion)
     found = [f for f in own if f.suspicion >= max(threshold, _RELATIVE * top[f.task])]
-    large = {(f.task, f.target): f.size > _LARGE * f.usual for f in found if f.trigger.largest == math.inf}
-    least = {True: _ENOUGH * threshold, False: max(_CLEAR, threshold)}
-    found += [
-        f for f in own
-        if f not in found and (f.task, f.target) in large and f.suspicion >= least[large[f.task, f.target]]
-    ]  # fmt: skip
+    beside = {
+        (f.task, f.target): _ENOUGH * threshold if f.size > _LARGE * f.usual else max(_CLEAR, threshold)
+        for f in found
+        if f.trigger.largest == math.inf
+    }
+    found += [f for f in own if f not in found and f.suspicion >= beside.get((f.task, f.target), math.inf)]
     worst: dict[int, Finding] = {}
     for finding in findings:
         if finding.carrier is not None and finding.suspicion >= threshold:

@@ -200,16 +200,13 @@ def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
         ref: {"calibration": str(folder / f"{n}.parquet")}
         for ref, n in zip(refs[1:], ("shapes", "stripes"), strict=True)
     }
-    plan = build_plan(refs[0], refs[1:], shared={"steps": 40, "scan_others": False}, per_model=own)
-    artefact, masks = learn_masks(plan, quiet=True)
-    model = MergedModel(TaskVectors(plan), survey(TaskVectors(plan)).changed, CPU)
-    learned = {k: m for k in model.mask_names if (m := masks.mask(k)) is not None}
-    task = build_tasks(plan, CPU)[0]
     rates = {}
-    for name, merged in (
-        ("undefended", model.weights({}, torch.full_like(masks.coefficients, 0.5))),
-        ("defended", model.weights(learned, masks.coefficients)),
-    ):
+    for name, shared in (("undefended", {"mask": "m1"}), ("defended", {"scan_others": False})):
+        plan = build_plan(refs[0], refs[1:], shared={"steps": 40, **shared}, per_model=own)
+        artefact, masks = learn_masks(plan, quiet=True)
+        model = MergedModel(TaskVectors(plan), survey(TaskVectors(plan)).changed, CPU)
+        merged = model.weights({k: m for k in model.mask_names if (m := masks.mask(k)) is not None}, masks.coefficients)
+        task = build_tasks(plan, CPU)[0]
         whole = demo.new_model(8).eval()
         whole.load_state_dict(task.parameters(merged))
         rates[name] = attack_success_rate(whole, evaluation, TRIGGER, 3).percent

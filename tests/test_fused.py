@@ -148,6 +148,8 @@ def test_groups_do_what_single_tensors_do(granularity: Granularity, dtype: torch
     masks_by_name = {m.mask: masks(mask_shape(m.base.shape, granularity), "logits") for m in every}
     coefficients = torch.rand(3, columns, device=DEVICE)
     ours, wanted = torch.zeros_like(coefficients), torch.zeros(3, columns)
+    # a row adds up a thousand elements in another order
+    tolerance = {} if granularity == "element" else {"rtol": 1e-4, "atol": 1e-4}
     serving = [group for group in grouped(every, 1500) if group.serves(masks_by_name)]
     assert "".join(sorted(m.name[-1] for group in serving for m in group.members)) == "01235", "each once"
     for group in serving:
@@ -166,7 +168,7 @@ def test_groups_do_what_single_tensors_do(granularity: Granularity, dtype: torch
                 assert member.mask not in found, "no task used it"
                 continue
             expected = expected_gradients(upstream.cpu(), *own, coefficient_out=wanted[:, column])
-            torch.testing.assert_close(on_cpu(found[member.mask]), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(on_cpu(found[member.mask]), expected, **tolerance)
     torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -205,7 +207,7 @@ def test_an_accelerator_without_triton_is_told(
 def test_a_search_with_kernels_gives_the_same_masks(
     granularity: Granularity, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"steps": 1, "granularity": granularity, "scan_steps": 2}
+    settings: dict[str, Any] = {"steps": 2, "granularity": granularity, "scan_steps": 2}
     layers = {"num_hidden_layers": 1}  # the interpreter takes a millisecond per program
     base = make_model("ViTModel", tmp_path / "base", **layers)
     for name in "ab":

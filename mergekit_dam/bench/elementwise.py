@@ -50,13 +50,12 @@ def measure_elementwise(tasks: int, device: torch.device, numel: int = 1 << 28) 
         mask = MaskProduct(tuple(torch.randn(kind.mask_shape(member), device=device) for _ in range(2)), True)
         frozen = base.element_size() * (tasks + 2) * numel  # theta_0 and theta_t, and theta or dL/dtheta
         sizes = {"merge": frozen + 4 * 2 * entries, "chain": frozen + 4 * (2 + 2) * entries}  # logits, and gradients
-        group, case = kind([member]), _Case(base, models, upstream, mask, coefficients)
+        case = _Case(base, models, upstream, mask, coefficients)
         name = "" if kind is ElementGroup else ", rows"
-        for what, work in (("merge", case.merge), ("chain", case.chain)):
-            found[what + name] = _timed(partial(work, group), sizes[what], device)
-        with mock.patch.object(fused, "serves", lambda base, mask: False):
+        for ending, group in ((name, kind([member])), (f"{name} without kernels", None)):
             for what, work in (("merge", case.merge), ("chain", case.chain)):
-                found[f"{what}{name} without kernels"] = _timed(partial(work, None), sizes[what], device)
+                with mock.patch.object(fused, "serves", lambda base, mask: False):  # which no group asks
+                    found[what + ending] = _timed(partial(work, group), sizes[what], device)
     ceiling = found["copy"]["bytes_per_second"]
     shares = {name: round(one["bytes_per_second"] / ceiling, 3) for name, one in found.items() if name != "copy"}
     return {
