@@ -2,11 +2,12 @@
 
 Format (schema 2), a plain safetensors file:
     task_shared.<tensor>          uint8, 254 times the probability that a unit is kept by M1 (mask_bytes.py)
-    backdoor_detection.<tensor>   uint8, the same for M2
+    backdoor_detection.<t>.<tensor>  uint8, the same for M2 of model t; without <t> where one is for all models
     coefficients                  float32, (T, 1) or (T, P): lambda per model, or per model and masked tensor
     student.<t>.<tensor>          float32: what is merged in place of model t's tensor (students.py); text encoders
-    metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), versions,
-                                  content_sha256 (over all the rest; files written before it was added lack it)
+    metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), own_masks (names
+                                  of masks that each model has one of), versions, content_sha256 (over all the rest;
+                                  files written before it was added lack it)
 A tensor without a mask is not in the file and keeps the base's values: no model changed it. Masks have the shape
 of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by their mean when they are applied
 (setting `rescale`), so the file holds plain probabilities. Files of schema 1, whose masks are float16, are read, too.
@@ -45,7 +46,7 @@ from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.files import replacing
 from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_product import MaskProduct, means_of
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, own_key
 from mergekit_dam.numerics import mask_faults
 from mergekit_dam.plan import Plan
 
@@ -61,7 +62,8 @@ class LearnedMasks:
     """Masks and coefficients, ready to merge with.
 
     Attributes:
-        probabilities: mask name -> tensor name -> probabilities, as bytes (mask_bytes.py) or in a floating type.
+        probabilities: mask name -> tensor name, or `own_key` of it -> probabilities, as bytes (mask_bytes.py) or in a
+            floating type.
         coefficients: lambda, (T, 1) or (T, P), float32.
         metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
         faults: of masks that were read, what makes them meaningless (`numerics.mask_faults`).
@@ -76,13 +78,31 @@ class LearnedMasks:
 
     def product(self, name: str, device: torch.device | str = "cpu") -> MaskProduct | None:
         """M = M1 o M2 of a tensor, rescaled, to be formed where it is used; None if no mask is in use."""
-        factors = tuple(masks[name].to(device) for masks in self.probabilities.values() if name in masks)
-        if not factors:
+        by_mask = {mask: [part.to(device) for part in parts] for mask, parts in self.parts_of(name).items()}
+        factors = tuple(parts[0] for mask, parts in by_mask.items() if mask not in self._own)
+        own = tuple(part for mask, parts in by_mask.items() if mask in self._own for part in parts)
+        if not by_mask:
             return None
-        return MaskProduct(factors, means=means_of(factors) if self.metadata["settings"]["rescale"] else None)
+        means = means_of(factors) if self.metadata["settings"]["rescale"] else None
+        return MaskProduct(factors, means=means, own=own)
+
+    def parts_of(self, name: str) -> dict[str, list[Tensor]]:
+        """Probabilities of a tensor by mask: of each model where each has a mask of its own, else one."""
+        count = len(self.metadata["models"])
+        found = {}
+        for mask, by_key in self.probabilities.items():
+            keys = [own_key(t, name) for t in range(count)] if mask in self._own else [name]
+            if keys[0] in by_key:
+                found[mask] = [by_key[key] for key in keys]
+        return found
+
+    @property
+    def _own(self) -> Sequence[str]:
+        """Names of masks that each model has one of."""
+        return tuple(self.metadata.get("own_masks", ()))
 
     def mask(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
-        """`product` as one tensor, float32."""
+        """`product` as one tensor, float32; M_t of all models, stacked, where they have masks of their own."""
         product = self.product(name, device)
         return None if product is None else product.full()
 
@@ -188,7 +208,8 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
                 index, _, name = name.partition(".")
                 students[index][name] = values
                 continue
-            if name not in listed:
+            owned = name.partition(".")[2] if mask in metadata.get("own_masks", ()) else name
+            if owned not in listed:
                 raise KeyError(f"{key} in the list of tensors")
             probabilities[mask][name] = values
 

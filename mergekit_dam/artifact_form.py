@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -62,6 +62,7 @@ class _Metadata(_Part):
     models: Annotated[list[_Model], Field(max_length=_MOST_MODELS)]
     tensors: list[Annotated[str, StringConstraints(strict=True, max_length=_LONGEST_NAME)]]
     students: dict[StrictStr, StrictFloat] = Field(default_factory=dict)
+    own_masks: list[Literal["backdoor_detection"]] = Field(default_factory=list, max_length=1)
 
 
 def read_metadata(text: str) -> dict[str, Any]:
@@ -112,11 +113,17 @@ def check_values(
     if not bool(torch.isfinite(coefficients).all()):
         raise ValueError("coefficients that are not finite")
     wanted = TYPES[metadata["schema"]]
-    for by_name in probabilities.values():
-        for name, values in by_name.items():
+    shapes: dict[str, set[torch.Size]] = {}
+    for mask, by_key in probabilities.items():
+        own = mask in metadata.get("own_masks", ())
+        if own and by_key and set(by_key) != {f"{t}.{name}" for t in range(models) for name in metadata["tensors"]}:
+            raise ValueError(f"{mask} that some model lacks for some tensor")
+        for key, values in by_key.items():
+            name = key.partition(".")[2] if own else key
             if values.dtype != wanted or not _within_unit_interval(values):
                 raise ValueError(f"mask of {name} is not {str(wanted).removeprefix('torch.')} within [0, 1]")
-            if len({by[name].shape for by in probabilities.values() if name in by}) > 1 or not values.numel():
+            shapes.setdefault(name, set()).add(values.shape)
+            if len(shapes[name]) > 1 or not values.numel():
                 raise ValueError(f"masks of {name} that are empty or differ in shape")
 
 

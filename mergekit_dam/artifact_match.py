@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,9 +55,9 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
     for name in recorded["tensors"]:
         if name not in shapes:
             raise refuse("tensor", name, "a merge without it")
-        for by_name in masks.probabilities.values():
-            if name in by_name and not _broadcasts(tuple(by_name[name].shape), shapes[name]):
-                raise refuse(f"shape of {name}", tuple(by_name[name].shape), shapes[name])
+        for part in itertools.chain.from_iterable(masks.parts_of(name).values()):
+            if not _broadcasts(tuple(part.shape), shapes[name]):
+                raise refuse(f"shape of {name}", tuple(part.shape), shapes[name])
     written = {spec.name: spec.shape for spec in plan.tensors}
     for student in masks.students:
         for name, tensor in student.items():

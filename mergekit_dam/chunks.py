@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.mask_product import MaskProduct, chunk_numel
+from mergekit_dam.mask_product import MaskProduct, chunk_numel, has_own
 
 Mask = Tensor | MaskProduct
+
+
+def gradient_shape(mask: Mask) -> torch.Size:
+    """Shape of dL/dM; see `MaskProduct.gradient_shape`."""
+    return mask.gradient_shape if isinstance(mask, MaskProduct) else mask.shape
 
 
 class Layout:
@@ -55,6 +61,16 @@ class Layout:
         else:
             yield from mask.expand(self.shape).reshape(-1).split(self.size)
 
+    def split_own(self, mask: Mask | None) -> Iterator[Sequence[Tensor | None]]:
+        """Chunks of the models' own factors, T at a time; () where they have none."""
+        if not has_own(mask):
+            return itertools.repeat((), self.count)
+        return zip(*(self.split_mask(mask.of_model(t)) for t in range(len(mask.own))), strict=True)
+
+    def split_shared(self, mask: Mask | None) -> Iterator[Tensor | None]:
+        """Chunks of what all models' task vectors are multiplied by."""
+        return self.split_mask(mask.shared if isinstance(mask, MaskProduct) else mask)
+
     def add_to_mask(self, out: Tensor, gradient: Tensor) -> None:
         """Add a chunk's dL/dM to that of the mask entries that cover it."""
         if self.rows:
@@ -89,6 +105,22 @@ class Work:
         """dL/dtheta o M."""
         return torch.mul(gradient, mask, out=self._like(2, gradient))
 
+    def zeros(self, like: Tensor) -> Tensor:
+        """Where task vectors are summed up."""
+        return self._like(0, like).zero_()
+
+    def task_vectors(self, base: Tensor, models: Sequence[Tensor | None]) -> Iterator[tuple[int, Tensor]]:
+        """t and tau_t of the models that have the tensor; each may be changed, and is overwritten by the next."""
+        tau = self._like(1, base)
+        for t, model in enumerate(models):
+            if model is None:
+                continue
+            if model.dtype == base.dtype == torch.float32:
+                torch.sub(model, base, out=tau)
+            else:
+                tau.copy_(model).sub_(base)
+            yield t, tau
+
     def total(
         self,
         base: Tensor,
@@ -98,16 +130,8 @@ class Work:
         products: Sequence[list[Tensor]] = (),
     ) -> Tensor:
         """sum_t lambda_t tau_t; <masked, tau_t> is noted in `products` on the way."""
-        total, tau = self._like(0, base), self._like(1, base)
-        if lambdas is not None:
-            total.zero_()
-        for t, model in enumerate(models):
-            if model is None:
-                continue
-            if model.dtype == base.dtype == torch.float32:
-                torch.sub(model, base, out=tau)
-            else:
-                tau.copy_(model).sub_(base)
+        total = self.zeros(base)
+        for t, tau in self.task_vectors(base, models):
             if masked is not None:
                 products[t].append(torch.dot(masked.reshape(-1), tau.reshape(-1)))
             if lambdas is not None:

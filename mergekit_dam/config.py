@@ -59,12 +59,15 @@ class DamConfig(_Settings):
     """Settings shared by all models of one merge."""
 
     objective: Literal["inversion", "paper"] = setting(
-        "inversion",
-        "What the masks are fitted to: recovered triggers and the models' own answers, or the paper's losses.",
+        "inversion", "What masks are fitted to: recovered triggers and the models' own answers, or the paper's losses."
     )
     mask: Literal["dual", "m1", "m2"] = setting(
         "dual", "Masks in use: Task-Shared (m1), Backdoor-Detection (m2), or both.", source=DAM
     )
+    detection: Literal["auto", "model", "shared"] = setting(
+        "auto", "Inversion: one Backdoor-Detection mask per model, so that one can be cut without the others; one for "
+        "all, which takes less memory and time (so with `rescale`); or per model only where the scan finds a suspect.",
+    )  # fmt: skip
     granularity: Literal["element", "row", "tensor"] = setting("element", "What one mask entry covers.", source=DAM)
     coefficients: Literal["task", "layer"] = setting(
         "layer", "One merging coefficient per model, or per model and tensor.", source=ADAMERGING
@@ -77,11 +80,9 @@ class DamConfig(_Settings):
     scan_steps: int = setting(100, "Inversion: steps of the search for triggers.", unit="steps", source=CLEANSE, ge=2)
     scan_batch_size: int = setting(8, "Inversion: samples per class and step of that search.", unit="samples", ge=1)
     scan_finalists: int = setting(
-        4,
-        "Inversion: classes per model that are searched to the end; the others end at two fifths.",
-        unit="classes",
+        4, "Inversion: classes per model that are searched to the end; the others end at two fifths.", unit="classes",
         ge=2,
-    )
+    )  # fmt: skip
     scan_others: bool = setting(
         True, "Inversion: search each task once more, with all other models in place of its own, for triggers of "
         "backdoors that aim at the task of another model.",
@@ -121,7 +122,7 @@ class DamConfig(_Settings):
     coefficient_learning_rate: float = setting(
         0.02, "Adam step of the coefficients (paper: 1e-3).", source=ADAMERGING, gt=0.0
     )
-    alpha: float = setting(1.5, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
+    alpha: float = setting(2.5, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
     eps: float = setting(
         0.25, "Bound of the universal perturbation, as a share of the valid range.", unit="range",
         source=UNIVERSAL, gt=0.0, le=1.0,
@@ -159,10 +160,9 @@ class DamConfig(_Settings):
         "the merged model exists block by block only: less memory, more time.",
     )
     gradient_checkpointing: bool = setting(
-        False,
-        "Keep only the input of each block and run it again in the backward pass: less memory for long texts or large "
-        "batches, a third more computing.",
-    )
+        False, "Keep only the input of each block and run it again in the backward pass: less memory for long texts or "
+        "large batches, a third more computing.",
+    )  # fmt: skip
     patience: int = setting(
         0,
         "Inversion: end the mask steps once the loss on calibration samples that are held out for it, a tenth or one "
@@ -175,10 +175,9 @@ class DamConfig(_Settings):
     )
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     rehash: bool = setting(
-        False,
-        "Read models and ready masks to the end to check their content, even where size, inode and dates say that "
-        "they did not change since that was done.",
-    )
+        False, "Read models and ready masks to the end to check their content, even where size, inode and dates say "
+        "that they did not change since that was done.",
+    )  # fmt: skip
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
     @model_validator(mode="after")

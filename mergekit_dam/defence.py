@@ -8,14 +8,15 @@
 3. Refresh: every few steps the suspects' triggers are recovered anew from the current merge and join those known, so
    that what is left of a backdoor is found, too (min-max, as in adversarial training, arXiv 1706.06083).
 The masks are those of DAM (Yang et al., arXiv 2410.13910): M1 keeps what the tasks share, M2 takes out what reacts to
-the recovered triggers. Legend: T tasks, P masked tensors, B batch, K classes.
+the recovered triggers. Where something is suspect each model has an M2 of its own (setting `detection`), so that one
+can be cut without the others. Legend: T tasks, P masked tensors, B batch, K classes.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,8 +26,18 @@ from mergekit_dam.answers import OwnAnswers
 from mergekit_dam.batches import calibration_batch, held_out
 from mergekit_dam.distributed.dealing import Share, turns
 from mergekit_dam.distributed.snapshots import State, adam_state
+from mergekit_dam.finding_state import blank_finding, facts_of, target_of
 from mergekit_dam.frozen import Weights
-from mergekit_dam.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
+from mergekit_dam.mask_pair import (
+    LogitSteps,
+    Whole,
+    combined,
+    detects_per_model,
+    final_probabilities,
+    logits_of,
+    mask_state,
+    masks_in_use,
+)
 from mergekit_dam.mask_product import MaskProduct
 from mergekit_dam.mask_search import MaskSearch
 from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
@@ -37,19 +48,33 @@ from mergekit_dam.pools import blank, recover
 from mergekit_dam.scan import scan
 from mergekit_dam.students import wanted
 from mergekit_dam.suspicion import Finding, Pooled, Pools, Suspect, suspects
-from mergekit_dam.tasks import Target, Task
 
 LOG = logging.getLogger(__name__)
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
-_NUMBERS = ("task", "target", "size", "usual", "success", "control", "carrier")
 
 
 class InversionSearch(MaskSearch):
     """The search described above; `start` are effective coefficients: with the masks at their start."""
 
     def set_up(self) -> None:
-        model, tasks, config = self.model, self.tasks, self.config
-        self.masks = masks_in_use(model, config, temperature=1.0, offsets=_START)
+        self.make_masks(suspects=False)
+        self.turns = turns([len(calibration_batch(task, self.config, 0)) for task in self.tasks], self.shards)
+        self.answers = {
+            share.task: OwnAnswers(self.tasks[share.task], self.model.frozen.own_weights(share.task))
+            for share in self.turns
+            if share is not None
+        }
+        self.patience = Patience(self.config.patience)
+        self.findings: list[Finding] = []
+        self.pools: Pools = {}
+
+    def make_masks(self, suspects: bool) -> None:
+        """Masks, coefficients and their optimisers at the start."""
+        config, self.optimisers = self.config, []
+        self.masks = masks_in_use(
+            self.model, config, temperature=1.0, offsets=_START, per_model=detects_per_model(config, suspects=suspects)
+        )
+        self._num_parts = sum(max(1, mask.owners) for mask in self.masks.values())
         kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
         self.coefficients = self.start / kept
         self.optimisers = [
@@ -57,15 +82,6 @@ class InversionSearch(MaskSearch):
             for mask in self.masks.values()
         ]
         self.optimisers.append((torch.optim.Adam([self.coefficients]), config.coefficient_learning_rate))
-        self.turns = turns([len(calibration_batch(task, config, 0)) for task in tasks], self.shards)
-        self.answers = {
-            share.task: OwnAnswers(tasks[share.task], model.frozen.own_weights(share.task))
-            for share in self.turns
-            if share is not None
-        }
-        self.patience = Patience(config.patience)
-        self.findings: list[Finding] = []
-        self.pools: Pools = {}
 
     def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
@@ -88,7 +104,7 @@ class InversionSearch(MaskSearch):
         optimisers = {name: optimiser for name, (optimiser, _) in zip(self.masks, self.optimisers, strict=False)}
         facts = {
             "phase": phase, "done": done,
-            "findings": [_facts(finding) for finding in self.findings],
+            "findings": [facts_of(finding) for finding in self.findings],
             "pools": [[*key, [one.weight for one in pool]] for key, pool in self.pools.items()],
             "patience": [self.patience.lowest, self.patience.misses],
         }  # fmt: skip
@@ -102,11 +118,12 @@ class InversionSearch(MaskSearch):
 
     def lay_out(self, facts: Mapping[str, Any]) -> None:
         self.patience.lowest, self.patience.misses = facts.get("patience", (None, 0))
-        self.findings = [_blank_finding(self.tasks, f) for f in facts["findings"]]
+        self.findings = [blank_finding(self.tasks, f) for f in facts["findings"]]
         self.pools = {}
         for task, target, carrier, kind, weights in facts["pools"]:
-            key = Suspect(task, _target(target), carrier, kind)
+            key = Suspect(task, target_of(target), carrier, kind)
             self.pools[key] = [Pooled(blank(self.tasks[task], kind), weight) for weight in weights]
+        self.make_masks(suspects=len(self.pools) > 0)
 
     def audit(self) -> list[dict[str, Any]]:
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
@@ -123,6 +140,8 @@ class InversionSearch(MaskSearch):
         for finding in suspects(self.findings, self.config.suspicion):
             self.pools[finding.key] = []
             self.track({"phase": "scan", **finding.to_json(self.tasks)})
+        if self.pools:
+            self.make_masks(suspects=True)
 
         def scanned(suspect: Suspect) -> Mapping[str, Tensor]:
             if suspect.carrier is None:
@@ -133,11 +152,11 @@ class InversionSearch(MaskSearch):
 
     def _shared(self, ours: list[Finding]) -> list[Finding]:
         """Everyone's findings of a turn in everyone's hands, by task and class."""
-        everyones = self.shards.union({self.shards.rank: [_facts(finding) for finding in ours]})
+        everyones = self.shards.union({self.shards.rank: [facts_of(finding) for finding in ours]})
         found = []
         for owner, facts in everyones.items():
             for number, one in enumerate(facts):
-                finding = ours[number] if owner == self.shards.rank else _blank_finding(self.tasks, one)
+                finding = ours[number] if owner == self.shards.rank else blank_finding(self.tasks, one)
                 self.shards.broadcast(finding.trigger.parameters, owner)
                 found.append(finding)
         return sorted(found, key=lambda f: (f.task, f.carrier is not None, f.trigger.kind, f.target))
@@ -221,29 +240,11 @@ class InversionSearch(MaskSearch):
             together=not self.model.blockwise,
         )  # fmt: skip
         for key, found in self.model.logit_gradients(
-            weights, merged, self.coefficients, self.coefficients.grad, range(len(self.masks)),
+            weights, merged, self.coefficients, self.coefficients.grad, range(self._num_parts),
             whole=self.config.granularity == "tensor",
         ):  # fmt: skip
-            steps.add(key, dict(zip(self.masks, found, strict=True)))
+            steps.add(logits_of(self.masks, key), found)
         steps.finish(step)
         require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
         coefficient_optimiser.step()
         self.coefficients.clamp_(0.0, self.config.max_coefficient)
-
-
-def _target(stored: int | list[int]) -> Target:
-    """A target as JSON has it."""
-    return tuple(stored) if isinstance(stored, list) else stored
-
-
-def _facts(finding: Finding) -> dict[str, Any]:
-    """A finding without its trigger, as JSON."""
-    return {name: getattr(finding, name) for name in _NUMBERS} | {"kind": finding.trigger.kind}
-
-
-def _blank_finding(tasks: Sequence[Task], facts: Mapping[str, Any]) -> Finding:
-    """A finding whose trigger is still to be filled, from `_facts`."""
-    numbers = {name: facts[name] for name in _NUMBERS}
-    return Finding(
-        trigger=blank(tasks[facts["task"]], facts["kind"]), **{**numbers, "target": _target(facts["target"])}
-    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from mergekit_dam.mask_pair import detects_per_model
 from mergekit_dam.masks import mask_shape
 from mergekit_dam.plan import Plan
 from mergekit_dam.students import wanted
@@ -50,7 +51,8 @@ def estimate(plan: Plan, *, flops_per_second: float | None = None) -> Estimate:
     floating = [spec for spec in plan.tensors if spec.dtype.is_floating_point]
     parameters = sum(math.prod(spec.shape) for spec in floating)
     stored = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in floating)
-    masks = 2 if config.mask == "dual" else 1
+    detection = num_models if detects_per_model(config, suspects=True) else 1
+    masks = {"dual": 1 + detection, "m2": detection, "m1": 1}[config.mask]
     entries = sum(math.prod(mask_shape(spec.shape, config.granularity)) for spec in floating)
     length = max(_tokens(model.config, config.max_length) for model in plan.models)
     num_classes = max(_classes(model.config) for model in plan.models)

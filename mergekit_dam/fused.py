@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.mask_bytes import to_probabilities
-from mergekit_dam.mask_product import MaskProduct
+from mergekit_dam.mask_product import MaskProduct, has_own
 
 try:
     from mergekit_dam import kernels as kernels
@@ -66,12 +66,13 @@ def merge(
 ) -> None:
     """theta = theta_0 + M o sum_t lambda_t tau_t into `out`; arguments as merge_rule.merge has them."""
     present, lambdas = _present(models, coefficients.to(out.device))
-    factors, logits = _factors(mask)
+    factors, owns, logits = _factors(mask, models)
     grid = (-(-base.numel() // BLOCK),)
     with on(out.device):
         kernels.merge[grid](
-            out, base.contiguous(), present, lambdas, lambdas.stride(0), factors, base.numel(), logits, BLOCK
-        )
+            out, base.contiguous(), present, lambdas, lambdas.stride(0), factors, owns, base.numel(), logits,
+            has_own(mask), BLOCK,
+        )  # fmt: skip
 
 
 def gradients(
@@ -87,20 +88,26 @@ def gradients(
         coefficients: lambda, (T,).
         mask: M, of shape S; a product of logits for `logits_out`.
         coefficient_out: (T,), float32.
-        mask_out: shape S, contiguous, float32.
-        logits_out: for each factor of the mask, shape S, contiguous, float32.
+        mask_out: shape S, or (T, *S) where models have factors of their own, contiguous, float32.
+        logits_out: for each of the mask's `parts`, shape S, contiguous, float32.
     """
     present, lambdas = _present(models, coefficients.to(base.device))
-    factors, logits = _factors(mask)
+    factors, owns, logits = _factors(mask, models)
     programs = -(-base.numel() // BLOCK)
     # summed in a fixed order afterwards: atomic additions would make runs differ
     products = torch.empty((max(1, len(present)), programs), dtype=torch.float32, device=base.device)
-    outs = tuple(logits_out) if mask_out is None else (mask_out,)
+    if has_own(mask):
+        every = logits_out[len(factors) :] if mask_out is None else mask_out
+        outs = (*logits_out[: len(factors)], *(o for o, m in zip(every, models, strict=True) if m is not None))
+        for out in (o for o, m in zip(logits_out[len(factors) :], models, strict=False) if m is None):
+            out.zero_()  # a model that lacks the tensor leaves its logits as they are
+    else:
+        outs = tuple(logits_out) if mask_out is None else (mask_out,)
     temperature = mask.temperature if isinstance(mask, MaskProduct) else 1.0
     with on(base.device):
         kernels.gradients[(programs,)](
-            gradient.contiguous(), base.contiguous(), present, lambdas, lambdas.stride(0), factors, outs, products,
-            base.numel(), programs, 1.0 / temperature, logits, mask_out is None, BLOCK,
+            gradient.contiguous(), base.contiguous(), present, lambdas, lambdas.stride(0), factors, owns, outs,
+            products, base.numel(), programs, 1.0 / temperature, logits, mask_out is None, has_own(mask), BLOCK,
         )  # fmt: skip
     sums = products[: len(present)].sum(1)
     if len(present) == len(models):
@@ -117,11 +124,17 @@ def _present(models: Sequence[Tensor | None], coefficients: Tensor) -> tuple[tup
     return present, coefficients[[t for t, model in enumerate(models) if model is not None]]
 
 
-def _factors(mask: Tensor | MaskProduct | None) -> tuple[tuple[Tensor, ...], bool]:
-    """What M is the product of, and whether these are logits."""
+def _factors(
+    mask: Tensor | MaskProduct | None, models: Sequence[Tensor | None]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], bool]:
+    """What M is the product of, the own factors of the models that have the tensor, and whether these are logits."""
     if mask is None:
-        return (), False
-    if isinstance(mask, MaskProduct):
-        floats = (to_probabilities(f) if f.dtype == torch.uint8 else f for f in mask.factors)
-        return tuple(factor.contiguous() for factor in floats), mask.logits
-    return (mask.contiguous(),), False
+        return (), (), False
+    if not isinstance(mask, MaskProduct):
+        return (mask.contiguous(),), (), False
+    owns = [own for own, model in zip(mask.own, models, strict=True) if model is not None] if mask.own else []
+    return tuple(map(_readable, mask.factors)), tuple(map(_readable, owns)), mask.logits
+
+
+def _readable(factor: Tensor) -> Tensor:
+    return (to_probabilities(factor) if factor.dtype == torch.uint8 else factor).contiguous()

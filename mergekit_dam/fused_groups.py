@@ -97,8 +97,8 @@ class Group(ABC):
 
     @abstractmethod
     def _chain(self, arguments: Mapping[str, Any]) -> None:
-        """Start the kernel that puts dL/dlogit, (F, entries of all masks), into `out`, and into `products` what adds up
-        to dL/dlambda, (T, programs)."""
+        """Start the kernel that puts dL/dlogit, (parts, entries of all masks), into `out`, and into `products` what
+        adds up to dL/dlambda, (T, programs)."""
 
     @property
     def mask_names(self) -> frozenset[str]:
@@ -111,14 +111,14 @@ class Group(ABC):
         products = [mask for mask in found if isinstance(mask, MaskProduct) and mask.separate]
         if len(products) < len(found):
             return False
-        kinds = {(len(mask.factors), mask.logits, mask.temperature) for mask in products}
+        kinds = {(len(mask.factors), len(mask.own), mask.logits, mask.temperature) for mask in products}
         if len(kinds) > 1 or [tuple(mask.shape) for mask in products] != self._mask_shapes:
             return False
-        return all(f.dtype == torch.float32 and _is_plain(f) for mask in products for f in mask.factors)
+        return all(f.dtype == torch.float32 and _is_plain(f) for mask in products for f in mask.parts)
 
-    def num_factors(self, masks: Mapping[str, Mask]) -> int:
-        """F of masks that this group serves."""
-        return len(self._product(masks).factors)
+    def num_parts(self, masks: Mapping[str, Mask]) -> int:
+        """F, or F + T where models have factors of their own, of masks that this group serves."""
+        return len(self._product(masks).parts)
 
     def merged(self, masks: Mapping[str, Mask], coefficients: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """theta by name, each a part of one allocation.
@@ -138,7 +138,7 @@ class Group(ABC):
         self, upstreams: Sequence[Tensor | None], masks: Mapping[str, Mask], coefficients: Tensor,
         coefficient_out: Tensor,
     ) -> Iterator[tuple[str, list[Tensor]]]:  # fmt: skip
-        """dL/dlogit of all factors, mask by mask; dL/dlambda is added to `coefficient_out`, shaped like lambda.
+        """dL/dlogit of all parts, mask by mask; dL/dlambda is added to `coefficient_out`, shaped like lambda.
 
         Args:
             upstreams: dL/dtheta of each tensor; None if no task used it: then nothing is said of it.
@@ -149,7 +149,7 @@ class Group(ABC):
         unused = max((m.base.numel() for m, u in zip(self.members, upstreams, strict=True) if u is None), default=0)
         nothing = present[0].new_zeros(unused)
         entries = sum(torch.Size(shape).numel() for shape in self._mask_shapes)
-        flat = torch.empty((self.num_factors(masks), entries), dtype=torch.float32, device=self._device)
+        flat = torch.empty((self.num_parts(masks), entries), dtype=torch.float32, device=self._device)
         products = torch.empty((self._tasks, self._programs), dtype=torch.float32, device=self._device)
         sums = torch.empty((self._tasks, len(self.members)), dtype=torch.float32, device=self._device)
         with fused.on(self._device):
@@ -181,14 +181,14 @@ class Group(ABC):
         """What both kernels of a kind are given."""
         first = self._product(masks)
         every = (masks[member.mask] for member in self.members)
-        factors = [f.data_ptr() for mask in every if isinstance(mask, MaskProduct) for f in mask.factors]
+        factors = [f.data_ptr() for mask in every if isinstance(mask, MaskProduct) for f in mask.parts]
         return {
             "frozen": self._frozen, "factors": self._table(factors), "lambdas": coefficients,
             "stride_t": coefficients.stride(0),
             "stride_p": coefficients.stride(1) if coefficients.shape[1] > 1 else 0,
             "owners": self._owners, "firsts": self._firsts, "columns": self._columns, "TASKS": self._tasks,
-            "FACTORS": len(first.factors), "STORED": fused.element_type(self._stored), "LOGITS": first.logits,
-            "BLOCK": BLOCK,
+            "FACTORS": len(first.factors), "OWN": len(first.own), "STORED": fused.element_type(self._stored),
+            "LOGITS": first.logits, "BLOCK": BLOCK,
         }  # fmt: skip
 
     def _product(self, masks: Mapping[str, Mask]) -> MaskProduct:

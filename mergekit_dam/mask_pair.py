@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
 from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_product import MaskProduct, together_numel
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, mask_shape, product
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, mask_shape, own_key, product
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import finite_flags, require_flags
 
@@ -23,28 +23,49 @@ Whole = dict[str, dict[str, Tensor]]
 _IN_USE = {"dual": (TASK_SHARED, BACKDOOR_DETECTION), "m1": (TASK_SHARED,), "m2": (BACKDOOR_DETECTION,)}
 
 
+def detects_per_model(config: DamConfig, *, suspects: bool) -> bool:
+    """Whether each model has a Backdoor-Detection mask of its own, where something is suspect or nothing is."""
+    wanted = config.detection == "model" or (config.detection == "auto" and suspects)
+    return wanted and config.objective == "inversion" and not config.rescale and config.mask != "m1"
+
+
 def masks_in_use(
-    model: MergedModel, config: DamConfig, *, temperature: float, offsets: Mapping[str, float] | None = None
-) -> dict[str, ConcreteMask]:
-    """The masks that `mask` asks for, by name; `offsets` are added to the setting `initial_logit`."""
+    model: MergedModel, config: DamConfig, *, temperature: float, offsets: Mapping[str, float] | None = None,
+    per_model: bool = False,
+) -> dict[str, ConcreteMask]:  # fmt: skip
+    """The masks that `mask` asks for, by name.
+
+    Args:
+        temperature: of the relaxation.
+        offsets: by name, added to the setting `initial_logit`.
+        per_model: whether each model has a Backdoor-Detection mask of its own.
+    """
     shapes = {name: mask_shape(shape, config.granularity) for name, shape in model.mask_shapes.items()}
-    return {
-        name: ConcreteMask(
-            shapes, name=name, temperature=temperature, rescale=config.rescale,
+    found = {}
+    for name in _IN_USE[config.mask]:
+        owners = model.num_models if name == BACKDOOR_DETECTION and per_model else 0
+        found[name] = ConcreteMask(
+            {own_key(t, key): shape for t in range(owners) for key, shape in shapes.items()} if owners else shapes,
+            name=name, temperature=temperature, rescale=config.rescale,
             initial_logit=config.initial_logit + (offsets or {}).get(name, 0.0), device=model.device,
-            shards=ALONE if config.granularity == "tensor" else model.shards,
-        )
-        for name in _IN_USE[config.mask]
-    }  # fmt: skip
+            shards=ALONE if config.granularity == "tensor" else model.shards, owners=owners,
+        )  # fmt: skip
+    return found
 
 
 def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights] | None = None) -> dict[str, MaskProduct]:
     """M = M1 o M2 by tensor, from one sample of each mask in use or from their probabilities."""
     used = list(masks.values())
+    names = [key.partition(".")[2] for key in used[0].logits if key.startswith("0.")] if used[0].owners else None
     return {
         key: product(used, key, None if samples is None else [samples[mask.name][key] for mask in used])
-        for key in used[0].logits
+        for key in names or used[0].logits
     }
+
+
+def logits_of(masks: Mapping[str, ConcreteMask], name: str) -> list[tuple[str, str]]:
+    """Mask and key of the logits of a tensor, in the order of `MaskProduct.parts`."""
+    return [(mask, key) for mask, one in masks.items() for key in one.keys_of(name)]
 
 
 class LogitSteps:
@@ -69,9 +90,13 @@ class LogitSteps:
         total = sum(logits.numel() for logits in every)
         self._most = together_numel(every[0].device, total) * len(optimisers) if together else 1
 
-    def add(self, key: str, gradients: Mapping[str, Tensor]) -> None:
-        """dL/dlogit of one tensor by mask."""
-        for name, gradient in gradients.items():
+    def add(self, places: Sequence[tuple[str, str]], gradients: Sequence[Tensor]) -> None:
+        """dL/dlogit of one tensor.
+
+        Args:
+            places: mask and key of each, see `logits_of`.
+        """
+        for (name, key), gradient in zip(places, gradients, strict=True):
             logits = self.masks[name].logits[key]
             logits.grad = gradient
             self._waiting[name].append(key)

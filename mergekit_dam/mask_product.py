@@ -1,12 +1,13 @@
-"""M = M1 o M2 of one tensor as it is used: chunk by chunk, and back to the logits."""
+"""M = M1 o M2 of one tensor as it is used: chunk by chunk, and back to the logits. T models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from mergekit_dam.mask_bytes import STEPS, to_probabilities
 
@@ -34,14 +35,17 @@ def _identity(total: Tensor) -> Tensor:
 class MaskProduct:
     """M = prod_i f_i of one tensor, formed chunk by chunk where it is used and never stored.
 
+    Where models have factors of their own, model t's task vector is multiplied by M_t = M o own_t.
+
     Attributes:
-        factors: one per mask in use, all of M's shape: samples or probabilities in any floating type or as bytes
-            (mask_bytes.py), or logits.
+        factors: one per mask that all models share, all of M's shape: samples or probabilities in any floating type or
+            as bytes (mask_bytes.py), or logits.
         logits: whether a factor is a logit, so that sigmoid makes it a probability.
         means: where masks are rescaled, the mean of each factor, 0-dim: f_i is divided by it.
         temperature: of the relaxation, for the gradient.
         add_up: makes the sum over the whole tensor from that over the entries held here.
         entries: of the whole tensor; 0 for those held here.
+        own: one more factor per model, T of M's shape, or none at all; masks that are rescaled have none.
     """
 
     factors: tuple[Tensor, ...]
@@ -50,10 +54,30 @@ class MaskProduct:
     temperature: float = 1.0
     add_up: Callable[[Tensor], Tensor] = _identity
     entries: int = 0
+    own: tuple[Tensor, ...] = ()
 
     @property
     def shape(self) -> torch.Size:
-        return self.factors[0].shape
+        return self.parts[0].shape
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All factors, those of the models last."""
+        return (*self.factors, *self.own)
+
+    @property
+    def gradient_shape(self) -> torch.Size:
+        """Of dL/dM; (T, *shape), dL/dM_t, where models have factors of their own."""
+        return torch.Size((len(self.own), *self.shape)) if self.own else self.shape
+
+    @property
+    def shared(self) -> MaskProduct | None:
+        """What all task vectors are multiplied by; None where models have factors of their own only."""
+        return replace(self, own=()) if self.factors else None
+
+    def of_model(self, model: int) -> MaskProduct | None:
+        """own_t by itself; None where models have none."""
+        return replace(self, factors=(self.own[model],), means=None, own=()) if self.own else None
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """M, flat, `size` entries at a time in float32. Each chunk is overwritten by the next."""
@@ -90,7 +114,9 @@ class MaskProduct:
         return self.means is None
 
     def full(self) -> Tensor:
-        """M as one tensor, float32."""
+        """M as one tensor of `gradient_shape`, float32."""
+        if self.own:
+            return torch.stack([replace(self, factors=(*self.factors, own), own=()).full() for own in self.own])
         out = torch.empty(self.shape, dtype=torch.float32, device=self.factors[0].device)
         size = chunk_numel(out.device)
         for part, chunk in zip(out.view(-1).split(size), self.chunks(size), strict=True):
@@ -102,11 +128,14 @@ class MaskProduct:
 
         With s_i the sample or probability, n entries and h = dL/dM o M:
         dL/dlogit_i = (h - s_i sum(h) / (n mean_i)) (1 - s_i) / temperature, the middle term where masks are rescaled.
+        A factor of model t has h_t = dL/dM_t o M_t; to shared ones their sum comes.
 
         Args:
-            gradient: dL/dM, contiguous, float32; it is overwritten.
-            wanted: indices of factors.
+            gradient: dL/dM, of `gradient_shape`, contiguous, float32; it is overwritten.
+            wanted: indices of `parts`; all of them where models have factors of their own.
         """
+        if self.own:
+            return self._of_all_models(gradient)
         size = chunk_numel(gradient.device)
         pieces = gradient.view(-1).split(size)
         if self.separate:
@@ -135,6 +164,24 @@ class MaskProduct:
             found.append(out)
         return found
 
+    def _of_all_models(self, gradient: Tensor) -> list[Tensor]:
+        """`logit_gradients` where models have factors of their own."""
+        h_T = list(gradient)
+        if self.shared is not None:
+            m = self.shared.full()
+            for h in h_T:
+                h.mul_(m)
+        total, outs = torch.zeros_like(h_T[0]), []
+        for h, own in zip(h_T, self.own, strict=True):
+            s = self._value(own, torch.empty_like(h))
+            total.add_(h.mul_(s))
+            self.to_logits(h, [s], [0], [h])
+            outs.append(h)
+        shared = [torch.empty_like(total) for _ in self.factors]
+        values = [self._value(f, torch.empty_like(total)) for f in self.factors]
+        self.to_logits(total, values, range(len(shared)), shared)
+        return [*shared, *outs]
+
     def to_logits(self, h: Tensor, values: Sequence[Tensor], wanted: Sequence[int], to: Sequence[Tensor]) -> None:
         """h (1 - s_i) / temperature of one chunk into `to`, for masks that are not rescaled; see `logit_gradients`.
 
@@ -162,6 +209,11 @@ class MaskProduct:
     def _buffers(self, size: int, count: int) -> Sequence[Tensor]:
         numel = min(size, self.factors[0].numel())
         return torch.empty((count, numel), dtype=torch.float32, device=self.factors[0].device).unbind()
+
+
+def has_own(mask: object) -> TypeIs[MaskProduct]:
+    """Whether models have factors of their own."""
+    return isinstance(mask, MaskProduct) and len(mask.own) > 0
 
 
 def means_of(values: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -33,29 +33,40 @@ def mask_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) ->
     return (1,) * len(shape)
 
 
+def own_key(model: int, name: str) -> str:
+    """Key of a tensor in a mask that each model has its own of."""
+    return f"{model}.{name}"
+
+
 class ConcreteMask:
     """Mask logits for a set of tensors.
 
     Args:
-        shapes: tensor name -> shape of the mask.
+        shapes: tensor name, or `own_key` of it where each model has a mask of its own -> shape of the mask.
         name: `task_shared` or `backdoor_detection`; it seeds the noise, too.
         temperature: of the relaxation; lower is closer to 0/1.
         rescale: divide each tensor's mask by its mean, so that its density does not scale the task vector.
         initial_logit: start of all logits.
         device: where logits live.
         shards: processes that hold the masks' rows; ALONE for masks that every process holds whole.
+        owners: T where each model has a mask of its own, 0 where one is for all.
     """
 
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], *, name: str, temperature: float, rescale: bool,
-        initial_logit: float, device: torch.device, shards: Shards = ALONE,
+        initial_logit: float, device: torch.device, shards: Shards = ALONE, owners: int = 0,
     ) -> None:  # fmt: skip
         self.name, self.temperature, self.rescale, self.shards = name, temperature, rescale, shards
+        self.owners = owners
         self.shapes = dict(shapes)
         self.logits = {
             key: torch.full(shards.local_shape(shape), initial_logit, dtype=torch.float32, device=device)
             for key, shape in shapes.items()
         }
+
+    def keys_of(self, name: str) -> list[str]:
+        """Of a tensor's logits: one, or one per model."""
+        return [own_key(model, name) for model in range(self.owners)] if self.owners else [name]
 
     def sample(self, key: str, *, seed: int, step: int) -> Tensor:
         """One relaxed sample in (0, 1) of the mask of a tensor: sigmoid((logit + logistic noise) / temperature).
@@ -107,13 +118,18 @@ class ConcreteMask:
 
 
 def product(masks: Sequence[ConcreteMask], key: str, samples: Sequence[Tensor] | None = None) -> MaskProduct:
-    """M = M1 o M2 of one tensor at one sample of each mask, or at their probabilities."""
-    factors = tuple(samples) if samples is not None else tuple(mask.logits[key] for mask in masks)
+    """M = M1 o M2 of one tensor at one sample of each mask, or at their probabilities.
+
+    Args:
+        samples: of masks that all models share.
+    """
+    shared = [mask for mask in masks if not mask.owners]
+    factors = tuple(samples) if samples is not None else tuple(mask.logits[key] for mask in shared)
+    own = tuple(mask.logits[one] for mask in masks if mask.owners for one in mask.keys_of(key))
     means = None
     if masks[0].rescale:
-        values = factors if samples is not None else tuple(mask.expectation(key) for mask in masks)
-        means = tuple(mask.mean(key, value) for mask, value in zip(masks, values, strict=True))
+        values = factors if samples is not None else tuple(mask.expectation(key) for mask in shared)
+        means = tuple(mask.mean(key, value) for mask, value in zip(shared, values, strict=True))
     first = masks[0]
-    return MaskProduct(
-        factors, samples is None, means, first.temperature, first.shards.sum, math.prod(first.shapes[key])
-    )
+    entries = math.prod(first.shapes[first.keys_of(key)[0]])
+    return MaskProduct(factors, samples is None, means, first.temperature, first.shards.sum, entries, own)

@@ -1,7 +1,8 @@
 """The merge equation, once: theta = theta_0 + M o sum_t lambda_t (theta_t - theta_0), and its chain rule.
 
-Source: DAM (arXiv 2410.13910), with M = M1 o M2 one mask for all models. The streaming merge and the learning
-loop both call `merge`, so that they agree bit for bit. T models; tensors of any shape S, masks that broadcast
+Source: DAM (arXiv 2410.13910), with M = M1 o M2 one mask for all models; or each model's tau_t has an M2 of its own,
+theta = theta_0 + M1 o sum_t lambda_t M2_t o tau_t (chain rule: merge_per_model.py). The streaming merge and the
+learning loop both call `merge`, so that they agree bit for bit. T models; tensors of any shape S, masks that broadcast
 to S, coefficients (T,). Everything is computed in float32 and elementwise, hence commutes with sharding.
 
 All of it runs over chunks that stay in the processor's cache: each tensor is read once, and no intermediate result of
@@ -16,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_dam import fused
+from mergekit_dam import fused, merge_per_model
 from mergekit_dam.chunks import Layout, Mask, Work, add_products
-from mergekit_dam.mask_product import MaskProduct
+from mergekit_dam.mask_product import MaskProduct, has_own
 
 
 def task_vector(base: Tensor, model: Tensor) -> Tensor:
@@ -50,10 +51,13 @@ def merge(
     lambdas = coefficients.tolist()
     layout = Layout(base, mask.shape if mask is not None else base.shape)
     work = Work(layout, base.device)
-    for base_c, *models_c, out_c, mask_c in zip(
-        layout.split(base), *(layout.split(m) for m in models), layout.split(out), layout.split_mask(mask), strict=True
-    ):
-        total = work.total(base_c, models_c, lambdas)
+    for base_c, *models_c, out_c, mask_c, owns_c in zip(
+        layout.split(base), *(layout.split(m) for m in models), layout.split(out), layout.split_shared(mask),
+        layout.split_own(mask), strict=True,
+    ):  # fmt: skip
+        total = work.zeros(base_c)
+        for t, tau in work.task_vectors(base_c, models_c):
+            total.add_(tau.mul_(owns_c[t]) if owns_c else tau, alpha=lambdas[t])
         if mask_c is not None:
             total.mul_(mask_c)
         torch.add(total, base_c, out=out_c) if out_c.dtype == torch.float32 else out_c.copy_(total.add_(base_c))
@@ -89,14 +93,19 @@ def gradients(
     Args:
         gradient: dL/dtheta, shape S, any floating type.
         coefficients: lambda (T,), needed for `mask_out`.
-        mask: M, needed for `coefficient_out`; None keeps everything.
-        mask_out: contiguous, float32, of M's shape.
+        mask: M, needed for `coefficient_out` and where models have factors of their own; None keeps everything.
+        mask_out: contiguous, float32, of M's `gradient_shape`.
         coefficient_out: (T,), float32.
     """
     everything = all(part is not None for part in (coefficients, mask, mask_out, coefficient_out))
     if everything and fused.serves(base, mask):
         assert coefficients is not None and coefficient_out is not None
         fused.gradients(gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, mask_out=mask_out)
+        return
+    if has_own(mask):
+        merge_per_model.gradients(
+            gradient, base, models, coefficients, mask, mask_out=mask_out, coefficient_out=coefficient_out
+        )
         return
     lambdas = coefficients.tolist() if coefficients is not None and mask_out is not None else None
     shape = mask_out.shape if mask_out is not None else mask.shape if mask is not None else base.shape
@@ -134,16 +143,20 @@ def logit_gradients(
         gradient: dL/dtheta, shape S, any floating type.
         coefficients: lambda (T,).
         mask: M, of shape S and not rescaled (`mask.separate`).
-        wanted: indices of its factors.
+        wanted: indices of its `parts`; all of them where models have factors of their own.
         coefficient_out: (T,), float32; dL/dlambda is added to it.
 
     Returns:
         dL/dlogit of the wanted factors, each of shape S, float32.
     """
-    if fused.serves(base, mask) and tuple(wanted) == tuple(range(len(mask.factors))):
+    if fused.serves(base, mask) and tuple(wanted) == tuple(range(len(mask.parts))):
         found = [torch.empty(base.shape, dtype=torch.float32, device=base.device) for _ in wanted]
         fused.gradients(gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, logits_out=found)
         return found
+    if has_own(mask):
+        return merge_per_model.logit_gradients(
+            gradient, base, models, coefficients, mask, coefficient_out=coefficient_out
+        )
     lambdas = coefficients.tolist()
     layout = Layout(base, mask.shape)
     work = Work(layout, base.device)

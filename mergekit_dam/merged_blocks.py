@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from mergekit_dam.chunks import Mask
+from mergekit_dam.chunks import Mask, gradient_shape
 from mergekit_dam.frozen import FrozenModels
 from mergekit_dam.gradient_store import GradientStore
 from mergekit_dam.merge_rule import gradients
@@ -74,7 +74,7 @@ class BlockMerger:
         if spec is None:
             return
         mask = self._masks[spec.mask_name]
-        found = self.store.of(spec.mask_name, mask.shape, frozen.device)
+        found = self.store.of(spec.mask_name, gradient_shape(mask), frozen.device)
         gradient = gradient if frozen.shards.size == 1 else frozen.shards.scatter(gradient.float())
         if not gradient.numel():
             return

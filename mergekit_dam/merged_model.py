@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import fused
-from mergekit_dam.chunks import Mask
+from mergekit_dam.chunks import Mask, gradient_shape
 from mergekit_dam.distributed.shards import ALONE, Shards
 from mergekit_dam.frozen import FrozenModels, Offload, Weights
 from mergekit_dam.fused_groups import Group, Member
@@ -145,10 +145,10 @@ class MergedModel:
         """`chain`, and on through each mask to the logits of its factors.
 
         Args:
-            wanted: indices of factors, alike for all masks.
+            wanted: indices of the masks' `parts`, alike for all masks.
 
         Yields:
-            Name and our rows of dL/dlogit of the wanted factors of one mask after another.
+            Name and our rows of dL/dlogit of the wanted factors of one tensor after another.
         """
         if isinstance(weights, MergedBlocks):
             for name, found in self.chain(weights, masks, coefficients, coefficient_gradient, whole=whole):
@@ -156,7 +156,7 @@ class MergedModel:
             return
         lambdas, done = self._lambdas(coefficients), set[str]()
         for group in self._groups:
-            if group.serves(masks) and tuple(wanted) == tuple(range(group.num_factors(masks))):
+            if group.serves(masks) and tuple(wanted) == tuple(range(group.num_parts(masks))):
                 upstreams = [self._taken(weights[member.name]) for member in group.members]
                 yield from group.logit_gradients(upstreams, masks, lambdas, coefficient_gradient)
                 done |= group.mask_names
@@ -181,7 +181,7 @@ class MergedModel:
         self, name: str, weights: Weights, mask: Mask, lambdas: Tensor, coefficient_gradient: Tensor
     ) -> Tensor | None:
         """Our rows' share of dL/dM; None if no task used its tensors."""
-        found = torch.zeros(mask.shape, dtype=torch.float32, device=self.device)
+        found = torch.zeros(gradient_shape(mask), dtype=torch.float32, device=self.device)
         used = False
         for spec in self._tied[name]:
             gradient = self._taken(weights[spec.name])

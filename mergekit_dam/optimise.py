@@ -90,7 +90,7 @@ def optimise(
     metadata = description | {
         "tensors": list(model.mask_names), "seed": config.seed, "versions": library_versions(),
         "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
-        "audit": search.audit(),
+        "audit": search.audit(), "own_masks": [name for name, mask in search.masks.items() if mask.owners],
     }  # fmt: skip
     if students is not None:
         metadata["students"] = students.agreement

@@ -166,7 +166,7 @@ class PaperSearch(MaskSearch):
             weights, masks, coefficients, unused, [tuple(self.masks).index(turn)],
             whole=self.config.granularity == "tensor",
         ):  # fmt: skip
-            steps.add(key, {turn: found})
+            steps.add([(turn, key)], [found])
         steps.finish(step)
 
     def fit_coefficients(self, done: int = 0) -> None:

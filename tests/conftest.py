@@ -31,7 +31,7 @@ from tests.tiny_models import WORDS, make_model
 transformers.logging.set_verbosity_error()
 FAST = {
     "steps": 3, "coefficient_steps": 2, "batch_size": 4, "num_samples": 8, "max_length": 12,
-    "scan_steps": 4, "refresh_steps": 2, "student_steps": 2, "student_batch_size": 4,
+    "scan_steps": 4, "refresh_steps": 2, "detection": "model", "student_steps": 2, "student_batch_size": 4,
 }  # fmt: skip
 
 

@@ -51,6 +51,31 @@ def test_gradients_of_the_chain_rule_are_autograds(seed: int) -> None:
     torch.testing.assert_close(found, coefficients.grad)
 
 
+@given(st.integers(0, 1000), st.sampled_from([(5, 4), (5, 1), (1, 1)]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_masks_of_each_models_own_follow_the_equation_and_autograd(
+    seed: int, shape: tuple[int, ...], shares: bool
+) -> None:
+    base, models, coefficients, _ = _tensors(seed)
+    source = generator(seed, "own")
+    shared, *own = (torch.randn(shape, generator=source).requires_grad_(True) for _ in range(1 + len(models)))
+    mask = MaskProduct((shared.detach(),) if shares else (), logits=True, own=tuple(one.detach() for one in own))
+    coefficients.requires_grad_(True)
+    terms = [c * one.sigmoid() * (m - base) for c, one, m in zip(coefficients, own, models, strict=True)]
+    theta = base + (shared.sigmoid() if shares else 1.0) * torch.stack(terms).sum(0)
+    torch.testing.assert_close(merge_rule.merge(base, list(models), coefficients.detach(), mask), theta.detach())
+    weight = torch.randn(5, 4, generator=source)
+    (theta * weight).sum().backward()
+    to_mask, to_coefficients = torch.zeros(mask.gradient_shape), torch.zeros(len(models))
+    merge_rule.gradients(
+        weight, base, list(models), coefficients.detach(), mask, mask_out=to_mask, coefficient_out=to_coefficients
+    )
+    torch.testing.assert_close(to_coefficients, coefficients.grad)
+    found = mask.logit_gradients(to_mask, range(len(mask.parts)))
+    for ours, logits in zip(found, [shared, *own] if shares else own, strict=True):
+        torch.testing.assert_close(ours, logits.grad)
+
+
 def test_a_model_without_the_tensor_adds_nothing() -> None:
     base, models, coefficients, mask = _tensors(0)
     without = merge_rule.merge(base, [models[0], None, models[2]], coefficients, mask)
@@ -113,10 +138,10 @@ def test_steps_of_logits_wait_for_each_other_or_not(together: bool, monkeypatch:
         {"a": (4,), "b": (4,)}, name="m", temperature=1.0, rescale=False, initial_logit=0.0, device=CPU
     )  # fmt: skip
     steps = LogitSteps({"m": mask}, {"m": torch.optim.SGD(mask.logits.values(), lr=1.0)}, together=together)
-    steps.add("a", {"m": torch.ones(4)})
+    steps.add([("m", "a")], [torch.ones(4)])
     assert (mask.logits["a"].grad is not None) == together
     assert mask.logits["a"].tolist() == [0.0 if together else -1.0] * 4
-    steps.add("b", {"m": torch.ones(4)})
+    steps.add([("m", "b")], [torch.ones(4)])
     steps.finish(0)
     assert all(logits.grad is None and logits.tolist() == [-1.0] * 4 for logits in mask.logits.values())
 

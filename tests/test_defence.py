@@ -123,6 +123,30 @@ def test_masks_and_coefficients_fit_the_models_own_answers(plan: Any) -> None:
     assert float(coefficients.min()) >= 0 and float(coefficients.max()) <= made.config.max_coefficient
 
 
+@pytest.mark.parametrize(
+    ("settings", "suspicious", "per_model"),
+    [
+        ({"detection": "auto"}, True, True), ({"detection": "auto"}, False, False),
+        ({"detection": "shared"}, True, False), ({"detection": "model"}, False, True),
+        ({"detection": "auto", "mask": "m2"}, True, True), ({"detection": "model", "rescale": True}, True, False),
+        ({"detection": "model", "objective": "paper"}, False, False),
+    ],
+)  # fmt: skip
+def test_each_model_has_a_detection_mask_where_it_needs_one(
+    settings: dict[str, Any], suspicious: bool, per_model: bool, plan: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path))
+    if not suspicious:
+        monkeypatch.setattr("mergekit_dam.defence.suspects", lambda findings, threshold: [])
+    _, masks = learn_masks(plan(suspicion=0.0, **settings), quiet=True)
+    assert any(found["suspect"] for found in masks.metadata["audit"]) == suspicious
+    assert masks.metadata["own_masks"] == ([BACKDOOR_DETECTION] if per_model else [])
+    for name in masks.metadata["tensors"]:
+        parts = masks.parts_of(name)
+        assert len(parts[BACKDOOR_DETECTION]) == (2 if per_model else 1) and len(parts.get(TASK_SHARED, [0])) == 1
+
+
 def test_a_models_answers_are_made_once_and_are_those_of_any_batch(plan: Any) -> None:
     task = build_tasks(plan(), CPU)[0]
     answers, logits = OwnAnswers(task, task.own_weights()), type(task).logits
@@ -205,7 +229,9 @@ def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
         plan = build_plan(refs[0], refs[1:], shared={"steps": 40, **shared}, per_model=own)
         artefact, masks = learn_masks(plan, quiet=True)
         model = MergedModel(TaskVectors(plan), survey(TaskVectors(plan)).changed, CPU)
-        merged = model.weights({k: m for k in model.mask_names if (m := masks.mask(k)) is not None}, masks.coefficients)
+        merged = model.weights(
+            {k: m for k in model.mask_names if (m := masks.product(k)) is not None}, masks.coefficients
+        )
         task = build_tasks(plan, CPU)[0]
         whole = demo.new_model(8).eval()
         whole.load_state_dict(task.parameters(merged))

@@ -17,7 +17,7 @@ from mergekit_dam.distributed.snapshots import Snapshots
 from mergekit_dam.learn import learn_masks
 from mergekit_dam.losses import entropy
 from mergekit_dam.mask_bytes import STEPS, to_probabilities
-from mergekit_dam.mask_pair import combined, masks_in_use
+from mergekit_dam.mask_pair import combined, logits_of, masks_in_use
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.seeds import generator
@@ -72,12 +72,14 @@ def test_rows_are_gathered_and_gradients_summed_over_the_processes(count: int) -
 
 
 def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
-    """dL/dlogit of M1 by name, whole, dL/dlambda, and the bytes of task vectors that this process holds."""
+    """dL/dlogit by mask and key, whole, dL/dlambda, and the elements of task vectors that this process holds."""
     vectors, tasks = TaskVectors(plan), build_tasks(plan, CPU)
     blockwise = plan.config.gather == "block" and shards.size > 1
     model = MergedModel(vectors, survey(vectors, shards).changed, CPU, shards=shards, blockwise=blockwise)
-    masks = masks_in_use(model, plan.config, temperature=0.5)
-    merged = combined(masks, {n: {k: m.sample(k, seed=0, step=1) for k in model.mask_names} for n, m in masks.items()})
+    paper = plan.config.objective == "paper"
+    masks = masks_in_use(model, plan.config, temperature=0.5, per_model=not paper)
+    samples = {n: {k: m.sample(k, seed=0, step=1) for k in model.mask_names} for n, m in masks.items() if paper}
+    merged = combined(masks, samples or None)
     coefficients = torch.full((2, len(model.mask_names)), 0.3)
     weights = model.weights(merged, coefficients)
     assert isinstance(weights, StreamedWeights) == blockwise
@@ -87,20 +89,22 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
     lambdas, found = torch.zeros_like(coefficients), {}
     whole = plan.config.granularity == "tensor"
     for key, gradient in model.chain(weights, merged, coefficients, lambdas, whole=whole):
-        mask = next(iter(masks.values()))
-        found[key] = mask.shards.gather(merged[key].logit_gradients(gradient, [0])[0], mask.shapes[key])
+        parts = merged[key].logit_gradients(gradient, range(len(merged[key].parts)))
+        for (name, one), part in zip(logits_of(masks, key), parts, strict=True):
+            found[f"{name}/{one}"] = masks[name].shards.gather(part, masks[name].shapes[one])
     held = sum(m.numel() for ms in model.frozen.models.values() for m in ms if m is not None)
     return found, lambdas, held
 
 
+@pytest.mark.parametrize("objective", ["paper", "inversion"])  # rescaled: a mean over all rows; each model's own M2
 @pytest.mark.parametrize(
     ("granularity", "gather", "count"),
     [("element", "model", 4), ("row", "model", 4), ("tensor", "model", 4), ("element", "block", 2)],
 )
 def test_gradients_of_several_processes_are_those_of_one(
-    granularity: str, gather: str, count: int, vit: Path, images: Path
+    granularity: str, gather: str, count: int, objective: str, vit: Path, images: Path
 ) -> None:
-    plan = _plan(vit, images, "paper", granularity=granularity, gather=gather)  # rescaled: a mean over all rows
+    plan = _plan(vit, images, objective, granularity=granularity, gather=gather)
     expected, lambdas, held = _gradients(ALONE, plan)
     everyone = group(_gradients, count, plan)
     for found, found_lambdas, _ in everyone:

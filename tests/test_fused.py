@@ -17,7 +17,7 @@ from mergekit_dam import fused, fused_groups, merge_rule
 from mergekit_dam.fused_groups import Group, Member
 from mergekit_dam.fused_kinds import ElementGroup, RowGroup, grouped
 from mergekit_dam.mask_bytes import to_bytes
-from mergekit_dam.mask_product import MaskProduct
+from mergekit_dam.mask_product import MaskProduct, has_own
 from mergekit_dam.masks import Granularity, mask_shape
 from tests.searching import learned
 from tests.tiny_models import make_model
@@ -33,8 +33,13 @@ def some(shape: tuple[int, ...], dtype: torch.dtype, missing: tuple[int, ...]) -
     return base.to(dtype), models
 
 
-def masks(shape: tuple[int, ...], kind: str) -> Tensor | MaskProduct | None:
+def masks(shape: tuple[int, ...], kind: str, tasks: int = 4) -> Tensor | MaskProduct | None:
     logits = tuple(2 * torch.randn(shape, device=DEVICE) for _ in range(2))
+    own = tuple(2 * torch.randn(shape, device=DEVICE) for _ in range(tasks))
+    if kind == "own saved":
+        return MaskProduct((to_bytes(logits[0].sigmoid()),), own=tuple(to_bytes(one.sigmoid()) for one in own))
+    if kind in ("own", "own alone"):
+        return MaskProduct(logits[:1] if kind == "own" else (), True, own=own)
     if kind == "samples":
         return MaskProduct(tuple(one.sigmoid() for one in logits[:1]), temperature=0.5)
     if kind == "saved":
@@ -52,14 +57,14 @@ CASES = pytest.mark.parametrize(
 def on_cpu(found: object) -> Any:
     """The same there, where the merge rule does not call the kernels."""
     if isinstance(found, MaskProduct):
-        return replace(found, factors=on_cpu(found.factors))
+        return replace(found, factors=on_cpu(found.factors), own=on_cpu(found.own))
     if isinstance(found, list | tuple):
         return type(found)(map(on_cpu, found))
     return found.cpu() if isinstance(found, Tensor) else found
 
 
 @CASES
-@pytest.mark.parametrize("kind", ["logits", "samples", "saved", "tensor", "none"])
+@pytest.mark.parametrize("kind", ["logits", "samples", "saved", "tensor", "none", "own", "own alone", "own saved"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_merging(
     shape: tuple[int, ...], dtype: torch.dtype, missing: tuple[int, ...], kind: str, out_dtype: torch.dtype
@@ -75,7 +80,7 @@ def test_merging(
 
 
 @CASES
-@pytest.mark.parametrize("kind", ["logits", "samples"])
+@pytest.mark.parametrize("kind", ["logits", "samples", "own", "own alone"])
 def test_gradients_of_logits_and_coefficients(
     shape: tuple[int, ...], dtype: torch.dtype, missing: tuple[int, ...], kind: str
 ) -> None:
@@ -83,7 +88,7 @@ def test_gradients_of_logits_and_coefficients(
     base, models = some(shape, dtype, missing)
     mask, coefficients, gradient = masks(shape, kind), torch.rand(4), torch.randn_like(base)
     assert isinstance(mask, MaskProduct)
-    outs = [torch.full(shape, torch.nan, device=DEVICE) for _ in mask.factors]
+    outs = [torch.full(shape, torch.nan, device=DEVICE) for _ in mask.parts]
     ours, wanted = torch.ones(4, 2, device=DEVICE)[:, 0], torch.ones(4)
     fused.gradients(gradient, base, models, coefficients, mask, coefficient_out=ours, logits_out=outs)
     found = merge_rule.logit_gradients(
@@ -95,14 +100,16 @@ def test_gradients_of_logits_and_coefficients(
 
 
 @CASES
-@pytest.mark.parametrize("kind", ["logits", "saved", "tensor"])
+@pytest.mark.parametrize("kind", ["logits", "saved", "tensor", "own", "own alone", "own saved"])
 def test_gradients_of_the_mask_add_up(
     shape: tuple[int, ...], dtype: torch.dtype, missing: tuple[int, ...], kind: str
 ) -> None:
     torch.manual_seed(2)
     base, models = some(shape, dtype, missing)
-    arguments = (torch.randn(shape, device=DEVICE), base, models, torch.rand(4), masks(shape, kind))
-    ours, wanted = ((torch.ones(shape, device=d), torch.ones(4, device=d)) for d in (DEVICE, torch.device("cpu")))
+    mask = masks(shape, kind)
+    arguments = (torch.randn(shape, device=DEVICE), base, models, torch.rand(4), mask)
+    sums = (4, *shape) if has_own(mask) else shape
+    ours, wanted = ((torch.ones(sums, device=d), torch.ones(4, device=d)) for d in (DEVICE, torch.device("cpu")))
     for _ in range(2):
         fused.gradients(*arguments, mask_out=ours[0], coefficient_out=ours[1])
         merge_rule.gradients(*on_cpu(arguments), mask_out=wanted[0], coefficient_out=wanted[1])
@@ -142,10 +149,13 @@ def test_what_is_grouped() -> None:
 @pytest.mark.parametrize("columns", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("granularity", ["element", "row"])
-def test_groups_do_what_single_tensors_do(granularity: Granularity, dtype: torch.dtype, columns: int) -> None:
+@pytest.mark.parametrize(("kind", "parts"), [("logits", 2), ("own", 4), ("own alone", 3)])
+def test_groups_do_what_single_tensors_do(
+    kind: str, parts: int, granularity: Granularity, dtype: torch.dtype, columns: int
+) -> None:
     torch.manual_seed(3)
     every = members(3, dtype, *SHAPES)
-    masks_by_name = {m.mask: masks(mask_shape(m.base.shape, granularity), "logits") for m in every}
+    masks_by_name = {m.mask: masks(mask_shape(m.base.shape, granularity), kind, 3) for m in every}
     coefficients = torch.rand(3, columns, device=DEVICE)
     ours, wanted = torch.zeros_like(coefficients), torch.zeros(3, columns)
     # a row adds up a thousand elements in another order
@@ -153,7 +163,7 @@ def test_groups_do_what_single_tensors_do(granularity: Granularity, dtype: torch
     serving = [group for group in grouped(every, 1500) if group.serves(masks_by_name)]
     assert "".join(sorted(m.name[-1] for group in serving for m in group.members)) == "01235", "each once"
     for group in serving:
-        assert group.num_factors(masks_by_name) == 2
+        assert group.num_parts(masks_by_name) == parts
         merged = group.merged(masks_by_name, coefficients, dtype)
         upstreams = [
             None if m.name.endswith("2") else torch.randn(m.base.shape, device=DEVICE).to(dtype) for m in group.members
@@ -176,10 +186,10 @@ def expected_gradients(
     upstream: Tensor, base: Tensor, models: list[Tensor | None], lambdas: Tensor, mask: MaskProduct, *,
     coefficient_out: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """dL/dlogit of both factors by the merge rule."""
-    found = torch.zeros(mask.shape)
+    """dL/dlogit of all parts by the merge rule."""
+    found = torch.zeros(mask.gradient_shape)
     merge_rule.gradients(upstream, base, models, lambdas, mask, mask_out=found, coefficient_out=coefficient_out)
-    return mask.logit_gradients(found, (0, 1))
+    return mask.logit_gradients(found, range(len(mask.parts)))
 
 
 def test_masks_that_groups_do_not_serve() -> None:
@@ -207,7 +217,7 @@ def test_an_accelerator_without_triton_is_told(
 def test_a_search_with_kernels_gives_the_same_masks(
     granularity: Granularity, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"steps": 2, "granularity": granularity, "scan_steps": 2}
+    settings: dict[str, Any] = {"steps": 2, "granularity": granularity, "scan_steps": 2, "detection": "model"}
     layers = {"num_hidden_layers": 1}  # the interpreter takes a millisecond per program
     base = make_model("ViTModel", tmp_path / "base", **layers)
     for name in "ab":
@@ -225,7 +235,7 @@ def test_a_search_with_kernels_gives_the_same_masks(
 
     monkeypatch.setattr(Group, "serves", noted)
     kernels = learned(tmp_path, images, **settings)
-    assert len(served) == len(plain[0]) // 2, "two logits per mask, and no mask is left to single operations"
+    assert len(served) == len(plain[0]) // 3, "logits of M1 and of two M2 per tensor, none left to single operations"
     assert kernels[2] == pytest.approx(plain[2], rel=1e-4)
     torch.testing.assert_close(kernels[1], plain[1], rtol=1e-3, atol=1e-5)
     for name, logits in plain[0].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_dam.artifact import SCHEMA, LearnedMasks, load, save
+from mergekit_dam.errors import DamError
 from mergekit_dam.mask_bytes import STEPS, to_bytes, to_probabilities
+from mergekit_dam.merge_rule import merge
 
 GOLDEN = Path(__file__).parent / "golden" / "dam_masks.safetensors"
 FORMER = GOLDEN.with_name("dam_masks_schema1.safetensors")  # probabilities in float16
@@ -53,6 +56,36 @@ def test_a_file_of_the_former_schema_is_written_in_the_present_one(tmp_path: Pat
     assert again.metadata["schema"] == SCHEMA != former.metadata["schema"]
     for name in former.metadata["tensors"]:
         torch.testing.assert_close(again.mask(name), former.mask(name), rtol=0, atol=0.02)
+
+
+def _own() -> LearnedMasks:
+    """M1 of all models, and an M2 of each."""
+    masks = _masks()
+    values = masks.probabilities["task_shared"]["w"]
+    own = {f"{t}.{name}": (v if t else 1 - v) for t in range(2) for name, v in {"w": values, "b": values[:, 0]}.items()}
+    metadata = {**masks.metadata, "settings": {"rescale": False}, "own_masks": ["backdoor_detection"]}
+    return replace(masks, probabilities={**masks.probabilities, "backdoor_detection": own}, metadata=metadata)
+
+
+def test_masks_of_each_models_own_are_read_and_applied(tmp_path: Path) -> None:
+    save(tmp_path / "m.safetensors", _own())
+    masks = load(tmp_path / "m.safetensors")
+    shared = masks.probabilities["task_shared"]["w"] / STEPS
+    found = masks.mask("w")
+    assert found is not None
+    torch.testing.assert_close(found, torch.stack([shared * (1 - shared), shared * shared]), rtol=0, atol=0.01)
+    base, models = torch.zeros(2, 3), [torch.ones(2, 3), 2 * torch.ones(2, 3)]
+    expected = 0.25 * found[0] + 0.125 * 2 * found[1]
+    torch.testing.assert_close(merge(base, models, masks.coefficients_of("w"), masks.product("w")), expected)
+
+
+@pytest.mark.parametrize("missing", ["0.w", "1.b"])
+def test_a_mask_that_some_model_lacks_is_refused(missing: str, tmp_path: Path) -> None:
+    masks = _own()
+    del masks.probabilities["backdoor_detection"][missing]  # type: ignore[attr-defined]
+    save(tmp_path / "m.safetensors", masks)
+    with pytest.raises(DamError, match="that some model lacks"):
+        load(tmp_path / "m.safetensors")
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40))

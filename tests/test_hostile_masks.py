@@ -60,7 +60,11 @@ def test_damage_to_the_name_of_the_checksum_does_not_turn_it_off(tmp_path: Path)
 
 
 @fuzzed
-@given(key=st.sampled_from(["schema", "settings", "base", "models", "tensors"]), value=JSON, inner=st.booleans())
+@given(
+    key=st.sampled_from(["schema", "settings", "base", "models", "tensors", "own_masks"]),
+    value=JSON,
+    inner=st.booleans(),
+)
 def test_metadata_of_any_form(key: str, value: Any, inner: bool, tmp_path: Path) -> None:
     """Well-formed files whose metadata have other types: no checksum, as a stranger could write them."""
     original = load(GOLDEN)

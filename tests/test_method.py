@@ -68,7 +68,7 @@ def test_streaming_merge_equals_the_differentiable_forward_bit_for_bit(merge: Me
     plan = build_plan(base, models, shared={"calibration": str(images)}, per_model={})
     vectors = TaskVectors(plan)
     model = MergedModel(vectors, survey(vectors).changed, torch.device("cpu"))
-    product = {name: masks.mask(name) for name in model.mask_names}
+    product = {name: masks.product(name) for name in model.mask_names}
     weights = model.weights({k: v for k, v in product.items() if v is not None}, masks.coefficients)
     written = load_file(out / "model.safetensors")
     assert set(written) == set(weights)

@@ -148,7 +148,7 @@ def test_all_types_of_weights_and_their_mixtures(
         assert tensor.dtype == getattr(torch, kind)
         stored = [theta[name], *(m[f"bert.{name}"] for m in tuned)]
         used = [t.to(getattr(torch, dtype)) if dtype else t for t in stored]
-        expected = merge_rule(used[0], used[1:], masks.coefficients_of(name), masks.mask(name))
+        expected = merge_rule(used[0], used[1:], masks.coefficients_of(name), masks.product(name))
         torch.testing.assert_close(tensor.float(), expected, rtol=2 * unit, atol=1e-6)
 
 

@@ -28,8 +28,15 @@ from mergekit_dam.plan import build_plan
 from tests.conftest import FAST
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    # every class is a suspect, so that triggers are pooled and found anew
-    "inversion": {"suspicion": 0.0, "scan_steps": 2, "refresh_every": 2, "refresh_steps": 2, "steps": 5},
+    # every class is a suspect, so that triggers are pooled and found anew, and masks made anew after the scan
+    "inversion": {
+        "detection": "auto",
+        "suspicion": 0.0,
+        "scan_steps": 2,
+        "refresh_every": 2,
+        "refresh_steps": 2,
+        "steps": 5,
+    },
     "paper": {"objective": "paper", "steps": 3, "coefficient_steps": 3},
 }
 KILLED = """

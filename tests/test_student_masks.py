@@ -29,10 +29,11 @@ def test_masks_hold_the_students_and_merge_again_to_the_same_bits(merge: Merge, 
     base = Checkpoint.open(bert / "base")
     for name in masks.metadata["tensors"]:
         vectors = [student[name].double() - base.tensor(name).double() for student in masks.students]
-        total = sum(c * v for c, v in zip(masks.coefficients_of(name).tolist(), vectors, strict=True))
-        mask = masks.mask(name)
-        assert mask is not None
-        assert torch.allclose(first[name].double(), base.tensor(name).double() + mask.double() * total, atol=1e-6)
+        mask_T = masks.mask(name)
+        assert mask_T is not None
+        lambdas = masks.coefficients_of(name).tolist()
+        total = sum(c * v * m.double() for c, v, m in zip(lambdas, vectors, mask_T, strict=True))
+        assert torch.allclose(first[name].double(), base.tensor(name).double() + total, atol=1e-6)
 
 
 @pytest.mark.parametrize("shared", [{"student_steps": 0}, {"mask": "m1"}, {"objective": "paper"}])

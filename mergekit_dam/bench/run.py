@@ -203,12 +203,12 @@ def _learned(out: Path | None) -> dict[str, Any]:
 
     masks = load(out / "dam" / MASKS_FILE)
     sums: dict[str, dict[str, list[float]]] = {}
-    for name, by_tensor in masks.probabilities.items():
-        for tensor, values in by_tensor.items():
-            layer = next((part for part in tensor.split(".") if part.isdigit()), "other")
+    for tensor in masks.metadata["tensors"]:
+        layer = next((part for part in tensor.split(".") if part.isdigit()), "other")
+        for name, parts in masks.parts_of(tensor).items():
             total = sums.setdefault(layer, {}).setdefault(name, [0.0, 0.0])
-            total[0] += float(to_probabilities(values).sum())
-            total[1] += values.numel()
+            total[0] += sum(float(to_probabilities(part).sum()) for part in parts)
+            total[1] += sum(part.numel() for part in parts)
     density = {layer: {m: round(s / n, 4) for m, (s, n) in by.items()} for layer, by in sums.items()}
     coefficients = [round(float(c), 4) for c in masks.coefficients.mean(1)]
     return {"density": density, "coefficients": coefficients, "audit": masks.metadata.get("audit", [])}

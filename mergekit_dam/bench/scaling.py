@@ -21,7 +21,7 @@ class Job:
         tasks: T.
         stored: bytes per weight in the models' files: 2 for bfloat16.
         computed: bytes per merged weight: setting `compute_dtype`.
-        masks: 2 for `dual`, else 1.
+        masks: 2 for `dual`, else 1; `dual` with a Backdoor-Detection mask per model: T + 1.
         entries: mask entries per parameter: 1 for granularity `element`, about 1 / width for `row`.
         block: share of P in the largest block.
         offload: setting of that name.

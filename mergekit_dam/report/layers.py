@@ -55,7 +55,9 @@ def layers_of(masks: LearnedMasks) -> list[Layer]:
     layers: dict[tuple[str, int | None], Layer] = {}
     for name, place in zip(names, places, strict=True):
         layer = layers.setdefault(place, Layer(_label(place, stacks)))
-        values = {mask: to_probabilities(masks.probabilities[mask][name]) for mask in in_use}
+        # of masks that each model has one of, the mean over the models
+        parts = masks.parts_of(name)
+        values = {mask: torch.stack([to_probabilities(part) for part in parts[mask]]).mean(0) for mask in in_use}
         entries = max((value.numel() for value in values.values()), default=1)
         shares = {mask: float(value.mean()) for mask, value in values.items()}
         if values:
