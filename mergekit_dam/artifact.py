@@ -46,7 +46,7 @@ from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.files import replacing
 from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_product import MaskProduct, means_of
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, own_key
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, own_key, owned_name
 from mergekit_dam.numerics import mask_faults
 from mergekit_dam.plan import Plan
 
@@ -208,7 +208,7 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
                 index, _, name = name.partition(".")
                 students[index][name] = values
                 continue
-            owned = name.partition(".")[2] if mask in metadata.get("own_masks", ()) else name
+            owned = owned_name(name) if mask in metadata.get("own_masks", ()) else name
             if owned not in listed:
                 raise KeyError(f"{key} in the list of tensors")
             probabilities[mask][name] = values

@@ -23,6 +23,7 @@ from pydantic import (
 from torch import Tensor
 
 from mergekit_dam.mask_bytes import STEPS
+from mergekit_dam.masks import own_key, owned_name
 
 CHECKSUM = "content_sha256"  # entry of the metadata
 # entries of files that were written before there was a checksum
@@ -116,10 +117,10 @@ def check_values(
     shapes: dict[str, set[torch.Size]] = {}
     for mask, by_key in probabilities.items():
         own = mask in metadata.get("own_masks", ())
-        if own and by_key and set(by_key) != {f"{t}.{name}" for t in range(models) for name in metadata["tensors"]}:
+        if own and by_key and set(by_key) != {own_key(t, name) for t in range(models) for name in metadata["tensors"]}:
             raise ValueError(f"{mask} that some model lacks for some tensor")
         for key, values in by_key.items():
-            name = key.partition(".")[2] if own else key
+            name = owned_name(key) if own else key
             if values.dtype != wanted or not _within_unit_interval(values):
                 raise ValueError(f"mask of {name} is not {str(wanted).removeprefix('torch.')} within [0, 1]")
             shapes.setdefault(name, set()).add(values.shape)

@@ -14,7 +14,7 @@ from mergekit_dam.distributed.snapshots import State, adam_state
 from mergekit_dam.frozen import Weights
 from mergekit_dam.mask_bytes import to_bytes
 from mergekit_dam.mask_product import MaskProduct, together_numel
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, mask_shape, own_key, product
+from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED, ConcreteMask, mask_shape, own_key, owned_name, product
 from mergekit_dam.merged_model import MergedModel
 from mergekit_dam.numerics import finite_flags, require_flags
 
@@ -56,10 +56,10 @@ def masks_in_use(
 def combined(masks: Mapping[str, ConcreteMask], samples: Mapping[str, Weights] | None = None) -> dict[str, MaskProduct]:
     """M = M1 o M2 by tensor, from one sample of each mask in use or from their probabilities."""
     used = list(masks.values())
-    names = [key.partition(".")[2] for key in used[0].logits if key.startswith("0.")] if used[0].owners else None
+    first = used[0]
     return {
         key: product(used, key, None if samples is None else [samples[mask.name][key] for mask in used])
-        for key in names or used[0].logits
+        for key in dict.fromkeys(map(owned_name, first.logits) if first.owners else first.logits)
     }
 
 

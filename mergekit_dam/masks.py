@@ -38,6 +38,11 @@ def own_key(model: int, name: str) -> str:
     return f"{model}.{name}"
 
 
+def owned_name(key: str) -> str:
+    """Tensor of an `own_key`."""
+    return key.partition(".")[2]
+
+
 class ConcreteMask:
     """Mask logits for a set of tensors.
 
