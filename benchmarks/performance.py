@@ -46,6 +46,8 @@ CASES = [
     Case("llama", "inversion", 4, steps=1, batch_size=8),
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"granularity": "row"}),
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"offload": "disk"}),
+    # as where something is suspect: a Backdoor-Detection mask per model
+    Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"detection": "model"}),
 ]  # fmt: skip
 BF16 = {"compute_dtype": "bfloat16"}
 # a step there takes less than a second; b8 is launches more than arithmetic, b64 the other way round
