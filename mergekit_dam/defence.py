@@ -74,7 +74,6 @@ class InversionSearch(MaskSearch):
         self.masks = masks_in_use(
             self.model, config, temperature=1.0, offsets=_START, per_model=detects_per_model(config, suspects=suspects)
         )
-        self._num_parts = sum(max(1, mask.owners) for mask in self.masks.values())
         kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
         self.coefficients = self.start / kept
         self.optimisers = [
@@ -239,8 +238,9 @@ class InversionSearch(MaskSearch):
             self.masks, {name: optimiser for name, (optimiser, _) in zip(self.masks, mask_optimisers, strict=True)},
             together=not self.model.blockwise,
         )  # fmt: skip
+        num_parts = sum(max(1, mask.owners) for mask in self.masks.values())
         for key, found in self.model.logit_gradients(
-            weights, merged, self.coefficients, self.coefficients.grad, range(self._num_parts),
+            weights, merged, self.coefficients, self.coefficients.grad, range(num_parts),
             whole=self.config.granularity == "tensor",
         ):  # fmt: skip
             steps.add(logits_of(self.masks, key), found)

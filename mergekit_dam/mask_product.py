@@ -171,16 +171,15 @@ class MaskProduct:
             m = self.shared.full()
             for h in h_T:
                 h.mul_(m)
-        total, outs = torch.zeros_like(h_T[0]), []
+        total = torch.zeros_like(h_T[0])
         for h, own in zip(h_T, self.own, strict=True):
             s = self._value(own, torch.empty_like(h))
             total.add_(h.mul_(s))
             self.to_logits(h, [s], [0], [h])
-            outs.append(h)
         shared = [torch.empty_like(total) for _ in self.factors]
         values = [self._value(f, torch.empty_like(total)) for f in self.factors]
         self.to_logits(total, values, range(len(shared)), shared)
-        return [*shared, *outs]
+        return [*shared, *h_T]
 
     def to_logits(self, h: Tensor, values: Sequence[Tensor], wanted: Sequence[int], to: Sequence[Tensor]) -> None:
         """h (1 - s_i) / temperature of one chunk into `to`, for masks that are not rescaled; see `logit_gradients`.

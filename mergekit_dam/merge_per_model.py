@@ -40,7 +40,7 @@ def gradients(
         masked = gradient_c if mask_c is None else work.masked(gradient_c, mask_c)
         for t, tau in work.task_vectors(base_c, models_c):
             if lambdas is not None:
-                layout.add_to_mask(outs_c[t], torch.mul(tau, gradient_c, out=work.zeros(tau)).mul_(lambdas[t]))
+                layout.add_to_mask(outs_c[t], torch.mul(tau, gradient_c, out=work.spare(tau)).mul_(lambdas[t]))
             if coefficient_out is not None:
                 products[t].append(torch.dot(masked.reshape(-1), tau.mul_(owns_c[t]).reshape(-1)))
     if coefficient_out is not None:
@@ -71,7 +71,7 @@ def logit_gradients(
     ):  # fmt: skip
         gradient_c = work.float32(gradient_c)
         masked = gradient_c if mask_c is None else work.masked(gradient_c, mask_c)
-        total = work.zeros(base_c)
+        total = work.spare(base_c).zero_()
         for t, tau in work.task_vectors(base_c, models_c):
             tau.mul_(owns_c[t])
             products[t].append(torch.dot(masked.reshape(-1), tau.reshape(-1)))

@@ -55,9 +55,7 @@ def merge(
         layout.split(base), *(layout.split(m) for m in models), layout.split(out), layout.split_shared(mask),
         layout.split_own(mask), strict=True,
     ):  # fmt: skip
-        total = work.zeros(base_c)
-        for t, tau in work.task_vectors(base_c, models_c):
-            total.add_(tau.mul_(owns_c[t]) if owns_c else tau, alpha=lambdas[t])
+        total = work.total(base_c, models_c, lambdas, owns=owns_c)
         if mask_c is not None:
             total.mul_(mask_c)
         torch.add(total, base_c, out=out_c) if out_c.dtype == torch.float32 else out_c.copy_(total.add_(base_c))
