@@ -54,10 +54,14 @@ BF16 = {"compute_dtype": "bfloat16"}
 ON_CUDA = [
     *(Case("clip", "inversion", t, steps=10, warm_up=3, batch_size=b) for t, b in ((2, 8), (4, 8), (8, 8), (4, 64))),
     Case("clip", "inversion", 4, steps=10, warm_up=3, batch_size=8, settings={"granularity": "row"}),
+    Case("clip", "inversion", 4, steps=10, warm_up=3, batch_size=8, settings={"detection": "model"}),
     *(Case("clip", "inversion", 4, batch_size=8, settings={"offload": where}) for where in ("cpu", "disk")),
     *(Case("llama", "inversion", t, steps=10, warm_up=3, batch_size=8) for t in (4, 8)),
     Case("llama-1b", "inversion", 4, steps=6, warm_up=2, batch_size=8, settings=BF16),
-    Case("llama-1b", "inversion", 4, steps=6, warm_up=2, batch_size=8, settings={**BF16, "granularity": "row"}),
+    *(
+        Case("llama-1b", "inversion", 4, steps=6, warm_up=2, batch_size=8, settings={**BF16, **more})
+        for more in ({"granularity": "row"}, {"detection": "model"})
+    ),
     Case("llama-1b", "inversion", 4, batch_size=8, settings={**BF16, "offload": "cpu"}),
 ]
 RATIO = {4: 1.25, 8: 1.4}  # highest step time over the floor, by number of tasks
