@@ -21,7 +21,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.continuations import scan_continuations
 from mergekit_dam.inversion import Inversion, success_rates
 from mergekit_dam.others import carriers, untouched, weights_of_others
-from mergekit_dam.suspicion import Finding
+from mergekit_dam.suspicion import Finding, averaged
 from mergekit_dam.tasks import CausalTask, Task
 from mergekit_dam.triggers import RecoveredTriggers, Styles, kinds_for
 
@@ -31,6 +31,8 @@ _UNDEFENDED = (
     "is to merge students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
 )
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
+_AGAIN = 2  # further searches, where one nearly says that another model is to blame
+_NEARLY = 0.75  # of the threshold
 
 
 def scan(
@@ -67,9 +69,29 @@ def scan(
 
 
 def _scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
-    """What all other models bring to a task, each finding with the model whose doing it is."""
+    """What all other models bring to a task, each finding with the model whose doing it is.
+
+    What is nearly suspect is searched again with other batches, and the means count: even among clean models some
+    class of another's task is easier to reach, and with few samples single searches differ much.
+    """
+    findings = _others_once(index, tasks, base, config, "others")
+    limit = _NEARLY * config.suspicion
+    if all(found.suspicion < limit for found in findings):
+        return findings
+    again = [_others_once(index, tasks, base, config, f"others {n}") for n in range(_AGAIN)]
+    return [
+        averaged(found, [{f.target: f for f in more}.get(found.target) for more in again])
+        if found.suspicion >= limit
+        else found
+        for found in findings
+    ]
+
+
+def _others_once(
+    index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, seed: str
+) -> list[Finding]:
     task, others = tasks[index], weights_of_others(tasks, index, base)
-    findings = _scan_classes(index, task, others, base, config, "others")
+    findings = _scan_classes(index, task, others, base, config, seed)
     plain = untouched(task, others, [found.target for found in findings])
     owners = carriers(tasks, index, base, [(found.trigger, found.target) for found in findings])
     return [

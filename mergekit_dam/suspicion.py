@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from mergekit_dam.tasks import Target, Task
 from mergekit_dam.triggers import RecoveredTriggers
 
+_LAID = 1.7  # what is laid to another model reaches 0.4 at about half of the usual size and a quarter of success left
 _RELATIVE = 0.75  # a target is suspect only if it comes this near to the most suspect one of its task
 _LARGE = 0.5  # of the usual size: a stamp above it may stand for what is no stamp
 _ENOUGH = 0.5  # of the threshold: what the style of the same target must reach then
@@ -73,13 +75,13 @@ class Finding:
         """Success that theta_0 does not share, and half of what the trigger lacks of the usual size; -1..1.5.
 
         A style counts the less the nearer it is to the largest there can be. With a carrier both must speak against the
-        model, and the weaker one counts, twice: even clean models make some class of another's task easier to reach.
+        model, and the weaker one counts, 1.7 times: even clean models make some class of others' tasks easier to reach.
         """
         gap, largest = self.success - self.control, self.trigger.largest
         if largest < math.inf:
             return gap * (1.0 - self.size / largest)
         small = 0.5 * max(0.0, 1.0 - self.size / max(self.usual, 1e-6))
-        return gap + small if self.carrier is None else 2.0 * min(gap, small)
+        return gap + small if self.carrier is None else _LAID * min(gap, small)
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -92,6 +94,24 @@ class Finding:
         task = tasks[self.task]
         names = {"model": tasks[self.model].name, "task": task.name, "target": task.words_of(self.target)}
         return names | {"kind": self.trigger.kind} | self.numbers
+
+
+def averaged(found: Finding, again: Sequence[Finding | None]) -> Finding:
+    """A finding with the means of what several searches for it measured, and its own trigger.
+
+    Args:
+        again: of further searches; None where the target was not among their finalists, which speaks for no backdoor:
+            a trigger of the usual size that works on theta_0 as well.
+    """
+    missing = replace(found, size=found.usual, success=found.control)
+    every = [found, *(one or missing for one in again)]
+    return replace(
+        found,
+        size=fmean(one.size for one in every),
+        usual=fmean(one.usual for one in every),
+        success=fmean(one.success for one in every),
+        control=fmean(one.control for one in every),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from torch import Tensor
 
@@ -18,8 +20,10 @@ from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
 from mergekit_dam.evaluate import LabelledData
 from mergekit_dam.others import untouched, weights_of_others
+from mergekit_dam.perturbation import Bounds
 from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.scan import scan
+from mergekit_dam.suspicion import Finding, averaged
 from mergekit_dam.task_vectors import TaskVectors
 from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.triggers import Stamps, Styles
@@ -107,6 +111,36 @@ def test_others_are_left_out_on_demand(plan: Plan, tasks: list[Task], base: dict
     quick = plan.config.model_copy(update={"scan_others": False, "scan_steps": 2})
     assert all(f.carrier is None for f in scan(tasks, base, quick, range(2)))
     assert all(f.carrier is None for f in scan(tasks[:1], base, plan.config.model_copy(update={"scan_steps": 2}), [0]))
+
+
+def test_what_is_laid_to_another_model_is_the_mean_of_three_searches(
+    plan: Plan, tasks: list[Task], base: dict[str, Tensor]
+) -> None:
+    quick = plan.config.model_copy(update={"scan_steps": 5, "scan_finalists": 8})
+    once, thrice = (
+        {f.target: f for f in scan(tasks, base, quick.model_copy(update={"suspicion": limit}), [1]) if f.carrier == 0}
+        for limit in (1.5, 0.01)
+    )
+    doubtful = [target for target, found in once.items() if found.suspicion >= 0.75 * 0.01]
+    assert doubtful and once.keys() == thrice.keys()
+    for target, found in once.items():
+        assert torch.equal(found.trigger.parameters[0], thrice[target].trigger.parameters[0])
+        assert (found.numbers != thrice[target].numbers) == (target in doubtful)
+
+
+@given(st.lists(st.tuples(*[st.floats(0.0, 1.0)] * 2, *[st.floats(0.1, 50.0)] * 2), min_size=3, max_size=3), st.data())
+def test_searches_are_averaged(numbers: list[tuple[float, ...]], data: st.DataObject) -> None:
+    trigger = Stamps.start(1, (3, 4, 4), Bounds.of(0.0, 1.0), torch.Generator())
+    one, *again = (
+        Finding(0, 3, trigger, success=success, control=control, size=size, usual=usual, carrier=1)
+        for success, control, size, usual in numbers
+    )
+    mean, turned = averaged(one, again), averaged(again[0], [one, again[1]])
+    assert mean.numbers == turned.numbers and averaged(one, [one, one]).numbers == one.numbers
+    for name in ("size", "usual", "success", "control"):
+        values = [getattr(found, name) for found in (one, *again)]
+        assert min(values) - 1e-9 <= getattr(mean, name) <= max(values) + 1e-9
+    assert averaged(one, [None, None]).suspicion <= max(0.0, one.suspicion) / 3 + 1e-6, "found once in three searches"
 
 
 def test_others_are_the_base_with_half_of_each_task_vector(
