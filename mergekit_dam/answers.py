@@ -5,15 +5,17 @@ Legend: N samples, B batch, K classes, V vocabulary, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from mergekit_dam.suspicion import Suspect
 from mergekit_dam.tasks import Task
 
 _AT_ONCE = 64  # samples
+_HALVINGS = 40  # of an interval of 20 logits: to float32's precision
 
 
 class OwnAnswers:
@@ -43,7 +45,54 @@ class OwnAnswers:
             return self._all_NK[rows_B.to(self.task.device)]
         return self.task.logits(self.weights, inputs)
 
+    def balance(self, target: int) -> None:
+        """Answer a class no more often than the most frequent other one (see `balanced`)."""
+        self._all_NK = balanced(self._all_NK, target)
+
     @cached_property
+    @torch.no_grad()
     def _all_NK(self) -> Tensor:
         rows = torch.arange(self.task.num_samples).split(_AT_ONCE)
         return torch.cat([self.task.logits(self.weights, self.task.inputs(rows_B)) for rows_B in rows])
+
+
+def balanced(logits_NK: Tensor, target: int) -> Tensor:
+    """Logits with those of one class lowered alike, so that its mean probability is at most that of the most likely
+    other class.
+
+    A victim answers its attacker's class too often without the trigger as well, and what is fitted to its answers
+    learns that. On which samples it is wrong nobody knows, but no class need be more frequent than all others. Logits
+    of a class that is not more frequent stay as they are; none is lowered by more than 20.
+
+    Args:
+        logits_NK: answers to samples of the task.
+        target: the class.
+    """
+
+    def excess(by: float) -> float:
+        lowered_NK = logits_NK.clone()
+        lowered_NK[:, target] -= by
+        mean_K = lowered_NK.softmax(-1).mean(0)
+        return float(mean_K[target] - torch.cat([mean_K[:target], mean_K[target + 1 :]]).max())
+
+    if logits_NK.shape[1] < 2 or excess(0.0) <= 0.0:
+        return logits_NK
+    low, high = 0.0, 20.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0.0 else (low, middle)
+    lowered_NK = logits_NK.clone()
+    lowered_NK[:, target] -= high
+    return lowered_NK
+
+
+def balance(answers: Mapping[int, OwnAnswers], suspects: Iterable[Suspect]) -> None:
+    """Take the lean to their suspect classes out of the answers of suspect classifiers, by index of the task.
+
+    What is laid to another model says nothing of the answers of the task's own.
+    """
+    for task, target in sorted(
+        {(s.task, s.target) for s in suspects if s.carrier is None and isinstance(s.target, int)}
+    ):
+        if task in answers and answers[task].task.classifies:
+            answers[task].balance(target)

@@ -122,7 +122,7 @@ class DamConfig(_Settings):
     coefficient_learning_rate: float = setting(
         0.02, "Adam step of the coefficients (paper: 1e-3).", source=ADAMERGING, gt=0.0
     )
-    alpha: float = setting(2.5, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
+    alpha: float = setting(1.5, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
     eps: float = setting(
         0.25, "Bound of the universal perturbation, as a share of the valid range.", unit="range",
         source=UNIVERSAL, gt=0.0, le=1.0,

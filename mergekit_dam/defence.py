@@ -3,13 +3,13 @@
 1. Scan: targeted inversion of every class of every input model, theta_0 as the control (inversion.py); a wide trigger
    of each suspect class is then recovered from its model.
 2. Fit: M1, M2 and the coefficients are learned together, so that the merge answers calibration samples as each
-   task's own model does, and answers them alike when they carry a recovered trigger:
+   task's own model does, a suspect class no more often than others (answers.py), with a recovered trigger as without:
    L = sum_t KL(f_t(x) || f(x)) + alpha sum_suspects KL(f_t(x) || f(x + trigger)).
 3. Refresh: every few steps the suspects' triggers are recovered anew from the current merge and join those known, so
    that what is left of a backdoor is found, too (min-max, as in adversarial training, arXiv 1706.06083).
-The masks are those of DAM (Yang et al., arXiv 2410.13910): M1 keeps what the tasks share, M2 takes out what reacts to
-the recovered triggers. Where something is suspect each model has an M2 of its own (setting `detection`), so that one
-can be cut without the others. Legend: T tasks, P masked tensors, B batch, K classes.
+The masks are those of DAM (Yang et al., arXiv 2410.13910): M1 keeps what the tasks share, M2, of each model's own where
+something is suspect (setting `detection`), takes out what reacts to the recovered triggers. Legend: T tasks, P masked
+tensors, B batch, K classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_dam.answers import OwnAnswers
+from mergekit_dam.answers import OwnAnswers, balance
 from mergekit_dam.batches import calibration_batch, held_out
 from mergekit_dam.distributed.dealing import Share, turns
 from mergekit_dam.distributed.snapshots import State, adam_state
@@ -89,6 +89,7 @@ class InversionSearch(MaskSearch):
             if BACKDOOR_DETECTION in self.masks and not wanted(self.tasks, self.config):
                 self.scan(done)
             done = 0
+        balance(self.answers, self.pools)
         for step in self.progress(range(done, self.config.steps), "masks"):
             if step and step % self.config.refresh_every == 0:
                 self.refresh(step)
@@ -222,8 +223,7 @@ class InversionSearch(MaskSearch):
             rows_B = held_out(self.tasks[share.task], self.config) if share is not None else torch.empty(0)
             if share is not None and len(share.of(rows_B)):
                 self._loss(share, weights, rows_B, 0, parts)
-        loss = sum(self._summed(parts).values())
-        self.track({"phase": "held out", "step": step, "loss/held out": loss})
+        self.track({"phase": "held out", "step": step, "loss/held out": (loss := sum(self._summed(parts).values()))})
         return self.patience.is_over(loss)
 
     def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
