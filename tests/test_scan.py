@@ -116,7 +116,7 @@ def test_others_are_left_out_on_demand(plan: Plan, tasks: list[Task], base: dict
 def test_what_is_laid_to_another_model_is_the_mean_of_three_searches(
     plan: Plan, tasks: list[Task], base: dict[str, Tensor]
 ) -> None:
-    quick = plan.config.model_copy(update={"scan_steps": 5, "scan_finalists": 8})
+    quick = plan.config.model_copy(update={"scan_steps": 5})
     once, thrice = (
         {f.target: f for f in scan(tasks, base, quick.model_copy(update={"suspicion": limit}), [1]) if f.carrier == 0}
         for limit in (1.5, 0.01)
