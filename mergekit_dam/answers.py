@@ -69,10 +69,13 @@ def balanced(logits_NK: Tensor, target: int) -> Tensor:
         target: the class.
     """
 
+    def lowered(by: float) -> Tensor:
+        found_NK = logits_NK.clone()
+        found_NK[:, target] -= by
+        return found_NK
+
     def excess(by: float) -> float:
-        lowered_NK = logits_NK.clone()
-        lowered_NK[:, target] -= by
-        mean_K = lowered_NK.softmax(-1).mean(0)
+        mean_K = lowered(by).softmax(-1).mean(0)
         return float(mean_K[target] - torch.cat([mean_K[:target], mean_K[target + 1 :]]).max())
 
     if logits_NK.shape[1] < 2 or excess(0.0) <= 0.0:
@@ -81,9 +84,7 @@ def balanced(logits_NK: Tensor, target: int) -> Tensor:
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) > 0.0 else (low, middle)
-    lowered_NK = logits_NK.clone()
-    lowered_NK[:, target] -= high
-    return lowered_NK
+    return lowered(high)
 
 
 def balance(answers: Mapping[int, OwnAnswers], suspects: Iterable[Suspect]) -> None:

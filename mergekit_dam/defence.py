@@ -7,9 +7,8 @@
    L = sum_t KL(f_t(x) || f(x)) + alpha sum_suspects KL(f_t(x) || f(x + trigger)).
 3. Refresh: every few steps the suspects' triggers are recovered anew from the current merge and join those known, so
    that what is left of a backdoor is found, too (min-max, as in adversarial training, arXiv 1706.06083).
-The masks are those of DAM (Yang et al., arXiv 2410.13910): M1 keeps what the tasks share, M2, of each model's own where
-something is suspect (setting `detection`), takes out what reacts to the recovered triggers. Legend: T tasks, P masked
-tensors, B batch, K classes.
+The masks are those of DAM (Yang et al., arXiv 2410.13910): M1 keeps what tasks share, M2, per model where something
+is suspect (`detection`), takes out what reacts to triggers. Legend: T tasks, P masked tensors, B batch, K classes.
 """
 
 from __future__ import annotations
@@ -223,7 +222,8 @@ class InversionSearch(MaskSearch):
             rows_B = held_out(self.tasks[share.task], self.config) if share is not None else torch.empty(0)
             if share is not None and len(share.of(rows_B)):
                 self._loss(share, weights, rows_B, 0, parts)
-        self.track({"phase": "held out", "step": step, "loss/held out": (loss := sum(self._summed(parts).values()))})
+        loss = sum(self._summed(parts).values())
+        self.track({"phase": "held out", "step": step, "loss/held out": loss})
         return self.patience.is_over(loss)
 
     def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:

@@ -74,30 +74,29 @@ def _scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], 
     What is nearly suspect is searched again with other batches, and the means count: even among clean models some
     class of another's task is easier to reach, and with few samples single searches differ much.
     """
-    findings = _others_once(index, tasks, base, config, "others")
+    task, others = tasks[index], weights_of_others(tasks, index, base)
+    found = _others_once(index, task, others, base, config, "others")
+    owners = carriers(tasks, index, base, [(one.trigger, one.target) for one in found])
+    findings = [replace(one, carrier=owner) for one, owner in zip(found, owners, strict=True)]
     limit = _NEARLY * config.suspicion
-    if all(found.suspicion < limit for found in findings):
+    if all(one.suspicion < limit for one in findings):
         return findings
-    again = [_others_once(index, tasks, base, config, f"others {n}") for n in range(_AGAIN)]
+    again = [
+        {one.target: one for one in _others_once(index, task, others, base, config, f"others {n}")}
+        for n in range(_AGAIN)
+    ]
     return [
-        averaged(found, [{f.target: f for f in more}.get(found.target) for more in again])
-        if found.suspicion >= limit
-        else found
-        for found in findings
+        averaged(one, [more.get(one.target) for more in again]) if one.suspicion >= limit else one for one in findings
     ]
 
 
 def _others_once(
-    index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, seed: str
+    index: int, task: Task, others: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig, seed: str
 ) -> list[Finding]:
-    task, others = tasks[index], weights_of_others(tasks, index, base)
+    """One search, which knows no carrier yet; the control is at least what is answered without a trigger."""
     findings = _scan_classes(index, task, others, base, config, seed)
     plain = untouched(task, others, [found.target for found in findings])
-    owners = carriers(tasks, index, base, [(found.trigger, found.target) for found in findings])
-    return [
-        replace(found, control=max(found.control, share), carrier=owner)
-        for found, share, owner in zip(findings, plain, owners, strict=True)
-    ]
+    return [replace(found, control=max(found.control, share)) for found, share in zip(findings, plain, strict=True)]
 
 
 def _scan_classes(

@@ -128,8 +128,8 @@ def test_what_is_laid_to_another_model_is_the_mean_of_three_searches(
         assert (found.numbers != thrice[target].numbers) == (target in doubtful)
 
 
-@given(st.lists(st.tuples(*[st.floats(0.0, 1.0)] * 2, *[st.floats(0.1, 50.0)] * 2), min_size=3, max_size=3), st.data())
-def test_searches_are_averaged(numbers: list[tuple[float, ...]], data: st.DataObject) -> None:
+@given(st.lists(st.tuples(*[st.floats(0.0, 1.0)] * 2, *[st.floats(0.1, 50.0)] * 2), min_size=3, max_size=3))
+def test_searches_are_averaged(numbers: list[tuple[float, ...]]) -> None:
     trigger = Stamps.start(1, (3, 4, 4), Bounds.of(0.0, 1.0), torch.Generator())
     one, *again = (
         Finding(0, 3, trigger, success=success, control=control, size=size, usual=usual, carrier=1)
