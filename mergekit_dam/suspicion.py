@@ -139,9 +139,9 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
     as well, if it speaks against the model too; beside a small stamp only if it does so clearly, since to fit against
     both costs accuracy (benchmarks/STUDY.md).
 
-    With a carrier, only the most suspect one of each, and none of a model that is suspect in its own task: a planted
-    trigger has side effects on the tasks of others, which go with it, and to fit against each of them costs more than
-    it gives (benchmarks/STUDY.md).
+    With a carrier, the most suspect one of each task that it speaks of, also where the model is suspect in its own:
+    that trigger may be a decoy. Side effects of a trigger look alike, but seldom come up to the threshold; to fit
+    against one costs accuracy, to overlook a decoy costs the task (benchmarks/STUDY.md).
     """
     own = [f for f in findings if f.carrier is None]
     top: dict[int, float] = {}
@@ -154,8 +154,9 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
         if f.trigger.largest == math.inf
     }
     found += [f for f in own if f not in found and f.suspicion >= beside.get((f.task, f.target), math.inf)]
-    worst: dict[int, Finding] = {}
+    worst: dict[tuple[int, int], Finding] = {}
     for finding in findings:
         if finding.carrier is not None and finding.suspicion >= threshold:
-            worst[finding.model] = max(worst.get(finding.model, finding), finding, key=lambda f: f.suspicion)
-    return found + [f for model, f in worst.items() if model not in {one.model for one in found}]
+            pair = finding.model, finding.task
+            worst[pair] = max(worst.get(pair, finding), finding, key=lambda f: f.suspicion)
+    return found + list(worst.values())

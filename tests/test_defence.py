@@ -54,13 +54,15 @@ def test_a_trigger_that_theta_0_shares_is_no_suspect() -> None:
     assert suspects(found, 0.8) == []
 
 
-def test_what_a_model_brings_to_other_tasks_counts_once_and_not_beside_its_own_trigger() -> None:
+def test_what_a_model_brings_to_another_task_counts_once_and_beside_its_own_trigger() -> None:
+    facts = ((1, 4, 4.0, 0), (2, 5, 3.0, 0), (2, 6, 4.0, 0), (0, 1, 3.0, 2), (0, 2, 9.0, 1))
     brought = [
         replace(_finding(task, target, 0.9, 0.2), size=size, usual=10.0, carrier=model)
-        for task, target, size, model in ((1, 4, 4.0, 0), (2, 5, 3.0, 0), (0, 1, 3.0, 2), (0, 2, 9.0, 1))
+        for task, target, size, model in facts
     ]
-    assert [(f.task, f.model) for f in suspects(brought, 0.4)] == [(2, 0), (0, 2)]
-    assert [f.model for f in suspects([_finding(2, 3, 1.0, 0.0), *brought], 0.4)] == [2, 0]
+    assert [(f.task, f.target, f.model) for f in suspects(brought, 0.4)] == [(1, 4, 0), (2, 5, 0), (0, 1, 2)]
+    own = _finding(2, 3, 1.0, 0.0)
+    assert [f.model for f in suspects([own, *brought], 0.4)] == [2, 0, 0, 2], "its own trigger may be a decoy"
     assert suspects(brought, 0.75) == []
 
 
