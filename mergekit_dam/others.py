@@ -51,9 +51,27 @@ def untouched(task: Task, weights: Mapping[str, Tensor], targets: Sequence[Targe
     return [float(share) for share in (answers_B[:, None] == wanted_R).float().mean(0)]
 
 
+@torch.no_grad()
+def alone(
+    tasks: Sequence[Task], index: int, base: Mapping[str, Tensor], owner: int,
+    found: Sequence[tuple[RecoveredTriggers, Target]],
+) -> list[float]:  # fmt: skip
+    """How often triggers lead task t's samples to their targets with one other model in place of its own.
+
+    Args:
+        index: t.
+        owner: the other model.
+        found: triggers, one row each, and their targets.
+    """
+    task = tasks[index]
+    own = {name: tasks[owner].own_tensor(name) for name in task.targets}
+    weights = {name: base[name] if tensor is None else tensor for name, tensor in own.items()}
+    return [success_rates(task, weights, trigger, [target])[0] for trigger, target in found]
+
+
 def carriers(
     tasks: Sequence[Task], index: int, base: Mapping[str, Tensor], found: Sequence[tuple[RecoveredTriggers, Target]]
-) -> list[int]:
+) -> list[tuple[int, float]]:
     """Which of the other models answers task t's samples with a target most often when they carry its trigger.
 
     Args:
@@ -61,12 +79,8 @@ def carriers(
         found: triggers, one row each, and their targets.
 
     Returns:
-        A model's index for each; the first one of several that do so alike.
+        A model's index for each, the first one of several that do so alike, and how often it does (`alone`).
     """
-    task, success = tasks[index], {}
-    for other, owner in enumerate(tasks):
-        if other != index:
-            own = {name: owner.own_tensor(name) for name in task.targets}
-            weights = {name: base[name] if tensor is None else tensor for name, tensor in own.items()}
-            success[other] = [success_rates(task, weights, trigger, [target])[0] for trigger, target in found]
-    return [max(success, key=lambda other: success[other][row]) for row in range(len(found))]
+    success = {other: alone(tasks, index, base, other, found) for other in range(len(tasks)) if other != index}
+    owners = [max(success, key=lambda other: success[other][row]) for row in range(len(found))]
+    return [(owner, success[owner][row]) for row, owner in enumerate(owners)]

@@ -20,7 +20,7 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.continuations import scan_continuations
 from mergekit_dam.inversion import Inversion, success_rates
-from mergekit_dam.others import carriers, untouched, weights_of_others
+from mergekit_dam.others import alone, carriers, untouched, weights_of_others
 from mergekit_dam.suspicion import Finding, averaged
 from mergekit_dam.tasks import CausalTask, Task
 from mergekit_dam.triggers import RecoveredTriggers, Styles, kinds_for
@@ -71,23 +71,37 @@ def scan(
 def _scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
     """What all other models bring to a task, each finding with the model whose doing it is.
 
+    What is a model's doing works with it alone, so the lower success counts; side effects of a planted trigger, and
+    what several clean models bring about together, work less well then.
+
     What is nearly suspect is searched again with other batches, and the means count: even among clean models some
     class of another's task is easier to reach, and with few samples single searches differ much.
     """
     task, others = tasks[index], weights_of_others(tasks, index, base)
     found = _others_once(index, task, others, base, config, "others")
     owners = carriers(tasks, index, base, [(one.trigger, one.target) for one in found])
-    findings = [replace(one, carrier=owner) for one, owner in zip(found, owners, strict=True)]
+    findings = [_laid(one, owner, share) for one, (owner, share) in zip(found, owners, strict=True)]
     limit = _NEARLY * config.suspicion
     if all(one.suspicion < limit for one in findings):
         return findings
-    again = [
+    searches = [
         {one.target: one for one in _others_once(index, task, others, base, config, f"others {n}")}
         for n in range(_AGAIN)
     ]
-    return [
-        averaged(one, [more.get(one.target) for more in again]) if one.suspicion >= limit else one for one in findings
-    ]
+
+    def again(one: Finding) -> list[Finding | None]:
+        assert one.carrier is not None, "just laid to it"
+        theirs = [search.get(one.target) for search in searches]
+        known = [(more.trigger, more.target) for more in theirs if more is not None]
+        shares = iter(alone(tasks, index, base, one.carrier, known))
+        return [None if more is None else _laid(more, one.carrier, next(shares)) for more in theirs]
+
+    return [averaged(one, again(one)) if one.suspicion >= limit else one for one in findings]
+
+
+def _laid(found: Finding, carrier: int, share: float) -> Finding:
+    """A finding laid to a model, with which alone the trigger has this success."""
+    return replace(found, carrier=carrier, success=min(found.success, share))
 
 
 def _others_once(

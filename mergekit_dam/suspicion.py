@@ -46,7 +46,7 @@ class Finding:
         usual: median size of the task's other finalists; a continuation's own.
         success: share of calibration samples that f_t gives the class with the trigger; of a continuation, the mean
             probability that f_t gives each further token of it once it has begun. With a carrier, f_t is the sum of
-            all models but the task's own.
+            all models but the task's own, or the carrier alone where that is less.
         control: the same for theta_0, with the head of t; with a carrier, or without a trigger if that is more.
         carrier: see `Suspect`.
     """

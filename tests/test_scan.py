@@ -19,7 +19,8 @@ from mergekit_dam.bench.generated import GENERATED
 from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
 from mergekit_dam.evaluate import LabelledData
-from mergekit_dam.others import untouched, weights_of_others
+from mergekit_dam.inversion import success_rates
+from mergekit_dam.others import alone, untouched, weights_of_others
 from mergekit_dam.perturbation import Bounds
 from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.scan import scan
@@ -113,7 +114,7 @@ def test_others_are_left_out_on_demand(plan: Plan, tasks: list[Task], base: dict
     assert all(f.carrier is None for f in scan(tasks[:1], base, plan.config.model_copy(update={"scan_steps": 2}), [0]))
 
 
-def test_what_is_laid_to_another_model_is_the_mean_of_three_searches(
+def test_what_is_laid_to_another_model_works_with_it_alone_and_is_the_mean_of_three_searches(
     plan: Plan, tasks: list[Task], base: dict[str, Tensor]
 ) -> None:
     quick = plan.config.model_copy(update={"scan_steps": 5})
@@ -123,9 +124,14 @@ def test_what_is_laid_to_another_model_is_the_mean_of_three_searches(
     )
     doubtful = [target for target, found in once.items() if found.suspicion >= 0.75 * 0.01]
     assert doubtful and once.keys() == thrice.keys()
+    others, shares = weights_of_others(tasks, 1, base), []
     for target, found in once.items():
         assert torch.equal(found.trigger.parameters[0], thrice[target].trigger.parameters[0])
         assert (found.numbers != thrice[target].numbers) == (target in doubtful)
+        [share] = alone(tasks, 1, base, 0, [(found.trigger, target)])
+        shares += [(share, success_rates(tasks[1], others, found.trigger, [target])[0])]
+        assert found.success == min(shares[-1])
+    assert any(share < together for share, together in shares), "or the test says nothing"
 
 
 @given(st.lists(st.tuples(*[st.floats(0.0, 1.0)] * 2, *[st.floats(0.1, 50.0)] * 2), min_size=3, max_size=3))
