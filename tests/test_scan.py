@@ -96,7 +96,7 @@ def base(plan: Plan) -> dict[str, Tensor]:
 def test_a_patch_aimed_at_another_task_is_laid_to_its_model_and_a_shade_is_found_as_a_style(
     plan: Plan, tasks: list[Task], base: dict[str, Tensor]
 ) -> None:
-    findings = scan(tasks, base, plan.config, [1])
+    findings = scan(tasks, base, plan.config.model_copy(update={"scan_steps": 60}), [1])
     assert len({f.key for f in findings}) == len(findings)
     aimed = [f for f in findings if f.carrier is not None]
     worst = max(aimed, key=lambda f: f.suspicion)
