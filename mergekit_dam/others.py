@@ -51,22 +51,16 @@ def untouched(task: Task, weights: Mapping[str, Tensor], targets: Sequence[Targe
     return [float(share) for share in (answers_B[:, None] == wanted_R).float().mean(0)]
 
 
-@torch.no_grad()
-def alone(
-    tasks: Sequence[Task], index: int, base: Mapping[str, Tensor], owner: int,
-    found: Sequence[tuple[RecoveredTriggers, Target]],
-) -> list[float]:  # fmt: skip
-    """How often triggers lead task t's samples to their targets with one other model in place of its own.
+def weights_of_other(task: Task, other: Task, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Another model in place of a task's own, by output name; theta_0's tensors where it lacks the task's.
 
     Args:
-        index: t.
-        owner: the other model.
-        found: triggers, one row each, and their targets.
+        task: whose head is to be read.
+        other: whose model is taken.
+        base: theta_0 by output name.
     """
-    task = tasks[index]
-    own = {name: tasks[owner].own_tensor(name) for name in task.targets}
-    weights = {name: base[name] if tensor is None else tensor for name, tensor in own.items()}
-    return [success_rates(task, weights, trigger, [target])[0] for trigger, target in found]
+    own = {name: other.own_tensor(name) for name in task.targets}
+    return {name: base[name] if tensor is None else tensor for name, tensor in own.items()}
 
 
 def carriers(
@@ -79,8 +73,12 @@ def carriers(
         found: triggers, one row each, and their targets.
 
     Returns:
-        A model's index for each, the first one of several that do so alike, and how often it does (`alone`).
+        A model's index for each, the first one of several that do so alike, and how often it does, alone.
     """
-    success = {other: alone(tasks, index, base, other, found) for other in range(len(tasks)) if other != index}
+    task, success = tasks[index], {}
+    for other, owner in enumerate(tasks):
+        if other != index:
+            weights = weights_of_other(task, owner, base)
+            success[other] = [success_rates(task, weights, trigger, [target])[0] for trigger, target in found]
     owners = [max(success, key=lambda other: success[other][row]) for row in range(len(found))]
     return [(owner, success[owner][row]) for row, owner in enumerate(owners)]

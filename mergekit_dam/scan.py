@@ -20,7 +20,7 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.continuations import scan_continuations
 from mergekit_dam.inversion import Inversion, success_rates
-from mergekit_dam.others import alone, carriers, untouched, weights_of_others
+from mergekit_dam.others import carriers, untouched, weights_of_other, weights_of_others
 from mergekit_dam.suspicion import Finding, averaged
 from mergekit_dam.tasks import CausalTask, Task
 from mergekit_dam.triggers import RecoveredTriggers, Styles, kinds_for
@@ -91,10 +91,14 @@ def _scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], 
 
     def again(one: Finding) -> list[Finding | None]:
         assert one.carrier is not None, "just laid to it"
+        weights = weights_of_other(task, tasks[one.carrier], base)
         theirs = [search.get(one.target) for search in searches]
-        known = [(more.trigger, more.target) for more in theirs if more is not None]
-        shares = iter(alone(tasks, index, base, one.carrier, known))
-        return [None if more is None else _laid(more, one.carrier, next(shares)) for more in theirs]
+        return [
+            None
+            if more is None
+            else _laid(more, one.carrier, success_rates(task, weights, more.trigger, [more.target])[0])
+            for more in theirs
+        ]
 
     return [averaged(one, again(one)) if one.suspicion >= limit else one for one in findings]
 

@@ -20,7 +20,7 @@ from mergekit_dam.bench.poisoning import Backdoor
 from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
 from mergekit_dam.evaluate import LabelledData
 from mergekit_dam.inversion import success_rates
-from mergekit_dam.others import alone, untouched, weights_of_others
+from mergekit_dam.others import untouched, weights_of_other, weights_of_others
 from mergekit_dam.perturbation import Bounds
 from mergekit_dam.plan import Plan, build_plan
 from mergekit_dam.scan import scan
@@ -124,12 +124,12 @@ def test_what_is_laid_to_another_model_works_with_it_alone_and_is_the_mean_of_th
     )
     doubtful = [target for target, found in once.items() if found.suspicion >= 0.75 * 0.01]
     assert doubtful and once.keys() == thrice.keys()
-    others, shares = weights_of_others(tasks, 1, base), []
+    each = weights_of_other(tasks[1], tasks[0], base), weights_of_others(tasks, 1, base)
+    shares = []
     for target, found in once.items():
         assert torch.equal(found.trigger.parameters[0], thrice[target].trigger.parameters[0])
         assert (found.numbers != thrice[target].numbers) == (target in doubtful)
-        [share] = alone(tasks, 1, base, 0, [(found.trigger, target)])
-        shares += [(share, success_rates(tasks[1], others, found.trigger, [target])[0])]
+        shares += [tuple(success_rates(tasks[1], weights, found.trigger, [target])[0] for weights in each)]
         assert found.success == min(shares[-1])
     assert any(share < together for share, together in shares), "or the test says nothing"
 
