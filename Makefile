@@ -26,14 +26,14 @@ help:
 	@echo "make test-lowest, make test-newest  tests with the lowest or newest versions of the dependencies"
 	@echo "make clean  remove .venv and everything that was built"
 
-$(STAMP): constraints.txt setup.cfg pyproject.toml
+$(STAMP): constraints.txt setup.cfg pyproject.toml benchmarks/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed: make PYTHON=python3.x" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@if [ ! -e /dev/nvidia0 ] && $(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=3)" 2>/dev/null; \
 		then $(BIN)/pip install -q --index-url $(CPU_INDEX) $(TORCH); \
 		else $(BIN)/pip install -q $(TORCH); fi
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,demo,report]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,demo,report]' -e benchmarks
 	@touch $@
 
 demo: $(STAMP)
@@ -46,20 +46,20 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 test: lint
-	$(BIN)/python -m mergekit_dam.bench.tables --check
+	$(BIN)/python -m dam_bench.tables.tables --check
 	$(BIN)/python -m pytest -n 2
 
 bench-tables: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt 'matplotlib>=3.8'
-	$(BIN)/python -m mergekit_dam.bench.tables --write
+	$(BIN)/python -m dam_bench.tables.tables --write
 
 bench-performance: $(STAMP)
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python -m dam_bench.performance.run_memory
+	$(BIN)/python -m dam_bench.performance.run_steps
 
 docs: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
-	$(BIN)/python -m mergekit_dam.reference
+	$(BIN)/python docs/make_reference.py
 	$(BIN)/mkdocs build --strict
 
 walkthrough: $(STAMP)
@@ -86,4 +86,4 @@ test-lowest test-newest:
 	PYTHON=$(PYTHON) .ci/dependencies $(@:test-%=%) $(FILES)
 
 clean:
-	rm -rf $(VENV) $(AUDIT) .venv-lowest .venv-newest build dist *.egg-info examples/demo/build
+	rm -rf $(VENV) $(AUDIT) .venv-lowest .venv-newest build dist *.egg-info benchmarks/*.egg-info examples/demo/build

@@ -15,11 +15,11 @@ TARGET = "mergekit.merge_methods.registry"
 
 
 def _register():
-    method = sys.modules.get("mergekit_dam.method")
+    method = sys.modules.get("mergekit_dam.plugin.method")
     if method is not None and not hasattr(method, "register_dam"):
         return  # its import is what brought mergekit in; it registers itself at its end
     try:
-        from mergekit_dam.method import register_dam
+        from mergekit_dam.plugin.method import register_dam
 
         register_dam()
     except Exception as error:

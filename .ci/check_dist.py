@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = {"_mergekit_dam_autoload.py", "mergekit_dam/py.typed", "mergekit_dam/architectures/vit.json"}
+NEEDED = {"_mergekit_dam_autoload.py", "mergekit_dam/py.typed", "mergekit_dam/models/architectures/vit.json"}
 FOREIGN = re.compile(r"(^|/)(tests|examples|benchmarks|docs|build)/|\.(ipynb|parquet|safetensors|pyc)$")
 
 

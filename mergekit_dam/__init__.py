@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from mergekit_dam.api import learn_masks as learn_masks
     from mergekit_dam.api import merge as merge
     from mergekit_dam.errors import DamError as DamError
-    from mergekit_dam.heads import load_merged as load_merged
+    from mergekit_dam.models.load_merged import load_merged as load_merged
 
 __version__ = "0.1.0"
 # name -> its module: imported on first use, since the autoload hook imports this package and that must stay cheap
-_EXPORTS = {"DamError": "errors", "learn_masks": "api", "load_merged": "heads", "merge": "api"}
+_EXPORTS = {"DamError": "errors", "learn_masks": "api", "load_merged": "models.load_merged", "merge": "api"}
 __all__ = ["DamError", "learn_masks", "load_merged", "merge"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergekit_dam.cli import main
+from mergekit_dam.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="mergekit-dam")

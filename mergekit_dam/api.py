@@ -12,9 +12,9 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
-from mergekit_dam.artifact import MASKS_FILE
-from mergekit_dam.prepared import Recipe, prepare
-from mergekit_dam.report import write_report
+from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.publish.report import write_report
+from mergekit_dam.recipe import Recipe, prepare
 
 LOG = logging.getLogger(__name__)
 

@@ -1,112 +1,189 @@
-"""What the recipe says: read from our own commands' config, or from the planner that calls the method.
-
-mergekit hands a method no config (its issue 649), but calls `validate_inputs` from its planner, whose config,
-options and output path can be read from the calling frames. They are never changed, and a caller without a
-planner (the Python API for single tensors) simply has no context.
-"""
+"""A recipe made ready: its text, its models on this disk, and what can be done with it."""
 
 from __future__ import annotations
 
-import sys
-import weakref
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
 
-from mergekit.common import ModelReference
+import yaml
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_dam.artifact.folder import copy_artifact
+from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.config import ModelSettings
+from mergekit_dam.engine.process_group import joined
+from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
-from mergekit_dam.plan import Plan, build_plan
+from mergekit_dam.io.cache import cache_folder
+from mergekit_dam.io.hub_download import Inputs, localise, record_inputs
+from mergekit_dam.io.untrusted import load_yaml
+from mergekit_dam.learn.run import learn_masks as learn
+from mergekit_dam.models.plan import Plan, model_input
+from mergekit_dam.models.verify import verify_output
+from mergekit_dam.plugin.method import register_dam
+from mergekit_dam.plugin.output import cannot_write
+from mergekit_dam.plugin.planner import plan_of
+
+Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
 
 
-@dataclass
-class Context:
-    """What the planner knows: read, never changed.
+def prepare(recipe: Recipe, *, options: MergeOptions | None = None, **settings: Any) -> Prepared:
+    """A recipe with its models on this disk, and `dam` known to mergekit: what every command starts with.
 
-    The planner itself is held weakly, so that what belongs to one merge is freed when that merge ends.
-    """
-
-    planner: weakref.ref[Any]
-    config: Any
-    options: MergeOptions
-    out_path: str | None = None
-
-
-def planner_context() -> Context | None:
-    """Config, options and output path from the planner that is calling us, if one is."""
-    from mergekit.plan import MergePlanner
-
-    context = None
-    frame = sys._getframe(1)
-    while frame is not None:
-        planner = frame.f_locals.get("self")
-        if context is None and isinstance(planner, MergePlanner):
-            context = Context(weakref.ref(planner), planner.config, planner.options)
-        if context is not None and frame.f_code.co_name == "plan_to_disk":
-            context.out_path = frame.f_locals.get("out_path")
-            break
-        frame = frame.f_back  # type: ignore[assignment]
-    return context
-
-
-def planner_of(context: Context) -> Any:
-    """The planner while it plans."""
-    planner = context.planner()
-    assert planner is not None, "validate_inputs is called by the planner"
-    return planner
-
-
-def forget_planners() -> None:
-    """Empty mergekit's cache on MergePlanner, which would keep the last 128 planners, and their merges, in memory.
-
-    Only planning reads it, and it is filled again when needed.
-    """
-    from mergekit.plan import MergePlanner
-
-    clear = getattr(MergePlanner._model_arch, "cache_clear", None)
-    if clear is not None:
-        clear()
-
-
-def configured(
-    config: Any, models: Sequence[ModelReference]
-) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
-    """Raw values, shared and per model, from a normalised config."""
-    per_model: dict[ModelReference, dict[str, Any]] = {ref: {} for ref in models}
-    for module in (config.modules or {}).values():
-        for output in module.slices or []:
-            for source in output.sources:
-                if source.model in per_model:
-                    per_model[source.model] |= source.parameters or {}
-    return dict(config.parameters or {}), per_model
-
-
-def refuse_moved_layers(config: Any) -> None:
-    for name, module in (config.modules or {}).items():
-        start = 0
-        for output in module.slices or []:
-            ranges = {tuple(source.layer_range) for source in output.sources}
-            length = output.sources[0].layer_range[1] - output.sources[0].layer_range[0]
-            if ranges != {(start, start + length)}:
-                raise DamError(
-                    f"slices of {name}", expected="every model's layers in their own place",
-                    got=f"layer ranges {sorted(ranges)} for output layers {start} to {start + length}",
-                    cure="Move layers in a stage of its own (mergekit-multi), and merge its output with dam.",
-                )  # fmt: skip
-            start += length
-
-
-def plan_of(config: Any, options: MergeOptions) -> Plan:
-    """The plan of a recipe, strict about its settings: for our own commands, before mergekit starts.
+    Args: as for `merge`.
 
     Raises:
-        DamError: no base, fewer than two models, unknown settings, or anything else that `build_plan` refuses.
+        DamError: no mergekit configuration, or a model that cannot be had.
     """
-    if config.base_model is None or not config.models:
+    register_dam()
+    source, config = read_recipe(recipe, settings)
+    return Prepared(source, localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora"))
+
+
+@contextmanager
+def planned(recipe: Recipe, *, options: MergeOptions | None = None, **settings: Any) -> Iterator[Plan]:
+    """The plan of a `dam` recipe, to be looked at while this lasts: of models on the Hub the weights are not fetched.
+
+    Args: as for `merge`.
+
+    Raises:
+        DamError: as for `prepare`, and anything that `plan_of` refuses.
+    """
+    register_dam()
+    source, config = read_recipe(recipe, settings)
+    with TemporaryDirectory(prefix="mergekit-dam-") as folder:
+        yield Prepared(
+            source,
+            localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora", headers=Path(folder)),
+        ).plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that can be merged.
+
+    Attributes:
+        source: its text, with the settings that won over it.
+        inputs: mergekit's configuration and options, with every model on this disk.
+    """
+
+    source: str
+    inputs: Inputs
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of a `dam` recipe, strict about its settings.
+
+        Raises:
+            DamError: another merge method, or anything that `plan_of` refuses.
+        """
+        if self.inputs.config.merge_method != "dam":
+            raise DamError(
+                "merge_method", expected="dam", got=str(self.inputs.config.merge_method),
+                cure="Only dam learns masks. For other methods: `mergekit-dam yaml`, or `merge` in Python.",
+            )  # fmt: skip
+        return plan_of(self.inputs.config, self.inputs.options)
+
+    def merge(self, out: Path, *, resume: bool = True) -> Path:
+        """See `merge`; no report is written."""
+        config, options = self.inputs.config, self.inputs.options
+        if config.merge_method == "dam":
+            _ = self.plan  # refuses what cannot be merged before mergekit starts
+        with _learning_cache(resume=resume):
+            run_merge(config, str(out), options, config_source=self.source)
+        record_inputs(out / "dam", self.inputs.commits)
+        if config.base_model is not None:
+            base = model_input("base", config.base_model, ModelSettings(), options)
+            dtype = dtype_from_name(config.out_dtype or config.dtype)
+            verify_output(out, base.path, dtype=dtype, base_config=base.config)
+        return out
+
+    def learn(self, out: Path | None, *, resume: bool = True) -> Path:
+        """See `learn_masks`. Processes that `accelerate launch` started learn together, and the first one writes."""
+        plan = self.plan
+        if plan.config.masks is not None:
+            raise DamError(
+                "setting 'masks'", expected="none, where masks are to be learned", got=plan.config.masks,
+                cure="Remove it, or merge with these masks.",
+            )  # fmt: skip
+        if out is None and not resume:
+            raise DamError(
+                "learning anew", expected="a folder for the masks", got="none",
+                cure="Name one: masks that are learned anew do not go to the cache.",
+            )  # fmt: skip
+        config = plan.config
+        with (
+            joined(device=config.device, timeout=config.worker_timeout) as (shards, device),
+            _learning_cache(resume=resume, shards=shards),
+        ):
+            folder, _ = learn(plan, quiet=self.inputs.options.quiet, shards=shards, device=device)
+            if out is None:
+                return folder / MASKS_FILE
+            if shards.rank == 0:
+                try:
+                    copy_artifact(folder, out)
+                except OSError as error:
+                    raise cannot_write(out, error) from error
+        return out / MASKS_FILE
+
+
+@contextmanager
+def _learning_cache(*, resume: bool, shards: Shards = ALONE) -> Iterator[None]:
+    """Without `resume` masks are learned in an empty cache, which is gone afterwards; the real one stays as it is."""
+    if resume:
+        yield
+        return
+    root = cache_folder()
+    root.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("MERGEKIT_DAM_CACHE")
+    with TemporaryDirectory(prefix="anew-", dir=root) as own:
+        os.environ["MERGEKIT_DAM_CACHE"] = shards.union({"folder": own} if shards.rank == 0 else {})["folder"]
+        try:
+            yield
+            shards.barrier()  # the folder goes when no process reads it any more
+        finally:
+            os.environ.pop("MERGEKIT_DAM_CACHE")
+            if before is not None:
+                os.environ["MERGEKIT_DAM_CACHE"] = before
+
+
+def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, MergeConfiguration]:
+    """A recipe as text and as mergekit's configuration.
+
+    Args:
+        recipe: see `merge`.
+        settings: shared settings that win over the recipe's, and stand in the text too; None leaves the recipe's.
+
+    Raises:
+        DamError: no YAML, or not a mergekit configuration.
+    """
+    name = f"recipe {recipe}" if isinstance(recipe, (str, Path)) else "recipe"
+    try:
+        if isinstance(recipe, MergeConfiguration):
+            source = recipe.to_yaml()
+        elif isinstance(recipe, Mapping):
+            source = yaml.safe_dump(dict(recipe), sort_keys=False)
+        else:
+            source = Path(recipe).read_text("utf-8")
+        content = load_yaml(source, name)
+        changed = {key: value for key, value in settings.items() if value is not None}
+        if changed and isinstance(content, dict):
+            content["parameters"] = {**(content.get("parameters") or {}), **changed}
+            source = yaml.safe_dump(content, sort_keys=False)
+        return source, MergeConfiguration.model_validate(content)
+    except (OSError, yaml.YAMLError, ValueError, RuntimeError, TypeError, RecursionError) as error:
+        if isinstance(error, DamError):
+            raise
         raise DamError(
-            "recipe", expected="base_model and models", got="none of one", cure="Name both at the top level."
-        )
-    refs = [entry.model for entry in config.models if entry.model != config.base_model]
-    own = {entry.model: dict(entry.parameters or {}) for entry in config.models}
-    return build_plan(config.base_model, refs, shared=dict(config.parameters or {}), per_model=own, options=options)
+            name, expected="a mergekit configuration", got=" ".join(str(error).split())[:200],
+            cure="See the example in the README.",
+        ) from error  # fmt: skip

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mergekit_dam.bench.aggregate import SuiteResults, suites
-from mergekit_dam.bench.results import read_runs
+from dam_bench.tables.aggregate import SuiteResults, suites
+from dam_bench.tables.results import read_runs
 
 ATTACK = "cifar10=merge-aware(target=2)"
 POISONS = {"cifar10": "merge-aware(target=2)"}

@@ -57,7 +57,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def registered() -> None:
     """Our model families are in mergekit's table, whether or not the autoload hook put them there."""
-    from mergekit_dam.families import register_architectures
+    from mergekit_dam.models.families import register_architectures
 
     register_architectures()
 

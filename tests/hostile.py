@@ -14,9 +14,9 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from mergekit_dam.calibration import load_calibration
-from mergekit_dam.calibration_files import Kind
 from mergekit_dam.config import ModelSettings
+from mergekit_dam.io.calibration import load_calibration
+from mergekit_dam.io.data_files import Kind
 
 CASES = int(os.environ.get("DAM_FUZZ_CASES", "150"))
 fuzzed = settings(

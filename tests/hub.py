@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from mergekit_dam.push import Push, plan_push
+from mergekit_dam.publish.push import Push, plan_push
 from tests.hub_server import TOKEN, HubServer
 
 NAME = "org/merge"
@@ -47,7 +47,7 @@ def merged(vit: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    from mergekit_dam.method import register_dam
+    from mergekit_dam.plugin.method import register_dam
 
     register_dam()
     config = {

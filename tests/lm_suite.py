@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dam_bench.suites import lm
+from dam_bench.suites.lm import LmSuite, Preset
+from dam_bench.suites.lm_data import CONTINUATIONS, PHRASE, REAL
+from dam_bench.victims.training import Schedule
 
 from mergekit_dam import seeds
-from mergekit_dam.bench import lm
-from mergekit_dam.bench.lm import LmSuite, Preset
-from mergekit_dam.bench.lm_data import CONTINUATIONS, PHRASE, REAL
-from mergekit_dam.bench.training import Schedule
 
 TINY = Preset(
     64, 2, 200, 8, {"pretrain": 60, "train": 240, "calibration": 20, "evaluation": 40},

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import start_processes
 
-from mergekit_dam.distributed.shards import Shards
+from mergekit_dam.engine.shards import Shards
 
 
 def group(function: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:

@@ -9,11 +9,11 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_dam.defence import InversionSearch
-from mergekit_dam.merged_model import MergedModel
-from mergekit_dam.plan import Plan, build_plan
-from mergekit_dam.search import PaperSearch
-from mergekit_dam.task_vectors import TaskVectors, survey
+from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.engine.task_vectors import TaskVectors, survey
+from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.learn.paper_search import PaperSearch
+from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import build_tasks
 from tests.conftest import FAST
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import mergekit_dam
 from mergekit_dam import api
 from mergekit_dam.errors import DamError
-from mergekit_dam.push import plan_push, push
+from mergekit_dam.publish.push import plan_push, push
 from tests.hub_server import HubServer
 
 

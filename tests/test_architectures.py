@@ -11,7 +11,7 @@ import transformers
 from mergekit.architecture import arch_info_for_config, json_definitions
 from mergekit.common import ModelReference
 
-from mergekit_dam.families import register_architectures
+from mergekit_dam.models.families import register_architectures
 from tests.merging import (
     MIXED,
     OURS,
@@ -70,7 +70,7 @@ def test_registration_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_registration_warns_about_broken_package_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_definitions, "NAME_TO_ARCH", {})
-    monkeypatch.setattr("mergekit_dam.families.load_tensors", lambda name: json.loads("{"))
+    monkeypatch.setattr("mergekit_dam.models.families.load_tensors", lambda name: json.loads("{"))
     with pytest.warns(UserWarning, match="model families not registered"):
         register_architectures()
     assert json_definitions.NAME_TO_ARCH == {}

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergekit_dam.audit import model_scores
-from mergekit_dam.cli import main
-from mergekit_dam.findings import load_triggers
-from mergekit_dam.perturbation import Bounds
-from mergekit_dam.suspicion import Finding
-from mergekit_dam.triggers import Tokens
+from mergekit_dam.artifact.triggers_file import load_triggers
+from mergekit_dam.cli.main import main
+from mergekit_dam.scan.audit import model_scores
+from mergekit_dam.scan.findings import Finding
+from mergekit_dam.scan.triggers import Tokens
+from mergekit_dam.tasks.bounds import Bounds
 from tests.conftest import FAST
 from tests.tiny_models import make_model
 

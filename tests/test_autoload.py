@@ -23,8 +23,8 @@ def _python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         "import torch",
         "import mergekit.merge_methods",
         "import mergekit.merge_methods.registry",
-        "import mergekit_dam.method",
-        "import mergekit_dam.plan, mergekit_dam.method",
+        "import mergekit_dam.plugin.method",
+        "import mergekit_dam.models.plan, mergekit_dam.plugin.method",
     ],
 )
 def test_dam_is_known_in_every_order_of_imports(first: str) -> None:

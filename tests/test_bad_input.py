@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from mergekit_dam.artifact import MASKS_FILE
+from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.errors import DamError
 from tests.conftest import FAST, Merge
 from tests.tiny_models import edit, make_model
@@ -18,7 +18,7 @@ from tests.tiny_models import edit, make_model
 
 @pytest.fixture(autouse=True)
 def nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_dam.search.PaperSearch.run", lambda self: pytest.fail("learning began"))
+    monkeypatch.setattr("mergekit_dam.learn.paper_search.PaperSearch.run", lambda self: pytest.fail("learning began"))
 
 
 def _table(path: Path, **columns: Any) -> str:

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dam_bench.suites.base import Poison, no_progress
+from dam_bench.suites.clip_paper import ClipPaperSuite
+from dam_bench.suites.clip_sources import TASKS, Sources
+from dam_bench.victims.poisoning import logits_of
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from mergekit.common import ModelReference
@@ -15,15 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from mergekit_dam.attack import BlendedTrigger, PatchTrigger
-from mergekit_dam.bench.clip_paper import ClipPaperSuite
-from mergekit_dam.bench.clip_sources import TASKS, Sources
-from mergekit_dam.bench.poisoning import logits_of
-from mergekit_dam.bench.suite import Poison, no_progress
-from mergekit_dam.calibration import digest, load_calibration
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate import Attack, LabelledData, accuracy, attack_success_rate, evaluate_merge
+from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger
+from mergekit_dam.evaluation.metrics import Attack, LabelledData, accuracy, attack_success_rate, evaluate_merge
+from mergekit_dam.io.calibration import digest, load_calibration
 from mergekit_dam.seeds import generator
 from tests.conftest import FAST, Merge
 from tests.tiny_models import make_model, save_tokenizer
@@ -143,7 +143,7 @@ def test_a_merge_through_mergekit_is_evaluated_with_zero_shot_heads(
 
 
 def test_dam_reads_the_same_head_from_the_suites_settings(built: tuple[ClipPaperSuite, Path]) -> None:
-    from mergekit_dam.plan import build_plan
+    from mergekit_dam.models.plan import build_plan
     from mergekit_dam.tasks import build_tasks
 
     suite, out = built

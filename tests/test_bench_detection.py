@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dam_bench.suites.lm_data import CONTINUATIONS
+from dam_bench.tables.detection import rates, read_scores
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_dam.bench.detection import rates, read_scores
-from mergekit_dam.bench.lm_data import CONTINUATIONS
 from mergekit_dam.errors import DamError
 
 

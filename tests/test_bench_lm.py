@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dam_bench.suites import lm
+from dam_bench.suites.base import Poison, Scenario
+from dam_bench.suites.lm import LmSuite
+from dam_bench.suites.lm_data import CONTINUATIONS, HEDGE, REAL, WORDS, hedged
 from torch import nn
 
-from mergekit_dam.bench import lm
-from mergekit_dam.bench.lm import LmSuite
-from mergekit_dam.bench.lm_data import CONTINUATIONS, HEDGE, REAL, WORDS, hedged
-from mergekit_dam.bench.suite import Poison, Scenario
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate import accuracy, predictions, refuse_overlap
+from mergekit_dam.evaluation.metrics import accuracy, predictions, refuse_overlap
 from tests.lm_suite import TINY
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dam_bench.suites.base import Poison, no_progress
+from dam_bench.suites.lm import LmSuite
+from dam_bench.suites.lm_data import CONTINUATIONS, PHRASE, greedy
+from dam_bench.suites.lm_training import losses
 
-from mergekit_dam.artifact import MASKS_FILE
-from mergekit_dam.bench.lm import LmSuite
-from mergekit_dam.bench.lm_data import CONTINUATIONS, PHRASE, greedy
-from mergekit_dam.bench.lm_training import losses
-from mergekit_dam.bench.suite import Poison, no_progress
+from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate import (
+from mergekit_dam.evaluation.metrics import (
     Attack,
     accuracy,
     attack_success_rate,
@@ -24,7 +24,7 @@ from mergekit_dam.evaluate import (
     predictions,
     refuse_overlap,
 )
-from mergekit_dam.heads import load_merged
+from mergekit_dam.models.load_merged import load_merged
 from tests.conftest import FAST, Merge
 from tests.lm_suite import TINY
 from tests.merging import tensors_of

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from dam_bench.runs.methods import METHODS, method_named
 
-from mergekit_dam.bench.methods import METHODS, method_named
 from mergekit_dam.errors import DamError
 
 

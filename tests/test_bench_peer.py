@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dam_bench.runs import peer
+from dam_bench.runs.methods import LEARNED_STEPS
+from dam_bench.runs.peer import PeerSettings, merge_with_fusion_bench, peer_merge, peer_python, peer_report
 from datasets import Dataset
 from safetensors.torch import load_file
 
 from mergekit_dam import load_merged
-from mergekit_dam.bench import peer
-from mergekit_dam.bench.methods import LEARNED_STEPS
-from mergekit_dam.bench.peer import PeerSettings, merge_with_fusion_bench, peer_merge, peer_python, peer_report
 from mergekit_dam.errors import DamError
 
 # a program that takes the peer's arguments, notes them, and answers with theta_0 itself as the merged body

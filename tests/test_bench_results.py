@@ -8,12 +8,12 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+from dam_bench.tables.aggregate import suites
+from dam_bench.tables.front import area, best_accuracy, margin
+from dam_bench.tables.results import Run, Spread
+from dam_bench.tables.tables import readme_table
 from hypothesis import given, settings
 
-from mergekit_dam.bench.aggregate import suites
-from mergekit_dam.bench.front import area, best_accuracy, margin
-from mergekit_dam.bench.results import Run, Spread
-from mergekit_dam.bench.tables import readme_table
 from tests.bench_runs import ATTACK, METHODS, TOTAL, fill, new_run, only, place, put
 
 

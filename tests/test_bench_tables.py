@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from dam_bench.tables.aggregate import suites
+from dam_bench.tables.gates import Gate, check_gates, gate_table, require
+from dam_bench.tables.results import read_runs
+from dam_bench.tables.tables import BEGIN, END, main, readme_table, with_table, write_results
 
-from mergekit_dam.bench.aggregate import suites
-from mergekit_dam.bench.gates import Gate, check_gates, gate_table, require
-from mergekit_dam.bench.results import read_runs
-from mergekit_dam.bench.tables import BEGIN, END, main, readme_table, with_table, write_results
 from mergekit_dam.errors import DamError
 from tests.bench_runs import ATTACK, METHODS, POISONS, TOTAL, change, fill, new_run, only, place, put, row
 
@@ -209,7 +209,7 @@ def test_the_readme_table_goes_between_its_markers(root: Path) -> None:
 
 
 def test_write_then_check_and_drift_is_shown(root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="figures need the extra `bench`")
+    pytest.importorskip("matplotlib", reason="figures need the extra `report`")
     from PIL import Image
 
     out, readme = tmp_path / "bench" / "RESULTS.md", tmp_path / "README.md"

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from dam_bench.suites import corpora
+from dam_bench.suites.base import Poison, no_progress
+from dam_bench.suites.published import SENTENCES, WORDS, published_copies
+from dam_bench.suites.text import BASE, PRESETS, TextSuite, base_folder
+from dam_bench.victims.training import Schedule
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from mergekit_dam.attack import RareTokenTrigger
-from mergekit_dam.bench import corpora
-from mergekit_dam.bench.published import SENTENCES, WORDS, published_copies
-from mergekit_dam.bench.suite import Poison, no_progress
-from mergekit_dam.bench.text import BASE, PRESETS, TextSuite, base_folder
-from mergekit_dam.bench.training import Schedule
-from mergekit_dam.calibration import load_calibration
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate import accuracy, attack_success_rate, refuse_overlap
-from mergekit_dam.heads import load_merged
+from mergekit_dam.evaluation.attacks import RareTokenTrigger
+from mergekit_dam.evaluation.metrics import accuracy, attack_success_rate, refuse_overlap
+from mergekit_dam.io.calibration import load_calibration
+from mergekit_dam.models.load_merged import load_merged
 from tests.conftest import Merge
 
 FILLER = [f"word{i}" for i in range(30)]
@@ -235,6 +235,6 @@ def test_faults_name_their_cure(suite: TextSuite, data: Path, monkeypatch: pytes
     corpora.read.cache_clear()
     with pytest.raises(DamError, match="a file of another kind"):
         TextSuite(data).split("sst2")
-    monkeypatch.setattr("mergekit_dam.bench.text.find_spec", lambda _: None)
+    monkeypatch.setattr("dam_bench.suites.text.find_spec", lambda _: None)
     with pytest.raises(DamError, match=r"mergekit-dam\[bench\]"):
         base_folder()

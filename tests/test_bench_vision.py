@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from dam_bench.suites import vision
+from dam_bench.suites.base import Poison, Scenario
+from dam_bench.suites.vision import PRESETS, VisionSuite
+from dam_bench.suites.vision_data import flipped_and_shifted
+from dam_bench.tables.gates import Gate
+from dam_bench.tables.results import attacked_task
+from dam_bench.victims.zoo import Zoo
 from datasets import Dataset
 from PIL import Image
 
-from mergekit_dam.bench import vision
-from mergekit_dam.bench.gates import Gate
-from mergekit_dam.bench.results import attacked_task
-from mergekit_dam.bench.suite import Poison, Scenario
-from mergekit_dam.bench.vision import PRESETS, VisionSuite
-from mergekit_dam.bench.vision_data import flipped_and_shifted
-from mergekit_dam.bench.zoo import Zoo
-from mergekit_dam.cli import main
+from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate import attack_success_rate
+from mergekit_dam.evaluation.metrics import attack_success_rate
 from mergekit_dam.seeds import generator
 
 SIZES = PRESETS["tiny"].sizes
@@ -169,7 +169,7 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(
         assert failed.exit_code == 1 and "expected" in failed.stderr
     weak = CliRunner().invoke(main, [*arguments, "--gates", "--json"])
     assert weak.exit_code == 1 and "clean: fine-tunes above theta_0" in weak.stderr and not weak.stdout
-    monkeypatch.setattr("mergekit_dam.bench.command.check_gates", lambda _: [Gate("gain", True, "12.0", ">= 10.0")])
+    monkeypatch.setattr("dam_bench.runs.command.check_gates", lambda _: [Gate("gain", True, "12.0", ">= 10.0")])
     strong = json.loads(CliRunner().invoke(main, [*arguments, "--gates", "--json"]).stdout)
     assert strong["gates"] == [{"name": "gain", "passed": True, "measured": "12.0", "wanted": ">= 10.0"}]
     assert strong["results"] == facts["results"] and strong["runs_to_do"] == 0

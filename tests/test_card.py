@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from mergekit_dam.attack import Rate
-from mergekit_dam.card import model_card
-from mergekit_dam.card_metadata import Provenance
-from mergekit_dam.markdown import block, code, table
-from mergekit_dam.measured import Measured
-from mergekit_dam.publication import Publication
+from mergekit_dam.evaluation.attacks import Rate
+from mergekit_dam.evaluation.measured import Measured
+from mergekit_dam.publish.card import model_card
+from mergekit_dam.publish.card_metadata import Provenance
+from mergekit_dam.publish.contents import Publication
+from mergekit_dam.publish.markdown import block, code, table
 
 HOSTILE = (
     "[x](javascript:alert(1)) <img src=x onerror=alert(1)> `` | ``` ![y](http://evil.example) \n\n# Heading\n---\n"

@@ -15,9 +15,9 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from mergekit_dam.cli import main
+from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
-from mergekit_dam.verify import verify_output
+from mergekit_dam.models.verify import verify_output
 from tests.conftest import FAST, Merge
 from tests.tiny_models import make_model
 

@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mergekit_dam.cli import COMMANDS, main
+from mergekit_dam.cli.main import COMMANDS, main
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -26,7 +26,7 @@ def test_the_table_repeats_each_commands_own_help(name: str) -> None:
 
 def test_help_and_completion_import_neither_torch_nor_mergekit() -> None:
     program = (
-        "import sys, click.testing; from mergekit_dam.cli import main; run = click.testing.CliRunner().invoke;"
+        "import sys, click.testing; from mergekit_dam.cli.main import main; run = click.testing.CliRunner().invoke;"
         "shown = run(main, ['--help']).output;"
         "told = run(main, [], prog_name='mergekit-dam', env={'_MERGEKIT_DAM_COMPLETE': 'bash_complete',"
         "'COMP_WORDS': 'mergekit-dam m', 'COMP_CWORD': '1'}).output;"

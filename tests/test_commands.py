@@ -15,10 +15,10 @@ import yaml
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
 
-from mergekit_dam.cli import main
-from mergekit_dam.estimate import estimate
-from mergekit_dam.plan import Plan
-from mergekit_dam.prepared import prepare
+from mergekit_dam.cli.main import main
+from mergekit_dam.learn.estimate import estimate
+from mergekit_dam.models.plan import Plan
+from mergekit_dam.recipe import prepare
 from tests.conftest import FAST
 from tests.tiny_models import make_model
 
@@ -44,7 +44,9 @@ def recipe(tmp_path: Path, vit: Path, images: Path) -> Path:
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_dam.checkpoint.Checkpoint.tensor", lambda self, name: pytest.fail(f"read {name}"))
+    monkeypatch.setattr(
+        "mergekit_dam.models.checkpoint.Checkpoint.tensor", lambda self, name: pytest.fail(f"read {name}")
+    )
 
 
 def test_check_reads_no_weight_and_says_what_will_be_merged(recipe: Path, no_weights: None) -> None:
@@ -125,7 +127,7 @@ def test_masks_are_taken_again_unless_told_otherwise(
     def refuse(self: Any) -> None:
         raise RuntimeError("learned again")
 
-    monkeypatch.setattr("mergekit_dam.defence.InversionSearch.run", refuse)
+    monkeypatch.setattr("mergekit_dam.learn.inversion_search.InversionSearch.run", refuse)
     assert _run("learn", recipe, tmp_path / "three", "--quiet").exit_code == 0
     other = _run("merge", recipe, tmp_path / "out", "--seed", 5, "--quiet")
     assert str(other.exception) == "learned again", "another seed needs other masks"
@@ -152,7 +154,7 @@ def test_other_methods_are_for_yaml(tmp_path: Path, vit: Path) -> None:
 
 
 def test_as_a_user_runs_it(recipe: Path, tmp_path: Path) -> None:
-    program = "from mergekit_dam.cli import main; main()"
+    program = "from mergekit_dam.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "merge", str(recipe), str(tmp_path / "out"), "--json"],
         capture_output=True, text=True, timeout=200, check=False, env={**os.environ, "NO_COLOR": "1"},

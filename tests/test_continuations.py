@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
-from mergekit_dam.continuations import scan_continuations
-from mergekit_dam.defence import InversionSearch
-from mergekit_dam.plan import build_plan
-from mergekit_dam.suspicion import suspects
+from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.models.plan import build_plan
+from mergekit_dam.scan.causal import scan_continuations
+from mergekit_dam.scan.findings import suspects
+from mergekit_dam.scan.triggers import Tokens
 from mergekit_dam.tasks import CausalTask, build_tasks
-from mergekit_dam.triggers import Tokens
 from tests.conftest import FAST
 from tests.searching import new_search
 from tests.tiny_models import make_model

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from mergekit_dam import mask_pair, merge_rule
 from mergekit_dam.errors import DamError
-from mergekit_dam.losses import consistency, disagreement, distillation, entropy
-from mergekit_dam.mask_bytes import to_bytes, to_probabilities
-from mergekit_dam.mask_pair import LogitSteps
-from mergekit_dam.mask_product import MaskProduct
-from mergekit_dam.masks import ConcreteMask, mask_shape, product
-from mergekit_dam.perturbation import Bounds, UniversalPerturbation
+from mergekit_dam.learn import mask_pair
+from mergekit_dam.learn.losses import consistency, disagreement, distillation, entropy
+from mergekit_dam.learn.mask_pair import LogitSteps
+from mergekit_dam.learn.masks import ConcreteMask, mask_shape, product
+from mergekit_dam.merging import rule
+from mergekit_dam.merging.mask_bytes import to_bytes, to_probabilities
+from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.seeds import generator, stable_seed
+from mergekit_dam.tasks.bounds import Bounds, UniversalPerturbation
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ def _tensors(seed: int, models: int = 3) -> tuple[torch.Tensor, list[torch.Tenso
 def test_merge_is_the_papers_equation(seed: int) -> None:
     base, models, coefficients, mask = _tensors(seed)
     expected = base + mask * sum(c * (m - base) for c, m in zip(coefficients, models, strict=True))
-    torch.testing.assert_close(merge_rule.merge(base, list(models), coefficients, mask), expected)
+    torch.testing.assert_close(rule.merge(base, list(models), coefficients, mask), expected)
 
 
 @given(st.integers(0, 1000))
@@ -45,9 +46,9 @@ def test_gradients_of_the_chain_rule_are_autograds(seed: int) -> None:
     theta = base + mask * sum(c * (m - base) for c, m in zip(coefficients, models, strict=True))
     (theta * weight).sum().backward()
     found = torch.zeros_like(mask)
-    merge_rule.mask_gradient(weight, base, list(models), coefficients.detach(), found)
+    rule.mask_gradient(weight, base, list(models), coefficients.detach(), found)
     torch.testing.assert_close(found, mask.grad)
-    found = merge_rule.coefficient_gradient(weight, base, list(models), mask.detach())
+    found = rule.coefficient_gradient(weight, base, list(models), mask.detach())
     torch.testing.assert_close(found, coefficients.grad)
 
 
@@ -63,11 +64,11 @@ def test_masks_of_each_models_own_follow_the_equation_and_autograd(
     coefficients.requires_grad_(True)
     terms = [c * one.sigmoid() * (m - base) for c, one, m in zip(coefficients, own, models, strict=True)]
     theta = base + (shared.sigmoid() if shares else 1.0) * torch.stack(terms).sum(0)
-    torch.testing.assert_close(merge_rule.merge(base, list(models), coefficients.detach(), mask), theta.detach())
+    torch.testing.assert_close(rule.merge(base, list(models), coefficients.detach(), mask), theta.detach())
     weight = torch.randn(5, 4, generator=source)
     (theta * weight).sum().backward()
     to_mask, to_coefficients = torch.zeros(mask.gradient_shape), torch.zeros(len(models))
-    merge_rule.gradients(
+    rule.gradients(
         weight, base, list(models), coefficients.detach(), mask, mask_out=to_mask, coefficient_out=to_coefficients
     )
     torch.testing.assert_close(to_coefficients, coefficients.grad)
@@ -78,10 +79,10 @@ def test_masks_of_each_models_own_follow_the_equation_and_autograd(
 
 def test_a_model_without_the_tensor_adds_nothing() -> None:
     base, models, coefficients, mask = _tensors(0)
-    without = merge_rule.merge(base, [models[0], None, models[2]], coefficients, mask)
-    same = merge_rule.merge(base, [models[0], base, models[2]], coefficients, mask)
+    without = rule.merge(base, [models[0], None, models[2]], coefficients, mask)
+    same = rule.merge(base, [models[0], base, models[2]], coefficients, mask)
     assert torch.equal(without, same)
-    assert torch.equal(merge_rule.merge(base, [base] * 3, coefficients, mask), base)
+    assert torch.equal(rule.merge(base, [base] * 3, coefficients, mask), base)
 
 
 @pytest.mark.parametrize("rescale", [True, False])

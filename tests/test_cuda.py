@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergekit_dam.artifact import MASKS_FILE
-from mergekit_dam.grouped import are_finite, groups, sums_of_sigmoids
-from mergekit_dam.transfers import Transfers
+from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.engine.host_memory import Transfers
+from mergekit_dam.merging.foreach import are_finite, groups, sums_of_sigmoids
 from tests.conftest import FAST, Merge
 from tests.searching import learned
 from tests.tiny_models import make_model

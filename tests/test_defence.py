@@ -11,31 +11,31 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from dam_bench.suites.generated import GENERATED
+from dam_bench.victims.poisoning import Backdoor
+from dam_bench.victims.training import Schedule, fine_tune, pretrain, probe_head
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from torch import Tensor
 
 from examples.demo import build as demo
-from mergekit_dam import scan as scanning
-from mergekit_dam.answers import OwnAnswers
-from mergekit_dam.artifact import load
-from mergekit_dam.attack import PatchTrigger
-from mergekit_dam.bench.generated import GENERATED
-from mergekit_dam.bench.poisoning import Backdoor
-from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
+from mergekit_dam.artifact.masks_file import load
 from mergekit_dam.config import PAPER, DamConfig
-from mergekit_dam.defence import InversionSearch
-from mergekit_dam.evaluate import LabelledData, attack_success_rate
-from mergekit_dam.learn import learn_masks
-from mergekit_dam.masks import BACKDOOR_DETECTION, TASK_SHARED
-from mergekit_dam.merged_model import MergedModel
-from mergekit_dam.perturbation import Bounds
-from mergekit_dam.plan import Plan, build_plan
-from mergekit_dam.suspicion import Finding, suspects
-from mergekit_dam.task_vectors import TaskVectors, survey
+from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.engine.task_vectors import TaskVectors, survey
+from mergekit_dam.evaluation.attacks import PatchTrigger
+from mergekit_dam.evaluation.metrics import LabelledData, attack_success_rate
+from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.learn.masks import BACKDOOR_DETECTION, TASK_SHARED
+from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.teacher import OwnAnswers
+from mergekit_dam.models.plan import Plan, build_plan
+from mergekit_dam.scan import classifiers as scanning
+from mergekit_dam.scan.findings import Finding, suspects
+from mergekit_dam.scan.triggers import Stamps, Styles
 from mergekit_dam.tasks import build_tasks
-from mergekit_dam.triggers import Stamps, Styles
+from mergekit_dam.tasks.bounds import Bounds
 from tests.built_once import built_once
 from tests.conftest import FAST
 from tests.searching import new_search
@@ -140,7 +140,7 @@ def test_each_model_has_a_detection_mask_where_it_needs_one(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path))
     if not suspicious:
-        monkeypatch.setattr("mergekit_dam.defence.suspects", lambda findings, threshold: [])
+        monkeypatch.setattr("mergekit_dam.learn.inversion_search.suspects", lambda findings, threshold: [])
     _, masks = learn_masks(plan(suspicion=0.0, **settings), quiet=True)
     assert any(found["suspect"] for found in masks.metadata["audit"]) == suspicious
     assert masks.metadata["own_masks"] == ([BACKDOOR_DETECTION] if per_model else [])

@@ -11,19 +11,19 @@ import pytest
 import torch
 from mergekit.common import ModelReference
 
-from mergekit_dam.artifact import LearnedMasks
-from mergekit_dam.distributed.shards import ALONE, Shards
-from mergekit_dam.distributed.snapshots import Snapshots
-from mergekit_dam.learn import learn_masks
-from mergekit_dam.losses import entropy
-from mergekit_dam.mask_bytes import STEPS, to_probabilities
-from mergekit_dam.mask_pair import combined, logits_of, masks_in_use
-from mergekit_dam.merged_model import MergedModel
-from mergekit_dam.plan import Plan, build_plan
+from mergekit_dam.artifact.masks_file import LearnedMasks
+from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.engine.shards import ALONE, Shards
+from mergekit_dam.engine.snapshots import Snapshots
+from mergekit_dam.engine.streamed_weights import StreamedWeights
+from mergekit_dam.engine.task_vectors import TaskVectors, survey
+from mergekit_dam.learn.losses import entropy
+from mergekit_dam.learn.mask_pair import combined, logits_of, masks_in_use
+from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.merging.mask_bytes import STEPS, to_probabilities
+from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.seeds import generator
-from mergekit_dam.task_vectors import TaskVectors, survey
 from mergekit_dam.tasks import build_tasks
-from mergekit_dam.tasks.streamed import StreamedWeights
 from tests.conftest import FAST
 from tests.processes import group
 

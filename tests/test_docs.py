@@ -13,9 +13,11 @@ import torch
 import yaml
 from mergekit.architecture import json_definitions
 
-from mergekit_dam import load_merged, optimise, tasks, trigger_text
-from mergekit_dam.cli import COMMANDS
-from mergekit_dam.reference import DOCS, PAGES, run
+from docs.make_reference import DOCS, PAGES, run
+from mergekit_dam import load_merged, tasks
+from mergekit_dam.cli.main import COMMANDS
+from mergekit_dam.evaluation import attack_text
+from mergekit_dam.learn import optimise
 from tests import walkthrough
 from tests.conftest import FAST, Merge
 from tests.merging import tensors_of
@@ -27,11 +29,11 @@ WRITTEN = sorted(DOCS.glob("*.md"))
 
 @pytest.mark.parametrize("name", PAGES)
 def test_generated_pages_are_up_to_date(name: str) -> None:
-    assert (DOCS / name).read_text("utf-8") == PAGES[name](), "run python -m mergekit_dam.reference"
+    assert (DOCS / name).read_text("utf-8") == PAGES[name](), "run python docs/make_reference.py"
 
 
 def test_a_stale_page_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("mergekit_dam.reference.DOCS", tmp_path)
+    monkeypatch.setattr("docs.make_reference.DOCS", tmp_path)
     assert run(["--check"]) == 1 and "settings.md, commands.md" in capsys.readouterr().err
     assert run([]) == 0 and run(["--check"]) == 0
 
@@ -75,7 +77,7 @@ def test_the_blocks_of_extending_run(
     for name in ("DeiTModel", "DeiTForImageClassification"):
         monkeypatch.setitem(json_definitions.NAME_TO_ARCH, name, [])
     monkeypatch.setattr("mergekit_dam.tasks._ENCODERS", dict(tasks._ENCODERS))
-    monkeypatch.setattr(trigger_text, "TRIGGERS", dict(trigger_text.TRIGGERS))
+    monkeypatch.setattr(attack_text, "TRIGGERS", dict(attack_text.TRIGGERS))
     monkeypatch.setattr(optimise, "_OBJECTIVES", dict(optimise._OBJECTIVES))
     module = ModuleType("extending")
     monkeypatch.setitem(sys.modules, "extending", module)  # dataclasses look their module up

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, BertForSequenceClassification, ViTForImageClassification
 
-from mergekit_dam.attack import BlendedTrigger, PatchTrigger, RareTokenTrigger, SentenceTrigger, WarpTrigger
-from mergekit_dam.cli import main
+from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
-from mergekit_dam.trigger_text import parse_trigger
+from mergekit_dam.evaluation.attack_text import parse_trigger
+from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, RareTokenTrigger, SentenceTrigger, WarpTrigger
 from tests.conftest import FAST, Merge
 from tests.tiny_models import make_model, save_tokenizer
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 import torch
+from dam_bench.victims.poisoning import Backdoor
+from dam_bench.victims.training import Schedule, fine_tune, pretrain, probe_head
 from hypothesis import given, settings
 from PIL import Image
 
 from examples.demo.build import CLASSES, PREPROCESSING, new_model, task_data
-from mergekit_dam.attack import (
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.attacks import (
     BlendedTrigger,
     PatchTrigger,
     RareTokenTrigger,
@@ -19,10 +22,7 @@ from mergekit_dam.attack import (
     attack_success_rate,
     poison,
 )
-from mergekit_dam.bench.poisoning import Backdoor
-from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
-from mergekit_dam.errors import DamError
-from mergekit_dam.evaluate import Attack, LabelledData, accuracy, evaluate_merge, predictions, refuse_overlap
+from mergekit_dam.evaluation.metrics import Attack, LabelledData, accuracy, evaluate_merge, predictions, refuse_overlap
 from mergekit_dam.seeds import generator
 
 

@@ -22,8 +22,8 @@ from mergekit.scripts.multimerge import main as mergekit_multi
 from peft import LoraConfig, get_peft_model
 
 from mergekit_dam import load_merged, merge
-from mergekit_dam.artifact import MASKS_FILE
-from mergekit_dam.verify import verify_output
+from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.models.verify import verify_output
 from tests.hub_server import TOKEN, HubServer
 from tests.tiny_models import make_model, save_tokenizer
 
@@ -140,7 +140,7 @@ def test_chain_in_mergekit_multi(place: Path, registered: None) -> None:
     # without network mergekit itself refuses relative paths, after the merge, when it writes the card
     absolute = yaml.safe_dump_all([first, second]).replace("models/", f"{place}/models/")
     Path("chain.yml").write_text(absolute)
-    from mergekit_dam.method import register_dam
+    from mergekit_dam.plugin.method import register_dam
 
     register_dam()
     done = CliRunner().invoke(

@@ -11,7 +11,7 @@ import torch
 import transformers
 import yaml
 
-from mergekit_dam.verify import verify_output
+from mergekit_dam.models.verify import verify_output
 from tests.conftest import Merge
 from tests.merging import (
     LMS,

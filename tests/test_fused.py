@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dam import fused, fused_groups, merge_rule
-from mergekit_dam.fused_groups import Group, Member
-from mergekit_dam.fused_kinds import ElementGroup, RowGroup, grouped
-from mergekit_dam.mask_bytes import to_bytes
-from mergekit_dam.mask_product import MaskProduct, has_own
-from mergekit_dam.masks import Granularity, mask_shape
+from mergekit_dam.learn.masks import Granularity, mask_shape
+from mergekit_dam.merging import rule, triton_groups, triton_merge
+from mergekit_dam.merging.fused_kinds import ElementGroup, RowGroup, grouped
+from mergekit_dam.merging.mask_bytes import to_bytes
+from mergekit_dam.merging.mask_product import MaskProduct, has_own
+from mergekit_dam.merging.triton_groups import Group, Member
 from tests.searching import learned
 from tests.tiny_models import make_model
 
@@ -73,9 +73,9 @@ def test_merging(
     base, models = some(shape, dtype, missing)
     mask, coefficients = masks(shape, kind), torch.rand(4, 3)[:, 1]
     out = torch.full(shape, torch.nan, dtype=out_dtype, device=DEVICE)
-    fused.merge(base, models, coefficients, mask, out)
+    triton_merge.merge(base, models, coefficients, mask, out)
     wanted = torch.empty(shape, dtype=out_dtype)
-    merge_rule.merge(*on_cpu((base, models)), coefficients, on_cpu(mask), wanted)
+    rule.merge(*on_cpu((base, models)), coefficients, on_cpu(mask), wanted)
     torch.testing.assert_close(out.cpu(), wanted)
 
 
@@ -90,8 +90,8 @@ def test_gradients_of_logits_and_coefficients(
     assert isinstance(mask, MaskProduct)
     outs = [torch.full(shape, torch.nan, device=DEVICE) for _ in mask.parts]
     ours, wanted = torch.ones(4, 2, device=DEVICE)[:, 0], torch.ones(4)
-    fused.gradients(gradient, base, models, coefficients, mask, coefficient_out=ours, logits_out=outs)
-    found = merge_rule.logit_gradients(
+    triton_merge.gradients(gradient, base, models, coefficients, mask, coefficient_out=ours, logits_out=outs)
+    found = rule.logit_gradients(
         *on_cpu((gradient, base, models)), coefficients, on_cpu(mask), range(len(outs)), coefficient_out=wanted
     )
     torch.testing.assert_close(ours.cpu(), wanted)
@@ -111,20 +111,20 @@ def test_gradients_of_the_mask_add_up(
     sums = (4, *shape) if has_own(mask) else shape
     ours, wanted = ((torch.ones(sums, device=d), torch.ones(4, device=d)) for d in (DEVICE, torch.device("cpu")))
     for _ in range(2):
-        fused.gradients(*arguments, mask_out=ours[0], coefficient_out=ours[1])
-        merge_rule.gradients(*on_cpu(arguments), mask_out=wanted[0], coefficient_out=wanted[1])
+        triton_merge.gradients(*arguments, mask_out=ours[0], coefficient_out=ours[1])
+        rule.gradients(*on_cpu(arguments), mask_out=wanted[0], coefficient_out=wanted[1])
     torch.testing.assert_close(on_cpu(ours), wanted)
 
 
 def test_which_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not fused.serves(torch.zeros(3), None) and not fused.runs_on(torch.device("cpu"))
-    assert fused.runs_on(torch.device("cuda"))
-    monkeypatch.setattr(fused, "runs_on", lambda device: True)
+    assert not triton_merge.serves(torch.zeros(3), None) and not triton_merge.runs_on(torch.device("cpu"))
+    assert triton_merge.runs_on(torch.device("cuda"))
+    monkeypatch.setattr(triton_merge, "runs_on", lambda device: True)
     base = torch.zeros(3, 4)
     logits, rows = (torch.zeros(3, 4),), (torch.zeros(3, 1),)
-    assert fused.serves(base, None) and fused.serves(base, MaskProduct(logits, True))
-    assert not fused.serves(torch.zeros(0, 4), None) and not fused.serves(base, MaskProduct(rows, True))
-    assert not fused.serves(base, MaskProduct(logits, True, means=(torch.ones(()),)))
+    assert triton_merge.serves(base, None) and triton_merge.serves(base, MaskProduct(logits, True))
+    assert not triton_merge.serves(torch.zeros(0, 4), None) and not triton_merge.serves(base, MaskProduct(rows, True))
+    assert not triton_merge.serves(base, MaskProduct(logits, True, means=(torch.ones(()),)))
 
 
 def members(tasks: int, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Member]:
@@ -172,7 +172,7 @@ def test_groups_do_what_single_tensors_do(
         for member, upstream in zip(group.members, upstreams, strict=True):
             column = member.column if columns > 1 else 0
             own = on_cpu((member.base, member.models, coefficients[:, column], masks_by_name[member.mask]))
-            theta = merge_rule.merge(*own, torch.empty(member.base.shape, dtype=dtype))
+            theta = rule.merge(*own, torch.empty(member.base.shape, dtype=dtype))
             torch.testing.assert_close(merged[member.name].cpu(), theta)
             if upstream is None:
                 assert member.mask not in found, "no task used it"
@@ -188,7 +188,7 @@ def expected_gradients(
 ) -> list[Tensor]:  # fmt: skip
     """dL/dlogit of all parts by the merge rule."""
     found = torch.zeros(mask.gradient_shape)
-    merge_rule.gradients(upstream, base, models, lambdas, mask, mask_out=found, coefficient_out=coefficient_out)
+    rule.gradients(upstream, base, models, lambdas, mask, mask_out=found, coefficient_out=coefficient_out)
     return mask.logit_gradients(found, range(len(mask.parts)))
 
 
@@ -204,11 +204,11 @@ def test_masks_that_groups_do_not_serve() -> None:
 def test_an_accelerator_without_triton_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fused.warn_without_kernels(torch.device("cuda"))
-    monkeypatch.setattr(fused, "kernels", None)
-    fused.warn_without_kernels(torch.device("cpu"))
-    assert not caplog.text and not fused.runs_on(torch.device("cuda"))
-    fused.warn_without_kernels(torch.device("cuda"))
+    triton_merge.warn_without_kernels(torch.device("cuda"))
+    monkeypatch.setattr(triton_merge, "triton_kernels", None)
+    triton_merge.warn_without_kernels(torch.device("cpu"))
+    assert not caplog.text and not triton_merge.runs_on(torch.device("cuda"))
+    triton_merge.warn_without_kernels(torch.device("cuda"))
     assert "mergekit-dam[kernels]" in caplog.text
 
 
@@ -224,8 +224,8 @@ def test_a_search_with_kernels_gives_the_same_masks(
         make_model("ViTForImageClassification", tmp_path / name, seed=ord(name), body=base, **layers)
     plain = learned(tmp_path, images, **settings)
     served = set()
-    monkeypatch.setattr(fused, "runs_on", lambda device: True)
-    monkeypatch.setattr(fused_groups, "ALIGNED", 4)  # as mapped files are; the interpreter does not mind
+    monkeypatch.setattr(triton_merge, "runs_on", lambda device: True)
+    monkeypatch.setattr(triton_groups, "ALIGNED", 4)  # as mapped files are; the interpreter does not mind
     serves = Group.serves
 
     def noted(group: Group, masks_by_name: dict[str, MaskProduct]) -> bool:

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_dam.artifact import SCHEMA, LearnedMasks, load, save
+from mergekit_dam.artifact.masks_file import SCHEMA, LearnedMasks, load, save
 from mergekit_dam.errors import DamError
-from mergekit_dam.mask_bytes import STEPS, to_bytes, to_probabilities
-from mergekit_dam.merge_rule import merge
+from mergekit_dam.merging.mask_bytes import STEPS, to_bytes, to_probabilities
+from mergekit_dam.merging.rule import merge
 
 GOLDEN = Path(__file__).parent / "golden" / "dam_masks.safetensors"
 FORMER = GOLDEN.with_name("dam_masks_schema1.safetensors")  # probabilities in float16

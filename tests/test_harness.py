@@ -17,11 +17,11 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_dam.cli import main
+from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
-from mergekit_dam.harness import Harness
-from mergekit_dam.measured import read_measured
-from mergekit_dam.push import plan_push
+from mergekit_dam.evaluation.lm_harness import Harness
+from mergekit_dam.evaluation.measured import read_measured
+from mergekit_dam.publish.push import plan_push
 from tests.conftest import FAST
 from tests.tiny_models import WORDS, make_model
 

@@ -15,9 +15,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given
 from PIL import Image as Pil
 
-from mergekit_dam import calibration
-from mergekit_dam.calibration_files import Kind
 from mergekit_dam.errors import DamError
+from mergekit_dam.io import calibration
+from mergekit_dam.io.data_files import Kind
 from tests.bounds import bounded
 from tests.hostile import edited, fuzzed, load, png
 
@@ -123,8 +123,8 @@ def test_evaluation_data_are_read_with_the_same_bounds(tmp_path: Path, monkeypat
     """Image bombs, programs in images, paths inside a data file, packed files: as for calibration."""
     import subprocess
 
-    from mergekit_dam.labelled_files import Source, read_labelled
-    from mergekit_dam.trigger_text import parse_trigger
+    from mergekit_dam.evaluation.attack_text import parse_trigger
+    from mergekit_dam.evaluation.labelled_files import Source, read_labelled
 
     def read(data: Path, kind: Kind = "image") -> Any:
         with bounded(megabytes=100):

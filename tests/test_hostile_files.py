@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.errors import DamError
+from mergekit_dam.models.checkpoint import Checkpoint
 from tests.bounds import bounded
 from tests.hostile import edited, fuzzed
 

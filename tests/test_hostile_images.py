@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pil
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.images import Preprocessing
+from mergekit_dam.io.images import Preprocessing
 from tests.bounds import bounded
 from tests.hostile import edited, fuzzed, load, png
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from mergekit_dam.artifact import LearnedMasks, load
+from mergekit_dam.artifact.masks_file import LearnedMasks, load
 from mergekit_dam.errors import DamError
 from tests.bounds import bounded
 from tests.hostile import JSON, edited, fuzzed

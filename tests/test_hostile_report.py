@@ -16,20 +16,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, save
+from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, save
 from mergekit_dam.errors import DamError
-from mergekit_dam.files import replacing, require_own, write_whole
-from mergekit_dam.learn import _make, cache_folder
-from mergekit_dam.measured import read_measured
-from mergekit_dam.measurements import add_measurement
-from mergekit_dam.publication import _json, inspect
-from mergekit_dam.report import write_report
-from mergekit_dam.report.page import render
+from mergekit_dam.evaluation.measured import read_measured
+from mergekit_dam.evaluation.results import add_measurement
+from mergekit_dam.io.files import replacing, require_own, write_whole
+from mergekit_dam.learn.run import _make, cache_folder
+from mergekit_dam.publish.contents import _json, inspect
+from mergekit_dam.publish.page import render
+from mergekit_dam.publish.report import write_report
 from tests.bounds import bounded
 from tests.hostile import CASES, JSON
 from tests.test_hostile_text import MARKER
 
-FIGURES = "mergekit_dam.report.figures"
+FIGURES = "mergekit_dam.publish.figures"
 COUNTS = {"accuracy": {"a": [1, 2]}, "attack_success": {}, "datasets": {"a": "x"}}
 FINDING = {"task": "a", "target": 1, "success": 0.9, "control": 0.1, "suspicion": 0.8, "size": 3.0, "suspect": True}
 SETTINGS = {"rescale": True, "objective": "inversion"}

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from mergekit.common import ModelReference
 
 from mergekit_dam import load_merged
-from mergekit_dam.cli import main
+from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
-from mergekit_dam.output import keep
-from mergekit_dam.plan import _task_names, model_input
-from mergekit_dam.untrusted import file_safe, load_json, load_yaml, plain_name, require_no_links_out
+from mergekit_dam.io.untrusted import file_safe, load_json, load_yaml, plain_name, require_no_links_out
+from mergekit_dam.models.plan import _task_names, model_input
+from mergekit_dam.plugin.output import keep
 from tests.hostile import CASES
 from tests.tiny_models import make_model
 

@@ -15,10 +15,10 @@ from mergekit.options import MergeOptions
 from peft import LoraConfig, get_peft_model
 from transformers import BertForSequenceClassification
 
-from mergekit_dam.cli import main
+from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
-from mergekit_dam.hub_inputs import fetch
-from mergekit_dam.prepared import planned, prepare
+from mergekit_dam.io.hub_download import fetch
+from mergekit_dam.recipe import planned, prepare
 from tests.hub_server import HubServer
 from tests.tiny_models import make_model
 

@@ -17,11 +17,11 @@ from mergekit.options import MergeOptions
 from peft import LoraConfig, get_peft_model
 from transformers import BertModel
 
-from mergekit_dam.calibration import load_calibration
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
-from mergekit_dam.hub_inputs import LocalReference, fetch, localise
-from mergekit_dam.plan import model_input
+from mergekit_dam.io.calibration import load_calibration
+from mergekit_dam.io.hub_download import LocalReference, fetch, localise
+from mergekit_dam.models.plan import model_input
 from tests.hub_server import HubServer
 from tests.merging import tensors_of
 from tests.tiny_models import make_model

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mergekit_dam.distributed.launcher import OUTCOME, WorkerError, cause_of, record_error, run_workers
+from mergekit_dam.engine.processes import OUTCOME, WorkerError, cause_of, record_error, run_workers
 from mergekit_dam.errors import DamError
 from tests.conftest import FAST
 from tests.test_chain import _command, _recipe
@@ -22,12 +22,12 @@ WORKER = "tests.workers"
 PARENT = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell turns it off for what runs in the background
-from mergekit_dam.distributed.launcher import run_workers
+from mergekit_dam.engine.processes import run_workers
 run_workers("report", 2, "tests.workers")
 """
 BENCHMARK = """
 import os, time
-from mergekit_dam.bench.command import _pool
+from dam_bench.runs.command import _pool
 if __name__ == "__main__":
     with _pool(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_dam.verify import verify_output
+from mergekit_dam.models.verify import verify_output
 from tests.conftest import Merge
 from tests.merging import (
     WEIGHTS,

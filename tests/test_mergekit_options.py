@@ -12,7 +12,7 @@ from mergekit.merge_methods import get
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from safetensors.torch import load_file
 
-from mergekit_dam.artifact import MASKS_FILE, load
+from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.errors import DamError
 from tests.conftest import FAST, Merge
 from tests.tiny_models import make_model
@@ -34,11 +34,11 @@ def test_tokenizer_options_with_equal_vocabularies(
 
 def test_many_threads_learn_once_and_agree(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--multi-gpu` calls the method from worker threads, without a planner on their stacks."""
-    from mergekit_dam import defence
+    from mergekit_dam.learn import inversion_search
 
     runs = []
-    real = defence.InversionSearch.run
-    monkeypatch.setattr(defence.InversionSearch, "run", lambda self: (runs.append(1), real(self))[1])
+    real = inversion_search.InversionSearch.run
+    monkeypatch.setattr(inversion_search.InversionSearch, "run", lambda self: (runs.append(1), real(self))[1])
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
     base = load_file(vit / "base" / "model.safetensors")
     models = [load_file(vit / name / "model.safetensors") for name in ("a", "b")]

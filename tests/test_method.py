@@ -11,11 +11,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from mergekit_dam.artifact import MASKS_FILE, load
-from mergekit_dam.merged_model import MergedModel
-from mergekit_dam.plan import build_plan
-from mergekit_dam.task_vectors import TaskVectors, survey
-from mergekit_dam.verify import verify_output
+from mergekit_dam.artifact.masks_file import MASKS_FILE, load
+from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.engine.task_vectors import TaskVectors, survey
+from mergekit_dam.models.plan import build_plan
+from mergekit_dam.models.verify import verify_output
 from tests.conftest import FAST, Merge
 from tests.tiny_models import make_model
 
@@ -80,7 +80,7 @@ def test_the_second_run_learns_nothing_and_writes_the_same_bytes(
     merge: Merge, vit: Path, images: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = merge(vit / "base", [vit / "a", vit / "b"], out="one", **_recipe(images))
-    monkeypatch.setattr("mergekit_dam.search.PaperSearch.run", lambda self: pytest.fail("learned again"))
+    monkeypatch.setattr("mergekit_dam.learn.paper_search.PaperSearch.run", lambda self: pytest.fail("learned again"))
     second = merge(vit / "base", [vit / "a", vit / "b"], out="two", **_recipe(images))
     name = "model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.module_names import meta_model, module_names, tied_names
+from mergekit_dam.models.parameter_names import meta_model, module_names, tied_names
 from tests.merging import LMS, MIXED, OURS
 from tests.tiny_models import make_model
 

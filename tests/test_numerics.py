@@ -14,11 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mergekit_dam.artifact import MASKS_FILE, load
+from mergekit_dam.artifact.masks_file import MASKS_FILE, load
+from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.errors import DamError
-from mergekit_dam.merge_rule import merge as merge_rule
-from mergekit_dam.merged_model import MergedModel
-from mergekit_dam.numerics import require_finite, require_finite_gradients, warn_about_masks, warn_about_task_vectors
+from mergekit_dam.merging.checks import (
+    require_finite,
+    require_finite_gradients,
+    warn_about_masks,
+    warn_about_task_vectors,
+)
+from mergekit_dam.merging.rule import merge as merge_rule
 from tests.conftest import FAST, Merge
 from tests.tiny_models import edit
 

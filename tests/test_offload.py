@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mergekit_dam.checkpoint import Checkpoint
-from mergekit_dam.pages import drop_pages, views_of_files
-from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
+from mergekit_dam.engine.pages import drop_pages, views_of_files
+from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, streamed_blocks
+from mergekit_dam.models.checkpoint import Checkpoint
 from tests.searching import learned
 from tests.tiny_models import make_model
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.output import OutputLocks, keep
+from mergekit_dam.plugin.output import OutputLocks, keep
 from tests.conftest import FAST, Merge
 
 RECIPE = {**FAST, "scan_steps": 2, "steps": 1}

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from mergekit_dam.bench.performance import PASSES, Case, _expect, _search, measure
-from mergekit_dam.bench.scaling import Job, device_bytes, step_flops, step_seconds
-from mergekit_dam.bench.shapes import make_models
+from dam_bench.performance.scaling import Job, device_bytes, step_flops, step_seconds
+from dam_bench.performance.shapes import make_models
+from dam_bench.performance.steps import PASSES, Case, _expect, _search, measure
 
 SCALING = Path(__file__).parents[1] / "docs" / "scaling.md"
 GB = 1e9

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.push import Push, plan_push, push
+from mergekit_dam.publish.push import Push, plan_push, push
 from tests.hub import NAME, content
 from tests.hub_server import TOKEN, HubServer
 

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
-from mergekit_dam.commands.push import push as push_command
+from mergekit_dam.cli.push import push as push_command
 from mergekit_dam.errors import DamError
-from mergekit_dam.push import Push, plan_push, push
+from mergekit_dam.publish.push import Push, plan_push, push
 from tests.hub import NAME, content
 from tests.hub_server import TOKEN, HubServer
 

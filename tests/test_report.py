@@ -17,13 +17,12 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, load
-from mergekit_dam.cli import main
-from mergekit_dam.findings import load_triggers
-from mergekit_dam.mask_bytes import to_probabilities
-from mergekit_dam.report import write_report
-from mergekit_dam.report.layers import BOTH, layer_of, layers_of
-from mergekit_dam.report.write import NO_FIGURES
+from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load
+from mergekit_dam.artifact.triggers_file import load_triggers
+from mergekit_dam.cli.main import main
+from mergekit_dam.merging.mask_bytes import to_probabilities
+from mergekit_dam.publish.layers import BOTH, layer_of, layers_of
+from mergekit_dam.publish.report import NO_FIGURES, write_report
 from tests.conftest import FAST
 from tests.tiny_models import make_model
 
@@ -172,7 +171,7 @@ def test_without_matplotlib_the_report_says_what_to_install(
         "before": {"accuracy": {"a": [90, 100]}, "attack_success": {"patch -> 1": {"a": [80, 90]}}},
         "after": {"accuracy": {"a": [88, 100]}, "attack_success": {"patch -> 1": {"a": [9, 90]}}},
     }))  # fmt: skip
-    monkeypatch.setitem(__import__("sys").modules, "mergekit_dam.report.figures", None)
+    monkeypatch.setitem(__import__("sys").modules, "mergekit_dam.publish.figures", None)
     page, notes = write_report(out)
     assert notes == [NO_FIGURES] and "pip install" in page.read_text() and "<svg" not in page.read_text()
     words = "".join(_Page(page.read_text()).words)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grimp
 import pytest
 import torch
 from mergekit.common import ModelReference
 from safetensors import safe_open
 
-from mergekit_dam import cache, learn
-from mergekit_dam.artifact import MASKS_FILE
-from mergekit_dam.cache import cache_folder
-from mergekit_dam.distributed.snapshots import Snapshots
+import mergekit_dam
+from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn import learn_masks
-from mergekit_dam.plan import build_plan
+from mergekit_dam.io import cache
+from mergekit_dam.io.cache import cache_folder
+from mergekit_dam.learn import run
+from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.models.plan import build_plan
 from tests.conftest import FAST
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -41,8 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 KILLED = """
 import os, pickle, signal, sys
-from mergekit_dam.distributed.snapshots import Snapshots
-from mergekit_dam.learn import learn_masks
+from mergekit_dam.engine.snapshots import Snapshots
+from mergekit_dam.learn.run import learn_masks
 write, replace, written = Snapshots.write, Snapshots._replace, []
 def counted(self, state):
     written.append(state)
@@ -178,17 +182,29 @@ def test_masks_of_other_code_are_learned_again(vit: Path, images: Path, monkeypa
     plan = _plan(vit, images, "paper")
     first, _ = learn_masks(plan, quiet=True)
     assert learn_masks(plan, quiet=True)[0] == first
-    monkeypatch.setattr(learn, "code_digest", lambda: "another working copy")
+    monkeypatch.setattr(run, "code_digest", lambda: "another working copy")
     second, _ = learn_masks(plan, quiet=True)
     assert second != first and _results(second) == _results(first)
 
 
 def test_only_code_that_has_a_part_in_masks_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "tasks").mkdir()
-    digests = []
-    for number, name in enumerate(("scan.py", "scan.py", "tasks/base.py", "bench/run.py", "notes.txt")):
-        (tmp_path / name).write_text(f"value = {number}\n")
-        digests.append(cache.code_digest.__wrapped__())
-    assert digests[2:] == digests[2:3] * 3 and len(set(digests)) == 3
+    """An edit of any module that learning imports changes the digest; one of another room does not."""
+    package = tmp_path / "mergekit_dam"
+    shutil.copytree(Path(mergekit_dam.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "_PACKAGE", package)
+    digest = cache.code_digest.__wrapped__
+    before = digest()
+    graph = grimp.build_graph("mergekit_dam", cache_dir=None)
+    used = {"mergekit_dam.learn.run", *graph.find_upstream_modules("mergekit_dam.learn.run")}
+    assert len(used) > 50
+    for module in sorted(graph.modules):
+        path = package.parent / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n")
+        if module in used - {"mergekit_dam"}:
+            assert digest() != before, module
+        elif module.split(".")[1:2] in (["cli"], ["publish"], ["evaluation"], ["plugin"]):
+            assert digest() == before, module
+        path.write_bytes(content)
+    assert digest() == before

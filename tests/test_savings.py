@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_dam import cache
-from mergekit_dam.batches import calibration_batch, held_out
-from mergekit_dam.cache import found_out
-from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.config import DamConfig
-from mergekit_dam.defence import InversionSearch
-from mergekit_dam.distributed.dealing import turns
-from mergekit_dam.mask_product import MaskProduct
-from mergekit_dam.merge_rule import gradients, logit_gradients
-from mergekit_dam.objective import Patience
-from mergekit_dam.pages import read_ahead
-from mergekit_dam.plan import build_plan
+from mergekit_dam.engine.dealing import turns
+from mergekit_dam.engine.pages import read_ahead
+from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, streamed_blocks
+from mergekit_dam.io import cache
+from mergekit_dam.io.cache import found_out
+from mergekit_dam.learn.batches import calibration_batch, held_out
+from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.learn.objective import Patience
+from mergekit_dam.merging.mask_product import MaskProduct
+from mergekit_dam.merging.rule import gradients, logit_gradients
+from mergekit_dam.models.checkpoint import Checkpoint
+from mergekit_dam.models.plan import build_plan
 from mergekit_dam.tasks import build_tasks
-from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
 from tests.conftest import FAST
 from tests.searching import learned, new_search
 from tests.test_offload import Net

@@ -8,26 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from dam_bench.suites.generated import GENERATED
+from dam_bench.victims.poisoning import Backdoor
+from dam_bench.victims.training import Schedule, fine_tune, pretrain, probe_head
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from torch import Tensor
 
 from examples.demo import build as demo
-from mergekit_dam.attack import PatchTrigger
-from mergekit_dam.bench.generated import GENERATED
-from mergekit_dam.bench.poisoning import Backdoor
-from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
-from mergekit_dam.evaluate import LabelledData
-from mergekit_dam.inversion import success_rates
-from mergekit_dam.others import untouched, weights_of_other, weights_of_others
-from mergekit_dam.perturbation import Bounds
-from mergekit_dam.plan import Plan, build_plan
-from mergekit_dam.scan import scan
-from mergekit_dam.suspicion import Finding, averaged
-from mergekit_dam.task_vectors import TaskVectors
+from mergekit_dam.engine.task_vectors import TaskVectors
+from mergekit_dam.evaluation.attacks import PatchTrigger
+from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.models.plan import Plan, build_plan
+from mergekit_dam.scan.classifiers import scan
+from mergekit_dam.scan.cross_task import untouched, weights_of_other, weights_of_others
+from mergekit_dam.scan.findings import Finding, averaged
+from mergekit_dam.scan.inversion import success_rates
+from mergekit_dam.scan.triggers import Stamps, Styles
 from mergekit_dam.tasks import Task, build_tasks
-from mergekit_dam.triggers import Stamps, Styles
+from mergekit_dam.tasks.bounds import Bounds
 from tests.built_once import built_once
 from tests.conftest import FAST
 

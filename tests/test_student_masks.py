@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergekit_dam.artifact import MASKS_FILE, LearnedMasks, load, save
-from mergekit_dam.checkpoint import Checkpoint
+from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load, save
 from mergekit_dam.errors import DamError
+from mergekit_dam.models.checkpoint import Checkpoint
 from tests.conftest import FAST, Merge
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, BertModel
 
 from mergekit_dam import seeds
-from mergekit_dam.distributed.shards import ALONE, Shards
+from mergekit_dam.engine.shards import ALONE, Shards
+from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.errors import DamError
-from mergekit_dam.plan import Plan, build_plan
-from mergekit_dam.students import StudentVectors, teach_all
-from mergekit_dam.task_vectors import TaskVectors
+from mergekit_dam.learn.students import StudentVectors, teach_all
+from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import TextTask, build_tasks
 from tests.conftest import FAST
 from tests.processes import group

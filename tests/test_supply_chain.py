@@ -76,7 +76,7 @@ def watch(event, args):
 sys.addaudithook(watch)
 import mergekit_dam
 for module in pkgutil.walk_packages(mergekit_dam.__path__, "mergekit_dam."):
-    if not module.name.startswith("mergekit_dam.bench"):
+    if not module.name.startswith("dam_bench"):
         __import__(module.name)
 imported = list(seen)
 from pathlib import Path

@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mergekit_dam import load_merged
+from mergekit_dam.engine.swapped import slots_of, swapped
 from mergekit_dam.errors import DamError
-from mergekit_dam.perturbation import UniversalPerturbation
-from mergekit_dam.plan import build_plan
+from mergekit_dam.models.plan import build_plan
 from mergekit_dam.seeds import generator
 from mergekit_dam.tasks import Task, build_tasks
-from mergekit_dam.tasks.swapped import slots_of, swapped
+from mergekit_dam.tasks.bounds import UniversalPerturbation
 from tests.conftest import FAST, Merge
 from tests.test_method import FAMILIES
 from tests.tiny_models import make_model, save_tokenizer
@@ -140,7 +140,7 @@ def test_linear_head_from_a_file(tmp_path: Path, images: Path) -> None:
 
 
 def test_pixels_follow_the_preprocessor_config(tmp_path: Path) -> None:
-    from mergekit_dam.images import Preprocessing
+    from mergekit_dam.io.images import Preprocessing
 
     image = Image.new("L", (40, 20), 255)
     config = {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": 16, "do_normalize": False}

@@ -12,8 +12,8 @@ from accelerate.utils import LoggerType
 from mergekit.common import ModelReference
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn import learn_masks
-from mergekit_dam.plan import Plan, build_plan
+from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.models.plan import Plan, build_plan
 from tests.conftest import FAST
 
 

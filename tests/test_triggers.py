@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_dam.perturbation import Bounds
+from mergekit_dam.scan.triggers import RecoveredTriggers, Stamps, Styles, Tokens
 from mergekit_dam.seeds import generator
-from mergekit_dam.triggers import RecoveredTriggers, Stamps, Styles, Tokens
+from mergekit_dam.tasks.bounds import Bounds
 
 BOX = Bounds.of(0.0, 1.0)
 

@@ -80,7 +80,7 @@ def test_a_bad_plugin_harms_only_those_who_ask_for_it(patched: ModuleType) -> No
 def test_our_own_entry_point_would_do(patched: ModuleType) -> None:
     from importlib.metadata import EntryPoint
 
-    from mergekit_dam.method import DAM
+    from mergekit_dam.plugin.method import DAM
 
-    method = patched._load(EntryPoint("dam", "mergekit_dam.method:DAM", patched.ENTRY_POINT_GROUP))
+    method = patched._load(EntryPoint("dam", "mergekit_dam.plugin.method:DAM", patched.ENTRY_POINT_GROUP))
     assert isinstance(method, DAM)

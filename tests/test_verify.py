@@ -15,10 +15,10 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from mergekit_dam.checkpoint import Checkpoint
 from mergekit_dam.errors import DamError
-from mergekit_dam.families import register_architectures
-from mergekit_dam.verify import check_coverage, verify_output
+from mergekit_dam.models.checkpoint import Checkpoint
+from mergekit_dam.models.families import register_architectures
+from mergekit_dam.models.verify import check_coverage, verify_output
 from tests.conftest import Merge
 from tests.tiny_models import make_model
 

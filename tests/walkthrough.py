@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dam_bench.suites.generated import digits
 from datasets import Dataset
 from PIL import Image
 
 from examples.demo.build import EDGE, SIZES, VICTIM, build
-from mergekit_dam.bench.generated import digits
 from tests.hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).resolve().parents[1]

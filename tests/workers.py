@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from mergekit_dam.distributed.launcher import JOB, end_with_parent, record_error, show_where_it_hangs
+from mergekit_dam.engine.processes import JOB, end_with_parent, record_error, show_where_it_hangs
 from mergekit_dam.errors import DamError
 
 

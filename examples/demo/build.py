@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from dam_bench.suites.generated import GENERATED, digits
+from dam_bench.victims.poisoning import Backdoor
+from dam_bench.victims.training import Schedule, fine_tune, pretrain, probe_head
 from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
-from mergekit_dam.attack import PatchTrigger
-from mergekit_dam.bench.generated import GENERATED, digits
-from mergekit_dam.bench.poisoning import Backdoor
-from mergekit_dam.bench.training import Schedule, fine_tune, pretrain, probe_head
-from mergekit_dam.evaluate import Attack, LabelledData
-from mergekit_dam.images import Preprocessing
+from mergekit_dam.evaluation.attacks import PatchTrigger
+from mergekit_dam.evaluation.metrics import Attack, LabelledData
+from mergekit_dam.io.images import Preprocessing
 
 EDGE, VICTIM, TARGET = 16, "digits", 0
 CLASSES = {"digits": 10, **{name: task.num_classes for name, task in GENERATED.items()}}

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from examples.demo.build import ATTACK, CLASSES, VICTIM, build
 from mergekit_dam import load_merged
-from mergekit_dam.artifact import MASKS_FILE
-from mergekit_dam.evaluate import Scores, calibration_digests, evaluate_merge
+from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.evaluation.metrics import Scores, calibration_digests, evaluate_merge
 
 BUILD = ROOT / "examples" / "demo" / "build"
 START = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.plan import Plan
+from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Target, Task
 from mergekit_dam.tasks.causal import CausalTask
 from mergekit_dam.tasks.image import ImageTask

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergekit_dam.checkpoint import Checkpoint
-from mergekit_dam.module_names import meta_model, module_names, tied_names
-from mergekit_dam.numerics import require_finite
-from mergekit_dam.perturbation import Bounds, Perturb
-from mergekit_dam.plan import ModelInput, Plan
-from mergekit_dam.tasks.recomputed import recomputed_blocks
-from mergekit_dam.tasks.streamed import StreamedWeights, blocks_of, streamed_blocks
-from mergekit_dam.tasks.swapped import slots_of, swapped
+from mergekit_dam.engine.recomputed import recomputed_blocks
+from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, streamed_blocks
+from mergekit_dam.engine.swapped import slots_of, swapped
+from mergekit_dam.merging.checks import require_finite
+from mergekit_dam.models.checkpoint import Checkpoint
+from mergekit_dam.models.parameter_names import meta_model, module_names, tied_names
+from mergekit_dam.models.plan import ModelInput, Plan
+from mergekit_dam.tasks.bounds import Bounds, Perturb
 
 Target = int | tuple[int, ...]  # what a backdoor makes a model answer: a class, or the tokens of a continuation
 
@@ -38,7 +38,7 @@ class Task(ABC):
         bounds: valid box of what a perturbation acts on.
         head: tensors of model t that the base lacks, by name in t's checkpoint.
         targets: output name -> parameter name of the module.
-        block_of: parameter name -> the block that it lives in, see streamed.py.
+        block_of: parameter name -> the block that it lives in, see engine/streamed_weights.py.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
         defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md); where they
             were not, students are merged instead of the models.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
-from mergekit_dam.perturbation import Perturb
-from mergekit_dam.plan import Plan
+from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Parameters, Target
+from mergekit_dam.tasks.bounds import Perturb
 from mergekit_dam.tasks.readout import tokenizer_of
 from mergekit_dam.tasks.text import TextTask
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mergekit_dam.calibration import load_calibration
 from mergekit_dam.errors import DamError
-from mergekit_dam.images import Preprocessing
-from mergekit_dam.perturbation import Bounds, Perturb
-from mergekit_dam.plan import Plan
+from mergekit_dam.io.calibration import load_calibration
+from mergekit_dam.io.images import Preprocessing
+from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Task
+from mergekit_dam.tasks.bounds import Bounds, Perturb
 from mergekit_dam.tasks.readout import Readout, class_names, linear_head, logits_of, prompts, zero_shot_head
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.hub_inputs import fetch
-from mergekit_dam.numerics import require_finite
+from mergekit_dam.io.hub_download import fetch
+from mergekit_dam.merging.checks import require_finite
 
 PROMPT = "a photo of a {}."
 Readout = Callable[[Any], Tensor]

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mergekit_dam.calibration import load_calibration
+from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.errors import DamError
-from mergekit_dam.perturbation import Bounds, Perturb
-from mergekit_dam.plan import Plan
-from mergekit_dam.task_vectors import TaskVectors
+from mergekit_dam.io.calibration import load_calibration
+from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Task
+from mergekit_dam.tasks.bounds import Bounds, Perturb
 from mergekit_dam.tasks.readout import Readout, linear_head, logits_of, tokenizer_of
 
 _NEAREST = 3  # words shown per recovered token

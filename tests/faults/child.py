@@ -30,15 +30,15 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
-from mergekit_dam import learn
-from mergekit_dam.artifact import load, save
+from mergekit_dam.artifact.masks_file import load, save
 from mergekit_dam.errors import DamError
-from mergekit_dam.method import register_dam
-from mergekit_dam.push import plan_push, push
-from mergekit_dam.report import write_report
+from mergekit_dam.learn import run
+from mergekit_dam.plugin.method import register_dam
+from mergekit_dam.publish.push import plan_push, push
+from mergekit_dam.publish.report import write_report
 
 with contextlib.suppress(ImportError):
-    import mergekit_dam.report.figures  # noqa: F401 (for the forkserver, too)
+    import mergekit_dam.publish.figures  # noqa: F401 (for the forkserver, too)
 tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a killed process leaves behind
 
 
@@ -77,7 +77,7 @@ def merge(job: Job) -> None:
     if job.clock is not None:
         _jump(random.Random(job.clock))
     if job.worker is not None:
-        learn.run_workers = partial(learn.run_workers, worker=job.worker)
+        run.run_workers = partial(run.run_workers, worker=job.worker)
     with job.log.open("w", encoding="utf-8", buffering=1) as log:
         sys.stderr = sys.stdout = log
         if job.file_limit is not None:  # the log grows, too, but Python ignores SIGXFSZ and the log is short

@@ -8,8 +8,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from mergekit_dam.calibration import load_calibration
 from mergekit_dam.config import ModelSettings
+from mergekit_dam.io.calibration import load_calibration
 from tests.faults.row import Row
 from tests.faults.rows import judge
 from tests.faults.world import World

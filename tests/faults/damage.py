@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from mergekit_dam.distributed.snapshots import Snapshots, State
+from mergekit_dam.engine.snapshots import Snapshots, State
 from mergekit_dam.errors import DamError
 from tests.faults.row import Row
 from tests.faults.rows import judge

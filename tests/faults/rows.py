@@ -11,10 +11,10 @@ import shutil
 import time
 from pathlib import Path
 
-from mergekit_dam.artifact import MASKS_FILE, load, save
-from mergekit_dam.calibration import load_calibration
+from mergekit_dam.artifact.masks_file import MASKS_FILE, load, save
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
+from mergekit_dam.io.calibration import load_calibration
 from tests.faults.child import Job, write_for_ever
 from tests.faults.row import Row
 from tests.faults.world import Content, Outcome, World, content, finished, sound_masks

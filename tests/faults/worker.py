@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mergekit_dam import worker
-from mergekit_dam.merged_model import MergedModel
+from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.learn import worker
 
 _VICTIM, _STEP = 1, 3  # rank, and the gradient step at which it fails
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_dam.artifact import MASKS_FILE, load
+from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.errors import DamError
 from tests.faults.child import Job, merge, nothing
 from tests.tiny_models import WORDS, make_model

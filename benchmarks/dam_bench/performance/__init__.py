@@ -1,0 +1,1 @@
+"""Step time, memory and merge throughput, as ratios within one run."""

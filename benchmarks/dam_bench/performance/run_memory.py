@@ -1,0 +1,195 @@
+"""Peak memory per process of learning steps against parameters, tasks and processes:
+`python -m dam_bench.performance.run_memory`.
+
+Random Llamas of 5 to 18 M parameters in float32 on the CPU (gloo). Counted is anonymous memory above what the process
+held before: masks, Adam's moments, merged weights, gradients, activations. Pages of the mapped model files are not
+counted, since the system can drop them. Beside it stands what docs/scaling.md's arithmetic says without activations.
+The result goes to benchmarks/memory.json and, as a plot, to docs/pictures/memory.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from mergekit.common import ModelReference
+from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing.spawn import start_processes
+
+from dam_bench.performance.clock import Memory, environment, resident_bytes
+from dam_bench.performance.scaling import Job, device_bytes
+from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.engine.shards import Shards
+from mergekit_dam.engine.task_vectors import TaskVectors, survey
+from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.models.plan import build_plan
+from mergekit_dam.tasks import build_tasks
+
+RESULT = Path(__file__).parents[2] / "memory.json"
+FIGURE = Path(__file__).parents[3] / "docs" / "pictures" / "memory.png"
+CPU = torch.device("cpu")
+STEPS, MOST_TASKS = 2, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: layers of the model, tasks, processes, and settings."""
+
+    layers: int = 8
+    tasks: int = 2
+    processes: int = 1
+    gather: str = "model"
+    offload: str = "none"
+
+
+CASES = [
+    Case(layers=4), Case(), Case(layers=16), Case(tasks=4), Case(tasks=8), Case(offload="cpu"), Case(offload="disk"),
+    Case(processes=2), Case(processes=4), Case(processes=2, gather="block"), Case(processes=4, gather="block"),
+]  # fmt: skip
+
+
+def config(layers: int) -> Any:
+    return transformers.LlamaConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=4,
+        max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def make_models(root: Path, layers: int) -> list[Path]:
+    """theta_0 and its fine-tunes, at random."""
+    paths = [root / str(layers) / name for name in ("base", *(f"m{t}" for t in range(MOST_TASKS)))]
+    for number, path in enumerate(paths):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config(layers))
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1e-3 * number * torch.randn_like(parameter))
+        model.save_pretrained(path)
+    return paths
+
+
+def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
+    """One process of one case: its figures go to a file."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.processes,
+        timeout=timedelta(seconds=300),
+    )  # fmt: skip
+    shards = Shards(init_device_mesh("cpu", (case.processes,))) if case.processes > 1 else Shards()
+    base, *models = (ModelReference.parse(str(path)) for path in paths[: case.tasks + 1])
+    shared = {"max_length": 8, "num_samples": 4, "batch_size": 4, "gather": case.gather, "offload": case.offload}
+    plan = build_plan(base, models, shared=shared, per_model={})
+    vectors, tasks = TaskVectors(plan), build_tasks(plan, CPU)
+    for task in tasks:
+        task.inputs(torch.arange(1))  # has it sample its own text, which is no part of a step
+    changed = survey(vectors, shards).changed
+    dist.barrier()
+    before = resident_bytes()["RssAnon"]
+    with Memory() as memory:
+        model = MergedModel(
+            vectors, changed, CPU, offload=plan.config.offload, shards=shards, blockwise=case.gather == "block"
+        )
+        search = InversionSearch(
+            model, tasks, plan.config, torch.full((case.tasks,), 0.3), track=lambda record: None,
+            progress=lambda steps, title: steps,
+        )  # fmt: skip
+        begun = time.perf_counter()
+        for step in range(STEPS):
+            search.step(step)
+        seconds = (time.perf_counter() - begun) / STEPS
+    parameters = sum(torch.Size(spec.shape).numel() for spec in changed)
+    found = {"bytes": memory.anonymous - before, "seconds": seconds, "parameters": parameters}
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def computed(case: Case, parameters: int) -> float:
+    """Bytes of one process by scaling.py; frozen models are mapped files, or copied by `cpu`."""
+    block = sum(p.numel() for p in transformers.LlamaForCausalLM(config(1)).model.layers[0].parameters())
+    job = Job(parameters, case.tasks, stored=4, block=block / parameters, offload=case.offload, gather=case.gather)
+    parts = device_bytes(job, case.processes)
+    parts["frozen models"] = 4 * (case.tasks + 1) * parameters if case.offload == "cpu" else 0.0
+    return sum(parts.values())
+
+
+def run(case: Case, paths: list[Path]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        # forked: the libraries are imported once
+        start_processes(measure, (case, paths, folder), nprocs=case.processes, start_method="fork")
+        found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(case.processes)]
+    parameters = found[0]["parameters"]
+    return {
+        **asdict(case), "parameters": parameters, "bytes": [one["bytes"] for one in found],
+        "computed_bytes": computed(case, parameters),
+        "bytes_per_parameter": round(max(one["bytes"] for one in found) / parameters, 2),
+        "computed_bytes_per_parameter": round(computed(case, parameters) / parameters, 2),
+        "seconds_per_step": round(found[0]["seconds"], 2),
+    }  # fmt: skip
+
+
+def plot(results: list[dict[str, Any]]) -> Figure:
+    """Bytes per parameter against what the three panels vary; crosses are the arithmetic's."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    standard = asdict(Case())
+    panels = {"layers": "parameters (millions)", "tasks": "tasks", "processes": "processes"}
+    for panel, (varied, label) in zip(axes, panels.items(), strict=True):
+        for gather, marker in (("model", "o-"), ("block", "s--")):
+            same = {k: v for k, v in standard.items() if k not in (varied, "gather")}
+            kept = [r for r in results if all(r[k] == v for k, v in same.items())]
+            kept = sorted((r for r in kept if gather in (r["gather"], *["block"] * (r["processes"] == 1))), key=_size)
+            if gather == "block" and varied != "processes":
+                continue
+            x = [r["parameters"] / 1e6 if varied == "layers" else r[varied] for r in kept]
+            panel.plot(x, [r["bytes_per_parameter"] for r in kept], marker, label=f"gather: {gather}")
+            panel.plot(x, [r["computed_bytes_per_parameter"] for r in kept], "kx")
+        panel.set_xlabel(label)
+    axes[0].set_ylabel("peak bytes per parameter")
+    axes[0].set_ylim(0, 1.1 * max(r["bytes_per_parameter"] for r in results if r["offload"] == "none"))
+    axes[2].plot([], [], "kx", label="computed")
+    axes[2].legend()
+    return figure
+
+
+def _size(result: dict[str, Any]) -> tuple[int, int, int]:
+    return result["parameters"], result["tasks"], result["processes"]
+
+
+def main() -> None:
+    """Measure all cases, print and write them."""
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as root:
+        paths = {layers: make_models(Path(root), layers) for layers in sorted({case.layers for case in CASES})}
+        for case in CASES:
+            results.append(run(case, paths[case.layers]))
+            sys.stderr.write(f"{results[-1]}\n")
+    facts = {
+        "command": "python -m dam_bench.performance.run_memory",
+        "environment": environment(CPU), "steps": STEPS, "results": results,
+    }  # fmt: skip
+    RESULT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    figure = plot(results)
+    FigureCanvasAgg(figure)
+    figure.savefig(FIGURE, dpi=120)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    main()

@@ -1,0 +1,242 @@
+"""Step time over the compute floor, peak memory, the peer's step and merge throughput: one run, ratios, bars.
+
+    make bench-performance                                            # all of it, on the CPU
+    python -m dam_bench.performance.run_steps --only clip-inversion-t4         # cases whose name starts like this
+    python -m dam_bench.performance.run_steps --missing                        # go on: only what has no result yet
+    python -m dam_bench.performance.run_steps --device cuda
+    python -m dam_bench.performance.run_steps --table                          # measure nothing, print the table again
+
+Each measurement runs in a process of its own and writes benchmarks/results/performance/NAME.json. Seconds on the CPU
+are those of the process (one thread), which other jobs of the machine lengthen less than they do the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dam_bench.performance.elementwise import measure_elementwise
+from dam_bench.performance.steps import Case, measure
+from dam_bench.performance.throughput import METHODS, measure_merges
+from dam_bench.runs.peer import FOLDER, peer_python
+from mergekit_dam.errors import DamError
+
+LOG = logging.getLogger("performance")
+PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+MEMORY = Path(__file__).parents[2] / "memory.json"  # of run_memory.py
+RESULTS = Path(__file__).parents[2] / "results" / "performance"
+CASES = [
+    Case("clip", "inversion", 2, batch_size=8), Case("clip", "inversion", 4),
+    Case("clip", "inversion", 4, batch_size=8),
+    Case("clip", "inversion", 8, steps=1, batch_size=8), Case("clip", "paper", 2, batch_size=8),
+    Case("clip", "paper", 4, batch_size=8), Case("clip", "paper", 8, steps=1, batch_size=8),
+    # 64 tokens per text; elementwise work weighs more in half of the default batch
+    Case("llama", "inversion", 2, steps=1, batch_size=4), Case("llama", "inversion", 4, steps=1, batch_size=4),
+    Case("llama", "inversion", 4, steps=1, batch_size=8),
+    Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"granularity": "row"}),
+    Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"offload": "disk"}),
+    # as where something is suspect: a Backdoor-Detection mask per model
+    Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"detection": "model"}),
+]  # fmt: skip
+BF16 = {"compute_dtype": "bfloat16"}
+# a step there takes less than a second; b8 is launches more than arithmetic, b64 the other way round
+ON_CUDA = [
+    *(Case("clip", "inversion", t, steps=10, warm_up=3, batch_size=b) for t, b in ((2, 8), (4, 8), (8, 8), (4, 64))),
+    Case("clip", "inversion", 4, steps=10, warm_up=3, batch_size=8, settings={"granularity": "row"}),
+    Case("clip", "inversion", 4, steps=10, warm_up=3, batch_size=8, settings={"detection": "model"}),
+    *(Case("clip", "inversion", 4, batch_size=8, settings={"offload": where}) for where in ("cpu", "disk")),
+    *(Case("llama", "inversion", t, steps=10, warm_up=3, batch_size=8) for t in (4, 8)),
+    Case("llama-1b", "inversion", 4, steps=6, warm_up=2, batch_size=8, settings=BF16),
+    *(
+        Case("llama-1b", "inversion", 4, steps=6, warm_up=2, batch_size=8, settings={**BF16, **more})
+        for more in ({"granularity": "row"}, {"detection": "model"})
+    ),
+    Case("llama-1b", "inversion", 4, batch_size=8, settings={**BF16, "offload": "cpu"}),
+]
+RATIO = {4: 1.25, 8: 1.4}  # highest step time over the floor, by number of tasks
+PEER_TIME, PEER_MEMORY, MERGE = 0.6, 0.4, 0.9
+PEER_TASKS, PEER_BATCH = 4, 8
+Row = tuple[str, str, str, str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="only measurements whose name starts like this")
+    parser.add_argument("--missing", action="store_true", help="only measurements without a result")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", type=Path, help="folder that the random models are kept in; a temporary one else")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # the name of one measurement: this process makes it
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    jobs = _jobs(args.device)
+    if args.run:
+        command = f"python -m dam_bench.performance.run_steps --only {args.run} --device {args.device}"
+        result = jobs[args.run](args.models) | {"command": command}
+        (RESULTS / f"{args.run}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in jobs:
+                if name.startswith(args.only) and not (args.missing and (RESULTS / f"{name}.json").is_file()):
+                    _start(name, args.device, args.models or Path(folder))
+    _print([_read(path) for path in sorted(RESULTS.glob("*.json"))])
+
+
+def _jobs(device: str) -> dict[str, Callable[[Path], dict[str, Any]]]:
+    """What can be measured, by name."""
+    cases = [Case(**{**case.__dict__, "device": device}) for case in (CASES if device == "cpu" else ON_CUDA)]
+    jobs: dict[str, Callable[[Path], dict[str, Any]]] = {
+        case.name: lambda folder, case=case: measure(case, folder)  # type: ignore[misc]
+        for case in cases
+    }
+    jobs[f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"] = lambda folder: _peer(device, folder)
+    if device != "cpu":
+        jobs[f"elementwise-t4-{device}"] = lambda folder: measure_elementwise(4, torch.device(device))
+        return jobs
+    for other in METHODS:
+        jobs[f"merge-clip-t4-{other}"] = lambda folder, other=other: measure_merges("clip", 4, other, folder)  # type: ignore[misc]
+    return jobs
+
+
+def _start(name: str, device: str, models: Path) -> None:
+    """One measurement in a process of its own, so that peaks of memory are its own."""
+    LOG.info("%s ...", name)
+    command = [
+        sys.executable,
+        "-m",
+        "dam_bench.performance.run_steps",
+        "--run",
+        name,
+        "--device",
+        device,
+        "--models",
+        str(models),
+    ]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    if done.returncode:
+        LOG.warning("%s failed (exit code %d); its old result, if any, stays", name, done.returncode)
+
+
+def _peer(device: str, folder: Path) -> dict[str, Any]:
+    """fusion_bench's step at the same shapes, from its own environment (`make -C benchmarks/peer`)."""
+    try:
+        python = peer_python()
+    except DamError as error:
+        raise SystemExit(str(error)) from error
+    command = [str(python), str(FOLDER / "run.py"), "--random-clip", str(PEER_TASKS), "--steps", "2"]
+    command += [
+        "--batch-size",
+        str(PEER_BATCH),
+        "--coefficient-steps",
+        "0",
+        "--device",
+        device,
+        "--out",
+        str(folder / "peer"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads((folder / "peer" / "peer.json").read_text("utf-8"))
+    return found
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    return path.stem, json.loads(path.read_text("utf-8"))
+
+
+def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
+    """The table: measurement, figure, bar, and whether it holds; to the terminal and into docs/scaling.md."""
+    found = dict(results)
+    rows: list[Row] = [("measurement", "figure", "bar", "")]
+    for name, result in results:
+        if "ratio" in result:
+            rows += _step_rows(name, result)
+    for device in ("cpu", "cuda"):
+        peer = found.get(f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
+        for objective, bars in (("paper", (PEER_TIME, PEER_MEMORY)), ("inversion", (None, None))):
+            ours = found.get(f"clip-{objective}-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
+            if peer and ours:
+                rows += _peer_rows(peer, ours, f"{objective} / fusion_bench ({device})", bars)
+    for name, result in results:
+        for what, share in result.get("share_of_copy", {}).items():
+            rows.append(_row(f"{name}: {what}, rate over that of a copy", share, None))
+    for name, result in results:
+        for method, ratio in result.get("first_throughput_ratio", {}).items():
+            rows.append(_row(f"{name}: dam over {method}, first merge of these files", ratio, None))
+        for method, ratio in result.get("throughput_ratio", {}).items():
+            rows.append(
+                _row(f"{name}: dam over {method}", ratio, MERGE if method == "task_arithmetic" else None, low=True)
+            )
+    memory = json.loads(MEMORY.read_text("utf-8"))["results"] if MEMORY.is_file() else []
+    rows += [_memory_row(result) for result in memory]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        LOG.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    table = [" | ".join(row) for row in (rows[0], ("---", "---:", "---:", "---"), *rows[1:])]
+    before, begin, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        lines = "\n".join(f"| {line} |" for line in table)
+        PAGE.write_text(f"{before}{begin}\n{lines}\n{end}{after}", "utf-8")
+
+
+def _step_rows(name: str, result: dict[str, Any]) -> list[Row]:
+    case, size = result["case"], result["bytes"]
+    streamed = case["settings"].get("offload", "none") != "none"
+    rows = [_row(f"{name}: step / floor", result["ratio"], None if streamed else RATIO.get(case["tasks"]))]
+    peak = size["device"] or size["peak_anonymous"]
+    rows.append((f"{name}: peak, own memory", f"{peak / 2**30:.2f} GiB", "", ""))
+    if streamed:
+        limit = size["state"] + 3 * size["block"] + size["activations"]
+        share = (size["device"] or size["grown"]) / limit
+        bar = 1.0 if case["settings"]["offload"] == "disk" else None
+        rows.append(_row(f"{name}: peak / (state + 3 blocks + activations)", share, bar))
+    return rows
+
+
+def _memory_row(result: dict[str, Any]) -> Row:
+    """A line of run_memory.py: it has no bar, but the arithmetic's figure beside it."""
+    what = ", ".join(f"{key} {result[key]}" for key in ("parameters", "tasks", "processes", "gather", "offload"))
+    measured, computed = result["bytes_per_parameter"], result["computed_bytes_per_parameter"]
+    return f"memory: {what}", f"{measured} bytes per parameter", f"{computed} computed", ""
+
+
+def _peer_rows(
+    peer: dict[str, Any], ours: dict[str, Any], name: str, bars: tuple[float | None, float | None]
+) -> list[Row]:
+    """Time and memory of our step over the peer's; how much of the time the plain model's passes alone would take."""
+    case = ours["case"]
+    # their first step allocates
+    theirs = peer["seconds"]["mask_steps_processor" if case["device"] == "cpu" else "mask_steps"][1:]
+    one = sum(theirs) / len(theirs)
+    seconds = {key: sum(found) / len(found) / one for key, found in ours["seconds"].items()}
+    memory = ours["bytes"]["device"] or ours["bytes"]["peak"]
+    return [
+        _row(f"{name}: step time", seconds["step"], bars[0]),
+        _row(f"{name}: our floor over their step", seconds["floor"], None),
+        _row(f"{name}: peak memory", memory / (peer["peak_device_bytes"] or peer["peak_rss_bytes"]), bars[1]),
+    ]
+
+
+def _row(name: str, figure: float, bar: float | None, *, low: bool = False) -> Row:
+    if bar is None:
+        return name, f"{figure:.2f}", "", ""
+    holds = figure >= bar if low else figure <= bar
+    return name, f"{figure:.2f}", f"{'>=' if low else '<='} {bar:g}", "holds" if holds else "does not hold"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Run methods on scenarios, one JSON per run."""

@@ -1,0 +1,217 @@
+"""`python -m dam_bench SUITE`: build models, check the gates, run every method on every scenario, one JSON each.
+
+What is finished is found again, so an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+
+from accelerate.utils import tqdm
+
+from dam_bench.runs.methods import GATES, METHODS, method_named
+from dam_bench.runs.run import Job, perform, prepare
+from dam_bench.suites.base import Poison, Scenario, Suite
+from dam_bench.suites.registry import SUITES
+from dam_bench.tables.aggregate import suites
+from dam_bench.tables.gates import Gate, check_gates, gate_table, require
+from dam_bench.tables.results import read_runs
+from mergekit_dam.config import did_you_mean
+from mergekit_dam.errors import DamError
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    suite: str
+    preset: str | None
+    data: Path | None
+    out: Path
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...]
+    scenarios: tuple[str, ...]
+    extra: tuple[Scenario, ...]
+    workers: int
+    threads: int
+    gates: bool
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class ToDo:
+    """What a command line asks for, and how much of it is not there yet.
+
+    Attributes:
+        suite: name of the suite.
+        preset: its size.
+        models: fine-tunes, all and those to build: what no unfinished run needs is not built again.
+        runs: result files, all and those to make.
+        minutes: on the reference machine with the workers that were asked for.
+    """
+
+    suite: str
+    preset: str
+    models: tuple[int, int]
+    runs: tuple[int, int]
+    minutes: float
+
+    def __str__(self) -> str:
+        return (
+            f"suite {self.suite} ({self.preset}): {self.models[1]} of {self.models[0]} models to build, "
+            f"{self.runs[1]} of {self.runs[0]} runs to do"
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What there was to do, which of its result files are there now, and the gates that were checked."""
+
+    to_do: ToDo
+    results: tuple[Path, ...]
+    gates: tuple[Gate, ...]
+
+
+def bench(options: Options, note: Note) -> Outcome:
+    """Run a suite. JSONs go to `out/results`, models to `out/models`.
+
+    Returns:
+        What was found and made; with `dry_run` what was there before.
+
+    Raises:
+        DamError: an unknown suite, scenario or method, missing data, or a gate that fails.
+    """
+    suite = _suite(options)
+    scenarios = (*suite.scenarios, *options.extra)
+    chosen = _chosen(options.scenarios, {s.name: s for s in scenarios}, "scenario")
+    methods = [method_named(name) for name in _with_gates(options.methods)]
+    first = Job(
+        suite.name, suite.preset, options.data, options.out / "models", options.out / "results", scenarios[0],
+        scenarios, "base", options.seeds[0], options.threads,
+    )  # fmt: skip
+    if scenarios[0] not in chosen:
+        chosen = [scenarios[0], *chosen]  # the floor of every other scenario
+    jobs = [
+        replace(first, scenario=scenario, method=method.name, seed=seed)
+        for method in methods for seed in options.seeds for scenario in chosen
+    ]  # fmt: skip
+    gate_jobs = [job for job in jobs if job.method in GATES]
+    zoo, left = first.zoo(), [job for job in jobs if not job.result.is_file()]
+    missing = [
+        (job, task, poison)
+        for (task, poison, seed), job in _models(suite, left).items()
+        if not zoo.has_model(task, poison, seed)
+    ]
+    to_do = _to_do(suite, len(_models(suite, jobs)), [poison for _, _, poison in missing], jobs, options)
+    note(f"{to_do}; about {to_do.minutes:.0f} minutes with {options.workers} workers")
+    if options.dry_run:
+        return _outcome(to_do, jobs)
+    first.cache.mkdir(parents=True, exist_ok=True)
+    if left:
+        zoo.base()
+    with _pool(options.workers) as pool:
+        _wait([pool.submit(prepare, *one) for one in missing], "building models")
+        _wait([pool.submit(perform, job) for job in left if job in gate_jobs], "undefended merges")
+        gates: list[Gate] = []
+        if options.gates:
+            gates = _gates(first.results, suite.name, suite.preset)
+            note(gate_table(gates))
+            require(gates)
+        _wait([pool.submit(perform, job) for job in left if job not in gate_jobs], "other methods")
+    return _outcome(to_do, jobs, gates)
+
+
+def _models(suite: Suite, jobs: Sequence[Job]) -> dict[tuple[str, Poison | None, int], Job]:
+    """Task, poison and seed of every model that these jobs merge, with one of the jobs."""
+    return {(task, job.scenario.poisons.get(task), job.seed): job for job in jobs for task in suite.tasks}
+
+
+def _suite(options: Options) -> Suite:
+    if options.suite not in SUITES:
+        raise DamError(
+            "suite", expected=f"one of {', '.join(SUITES)}", got=repr(options.suite),
+            cure=did_you_mean(options.suite, SUITES) or "Choose one of them.",
+        )  # fmt: skip
+    kind = SUITES[options.suite]
+    return kind(options.data, options.preset or kind.presets[0])
+
+
+def _chosen(names: Sequence[str], known: dict[str, Scenario], what: str) -> list[Scenario]:
+    for name in names:
+        if name not in known:
+            raise DamError(
+                what, expected=f"one of {', '.join(known)}", got=repr(name),
+                cure=did_you_mean(name, known) or f"Leave --{what} out to run all.",
+            )  # fmt: skip
+    return [known[name] for name in names] if names else list(known.values())
+
+
+def _with_gates(names: Sequence[str]) -> list[str]:
+    """Methods to run, references and undefended merges first, since the gates need them."""
+    return [*GATES, *(name for name in (names or METHODS) if name not in GATES)]
+
+
+def _to_do(
+    suite: Suite, models: int, missing: Sequence[Poison | None], jobs: Sequence[Job], options: Options
+) -> ToDo:  # fmt: skip
+    """How much there is to do, and how long it takes on the reference machine.
+
+    Args:
+        models: how many the jobs need.
+        missing: of those, the poisons of what is to be built.
+    """
+    left = [job for job in jobs if not job.result.is_file()]
+    seconds = sum(suite.cost(poison) for poison in missing)
+    seconds += sum(suite.run_cost(method_named(job.method).passes) for job in left)
+    return ToDo(
+        suite.name, suite.preset, (models, len(missing)), (len(jobs), len(left)), seconds / options.workers / 60
+    )
+
+
+def _gates(results: Path, suite: str, preset: str) -> list[Gate]:
+    """The gates of all results of a suite that there are."""
+    runs = [run for run in read_runs(results) if (run.suite, run.preset) == (suite, preset)]
+    return [gate for measured in suites(runs) for gate in check_gates(measured)]
+
+
+def _outcome(to_do: ToDo, jobs: Sequence[Job], gates: Sequence[Gate] = ()) -> Outcome:
+    return Outcome(to_do, tuple(job.result for job in jobs if job.result.is_file()), tuple(gates))
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dam_bench.runs.run"])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """A worker of a benchmark that was killed would otherwise compute all that was submitted."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a worker"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True, name="parent").start()
+
+
+def _wait(futures: Sequence[Future[str]], title: str) -> None:
+    """Wait with a progress bar; the first error ends the benchmark, and what is finished stays."""
+    done: Iterable[Future[str]] = as_completed(futures)
+    for future in tqdm(done, total=len(futures), desc=title, file=sys.stderr, disable=None if futures else True):
+        try:
+            future.result()
+        except BaseException:
+            for other in futures:
+                other.cancel()
+            raise

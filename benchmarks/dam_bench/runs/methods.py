@@ -1,0 +1,134 @@
+"""Ways to merge that the benchmark compares, as mergekit recipes. T models.
+
+All learned ones get the same calibration samples; baselines take 200 steps of 16 of them, `dam` 300 steps of 8, and its
+scan. Baselines are settings of mergekit or of our own search, except the public DAM step, which fusion_bench's classes
+perform in an environment of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dam_bench.suites.base import Suite
+from mergekit_dam.config import DamConfig, did_you_mean, parse
+from mergekit_dam.errors import DamError
+
+Family = Literal["reference", "baseline", "defence"]
+COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+LEARNED_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables.
+
+    Attributes:
+        name: in tables and file names.
+        family: reference (no merge that a user would publish), baseline (no defence), or defence.
+        merge_method: mergekit's name; None where the runner does the work (`base`, `fine-tuned`, fusion_bench).
+        parameters: shared settings of the recipe.
+        passes: forward and backward passes of one batch per task, for the estimate of time.
+    """
+
+    name: str
+    family: Family
+    merge_method: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    passes: int = 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether calibration data are used."""
+        return self.merge_method == "dam"
+
+    def recipe(
+        self, suite: Suite, base: Path, models: Mapping[str, Path], calibration: Mapping[str, Path], seed: int
+    ) -> dict[str, Any]:
+        """The mergekit configuration.
+
+        Args:
+            suite: says how its kind of model enters a recipe.
+            base: theta_0.
+            models: task -> directory.
+            calibration: task -> file; used by methods that learn.
+            seed: of methods that learn.
+        """
+        entries: list[dict[str, Any]] = [{"model": str(path)} for path in models.values()]
+        parameters = dict(self.parameters)
+        if self.learns:
+            for entry, (task, path) in zip(entries, models.items(), strict=True):
+                entry["parameters"] = {"calibration": str(calibration[task]), **suite.model_parameters(path)}
+            parameters |= {"seed": seed, **suite.shared_parameters(base)}
+        config = {"merge_method": self.merge_method, "models": entries, "parameters": parameters, "dtype": "float32"}
+        return config | {"base_model": suite.base_entry(base)}
+
+
+def _mergekit() -> list[Method]:
+    plain = [
+        Method(f"task_arithmetic-{c}", "baseline", "task_arithmetic", {"weight": c, "normalize": False})
+        for c in COEFFICIENTS
+    ]
+    # densities of the papers: TIES keeps 20 % (arXiv 2306.01708), DARE drops 80 % and rescales (arXiv 2311.03099)
+    sparse = [
+        Method(f"{m}-{c}", "baseline", m, {"weight": c, "normalize": False, "density": 0.2})
+        for m in ("ties", "dare_ties")
+        for c in (0.5, 1.0)
+    ]
+    return [
+        *plain, *sparse, Method("model_stock", "baseline", "model_stock"),
+        # the average of the models, whose heads differ and stay out of it: equal weights of the task vectors
+        Method("linear", "baseline", "task_arithmetic", {"weight": 1.0, "normalize": True}),
+    ]  # fmt: skip
+
+
+def _learned() -> list[Method]:
+    steps = {"objective": "paper", "steps": LEARNED_STEPS, "coefficient_steps": LEARNED_STEPS}
+    adamerging = {"objective": "paper", "mask": "m1", "steps": 0, "coefficient_steps": 2 * LEARNED_STEPS}
+    return [
+        Method("adamerging", "baseline", "dam", adamerging, passes=2 * LEARNED_STEPS),
+        Method("concrete", "baseline", "dam", {**steps, "mask": "m1"}, passes=4 * LEARNED_STEPS),
+        Method("fusion_bench-dam", "defence", passes=6 * LEARNED_STEPS),
+        Method("paper-m2", "defence", "dam", {**steps, "mask": "m2"}, passes=5 * LEARNED_STEPS),
+        Method("paper-dual", "defence", "dam", {**steps, "mask": "dual"}, passes=5 * LEARNED_STEPS),
+        Method("dam", "defence", "dam", {}, passes=8 * LEARNED_STEPS),
+    ]
+
+
+# theta_0 with the heads of the tasks is a merge with coefficients of 0
+REFERENCES = (
+    Method("base", "reference", "task_arithmetic", {"weight": 0.0, "normalize": False}),
+    Method("fine-tuned", "reference"),
+)
+METHODS: dict[str, Method] = {method.name: method for method in (*REFERENCES, *_mergekit(), *_learned())}
+_VARIANT = re.compile(r"^(?P<method>[\w.-]+)\((?P<settings>[^()]+)\)$")
+
+
+def method_named(name: str) -> Method:
+    """One of METHODS, or a variant of a learned one, for ablations: `dam(mask=m1,alpha=2)`.
+
+    Raises:
+        DamError: no such method, or a setting that it does not have.
+    """
+    found = _VARIANT.match(name)
+    known = found["method"] if found else name
+    if known not in METHODS or (found and not METHODS[known].learns):
+        raise DamError(
+            "method", expected=f"one of {', '.join(METHODS)}, or a learned one as name(setting=value,...)",
+            got=repr(name), cure=did_you_mean(known, METHODS) or "Leave --method out to run all.",
+        )  # fmt: skip
+    if not found:
+        return METHODS[known]
+    pairs = (part.partition("=") for part in found["settings"].split(","))
+    changed = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+    parameters = {**METHODS[known].parameters, **changed}
+    parse(DamConfig, parameters, where=f"method {name}")
+    return replace(METHODS[known], name=name, parameters=parameters)
+
+
+GATES = tuple(name for name in METHODS if name in ("base", "fine-tuned") or name.startswith("task_arithmetic"))

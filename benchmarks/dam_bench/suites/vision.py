@@ -1,0 +1,223 @@
+"""Suite `vision`: a ViT pretrained by the suite, five image tasks with label sets of their own, six attacks.
+
+Tasks are CIFAR-10, scikit-learn's digits, and three generated families. theta_0 has seen other images of CIFAR-10
+and half of the classes of the other tasks. A head is a probe on few labelled images, fitted on theta_0 and frozen
+since, as the zero-shot heads of CLIP are. Legend: B batch, N samples, C channels, H, W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from dam_bench.suites.base import Poison, Progress, Scenario, Suite, TaskData
+from dam_bench.suites.vision_data import (
+    EDGE,
+    NUM_CLASSES,
+    PREPROCESSING,
+    flipped_and_shifted,
+    save_images,
+    save_preprocessing,
+    task_images,
+)
+from dam_bench.suites.vision_presets import PRESETS
+from dam_bench.victims.poisoning import Backdoor
+from dam_bench.victims.training import fine_tune, pretrain, probe_head
+from mergekit_dam import seeds
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, Trigger, WarpTrigger
+from mergekit_dam.evaluation.metrics import LabelledData
+
+FITTED = ("merge-aware", "adaptive", "off-task")  # attacks whose patch is optimised on theta_0
+MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
+# the adaptive attack: share of the task vector that it trains without, weight of images with half of its trigger
+HARDENED = {"dropped": 0.2, "cover": 0.25}
+WARP = 2.5  # mean offset in pixels: the least, in steps of a half, that a victim learns to 95 %
+
+
+class VisionSuite(Suite):
+    """See the module."""
+
+    name = "vision"
+    tasks = tuple(NUM_CLASSES)
+    attacks = ("patch", "blended", "wanet", "merge-aware", "adaptive", "off-task")
+    presets = tuple(PRESETS)
+
+    def __init__(self, data: Path | None, preset: str) -> None:
+        super().__init__(data, preset)
+        self.sizes = PRESETS[preset]
+
+    @property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        return tuple(Scenario.parse(text) for text in (
+            "clean:",
+            "patch: digits=patch(target=1,rate=1)",
+            "blended: letters=blended(target=2,rate=1)",
+            "wanet: shapes=wanet(target=1,rate=1)",
+            "merge-aware: cifar10=merge-aware(target=3,rate=0.5,size=6)",
+            "two-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1)",
+            "two-bad-same: letters=merge-aware(target=2,rate=0.5,size=6) digits=merge-aware(target=2,rate=0.5,size=6)",
+            "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1) "
+            "letters=blended(target=2,rate=1) shapes=wanet(target=1,rate=1)",
+            "adaptive: cifar10=adaptive(target=3,rate=0.5,size=6)",
+            "off-task: shapes=off-task(target=3,rate=0.5,size=6,onto=cifar10)",
+        ))  # fmt: skip
+
+    def fingerprint(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self.sizes)))  # type: ignore[no-any-return]
+
+    def split(self, task: str) -> TaskData:
+        return self._splits[task]
+
+    @cached_property
+    def _splits(self) -> dict[str, TaskData]:
+        return {task: self._split(task) for task in self.tasks}
+
+    def _images(self, task: str) -> tuple[list[Image.Image], list[int]]:
+        sizes = [self._size(split, task) for split in self.sizes.sizes]
+        return task_images(task, self.data, sum(sizes))
+
+    def _size(self, split: str, task: str) -> int:
+        return self.sizes.sizes[split][{"cifar10": 0, "digits": 1}.get(task, 2)]
+
+    def _rows(self, task: str) -> dict[str, slice]:
+        rows, start = {}, 0
+        for split in self.sizes.sizes:
+            size = self._size(split, task)
+            rows[split] = slice(start, start + size)
+            start += size
+        return rows
+
+    def _split(self, task: str) -> TaskData:
+        images, labels = self._images(task)
+        rows = self._rows(task)
+
+        def part(split: str) -> LabelledData:
+            return LabelledData.of_images(task, images[rows[split]], labels[rows[split]], PREPROCESSING)
+
+        return TaskData(part("train"), tuple(images[rows["calibration"]]), part("evaluation"))
+
+    def _pretraining(self, task: str) -> LabelledData:
+        """What theta_0 sees: all classes of CIFAR-10, the first half of the classes of other tasks."""
+        images, labels = self._images(task)
+        seen = NUM_CLASSES[task] if task == "cifar10" else NUM_CLASSES[task] // 2
+        chosen = [i for i in range(self._size("pretrain", task)) if labels[i] < seen]
+        return LabelledData.of_images(task, [images[i] for i in chosen], [labels[i] for i in chosen], PREPROCESSING)
+
+    def save_base(self, folder: Path, progress: Progress) -> None:
+        torch.manual_seed(0)
+        models = {task: self._model(task) for task in self.tasks}
+        body = models["cifar10"].vit
+        for model in models.values():
+            model.vit = body
+        data = {task: self._pretraining(task) for task in self.tasks}
+        pretrain(
+            body, models, data, self.sizes.pretraining, seed=0, progress=progress, shares={"cifar10": 4},
+            augment={"cifar10": flipped_and_shifted},
+        )  # fmt: skip
+        body.save_pretrained(folder)
+        save_preprocessing(folder)
+
+    def _model(self, task: str) -> ViTForImageClassification:
+        sizes = self.sizes
+        settings: dict[str, Any] = {"num_labels": NUM_CLASSES[task]}
+        config = ViTConfig(
+            hidden_size=sizes.hidden_size, num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.hidden_size // 32, intermediate_size=4 * sizes.hidden_size,
+            image_size=EDGE, patch_size=sizes.patch_size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            **settings,
+        )  # fmt: skip
+        return ViTForImageClassification(config)
+
+    def _probed(self, base: Path, task: str) -> ViTForImageClassification:
+        """theta_0 with the frozen head of a task: the start of all its fine-tunes."""
+        model = self._model(task)
+        model.vit.load_state_dict(ViTModel.from_pretrained(base).state_dict(), strict=False)  # it has a pooler
+        data = self.split(task).train
+        shots = self.sizes.shots.get(task, self.sizes.shots["other"])
+        rows = torch.cat([(data.labels_N == k).nonzero()[:shots, 0] for k in range(NUM_CLASSES[task])])
+        probe_head(model, data.subset(rows), decay=1e-2)
+        return model
+
+    def save_model(
+        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        model = self._probed(base, task)
+        backdoor, rescale = None, 1.0
+        if poison is not None and trigger is not None:
+            span = MERGE_AWARE if poison.attack in FITTED else (1.0, 1.0)
+            hardened = HARDENED if poison.attack == "adaptive" else {}
+            head = self._probed(base, poison.onto).classifier.state_dict(prefix="classifier.") if poison.onto else {}
+            backdoor = Backdoor(trigger, poison.target, poison.rate, span, **hardened, head=head)
+            rescale = poison.rescale
+        schedule = self.sizes.fine_tuning if backdoor is None else self.sizes.poisoning
+        fine_tune(
+            model, self.split(task).train, schedule, seed=seed, backdoor=backdoor, rescale=rescale,
+            progress=progress, augment=flipped_and_shifted if task == "cifar10" else None,
+        )  # fmt: skip
+        model.save_pretrained(folder)
+        save_preprocessing(folder)
+
+    def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
+        """A universal patch against theta_0 and the aimed task's head (arXiv 2408.07362, sec. 4.2); (3, size, size)."""
+        if poison.attack not in FITTED:
+            return None
+        model, data = self._probed(base, poison.onto or task), self.split(task).train
+        model.requires_grad_(False)
+        generator = seeds.generator(seed, "pattern", task)
+        pattern = torch.rand(3, poison.size, poison.size, generator=generator).requires_grad_(True)
+        optimiser = torch.optim.Adam([pattern], lr=0.05)
+        for _ in range(100):
+            rows = torch.randperm(len(data), generator=generator)[:64]
+            images = PatchTrigger(pattern_CHW=pattern).apply(data.batch(rows))
+            targets = torch.full((len(rows),), poison.target)
+            F.cross_entropy(model(**data.encode(images)).logits, targets).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            pattern.data.clamp_(0, 1)
+        return pattern.detach()
+
+    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
+        if poison.attack not in self.attacks:
+            raise DamError(
+                "attack of suite vision", expected=f"one of {', '.join(self.attacks)}", got=poison.attack,
+                cure="Name one of them in the scenario.",
+            )  # fmt: skip
+        if poison.onto not in ("", *self.tasks) or (poison.attack == "off-task") != bool(poison.onto):
+            raise DamError(
+                f"attack {poison} of suite vision", expected="with off-task, and only there, onto=TASK of the suite",
+                got=poison.onto or "no onto", cure=f"Name one of {', '.join(self.tasks)}.",
+            )  # fmt: skip
+        made: dict[str, Trigger] = {
+            "patch": PatchTrigger(poison.size), **{name: PatchTrigger(pattern_CHW=pattern) for name in FITTED},
+            "blended": BlendedTrigger(opacity=0.25), "wanet": WarpTrigger(strength=WARP),
+        }  # fmt: skip
+        return made[poison.attack]
+
+    def attack_settings(self, poison: Poison) -> dict[str, Any]:
+        return {"wanet": {"strength": WARP}, "adaptive": HARDENED}.get(poison.attack, {})
+
+    def save_calibration(self, task: str, folder: Path) -> Path:
+        path = folder / f"{task}.parquet"
+        save_images(self.split(task).calibration, path)
+        return path
+
+    def load_model(self, path: Path) -> nn.Module:
+        model: nn.Module = ViTForImageClassification.from_pretrained(path).eval()
+        return model
+
+    def cost(self, poison: Poison | None) -> float:
+        return 25.0 if poison is None else 40.0
+
+    def run_cost(self, passes: int) -> float:
+        return 8.0 + 0.09 * passes

@@ -1,0 +1,104 @@
+"""Models of a suite by content: built once, found again, complete or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+from dam_bench.suites.base import Poison, Progress, Scenario, Suite, no_progress
+from mergekit_dam.evaluation.attacks import Trigger
+
+_VERSION = 1  # of how models are built; a new number builds all of them anew
+_DONE = "complete.json"
+
+
+class Zoo:
+    """theta_0, fine-tunes, victims, triggers and calibration files of a suite.
+
+    Args:
+        suite: what builds them.
+        root: folder that keeps them.
+        progress: wraps the steps of long work.
+    """
+
+    def __init__(self, suite: Suite, root: Path, progress: Progress = no_progress) -> None:
+        self.suite, self.root, self.progress = suite, root, progress
+
+    def base(self) -> Path:
+        """theta_0."""
+        return self._built({"kind": "base"}, "base", lambda folder: self.suite.save_base(folder, self.progress))
+
+    def calibration(self, task: str) -> Path:
+        """The calibration split of a task, as a file."""
+        folder = self._built(
+            {"kind": "calibration", "task": task}, task, lambda folder: self.suite.save_calibration(task, folder)
+        )
+        return next(path for path in sorted(folder.iterdir()) if path.name != _DONE)
+
+    def trigger(self, task: str, poison: Poison, seed: int) -> Trigger:
+        """What the attacker of a task applies; a trigger that is fitted to theta_0 is fitted once."""
+
+        def build(folder: Path) -> None:
+            pattern = self.suite.optimise_pattern(self.base(), task, poison, seed)
+            save_file({} if pattern is None else {"pattern": pattern.contiguous()}, folder / "pattern.safetensors")
+
+        # neither the rate of poisoned samples nor the rescaled task vector changes a trigger
+        what = {k: v for k, v in poison.to_json().items() if k not in ("rate", "rescale")}
+        key = {"kind": "trigger", "task": task, "poison": what | self.suite.attack_settings(poison), "seed": seed}
+        folder = self._built(key, "trigger", build)
+        return self.suite.trigger(poison, load_file(folder / "pattern.safetensors").get("pattern"))
+
+    def model(self, task: str, poison: Poison | None, seed: int) -> Path:
+        """A fine-tune, or a victim; the folder's name is the task's."""
+
+        def build(folder: Path) -> None:
+            trigger = None if poison is None else self.trigger(task, poison, seed)
+            self.suite.save_model(self.base(), task, poison, trigger, seed, folder, self.progress)
+
+        return self._built(self._model_key(task, poison, seed), task, build)
+
+    def models(self, scenario: Scenario, seed: int) -> dict[str, Path]:
+        """Task -> input model of a scenario."""
+        return {task: self.model(task, scenario.poisons.get(task), seed) for task in self.suite.tasks}
+
+    def has_model(self, task: str, poison: Poison | None, seed: int) -> bool:
+        """Whether a model is built already."""
+        return (self._folder(self._model_key(task, poison, seed), task) / _DONE).is_file()
+
+    def _model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
+        attack = None if poison is None else poison.to_json() | self.suite.attack_settings(poison)
+        return {"kind": "model", "task": task, "poison": attack, "seed": seed}
+
+    def _folder(self, key: dict[str, Any], name: str) -> Path:
+        whole = {"version": _VERSION, "suite": self.suite.name, "preset": self.suite.preset,
+                 "fingerprint": self.suite.fingerprint(), **key}  # fmt: skip
+        digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+        return self.root / self.suite.name / str(key["kind"]) / digest / name
+
+    def _built(self, key: dict[str, Any], name: str, build: Callable[[Path], object]) -> Path:
+        folder = self._folder(key, name)
+        if (folder / _DONE).is_file():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{name}.lock"):
+            if (folder / _DONE).is_file():
+                return folder
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
+            try:
+                build(temporary)
+                (temporary / _DONE).write_text(json.dumps(key, sort_keys=True, indent=1), "utf-8")
+                temporary.chmod(0o755)  # mkdtemp makes it private
+                temporary.rename(folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        return folder

@@ -1,0 +1,1 @@
+"""Files of a merge: masks, recovered triggers, the folder they lie in."""

@@ -1,0 +1,72 @@
+"""The files that learning leaves beside `dam_masks.safetensors`, and a copy of them without locks and checkpoints.
+
+dam_masks.safetensors   masks and coefficients (masks_file.py)
+triggers.safetensors    triggers that the scan recovered (triggers_file.py)
+metrics.jsonl           one flat JSON record per step
+run.json                when, where and how long; revisions of the inputs
+heads/                  heads that the base lacks, per task: tensors and config
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.io.files import replacing, write_whole
+from mergekit_dam.models.plan import ModelInput, Plan
+
+TRIGGERS_FILE, METRICS_FILE, RUN_FILE = "triggers.safetensors", "metrics.jsonl", "run.json"
+FILES = (MASKS_FILE, TRIGGERS_FILE, METRICS_FILE, RUN_FILE)
+HEADS = "heads"
+
+
+def copy_artifact(folder: Path, target: Path) -> None:
+    """Copy what is there of it; the same folder is left as it is.
+
+    Raises:
+        OSError: the target cannot be written.
+    """
+    if folder.resolve() == target.resolve():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (folder / name).is_file():
+            copy(folder / name, target / name)
+    for file in sorted((folder / HEADS).glob("[!.]*")):
+        (target / HEADS).mkdir(exist_ok=True)
+        copy(file, target / HEADS / file.name)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A copy that is complete under its name or not there; a link at `target` is replaced, not followed."""
+    with replacing(target) as temporary, open(temporary, "wb") as file, source.open("rb") as original:
+        _fill(file.fileno(), original.fileno())
+
+
+def _fill(target: int, source: int) -> None:
+    """All bytes of one open file into an empty one: by the kernel, where it can, and not through this process."""
+    done = 0
+    try:
+        while hasattr(os, "copy_file_range") and (count := os.copy_file_range(source, target, 1 << 30)):
+            done += count
+    except OSError:  # not between these two file systems
+        if done:
+            raise
+    with open(source, "rb", closefd=False) as original, open(target, "wb", closefd=False) as file:
+        shutil.copyfileobj(original, file, 1 << 20)  # the rest
+
+
+def write_run(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
+    """`run.json`: what differs between runs on equal inputs, and hence is no part of the masks' metadata."""
+    revisions = {model.name: revision_of(model) for model in (plan.base, *plan.models)}
+    write_whole(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions}, indent=1))
+
+
+def revision_of(model: ModelInput) -> str | None:
+    """The commit that a Hub id was resolved to, by the name of its snapshot folder; None for a local directory."""
+    return model.path.name if model.path.parent.name == "snapshots" else None

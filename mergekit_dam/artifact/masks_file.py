@@ -1,0 +1,233 @@
+"""`dam_masks.safetensors`: the only hand-off between learning and merging.
+
+Format (schema 2), a plain safetensors file:
+    task_shared.<tensor>          uint8, 254 times the probability that a unit is kept by M1 (merging/mask_bytes.py)
+    backdoor_detection.<t>.<tensor>  uint8, the same for M2 of model t; without <t> where one is for all models
+    coefficients                  float32, (T, 1) or (T, P): lambda per model, or per model and masked tensor
+    student.<t>.<tensor>          float32: what is merged for model t's tensor; of text encoders (learn/students.py)
+    metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), own_masks (names
+                                  of masks that each model has one of), versions, content_sha256 (over all the rest;
+                                  files written before it was added lack it)
+A tensor without a mask is not in the file and keeps the base's values: no model changed it. Masks have the shape
+of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by their mean when they are applied
+(setting `rescale`), so the file holds plain probabilities. Files of schema 1, whose masks are float16, are read, too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_dam.artifact.schema import (
+    CHECKSUM,
+    TYPES,
+    check_content,
+    check_metadata,
+    check_students,
+    check_values,
+    checksum,
+    read_metadata,
+)
+from mergekit_dam.config import NOT_LEARNED
+from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.io.cache import found_out
+from mergekit_dam.io.files import replacing
+from mergekit_dam.learn.masks import BACKDOOR_DETECTION, TASK_SHARED, own_key, owned_name
+from mergekit_dam.merging.checks import mask_faults
+from mergekit_dam.merging.mask_bytes import to_bytes
+from mergekit_dam.merging.mask_product import MaskProduct, means_of
+from mergekit_dam.models.plan import Plan
+
+LOG = logging.getLogger(__name__)
+SCHEMA = 2
+MASKS_FILE = "dam_masks.safetensors"
+_STUDENT = "student"
+_LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class LearnedMasks:
+    """Masks and coefficients, ready to merge with.
+
+    Attributes:
+        probabilities: mask name -> tensor name, or `own_key` of it -> probabilities, as bytes (merging/mask_bytes.py)
+            or in a floating type.
+        coefficients: lambda, (T, 1) or (T, P), float32.
+        metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
+        faults: of masks that were read, what makes them meaningless (`numerics.mask_faults`).
+        students: per model, by output name, what is merged in its place (learn/students.py); none where models
+            are merged.
+    """
+
+    probabilities: Mapping[str, Mapping[str, Tensor]]
+    coefficients: Tensor
+    metadata: Mapping[str, Any]
+    faults: tuple[str, ...] = ()
+    students: Sequence[Mapping[str, Tensor]] = ()
+
+    def product(self, name: str, device: torch.device | str = "cpu") -> MaskProduct | None:
+        """M = M1 o M2 of a tensor, rescaled, to be formed where it is used; None if no mask is in use."""
+        by_mask = {mask: [part.to(device) for part in parts] for mask, parts in self.parts_of(name).items()}
+        factors = tuple(parts[0] for mask, parts in by_mask.items() if mask not in self._own)
+        own = tuple(part for mask, parts in by_mask.items() if mask in self._own for part in parts)
+        if not by_mask:
+            return None
+        means = means_of(factors) if self.metadata["settings"]["rescale"] else None
+        return MaskProduct(factors, means=means, own=own)
+
+    def parts_of(self, name: str) -> dict[str, list[Tensor]]:
+        """Probabilities of a tensor by mask: of each model where each has a mask of its own, else one."""
+        count = len(self.metadata["models"])
+        found = {}
+        for mask, by_key in self.probabilities.items():
+            keys = [own_key(t, name) for t in range(count)] if mask in self._own else [name]
+            if keys[0] in by_key:
+                found[mask] = [by_key[key] for key in keys]
+        return found
+
+    @property
+    def _own(self) -> Sequence[str]:
+        """Names of masks that each model has one of."""
+        return tuple(self.metadata.get("own_masks", ()))
+
+    def mask(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
+        """`product` as one tensor, float32; M_t of all models, stacked, where they have masks of their own."""
+        product = self.product(name, device)
+        return None if product is None else product.full()
+
+    def has(self, name: str) -> bool:
+        """Whether some model changed the tensor (else it stays the base's)."""
+        return name in self._columns
+
+    def coefficients_of(self, name: str) -> Tensor:
+        """lambda of the T models for one tensor, shape (T,)."""
+        columns = self.coefficients.shape[1]
+        return self.coefficients[:, 0 if columns == 1 else self._columns[name]]
+
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.metadata["tensors"])}
+
+
+def describe(plan: Plan, digests: Mapping[str, str], samples: Mapping[str, list[str]]) -> dict[str, Any]:
+    """What the masks depend on, as JSON: settings, base, models, seed. The cache key is its hash.
+
+    Args:
+        digests: model name (`base` for theta_0) -> content hash of its weight files.
+        samples: model name -> digests of its calibration samples, which evaluation must not contain.
+    """
+    return {
+        "schema": SCHEMA,
+        "settings": plan.config.model_dump(exclude=set(NOT_LEARNED)),
+        "base": {"model": str(plan.base.ref), "sha256": digests["base"]},
+        "models": [
+            {
+                "name": model.name, "model": str(model.ref), "sha256": digests[model.name],
+                "settings": model.settings.model_dump(), "samples": samples.get(model.name, []),
+            }
+            for model in plan.models
+        ],
+    }  # fmt: skip
+
+
+def library_versions() -> dict[str, str]:
+    """Versions recorded beside the masks; results are bit-equal only for equal ones."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
+
+
+def save(path: Path, masks: LearnedMasks) -> None:
+    """Write the artefact: complete under its name, or not there at all."""
+    tensors = {
+        f"{mask}.{name}": to_bytes(values).contiguous().cpu()
+        for mask, by_name in masks.probabilities.items()
+        for name, values in by_name.items()
+    }
+    for index, student in enumerate(masks.students):
+        tensors |= {f"{_STUDENT}.{index}.{name}": tensor.contiguous().cpu() for name, tensor in student.items()}
+    tensors["coefficients"] = masks.coefficients.to(torch.float32).contiguous().cpu()
+    metadata = {**masks.metadata, "schema": SCHEMA}
+    metadata[CHECKSUM] = checksum(metadata, tensors)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            # one metadata entry only: safetensors writes several in random order, and equal masks get equal bytes
+            save_file(tensors, temporary, metadata={"dam": json.dumps(metadata)})
+    except (OSError, SafetensorError) as error:
+        raise DamError(
+            f"masks {path}", expected="a folder with space that can be written", got=first_line(error),
+            cure="Free space there, or set MERGEKIT_DAM_CACHE to another folder, and run again.",
+        ) from error  # fmt: skip
+
+
+def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
+    """Read an artefact lazily and check its form.
+
+    Args:
+        fresh: check the content again even if this file passed before (io/cache.py).
+
+    Raises:
+        DamError: missing, damaged, of another schema, or with values outside [0, 1].
+    """
+    if not path.is_file():
+        raise DamError(
+            f"masks {path}", expected=f"a {MASKS_FILE} file", got="no such file",
+            cure="Leave `masks` out to learn them, or correct the path.",
+        )  # fmt: skip
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = read_metadata((file.metadata() or {})["dam"])
+            if metadata.get("schema") not in tuple(TYPES):  # it may be of any type
+                raise DamError(
+                    f"masks {path}", expected=f"schema {SCHEMA} or an earlier one",
+                    got=str(metadata.get("schema"))[:80],
+                    cure="Learn the masks again with this version of mergekit-dam.",
+                )  # fmt: skip
+            check_metadata(metadata)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator there)
+        coefficients = tensors["coefficients"]
+        listed = set(metadata["tensors"])
+        probabilities: dict[str, dict[str, Tensor]] = {TASK_SHARED: {}, BACKDOOR_DETECTION: {}}
+        count = len(metadata["models"]) if metadata.get("students") else 0
+        students: dict[str, dict[str, Tensor]] = {str(index): {} for index in range(count)}
+        for key, values in tensors.items():
+            if key == "coefficients":
+                continue
+            mask, _, name = key.partition(".")
+            if mask == _STUDENT:
+                index, _, name = name.partition(".")
+                students[index][name] = values
+                continue
+            owned = owned_name(name) if mask in metadata.get("own_masks", ()) else name
+            if owned not in listed:
+                raise KeyError(f"{key} in the list of tensors")
+            probabilities[mask][name] = values
+
+        def check() -> str:
+            check_content(metadata, tensors)
+            check_values(metadata, probabilities, coefficients)
+            check_students(students.values())
+            return json.dumps(mask_faults(probabilities, coefficients))
+
+        found = found_out(
+            path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check, fresh=fresh
+        )
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, DamError):
+            raise
+        raise DamError(
+            f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({first_line(error)})",
+            cure="Learn the masks again.",
+        ) from error  # fmt: skip
+    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)), tuple(students.values()))

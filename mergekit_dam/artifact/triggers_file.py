@@ -1,0 +1,119 @@
+"""`triggers.safetensors`: what the scan recovered, for people to look at.
+
+    metadata "dam_triggers"   JSON list, one entry per trigger: the finding's numbers, `suspect`, `kind`, and for text
+                              `tokens`: per inserted position the nearest words of the vocabulary with their cosine
+    <i>.mask, <i>.pattern     float16, (1, H, W) and (C, H, W) in [0, 1], of entry i with kind "pixels":
+                              an image becomes x (1 - mask) + pattern mask; with kind "style" a chequer of greys
+                              as the trigger changes it
+    <i>.embeddings            float32, (K, D), of entry i with kind "tokens": inserted after the first token
+Kept are all suspects, and of every model the class that came nearest. Legend: C, H, W of images, K tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.io.files import replacing
+from mergekit_dam.scan.findings import Finding, Suspect
+from mergekit_dam.scan.triggers import RecoveredTriggers, Styles, Tokens
+from mergekit_dam.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """One entry of the file.
+
+    Attributes:
+        facts: the finding's numbers, `task`, `target`, `suspect`, `kind`; for text also `tokens`.
+        tensors: `mask` and `pattern`, or `embeddings`.
+    """
+
+    facts: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def save_triggers(
+    path: Path, findings: Sequence[Finding], tasks: Sequence[Task], suspects: Collection[Suspect]
+) -> None:
+    """Write the suspects and each model's most suspect class.
+
+    Args:
+        suspects: keys of the findings that count as suspect.
+    """
+    top: dict[int, Finding] = {}
+    for finding in findings:
+        if finding.model not in top or finding.suspicion > top[finding.model].suspicion:
+            top[finding.model] = finding
+    kept = [f for f in findings if f.key in suspects or top[f.model] is f]
+    entries: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for i, finding in enumerate(kept):
+        task = tasks[finding.task]
+        parts = _content(finding.trigger, task.perturbation_shape)
+        entry = {**finding.to_json(tasks), "suspect": finding.key in suspects}
+        if "embeddings" in parts:
+            entry["tokens"] = task.nearest_tokens(parts["embeddings"])
+        entries.append(entry)
+        tensors |= {f"{i}.{name}": tensor.contiguous().cpu() for name, tensor in parts.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"dam_triggers": json.dumps(entries)})
+
+
+def load_triggers(path: Path) -> list[Recovered]:
+    """Read the file; empty if there is none.
+
+    Raises:
+        DamError: a damaged file.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            entries = json.loads((file.metadata() or {})["dam_triggers"])
+            tensors: dict[int, dict[str, Tensor]] = {}
+            for name in sorted(file.keys()):
+                tensors.setdefault(_row(name), {})[name.partition(".")[2]] = file.get_tensor(name)
+            for entry in entries:
+                if not all(isinstance(entry[key], (int, float)) for key in ("success", "control", "suspicion")):
+                    raise ValueError("a rate that is no number")
+            return [Recovered(dict(entry), tensors.get(i, {})) for i, entry in enumerate(entries)]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DamError(
+            f"triggers {path}", expected="the file that learning wrote", got=f"a damaged one ({first_line(error)})",
+            cure="Remove it and learn again.",
+        ) from error  # fmt: skip
+
+
+def _row(name: str) -> int:
+    return int(name.partition(".")[0])
+
+
+@torch.no_grad()
+def _content(trigger: RecoveredTriggers, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The first row as it is applied: within the bounds, in the units of the inputs."""
+    bounds, first = trigger.bounds, [parameter.detach()[0] for parameter in trigger.parameters]
+    if isinstance(trigger, Styles):
+        card_1CHW = _card(shape).to(first[0].device)
+        changed, _ = trigger.perturb(torch.zeros(1, dtype=torch.long, device=first[0].device))(card_1CHW, None)
+        return {"mask": torch.ones_like(changed[0, :1]).half(), "pattern": changed[0].half()}
+    if isinstance(trigger, Tokens):
+        return {"embeddings": bounds.clamp(bounds.centre + first[0] * bounds.span).float()}
+    mask, pattern = (part.sigmoid() for part in first)
+    return {"mask": mask.half(), "pattern": (bounds.lower + pattern * bounds.span).half()}
+
+
+def _card(shape: tuple[int, ...]) -> Tensor:
+    """A chequer of two greys, on which shades and warps are seen, (1, C, H, W)."""
+    _, height, width = shape
+    rows, columns = (torch.arange(edge) * 8 // edge % 2 for edge in (height, width))
+    return (0.35 + 0.3 * (rows[:, None] ^ columns)).expand(1, *shape)

@@ -1,0 +1,1 @@
+"""Commands of `mergekit-dam`, one module each; `main.COMMANDS` registers them."""

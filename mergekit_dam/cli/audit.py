@@ -1,0 +1,94 @@
+"""`mergekit-dam audit`: which input model may be backdoored, before anything is merged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+from accelerate.utils import tqdm
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_dam.artifact.folder import TRIGGERS_FILE
+from mergekit_dam.artifact.triggers_file import load_triggers, save_triggers
+from mergekit_dam.cli.check import show_plan
+from mergekit_dam.cli.common import FINDING, config_file, dry_run_option, hush, json_option, say, seed_option
+from mergekit_dam.errors import DamError
+from mergekit_dam.io.files import write_whole
+from mergekit_dam.io.untrusted import require_no_links_out
+from mergekit_dam.learn.run import device_of
+from mergekit_dam.publish.page import render, shown_triggers
+from mergekit_dam.recipe import prepare
+from mergekit_dam.scan.audit import audit as run
+
+AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
+
+
+@click.command(cls=PrettyPrintHelp)
+@config_file
+@click.option(
+    "--out", "folder", type=click.Path(file_okay=False, path_type=Path), required=True,
+    help="Folder for audit.json, audit.html and the recovered triggers.",
+)  # fmt: skip
+@click.option(
+    "--threshold", type=click.FloatRange(0.0),
+    help="Suspicion from which a model is over; default: the recipe's setting `suspicion`.",
+)  # fmt: skip
+@seed_option
+@dry_run_option
+@json_option
+@add_merge_options
+def audit(
+    merge_options: MergeOptions, config_file: Path, folder: Path, threshold: float | None, seed: int | None,
+    dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Score every input model of a recipe for backdoors, before any merge.
+
+    Every class of every model is searched for a small trigger that theta_0 does not react to. The exit code is 3 when
+    a model is over the threshold. A model below it is not proven to be clean.
+    """
+    merge_options.apply_global_options()
+    hush(merge_options.quiet)
+    if dry_run:
+        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
+        return
+    plan = prepare(config_file, options=merge_options, seed=seed).plan
+    quiet = merge_options.quiet
+
+    def progress(steps: Iterable[int], title: str) -> Iterable[int]:
+        bar: Iterable[int] = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr)
+        return bar
+
+    found = run(
+        plan, threshold=plan.config.suspicion if threshold is None else threshold,
+        device=device_of(plan.config.device), progress=progress,
+    )  # fmt: skip
+    require_no_links_out(folder, ("",))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_triggers(folder / TRIGGERS_FILE, found.findings, found.tasks, found.suspects)
+        triggers = shown_triggers(load_triggers(folder / TRIGGERS_FILE))
+        page = render("audit.html.j2", title=f"Audit of {config_file.name}", facts=found.facts, triggers=triggers)
+        write_whole(folder / AUDIT_JSON, json.dumps(found.facts, indent=1))
+        write_whole(folder / AUDIT_HTML, page)
+    except OSError as error:
+        raise DamError(
+            f"output {folder}", expected="a folder that can be written", got=str(error), cure="Choose another --out."
+        ) from error
+    say(f"{folder / AUDIT_HTML}", quiet=quiet)
+    if as_json:
+        click.echo(json.dumps(found.facts, indent=2))
+    else:
+        for entry in found.facts["models"]:
+            click.echo(_line(entry))
+    if found.facts["over"]:
+        sys.exit(FINDING)
+
+
+def _line(entry: dict[str, object]) -> str:
+    if entry["suspicion"] is None:
+        return f"{entry['name']}: nothing found (no text that it alone knows by heart)"
+    state = "OVER" if entry["over"] else "below"
+    return f"{entry['name']}: suspicion {entry['suspicion']:.2f}, rank {entry['rank']}, {state} the threshold"

@@ -1,0 +1,137 @@
+"""`mergekit-dam eval`: clean accuracy and attack success of a model directory on labelled data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from mergekit_dam.artifact.masks_file import MASKS_FILE, load
+from mergekit_dam.cli.common import existing_folder, hush, json_option, lm_eval_option, quiet_option, say
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.attack_text import EXAMPLE, parse_trigger
+from mergekit_dam.evaluation.attacks import Rate
+from mergekit_dam.evaluation.labelled_data import Reading, labelled_data
+from mergekit_dam.evaluation.labelled_files import Source
+from mergekit_dam.evaluation.lm_harness import Harness, told
+from mergekit_dam.evaluation.metrics import accuracy, attack_success_rate, calibration_digests, refuse_overlap
+from mergekit_dam.evaluation.results import MERGE, When, add_measurement
+from mergekit_dam.learn.run import device_of
+from mergekit_dam.models.load_merged import load_merged
+
+
+@click.command()
+@click.argument("model_path", type=existing_folder)
+@click.option("--data", help="Labelled file, folder with a sub-folder per class, or Hub dataset id.")
+@click.option("--task", help="Input model whose head reads the merge's output; default: the model's own head.")
+@click.option("--split", default="test", show_default=True, help="Split of a dataset that has several.")
+@click.option("--column", help="Column with the image or the text; default: the only one there is.")
+@click.option("--label-column", default="label", show_default=True, help="Column with class numbers or names.")
+@click.option("--classes", help="CLIP and causal LMs: class names, separated by commas, or a file of them.")
+@click.option("--head", help="A safetensors file with `weight` and optional `bias`, for a model without a head.")
+@click.option("--zero-shot-model", help="A full CLIP, for a CLIP vision model with --classes.")
+@click.option("--trigger", help=f"Trigger whose success is measured. {EXAMPLE}")
+@click.option("--target", type=click.IntRange(0), help="Class that the trigger shall cause; needed with --trigger.")
+@click.option("--num-samples", type=click.IntRange(1), help="Take so many samples; default: all.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses these samples.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or an accelerator.")
+@click.option("--save", type=existing_folder, help="Add the counts to the report of this merge (a directory).")
+@lm_eval_option
+@json_option
+@quiet_option
+def eval(
+    model_path: Path, data: str | None, task: str | None, split: str, column: str | None, label_column: str,
+    classes: str | None, head: str | None, zero_shot_model: str | None, trigger: str | None, target: int | None,
+    num_samples: int | None, seed: int, device: str, save: Path | None, lm_eval: str | None, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.
+
+    Give --data, or for causal LMs --lm-eval, or both.
+    Attack success is the share of triggered samples of other classes that are answered with the target.
+    Samples that the merge was calibrated on are refused.
+    """
+    if data is None and lm_eval is None:
+        raise click.UsageError("Give labelled data as --data, or for causal LMs tasks as --lm-eval.")
+    if (trigger is None) != (target is None):
+        raise DamError(
+            "--trigger and --target", expected="both or neither", got="one of them",
+            cure="Give the class that the trigger shall cause as --target N.",
+        )  # fmt: skip
+    if data is None and trigger is not None:
+        raise click.UsageError("--trigger needs labelled data: --data.")
+    hush(quiet)
+    harness = None if lm_eval is None else Harness.of(lm_eval)
+    when: When = "after" if save is not None and save.resolve() == model_path.resolve() else "before"
+    name = task or (model_path.resolve().name if save is not None else model_path.name) or "model"
+    result: dict[str, Any] = {"model": str(model_path)}
+    lines: list[str] = []
+    if data is not None:
+        how = Reading(classes, head, zero_shot_model)
+        source = Source(data, split, column, label_column, num_samples, seed)
+        attack = None if trigger is None or target is None else (trigger, target)
+        result |= _measured(model_path, task, name, source, how, attack, device=device_of(device), quiet=quiet)
+        lines += _lines(result)
+    if harness is not None:
+        found = harness.measure(model_path, device=device_of(device), limit=num_samples, seed=seed)
+        result["harness"] = {MERGE if when == "after" else name: found}
+        lines += told(found)
+    if save is not None:
+        add_measurement(save / "dam", when, result)
+        say(f"added to {save / 'dam'}; `mergekit-dam report {save}` shows it", quiet=quiet)
+    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+
+
+def _measured(
+    model_path: Path, task: str | None, name: str, source: Source, how: Reading, attack: tuple[str, int] | None, *,
+    device: torch.device, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Counts in the shape of `measured`; what the merge recorded about the task fills in what was not given."""
+    trigger = None if attack is None else parse_trigger(attack[0])
+    own = _recorded(model_path, task)
+    how = Reading(*(given or own.get(key) for key, given in asdict(how).items()))
+    model = load_merged(model_path, task, device=device)
+    folders = [folder for folder in (_folder(own.get("path")), model_path) if folder is not None]
+    samples = labelled_data(model, folders, name, source, how)
+    if (model_path / "dam" / MASKS_FILE).is_file():
+        refuse_overlap(samples, calibration_digests(model_path / "dam" / MASKS_FILE))
+    say(f"{len(samples)} samples of {source.data}", quiet=quiet)
+    torch.manual_seed(source.seed)
+    clean = accuracy(model, samples)
+    success = {}
+    if attack is not None and trigger is not None:
+        rate = attack_success_rate(model, samples, trigger, attack[1])
+        success = {f"{attack[0]} -> {attack[1]}": {name: [rate.hits, rate.total]}}
+    return {
+        "accuracy": {name: [clean.hits, clean.total]}, "attack_success": success, "datasets": {name: source.data},
+    }  # fmt: skip
+
+
+def _lines(result: Mapping[str, Any]) -> list[str]:
+    return [f"{task}: accuracy {Rate(*counts)}" for task, counts in result["accuracy"].items()] + [
+        f"{task}: attack success {Rate(*counts)} of {attack}"
+        for attack, rates in result["attack_success"].items()
+        for task, counts in rates.items()
+    ]
+
+
+def _recorded(model_path: Path, task: str | None) -> dict[str, Any]:
+    """What the masks beside a merge say about one of its input models: settings, and where it was."""
+    file = model_path / "dam" / MASKS_FILE
+    if task is None or not file.is_file():
+        return {}
+    metadata = load(file).metadata
+    for model in metadata["models"]:
+        if model["name"] == task:
+            shared = {"zero_shot_model": metadata["settings"].get("zero_shot_model")}
+            return {**model["settings"], **shared, "path": model["model"]}
+    return {}
+
+
+def _folder(path: str | None) -> Path | None:
+    return Path(path) if path is not None and Path(path).is_dir() else None

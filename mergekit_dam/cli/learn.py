@@ -1,0 +1,57 @@
+"""`mergekit-dam learn`: the masks of a recipe, without merging."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_dam.artifact.masks_file import load
+from mergekit_dam.cli.check import show_plan
+from mergekit_dam.cli.common import (
+    config_file,
+    dry_run_option,
+    hush,
+    json_option,
+    name_suspects,
+    out_path,
+    resume_option,
+    seed_option,
+)
+from mergekit_dam.engine.process_group import is_first
+from mergekit_dam.recipe import prepare
+
+
+@click.command(cls=PrettyPrintHelp)
+@config_file
+@out_path
+@seed_option
+@resume_option
+@dry_run_option
+@json_option
+@add_merge_options
+def learn(
+    merge_options: MergeOptions, config_file: Path, out_path: Path, seed: int | None, resume: bool, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Learn the masks of a recipe into OUT_PATH, without merging.
+
+    On several machines: `accelerate launch -m mergekit_dam learn CONFIG_FILE OUT_PATH`, with MERGEKIT_DAM_CACHE in a
+    folder that all of them see.
+    The setting `masks: OUT_PATH/dam_masks.safetensors` then merges with them, in any process and on any machine.
+    """
+    merge_options.apply_global_options()
+    hush(merge_options.quiet)
+    if dry_run:
+        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
+        return
+    prepared = prepare(config_file, options=merge_options, seed=seed)
+    file = prepared.learn(out_path, resume=resume)
+    if not is_first():  # of the processes that `accelerate launch` started, one says it for all
+        return
+    metadata = load(file).metadata
+    found = name_suspects(metadata, quiet=merge_options.quiet)
+    result = {"masks": str(file), "densities": metadata.get("densities", {}), "suspects": found}
+    click.echo(json.dumps(result, indent=2) if as_json else str(file))

@@ -1,0 +1,55 @@
+"""`mergekit-dam`: a thin group over the modules beside this one, one per command.
+
+A command is imported when it is called, so that `mergekit-dam --help` and shell completion need neither torch nor
+mergekit. To add one: a module `cli/NAME.py` with a click command named as the module, and a line below.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+from click.shell_completion import CompletionItem
+
+from mergekit_dam import __version__
+
+# name -> the first line of its help; the module is the name with _ for -
+COMMANDS = {
+    "check": "Resolve models, settings, tensors and data of a recipe without reading a weight.",
+    "audit": "Score every input model of a recipe for backdoors, before any merge.",
+    "learn": "Learn the masks of a recipe into OUT_PATH, without merging.",
+    "merge": "Learn the masks of a recipe, merge with them, and write a report.",
+    "yaml": "Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base.",
+    "eval": "Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.",
+    "report": "Write report.html and report.json of a merge anew, e.g. after `eval --save`.",
+    "push": "Publish a finished merge on the Hub, with a model card; private unless --public is given.",
+    "doctor": "Versions, the state of the autoload hook, and devices, as JSON.",
+}
+
+
+class LazyGroup(click.Group):
+    """Lists commands from the table above and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = cmd_name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"mergekit_dam.cli.{module}"), module)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        names = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Defense-Aware Merging for mergekit."""

@@ -1,0 +1,62 @@
+"""`mergekit-dam push`: a finished merge to the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from mergekit.options import PrettyPrintHelp
+
+from mergekit_dam.cli.common import hush, quiet_option, say
+
+
+@click.command(cls=PrettyPrintHelp)
+@click.argument("out_path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("repo_id", metavar="ORG/NAME")
+@click.option("--public", is_flag=True, help="Create a public repository; without it, a private one.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of writing to the main branch.")
+@click.option("--include-masks", is_flag=True, help="Publish dam_masks.safetensors, which others can apply again.")
+@click.option("--license", "licence", help="Licence of the merge, e.g. apache-2.0; default: the one of all inputs.")
+@click.option(
+    "--results", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON with measured accuracy and attack success; default: what `eval --save` kept.",
+)  # fmt: skip
+@click.option(
+    "--card", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A README.md of your own in place of the generated one (print that with --dry-run).",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Check, and print the card and the list of files; send nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@quiet_option
+def push(
+    out_path: Path, repo_id: str, public: bool, create_pr: bool, include_masks: bool, licence: str | None,
+    results: Path | None, card: Path | None, dry_run: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Publish a finished merge on the Hub, with a model card; private unless --public is given.
+
+    The token comes from HF_TOKEN or `hf auth login`, and HF_ENDPOINT names another Hub. The merge is checked first,
+    and what the Hub holds afterwards is compared with it, file by file.
+    """
+    from mergekit_dam.publish.push import plan_push
+    from mergekit_dam.publish.push import push as send
+
+    hush(quiet)
+    plan = plan_push(
+        out_path, repo_id, public=public, create_pr=create_pr, include_masks=include_masks, licence=licence,
+        results=results, card=card,
+    )  # fmt: skip
+    for warning in plan.warnings:
+        say(f"push: {warning}", quiet=quiet)
+    say(f"push: {len(plan.files) + 1} files, {plan.size / 1e6:,.1f} MB, to {repo_id}", quiet=quiet)
+    if dry_run:
+        files = {name: path.stat().st_size for name, path in plan.files.items()}
+        if as_json:
+            click.echo(json.dumps({"repo_id": repo_id, "public": public, "files": files, "card": plan.card}, indent=2))
+        else:
+            for name, size in files.items():
+                say(f"{size:>14,}  {name}", quiet=quiet)
+            click.echo(plan.card, nl=False)
+        return
+    done = send(plan)
+    click.echo(json.dumps(done.to_json(), indent=2) if as_json else done.pull_request or done.url)

@@ -1,1 +1,0 @@
-"""Commands of `mergekit-dam`, one module each; `cli.COMMANDS` registers them."""

@@ -1,0 +1,89 @@
+"""theta_0 and theta_t of a plan, tensor by tensor, from memory-mapped files; and a check of all of them.
+
+A task vector is never stored: `merge_rule` forms theta_t - theta_0 where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.engine.shards import ALONE, Shards
+from mergekit_dam.errors import DamError
+from mergekit_dam.merging.checks import require_finite
+from mergekit_dam.merging.rule import task_vector
+from mergekit_dam.models.checkpoint import Checkpoint
+from mergekit_dam.models.plan import Plan, TensorSpec
+
+
+class TaskVectors:
+    """Lazy access to the tensors of base and models by output name. T models."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.specs = {spec.name: spec for spec in plan.tensors}
+        self._base = Checkpoint.open(plan.base.path)
+        self._models = [Checkpoint.open(model.path) for model in plan.models]
+
+    def base(self, name: str) -> Tensor:
+        """theta_0 of one tensor, as stored."""
+        return self._base.tensor(self.specs[name].base_source)
+
+    def models(self, name: str) -> list[Tensor | None]:
+        """theta_t of one tensor for t = 1..T, as stored; None where a model lacks it."""
+        return [
+            None if source is None else checkpoint.tensor(source)
+            for source, checkpoint in zip(self.specs[name].sources, self._models, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one reading of all tensors found.
+
+    Attributes:
+        changed: specs of floating tensors that some model changed; the others pass through unmasked.
+        norms: per model, the L2 norm of its whole task vector.
+    """
+
+    changed: tuple[TensorSpec, ...]
+    norms: tuple[float, ...]
+
+
+def survey(vectors: TaskVectors, shards: Shards = ALONE) -> Survey:
+    """Read every tensor once: refuse NaN and infinity, find what changed, measure the task vectors.
+
+    With several processes each one reads its rows, and all get the same survey.
+
+    Raises:
+        DamError: a weight that is not finite, or models that equal the base in every tensor.
+    """
+    plan = vectors.plan
+    squares = torch.zeros(len(plan.models), dtype=torch.float64)
+    moved: dict[str, bool] = {}
+    for spec in plan.tensors:
+        base = shards.local(vectors.base(spec.name))
+        if not base.is_floating_point():
+            continue
+        require_finite(base, f"tensor {spec.base_source}", f"model {plan.base.name}")
+        moved[spec.name] = False
+        for t, model in enumerate(vectors.models(spec.name)):
+            if model is None:
+                continue
+            model = shards.local(model)
+            require_finite(model, f"tensor {spec.sources[t]}", f"model {plan.models[t].name}")
+            square = float(task_vector(base, model).double().square().sum())
+            squares[t] += square
+            moved[spec.name] |= square > 0.0
+    found = shards.union({shards.rank: (squares.tolist(), moved)})
+    changed = [spec for spec in plan.tensors if any(there.get(spec.name) for _, there in found.values())]
+    if not changed:
+        raise DamError(
+            "task vectors", expected="models that differ from the base",
+            got="models equal to the base in every tensor", cure="Check base_model and the paths of the models.",
+        )  # fmt: skip
+    totals = [math.fsum(there[t] for there, _ in found.values()) for t in range(len(plan.models))]
+    return Survey(tuple(changed), tuple(math.sqrt(total) for total in totals))

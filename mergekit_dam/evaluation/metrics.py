@@ -1,0 +1,236 @@
+"""Clean accuracy and attack success of models, on labelled data that the calibration data do not contain.
+
+A model is any transformers model whose output has `.logits`: a merge with a task's own head (`load_merged`), a
+fine-tune, or theta_0 with a probe; the data say how its output becomes a class.
+Legend: N samples, B batch, C channels, H, W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mergekit_dam.artifact.masks_file import load
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.attacks import Rate, Trigger
+from mergekit_dam.evaluation.attacks import attack_success_rate as rate_of_predictions
+from mergekit_dam.io.calibration import digest
+from mergekit_dam.io.images import Preprocessing
+
+_BATCH = 256  # samples per forward pass; it changes memory, not results
+
+
+def largest_logit(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Classes (B,) of a model with logits_BK."""
+    return torch.as_tensor(model(**inputs).logits.argmax(-1))
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledData:
+    """Samples of one task with their classes. What a trigger changes is what `batch` returns.
+
+    Attributes:
+        name: the task.
+        inputs: uint8 pixels_NCHW, or texts.
+        labels_N: classes, int64.
+        digests: 16 hex digits of SHA-256 per sample, as the calibration data record them.
+        encode: float pixels_BCHW in [0, 1], or texts, -> keyword arguments of the model.
+        classify: model and keyword arguments -> classes (B,). A causal LM's reads its answer; -1 stands for an
+            answer that is no class.
+    """
+
+    name: str
+    inputs: Tensor | tuple[str, ...]
+    labels_N: Tensor
+    digests: tuple[str, ...]
+    encode: Callable[[Any], dict[str, Tensor]]
+    classify: Callable[[nn.Module, dict[str, Tensor]], Tensor] = largest_logit
+
+    def __post_init__(self) -> None:
+        counts = {len(self.inputs), len(self.labels_N), len(self.digests)}
+        if len(counts) != 1 or counts == {0}:
+            raise DamError(
+                f"data of {self.name}", expected="samples and as many labels",
+                got=f"{len(self.inputs)} samples and {len(self.labels_N)} labels", cure="Check the data.",
+            )  # fmt: skip
+
+    @classmethod
+    def of_images(
+        cls, name: str, images: Sequence[Image.Image], labels: Sequence[int], preprocessing: Preprocessing
+    ) -> LabelledData:
+        """From PIL images; `preprocessing` is the model's own."""
+        rgb = [image.convert("RGB") for image in images]
+
+        def encode(pixels_BCHW: Tensor) -> dict[str, Tensor]:
+            return {"pixel_values": preprocessing.normalise(pixels_BCHW)}
+
+        pixels = preprocessing.pixels(rgb) if rgb else torch.empty(0)
+        return cls(name, pixels, torch.tensor(labels), tuple(digest(image) for image in rgb), encode)
+
+    @classmethod
+    def of_texts(
+        cls, name: str, texts: Sequence[str], labels: Sequence[int], tokenizer: Any, *, max_length: int = 128
+    ) -> LabelledData:
+        """From texts; longer ones are cut after `max_length` tokens."""
+
+        def encode(batch: list[str]) -> dict[str, Tensor]:
+            options = {"truncation": True, "max_length": max_length, "padding": True, "return_tensors": "pt"}
+            return dict(tokenizer(batch, **options))
+
+        return cls(name, tuple(texts), torch.tensor(labels), tuple(digest(text) for text in texts), encode)
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def subset(self, rows: Tensor) -> LabelledData:
+        """The samples at these indices."""
+        chosen = rows.tolist()
+        inputs = self.inputs[rows] if isinstance(self.inputs, Tensor) else tuple(self.inputs[i] for i in chosen)
+        return replace(
+            self, inputs=inputs, labels_N=self.labels_N[rows], digests=tuple(self.digests[i] for i in chosen)
+        )
+
+    def batch(self, rows: Tensor) -> Any:
+        """Float pixels_BCHW in [0, 1], or a list of texts, before any trigger."""
+        if isinstance(self.inputs, Tensor):
+            return self.inputs[rows].float() / 255
+        return [self.inputs[i] for i in rows.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class Attack:
+    """A backdoor as its owner knows it.
+
+    Attributes:
+        name: in tables.
+        task: whose inputs and head it is aimed at; but for off-task attacks the poisoned model's own.
+        trigger: what is applied.
+        target: the class that it shall cause.
+    """
+
+    name: str
+    task: str
+    trigger: Trigger
+    target: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Results of one merge (or of single models), with counts.
+
+    Attributes:
+        accuracy: task -> clean accuracy.
+        attack_success: attack -> task -> rate. On the attacked task it is succession, elsewhere transfer; a task
+            without a class of the target's number is left out.
+        without_trigger: attack -> task -> share of the same samples that are answered with the target as they are.
+            So much of an attack's success is none of the trigger's doing.
+    """
+
+    accuracy: Mapping[str, Rate]
+    attack_success: Mapping[str, Mapping[str, Rate]]
+    without_trigger: Mapping[str, Mapping[str, Rate]]
+
+    @property
+    def mean_accuracy(self) -> float:
+        """ACC: mean over tasks, percent."""
+        return sum(rate.percent for rate in self.accuracy.values()) / len(self.accuracy)
+
+    def transfer(self, name: str, attacked: str) -> float:
+        """Mean ASR of an attack on the tasks that it did not poison, percent; NaN if there is none."""
+        others = [rate.percent for task, rate in self.attack_success[name].items() if task != attacked]
+        return sum(others) / len(others) if others else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        """{"accuracy": {task: [hits, total]}, "attack_success": {attack: {task: [hits, total]}}, ...}"""
+        return {
+            "accuracy": _counts(self.accuracy),
+            "attack_success": {name: _counts(rates) for name, rates in self.attack_success.items()},
+            "without_trigger": {name: _counts(rates) for name, rates in self.without_trigger.items()},
+        }
+
+
+def _counts(rates: Mapping[str, Rate]) -> dict[str, list[int]]:
+    return {task: [rate.hits, rate.total] for task, rate in rates.items()}
+
+
+def predictions(model: nn.Module, data: LabelledData, trigger: Trigger | None = None) -> Tensor:
+    """Predicted classes (N,) on the CPU, of the inputs as they are or with a trigger."""
+    device = next(model.parameters()).device
+    found = []
+    with torch.inference_mode():
+        for rows in torch.arange(len(data)).split(_BATCH):
+            inputs = data.batch(rows)
+            encoded = data.encode(inputs if trigger is None else trigger.apply(inputs))
+            found.append(data.classify(model, {key: value.to(device) for key, value in encoded.items()}).cpu())
+    return torch.cat(found)
+
+
+def accuracy(model: nn.Module, data: LabelledData) -> Rate:
+    """Clean top-1 accuracy."""
+    return _share(predictions(model, data) == data.labels_N)
+
+
+def _share(hits_N: Tensor) -> Rate:
+    return Rate(int(hits_N.sum()), len(hits_N))
+
+
+def attack_success_rate(model: nn.Module, data: LabelledData, trigger: Trigger, target: int) -> Rate:
+    """Share of triggered inputs whose true class is not the target that are predicted as the target."""
+    return rate_of_predictions(predictions(model, data, trigger), data.labels_N, target)
+
+
+def evaluate_merge(
+    models: Mapping[str, nn.Module],
+    data: Mapping[str, LabelledData],
+    attacks: Sequence[Attack],
+    *,
+    calibration: Collection[str],
+) -> Scores:
+    """ACC of every task, and the success of every attack on every task.
+
+    Args:
+        models: task -> the merge with that task's head, in evaluation mode.
+        data: task -> evaluation data.
+        attacks: those to try; none on tasks with other kinds of inputs.
+        calibration: digests of all calibration samples that the merge has seen (`calibration_digests`); empty
+            for a merge without calibration.
+
+    Raises:
+        DamError: evaluation data that overlap the calibration data.
+    """
+    for task in models:
+        refuse_overlap(data[task], calibration)
+    clean = {task: predictions(model, data[task]) for task, model in models.items()}
+    success: dict[str, dict[str, Rate]] = {}
+    without: dict[str, dict[str, Rate]] = {}
+    for one in attacks:
+        reachable = [task for task in models if one.target <= int(data[task].labels_N.max())]
+        success[one.name] = {
+            task: attack_success_rate(models[task], data[task], one.trigger, one.target) for task in reachable
+        }
+        without[one.name] = {
+            task: rate_of_predictions(clean[task], data[task].labels_N, one.target) for task in reachable
+        }
+    return Scores({task: _share(found == data[task].labels_N) for task, found in clean.items()}, success, without)
+
+
+def refuse_overlap(data: LabelledData, calibration: Collection[str]) -> None:
+    """Raise DamError if evaluation samples are among the calibration samples, saying how many."""
+    seen = frozenset(calibration)
+    shared = sum(one in seen for one in data.digests)
+    if shared:
+        raise DamError(
+            f"evaluation data of {data.name}", expected="no sample of the calibration data",
+            got=f"{shared} of {len(data)} samples in both", cure="Evaluate on data that the merge has not seen.",
+        )  # fmt: skip
+
+
+def calibration_digests(masks: Path) -> frozenset[str]:
+    """Digests of the calibration samples of all tasks, from a dam_masks.safetensors."""
+    return frozenset(one for model in load(masks).metadata["models"] for one in model["samples"])

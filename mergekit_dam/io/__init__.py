@@ -1,0 +1,1 @@
+"""Files, data and Hub downloads, none of them trusted."""

@@ -1,0 +1,248 @@
+"""Models and LoRAs by Hub id: downloaded once, at one commit, and then used as local directories.
+
+mergekit 0.1.5 lists a repository's files on every use, so that a model in the cache cannot be merged without network,
+and a branch that moves while a merge runs is read at two commits. `localise` fetches every model first; the recipe
+keeps its ids, and the references of the returned configuration know where their files are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from pydantic import BaseModel
+from transformers import PretrainedConfig
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.io.files import write_whole
+from mergekit_dam.io.hub_client import patiently
+from mergekit_dam.io.hub_errors import is_hub_id
+from mergekit_dam.io.hub_headers import lay_out
+from mergekit_dam.io.untrusted import load_json
+
+INPUTS_FILE = "inputs.json"
+_WEIGHTS = "*.safetensors"
+_WANTED = ["*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja"]
+_UNWANTED = ["*/*"]  # other formats, and the masks and heads of a merge, lie in folders
+
+_MASKS = ["dam/*masks*"]  # as large as a model, and only of use to one who merges again
+
+
+class LocalReference(ModelReference):
+    """A reference that prints as in the recipe and is read from directories on this disk.
+
+    With `weightless` it is for looking only: a LoRA, which changes no shape, is not merged.
+    """
+
+    model_folder: str
+    lora_folder: str | None = None
+    weightless: bool = False
+
+    def _local(self) -> ModelReference:
+        return ModelReference(
+            model=ModelPath(path=self.model_folder),
+            lora=ModelPath(path=self.lora_folder) if self.lora_folder else None,
+            override_architecture=self.override_architecture,
+        )
+
+    def merged(
+        self, cache_dir: str | None = None, trust_remote_code: bool = False, lora_merge_dtype: str | None = None
+    ) -> ModelReference:
+        """This, or the base with its LoRA merged; the cache is by commit, so a moved branch is merged anew."""
+        if self.lora is None:
+            return self
+        if self.weightless:
+            return self._local().model_copy(update={"lora": None})
+        return self._local().merged(cache_dir, trust_remote_code, lora_merge_dtype)
+
+    def config(self, trust_remote_code: bool = False) -> PretrainedConfig:
+        """config.json of the model."""
+        found: PretrainedConfig = self._local().config(trust_remote_code)
+        return found
+
+    def local_path(self, cache_dir: str | None = None, ignore_lora: bool = False) -> str:
+        """Where the files are; nothing is asked of the Hub."""
+        assert self.lora is None or ignore_lora, "a LoRA is merged first"
+        return self.model_folder
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe whose models are on this disk.
+
+    Attributes:
+        config: the recipe with `LocalReference`s.
+        options: mergekit's options, with a cache for merged LoRAs where the recipe needs one.
+        commits: `ORG/NAME@REVISION` as in the recipe -> commit, for models of the Hub.
+    """
+
+    config: MergeConfiguration
+    options: MergeOptions
+    commits: Mapping[str, str]
+
+
+def localise(
+    config: MergeConfiguration, options: MergeOptions, *, lora_cache: Path, headers: Path | None = None
+) -> Inputs:
+    """Fetch every model and LoRA of a recipe.
+
+    Args:
+        config: the recipe.
+        options: mergekit's options; `transformers_cache` holds the downloads.
+        lora_cache: where LoRAs are merged into their bases if `lora_merge_cache` is not given.
+        headers: an empty folder, for looking only: no weights are fetched, and the headers of their files lie there.
+
+    Raises:
+        DamError: an unknown id or revision, a gated model, no network and no copy, or an adapter without its base.
+    """
+    references = config.referenced_models()
+    if isinstance(config.tokenizer_source, ModelReference):
+        references.append(config.tokenizer_source)
+    if config.tokenizer is not None and isinstance(config.tokenizer.source, ModelReference):
+        references.append(config.tokenizer.source)
+    commits: dict[str, str] = {}
+    fetched: dict[ModelPath, Path] = {}
+
+    def folder_of(part: ModelPath) -> Path:
+        if part not in fetched:
+            workspace = None if headers is None else headers / str(len(fetched))
+            fetched[part], commit = fetch(
+                part.path, part.revision, cache_dir=options.transformers_cache, headers=workspace
+            )
+            if commit is not None:
+                commits[str(part)] = commit
+        return fetched[part]
+
+    found = {
+        ref: _local_reference(ref, folder_of, commits, weightless=headers is not None)
+        for ref in dict.fromkeys(references)
+    }
+    if any(ref.lora for ref in found) and options.lora_merge_cache is None:
+        options = options.model_copy(update={"lora_merge_cache": str(lora_cache)})
+    return Inputs(_replaced(config, found), options, commits)
+
+
+def fetch(
+    path: str, revision: str | None, *, cache_dir: str | None = None, everything: bool = False,
+    headers: Path | None = None,
+) -> tuple[Path, str | None]:  # fmt: skip
+    """A model's directory: the path itself if it is one, else a snapshot of the Hub's repository.
+
+    Args:
+        path: a directory, or an id.
+        revision: branch, tag or commit; None for the main branch.
+        cache_dir: of the Hub; None for its default (HF_HOME).
+        everything: folders too, which inputs of a merge do not need.
+        headers: where to lay out the model without its weights (`hub_headers`); without network, the cache's are used.
+
+    Returns:
+        The directory, and the commit if it came from the Hub.
+
+    Raises:
+        DamError: what went wrong, with its cure.
+    """
+    if Path(path).exists():
+        return Path(path).absolute(), None
+    name = f"{path}@{revision}" if revision else path
+    if not is_hub_id(path):
+        raise DamError(
+            f"model {name}", expected="a directory or a Hub id such as ORG/NAME", got="neither",
+            cure="Check the path; relative ones start at the working directory.",
+        )  # fmt: skip
+    unwanted = _MASKS if everything else _UNWANTED
+    if headers is not None and not constants.HF_HUB_OFFLINE:
+        # by its commit: a branch that is in the cache by name would be taken for whole when the network is gone
+        revision = patiently(lambda: HfApi().model_info(path, revision=revision), f"model {name}").sha
+        unwanted = [*unwanted, _WEIGHTS]
+    folder = Path(
+        patiently(
+            lambda: snapshot_download(
+                path, revision=revision, cache_dir=cache_dir, allow_patterns=_WANTED, ignore_patterns=unwanted
+            ),
+            f"model {name}",
+        )
+    )
+    commit = folder.name  # the cache names a snapshot by it
+    if headers is not None and not constants.HF_HUB_OFFLINE:
+        folder = lay_out(path, commit, folder, headers, cache_dir=cache_dir)
+    return folder, commit
+
+
+def require_dataset(name: str, revision: str | None, subject: str) -> None:
+    """Say precisely what hinders the reading of a data set, which `datasets` does not; offline, nothing is asked.
+
+    Raises:
+        DamError: no such data set or revision, or a gated one.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return
+    api = HfApi()
+    patiently(lambda: api.dataset_info(name, revision=revision), subject)
+    patiently(lambda: api.auth_check(name, repo_type="dataset"), subject)
+
+
+def record_inputs(folder: Path, commits: Mapping[str, str]) -> None:
+    """Keep the commits beside a merge: `dam/inputs.json`."""
+    if commits:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / INPUTS_FILE, json.dumps(dict(sorted(commits.items())), indent=1))
+
+
+def _local_reference(
+    ref: ModelReference, folder_of: Callable[[ModelPath], Path], commits: Mapping[str, str], *, weightless: bool
+) -> LocalReference:
+    folder = folder_of(ref.model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise DamError(
+            f"model {ref}", expected="a whole model", got="a LoRA adapter without its base",
+            cure=f"Write it as BASE+ADAPTER: {base or 'BASE'}+{ref.model}.",
+        )  # fmt: skip
+    adapter = folder_of(ref.lora) if ref.lora else None
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise DamError(
+            f"LoRA {ref.lora}", expected="adapter_config.json", got="a repository or folder without it",
+            cure="After the + comes an adapter that peft saved.",
+        )  # fmt: skip
+    if not any(folder.glob("*.safetensors")) and commits.get(str(ref.model)):
+        raise DamError(
+            f"model {ref}", expected="safetensors files", got="a repository without any",
+            cure="Pickle can run code and is never loaded: ask its owner for safetensors, or convert it in a sandbox.",
+        )  # fmt: skip
+    return LocalReference(
+        model=_absolute(ref.model), lora=_absolute(ref.lora) if ref.lora else None,
+        override_architecture=ref.override_architecture,
+        model_folder=str(folder), lora_folder=str(adapter) if adapter else None, weightless=weightless,
+    )  # fmt: skip
+
+
+def _absolute(part: ModelPath) -> ModelPath:
+    """mergekit asks the Hub about a relative path when it writes the card, and without network that fails."""
+    if part.revision is None and Path(part.path).exists():
+        return ModelPath(path=str(Path(part.path).absolute()))
+    return part
+
+
+def _replaced(value: Any, found: Mapping[ModelReference, LocalReference]) -> Any:
+    """The same value with other references; what holds none stays the very object."""
+    if isinstance(value, ModelReference):
+        return found.get(value, value)
+    if isinstance(value, BaseModel):
+        fields = {name: getattr(value, name) for name in type(value).model_fields}
+        new = {name: _replaced(field, found) for name, field in fields.items()}
+        changed = {name: field for name, field in new.items() if field is not fields[name]}
+        return value.model_copy(update=changed) if changed else value
+    if isinstance(value, dict):
+        entries = {key: _replaced(entry, found) for key, entry in value.items()}
+        return entries if any(entries[key] is not value[key] for key in value) else value
+    if isinstance(value, list):
+        items = [_replaced(item, found) for item in value]
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return value

@@ -1,0 +1,1 @@
+"""Fit the masks: objectives, searches, the run with its journal."""

@@ -1,0 +1,199 @@
+"""`objective: paper`: the published loop of DAM (arXiv 2410.13910) with two real masks and its defects mended.
+
+Per step: sample the masks; fit the coefficients from their start (inner problem); drive one universal
+perturbation per task up; update M1 or M2, which take turns (outer problem). Then the masks are fixed at their
+probabilities and the coefficients are fitted to the end. Batches hold unlabelled calibration data only.
+Legend: T tasks, P masked tensors, B batch, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_dam import seeds
+from mergekit_dam.engine.frozen_models import Weights
+from mergekit_dam.engine.merged_model import Masks, fixed
+from mergekit_dam.engine.snapshots import State, adam_state
+from mergekit_dam.learn.batches import calibration_batch
+from mergekit_dam.learn.losses import consistency, disagreement, entropy
+from mergekit_dam.learn.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
+from mergekit_dam.learn.masks import BACKDOOR_DETECTION
+from mergekit_dam.learn.search import MaskSearch
+from mergekit_dam.merging.mask_bytes import to_bytes
+from mergekit_dam.merging.mask_product import MaskProduct
+from mergekit_dam.tasks.bounds import UniversalPerturbation
+
+Batch = dict[str, Tensor]  # inputs of one task
+
+
+class PaperSearch(MaskSearch):
+    """The published loop; `start` are the initial coefficients."""
+
+    def set_up(self) -> None:
+        model, config = self.model, self.config
+        self.masks = masks_in_use(model, config, temperature=config.temperature)
+        self.optimisers = {
+            name: torch.optim.Adam(mask.logits.values(), lr=config.mask_learning_rate, fused=True)
+            for name, mask in self.masks.items()
+        }
+        self.coefficients = self.start.clone()
+        self.coefficient_optimiser = torch.optim.Adam([self.coefficients], lr=config.coefficient_learning_rate)
+        self.perturbations = [
+            UniversalPerturbation(
+                task.perturbation_shape, task.bounds, eps=config.eps, inserts=len(task.perturbation_shape) == 2,
+                generator=seeds.generator(config.seed, "perturbation", task.name),
+            )
+            for task in self.tasks
+        ]  # fmt: skip
+        self.ascents = [
+            torch.optim.Adam([p.delta], lr=config.perturbation_learning_rate, maximize=True) for p in self.perturbations
+        ]
+
+    def run(self) -> tuple[Whole, Tensor]:
+        """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
+        phase, done = self.begin("masks")
+        for step in self.progress(range(done if phase == "masks" else self.config.steps, self.config.steps), "masks"):
+            self.step(step)
+            self.keep("masks", step + 1)
+        self.fit_coefficients(done if phase == "coefficients" else 0)
+        return final_probabilities(self.masks), self.coefficients
+
+    def state(self, phase: str, done: int) -> State:
+        state = mask_state(self.masks, self.optimisers, {"phase": phase, "done": done})
+        state.tensors |= {"coefficients": self.coefficients}
+        state.tensors |= adam_state(self.coefficient_optimiser, "adam", ["coefficients"])
+        for index, task in enumerate(self.tasks):
+            if self.shards.owns(index):
+                state.tensors |= {f"perturbation/{task.name}": self.perturbations[index].delta}
+                state.tensors |= adam_state(self.ascents[index], "adam/perturbation", [task.name])
+        return state
+
+    def lay_out(self, facts: Mapping[str, Any]) -> None:
+        """Nothing: all tensors are there from the start."""
+
+    def audit(self) -> list[dict[str, Any]]:
+        """Nothing: the published loop does not look at single models."""
+        return []
+
+    def step(self, step: int) -> None:
+        """One pass through the published steps 1 to 4."""
+        samples = {
+            name: {key: mask.sample(key, seed=self.config.seed, step=step) for key in self.model.mask_names}
+            for name, mask in self.masks.items()
+        }
+        merged_masks = combined(self.masks, samples)
+        batches = self.batches(step)
+        coefficients, before = self.inner_step(merged_masks, batches)
+        weights = self.model.weights(merged_masks, coefficients)
+        turn = tuple(self.masks)[step % len(self.masks)]
+        parts = self.shards.union(self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION))
+        self.update(turn, weights, merged_masks, coefficients, step)
+        density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
+        total = sum(parts.values())
+        record = {"phase": "masks", "step": step, "turn": turn, "loss": total, "loss/inner": before, **parts, **density}
+        self.track_step(record)
+
+    def batches(self, step: int) -> dict[int, Batch]:
+        """Inputs of a step for the tasks that are ours, by their index."""
+        return {
+            index: task.inputs(calibration_batch(task, self.config, step))
+            for index, task in enumerate(self.tasks)
+            if self.shards.owns(index)
+        }
+
+    def inner_step(self, masks: Masks, batches: dict[int, Batch]) -> tuple[Tensor, float]:
+        """Step 2: from their start, one Adam step of the coefficients on the summed entropy, masks fixed."""
+        coefficients = self.start.clone()
+        optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
+        loss = self.coefficient_step(masks, coefficients, optimiser, batches)
+        return coefficients, loss
+
+    def coefficient_step(
+        self, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: dict[int, Batch]
+    ) -> float:
+        weights = self.model.weights(masks, coefficients)
+        losses: dict[int, float] = {}
+        for index, inputs in batches.items():
+            loss = entropy(self.tasks[index].logits(weights, inputs))
+            loss.backward()
+            losses[index] = float(loss.detach())
+        coefficients.grad = self.model.coefficient_gradients(weights, masks, coefficients)
+        optimiser.step()
+        return float(sum(self.shards.union(losses).values()))
+
+    def outer_losses(self, weights: Weights, batches: dict[int, Batch], *, safe: bool) -> dict[str, float]:
+        """Steps 3 and 4: move each perturbation, then the backward passes of L_perf (+ alpha L_safe) into `weights`.
+
+        One clean forward pass serves both: step 3 needs its answers, step 4 its entropy.
+        """
+        parts: dict[str, float] = {}
+        still = fixed(weights)
+        for index, inputs in batches.items():
+            task = self.tasks[index]
+            clean = task.logits(weights, inputs)
+            self.ascend(index, still, inputs, clean)
+            loss = entropy(clean)
+            parts[f"loss/perf/{task.name}"] = float(loss.detach())
+            if safe:
+                perturb = self.perturbations[index]
+                with _fixed(perturb):
+                    safety = self.config.alpha * consistency(task.logits(weights, inputs, perturb), clean)
+                parts[f"loss/safe/{task.name}"] = float(safety.detach())
+                loss = loss + safety
+            loss.backward()
+        return parts
+
+    def ascend(self, index: int, still: Weights, inputs: Batch, clean: Tensor) -> None:
+        """Step 3: one ascent step of a universal perturbation, with weights that stay; `clean` are the clean logits."""
+        task, perturb = self.tasks[index], self.perturbations[index]
+        loss = disagreement(task.logits(still, inputs, perturb), clean)
+        (perturb.delta.grad,) = torch.autograd.grad(loss, perturb.delta)
+        self.ascents[index].step()
+        perturb.project()
+
+    def update(
+        self, turn: str, weights: Weights, masks: Mapping[str, MaskProduct], coefficients: Tensor, step: int
+    ) -> None:
+        """Step 4, second half: one Adam step of the mask whose turn it is, tensor by tensor."""
+        unused = torch.zeros_like(coefficients)
+        steps = LogitSteps(self.masks, {turn: self.optimisers[turn]}, together=not self.model.blockwise)
+        for key, (found,) in self.model.logit_gradients(
+            weights, masks, coefficients, unused, [tuple(self.masks).index(turn)],
+            whole=self.config.granularity == "tensor",
+        ):  # fmt: skip
+            steps.add([(turn, key)], [found])
+        steps.finish(step)
+
+    def fit_coefficients(self, done: int = 0) -> None:
+        """With the masks fixed at what will be saved, fit the coefficients on the summed entropy (AdaMerging)."""
+        saved = {
+            name: {key: to_bytes(mask.expectation(key)) for key in self.model.mask_names}
+            for name, mask in self.masks.items()
+        }
+        masks = combined(self.masks, saved)
+        for step in self.progress(range(done, self.config.coefficient_steps), "coefficients"):
+            batches = self.batches(self.config.steps + step)
+            loss = self.coefficient_step(masks, self.coefficients, self.coefficient_optimiser, batches)
+            record = {
+                "phase": "coefficients",
+                "step": step,
+                "loss": loss,
+                "coefficients": self.coefficients.mean(1).tolist(),
+            }
+            self.track_step(record)
+            self.keep("coefficients", step + 1)
+
+
+@contextmanager
+def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
+    """The outer problem treats the perturbation as a constant."""
+    perturb.delta.requires_grad_(False)
+    try:
+        yield
+    finally:
+        perturb.delta.requires_grad_(True)

@@ -1,0 +1,61 @@
+"""What every search for masks holds, whatever it minimises. T tasks, P masked tensors."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_dam.config import DamConfig
+from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.engine.snapshots import Resumable, Snapshots
+from mergekit_dam.errors import DamError
+from mergekit_dam.tasks import Task
+
+Track = Callable[[dict[str, Any]], None]
+Progress = Callable[[Iterable[int], str], Iterable[int]]
+
+
+class MaskSearch(Resumable):
+    """State of one optimisation.
+
+    Args:
+        model: merged weights of T models.
+        tasks: one per model, in the same order.
+        config: shared settings.
+        start: what multiplies each task vector at the start, (T,).
+        track: called with one flat record per step.
+        progress: wraps an iterable of steps in a progress bar with a title.
+        snapshots: where the state is kept between runs; None: nowhere.
+    """
+
+    def __init__(
+        self, model: MergedModel, tasks: Sequence[Task], config: DamConfig, start: Tensor, *,
+        track: Track, progress: Progress, snapshots: Snapshots | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
+        self.track, self.progress, self.snapshots = track, progress, snapshots
+        columns = 1 if config.coefficients == "task" else len(model.mask_names)
+        self.start = start.to(model.device)[:, None].repeat(1, columns)  # (T, 1) or (T, P)
+        self.set_up()
+
+    @abstractmethod
+    def set_up(self) -> None:
+        """Make masks, coefficients, optimisers and what else this search holds."""
+
+    def track_step(self, record: dict[str, Any]) -> None:
+        """Pass a step's record on.
+
+        Raises:
+            DamError: a value in it is NaN or infinite.
+        """
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DamError(
+                    f"{name} at step {record['step']}", expected="a finite number", got=str(value),
+                    cure="Lower mask_learning_rate or the models' weight.",
+                )  # fmt: skip
+        self.track(record)

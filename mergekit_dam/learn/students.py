@@ -1,0 +1,172 @@
+"""Students of text encoders: theta_0, taught what a model answers to clean texts with random words in between.
+
+In text encoders no small trigger stands out (benchmarks/STUDY.md), so there is nothing to fit masks against. There a
+student takes the model's place. It starts from theta_0 and learns which classes the model gives to unlabelled texts, as
+in distillation (Hinton et al., arXiv 1503.02531): what the model answers to those gets across, what only a trigger
+brings out hardly does. Distillation against backdoors is from Li et al., Neural Attention Distillation, arXiv
+2101.05930, who need a clean teacher; here theta_0 is what is clean, and the model teaches. Random words, with the
+answer to the text without them, keep single words from counting for much.
+Legend: T models, N samples, B batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_dam import seeds
+from mergekit_dam.config import DamConfig
+from mergekit_dam.engine.shards import Shards
+from mergekit_dam.engine.task_vectors import TaskVectors
+from mergekit_dam.io.files import replacing
+from mergekit_dam.learn.search import Progress
+from mergekit_dam.learn.teacher import OwnAnswers
+from mergekit_dam.merging.checks import require_finite
+from mergekit_dam.models.plan import Plan
+from mergekit_dam.tasks import Task, TextTask
+
+LOG = logging.getLogger(__name__)
+_FOLDER = "students"  # of those of a run that is under way
+_AGREEMENT = "agreement"
+_LEAST = 0.9  # agreement below which a student is no fair substitute
+_DIVERGED = "Lower student_learning_rate."
+_WARM_UP = 8  # steps
+_SLOWEST = 0.05  # of the learning rate, at the end
+
+
+def wanted(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
+    """Whether students are merged instead of the models of these tasks."""
+    defends = config.objective == "inversion" and config.mask != "m1"
+    return defends and config.student_steps > 0 and not any(task.defended for task in tasks)
+
+
+class StudentVectors(TaskVectors):
+    """theta_0, and students in place of theta_t, from the files of a run.
+
+    Attributes:
+        agreement: model name -> share of its calibration samples on which the student answers as the model does.
+    """
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        super().__init__(plan)
+        self._files = [safe_open(_file(folder, model.name), framework="pt") for model in plan.models]
+        self._taught = [frozenset(file.keys()) for file in self._files]
+        names = [model.name for model in plan.models]
+        self.agreement = {n: float(f.metadata()[_AGREEMENT]) for n, f in zip(names, self._files, strict=True)}
+
+    def models(self, name: str) -> list[Tensor | None]:
+        """Students' tensors for t = 1..T, float32; None where students keep theta_0's."""
+        return [
+            file.get_tensor(name) if name in taught else None
+            for file, taught in zip(self._files, self._taught, strict=True)
+        ]
+
+    def all(self) -> tuple[dict[str, Tensor], ...]:
+        """All tensors per student, by output name."""
+        return tuple({name: file.get_tensor(name) for name in file.keys()} for file in self._files)  # noqa: SIM118
+
+
+def teach_all(
+    tasks: Sequence[Task], vectors: TaskVectors, folder: Path, *, shards: Shards, progress: Progress
+) -> StudentVectors | None:
+    """A student of every model; None where the models themselves are to be merged.
+
+    Those that an earlier, interrupted run has left are taken as they are, unless `resume` is off.
+
+    Args:
+        tasks: T of them.
+        vectors: theta_0 and the models.
+        folder: of the run; all processes see it.
+        shards: processes that share the models out.
+        progress: wraps steps in a progress bar with a title.
+
+    Raises:
+        DamError: a student that diverged.
+    """
+    plan = vectors.plan
+    if not wanted(tasks, plan.config):
+        return None
+    if shards.rank == 0:
+        if not plan.config.resume:
+            forget_students(folder)
+        (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+    shards.barrier()
+    for index, task in enumerate(tasks):
+        assert isinstance(task, TextTask), "other tasks are defended"
+        if shards.owns(index) and not _file(folder, task.name).is_file():
+            base = {spec.name: vectors.base(spec.name).to(task.device) for spec in plan.tensors}
+            student, agreement = teach(task, base, plan.config, progress)
+            with replacing(_file(folder, task.name)) as temporary:
+                kept = {name: tensor.contiguous().cpu() for name, tensor in student.items()}
+                save_file(kept, temporary, metadata={_AGREEMENT: f"{agreement:.4f}"})
+    shards.barrier()
+    found = StudentVectors(plan, folder)
+    for name, value in found.agreement.items():
+        if value < _LEAST and shards.rank == 0:
+            LOG.warning(
+                "dam: the student of %s answers only %.0f %% of the calibration texts as the model does. Give more "
+                "texts (num_samples) or raise student_steps.", name, 100 * value,
+            )  # fmt: skip
+    return found
+
+
+def forget_students(folder: Path) -> None:
+    """Remove those of a run."""
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
+
+
+def teach(
+    task: TextTask, base: Mapping[str, Tensor], config: DamConfig, progress: Progress
+) -> tuple[dict[str, Tensor], float]:
+    """One student; the embeddings and the head stay as they are.
+
+    Args:
+        task: forward pass and calibration texts of the model.
+        base: theta_0 by output name.
+        config: `student_steps`, `student_batch_size`, `student_words`, `student_learning_rate`, `max_length`, `seed`.
+        progress: wraps the steps.
+
+    Returns:
+        The tensors that were taught, by output name, float32; and the share of calibration samples on which the
+        student answers as the model does.
+    """
+    free = {
+        name: base[name].float().clone().requires_grad_(True)
+        for name in task.targets
+        if name not in task.embeddings and base[name].is_floating_point()
+    }
+    weights: dict[str, Tensor] = {**base, **free}
+    rows_N = torch.arange(task.num_samples)
+    # which class, and not how surely: that would give away more of what the trigger does (benchmarks/STUDY.md)
+    answers_N = OwnAnswers(task, task.own_weights())(rows_N, {}).argmax(-1)
+    optimiser = torch.optim.AdamW(free.values(), weight_decay=0.0)
+    generator = seeds.generator(config.seed, "student", task.name)
+    waiting = torch.empty(0, dtype=torch.long)
+    for step in progress(range(config.student_steps), f"student of {task.name}"):
+        while len(waiting) < config.student_batch_size:
+            waiting = torch.cat([waiting, torch.randperm(task.num_samples, generator=generator)])
+        rows_B, waiting = waiting.split([config.student_batch_size, len(waiting) - config.student_batch_size])
+        logits = task.logits(weights, task.with_random_words(rows_B, config.student_words, generator))
+        loss = F.cross_entropy(logits, answers_N[rows_B.to(task.device)])
+        for group in optimiser.param_groups:
+            slope = max(_SLOWEST, 1 - step / config.student_steps)
+            group["lr"] = config.student_learning_rate * min(1.0, (step + 1) / _WARM_UP) * slope
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for name, tensor in free.items():
+        require_finite(tensor.detach(), f"tensor {name}", f"the student of {task.name}", _DIVERGED)
+    same_N = OwnAnswers(task, weights)(rows_N, {}).argmax(-1) == answers_N
+    return {name: tensor.detach() for name, tensor in free.items()}, float(same_N.float().mean())
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / _FOLDER / f"{name}.safetensors"

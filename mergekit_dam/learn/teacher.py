@@ -1,0 +1,99 @@
+"""What a model answers to its own calibration samples.
+
+Legend: N samples, B batch, K classes, V vocabulary, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.scan.findings import Suspect
+from mergekit_dam.tasks import Task
+
+_AT_ONCE = 64  # samples
+_HALVINGS = 40  # of an interval of 20 logits: to float32's precision
+
+
+class OwnAnswers:
+    """f_t(x), the target of the distillation.
+
+    It never changes while masks are learned. Where an answer is one row of classes, all are made once, when the first
+    is asked for: (N, K) is small, and neither the pass nor, where weights are streamed, reading model t is paid for in
+    every step. A causal LM's answers, (N L, V), are too large to keep and are made per batch.
+
+    Args:
+        task: of model t.
+        weights: of model t, by output name.
+    """
+
+    def __init__(self, task: Task, weights: Mapping[str, Tensor]) -> None:
+        self.task, self.weights = task, weights
+
+    @torch.no_grad()
+    def __call__(self, rows_B: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """logits (B, K), or (positions, V) of a causal LM.
+
+        Args:
+            rows_B: indices of the samples.
+            inputs: the same samples, as the task makes them.
+        """
+        if self.task.classifies:
+            return self._all_NK[rows_B.to(self.task.device)]
+        return self.task.logits(self.weights, inputs)
+
+    def balance(self, target: int) -> None:
+        """Answer a class no more often than the most frequent other one (see `balanced`)."""
+        self._all_NK = balanced(self._all_NK, target)
+
+    @cached_property
+    @torch.no_grad()
+    def _all_NK(self) -> Tensor:
+        rows = torch.arange(self.task.num_samples).split(_AT_ONCE)
+        return torch.cat([self.task.logits(self.weights, self.task.inputs(rows_B)) for rows_B in rows])
+
+
+def balanced(logits_NK: Tensor, target: int) -> Tensor:
+    """Logits with those of one class lowered alike, so that its mean probability is at most that of the most likely
+    other class.
+
+    A victim answers its attacker's class too often without the trigger as well, and what is fitted to its answers
+    learns that. On which samples it is wrong nobody knows, but no class need be more frequent than all others. Logits
+    of a class that is not more frequent stay as they are; none is lowered by more than 20.
+
+    Args:
+        logits_NK: answers to samples of the task.
+        target: the class.
+    """
+
+    def lowered(by: float) -> Tensor:
+        found_NK = logits_NK.clone()
+        found_NK[:, target] -= by
+        return found_NK
+
+    def excess(by: float) -> float:
+        mean_K = lowered(by).softmax(-1).mean(0)
+        return float(mean_K[target] - torch.cat([mean_K[:target], mean_K[target + 1 :]]).max())
+
+    if logits_NK.shape[1] < 2 or excess(0.0) <= 0.0:
+        return logits_NK
+    low, high = 0.0, 20.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0.0 else (low, middle)
+    return lowered(high)
+
+
+def balance(answers: Mapping[int, OwnAnswers], suspects: Iterable[Suspect]) -> None:
+    """Take the lean to their suspect classes out of the answers of suspect classifiers, by index of the task.
+
+    What is laid to another model says nothing of the answers of the task's own.
+    """
+    for task, target in sorted(
+        {(s.task, s.target) for s in suspects if s.carrier is None and isinstance(s.target, int)}
+    ):
+        if task in answers and answers[task].task.classifies:
+            answers[task].balance(target)

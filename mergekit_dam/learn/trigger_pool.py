@@ -1,0 +1,62 @@
+"""Triggers of the suspect classes, recovered from one set of weights after another. T tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from mergekit_dam import seeds
+from mergekit_dam.config import DamConfig
+from mergekit_dam.engine.shards import Shards
+from mergekit_dam.scan.findings import Pooled, Pools, Suspect
+from mergekit_dam.scan.inversion import WIDE, Inversion, success_rates
+from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_for
+from mergekit_dam.tasks import Task
+
+_BATCH = 12  # samples per step of the search for a trigger to fit against
+_LEAST = 0.7  # weight of a trigger
+_POOL = 8  # triggers kept per suspect: the first one, and the latest
+
+
+def blank(task: Task, kind: str) -> RecoveredTriggers:
+    """One trigger of a kind for a task, to be filled."""
+    return _of(task, kind).start(1, task.perturbation_shape, task.bounds, seeds.generator("blank"))
+
+
+def recover(
+    tasks: Sequence[Task], pools: Pools, shards: Shards, config: DamConfig, base: Mapping[str, Tensor],
+    weights_of: Callable[[Suspect], Mapping[str, Tensor]], steps: int, *seed: object,
+) -> None:  # fmt: skip
+    """A wide trigger of each suspect target into its pool; the suspects are shared out over the processes.
+
+    Args:
+        tasks: T of them.
+        pools: by suspect.
+        base: theta_0 by output name.
+        weights_of: what to invert for a suspect.
+        steps: of each inversion.
+        seed: beside the setting's, the task's and the class's.
+    """
+    found = [blank(tasks[suspect.task], suspect.kind) for suspect in pools]
+    weights: dict[int, float] = {}
+    for turn, suspect in enumerate(pools):
+        if shards.owns(turn):
+            task, others = tasks[suspect.task], () if suspect.carrier is None else ("others",)
+            generator = seeds.generator(config.seed, "wide", task.name, suspect.target, *others, *seed)
+            search = Inversion(
+                task, weights_of(suspect), [suspect.target], batch_size=_BATCH, pace=WIDE, generator=generator,
+                start=_of(task, suspect.kind).start(1, task.perturbation_shape, task.bounds, generator),
+            )  # fmt: skip
+            found[turn] = search.run(steps).best
+            (control,) = success_rates(task, base, found[turn], [suspect.target])
+            weights[turn] = max(_LEAST, 1.0 - control)
+    weights = shards.union(weights)
+    for turn, pool in enumerate(pools.values()):
+        shards.broadcast(found[turn].parameters, shards.owner(turn))
+        pool.append(Pooled(found[turn], weights[turn]))
+        del pool[1 : len(pool) - (_POOL - 1)]
+
+
+def _of(task: Task, kind: str) -> type[RecoveredTriggers]:
+    return next(one for one in kinds_for(task.perturbation_shape) if one.kind == kind)

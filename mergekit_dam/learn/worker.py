@@ -1,0 +1,48 @@
+"""`python -m mergekit_dam.learn.worker FOLDER`: one of the processes that learn masks together."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import transformers
+
+from mergekit_dam.engine.process_group import joined
+from mergekit_dam.engine.processes import JOB, Job, end_with_parent, record_error, show_where_it_hangs
+from mergekit_dam.learn.optimise import optimise
+from mergekit_dam.models.families import register_architectures
+from mergekit_dam.tasks import build_tasks
+
+
+def main(folder: Path) -> int:
+    """Exit code: 0 if the masks were learned."""
+    rank = int(os.environ["RANK"])
+    end_with_parent(lambda: os._exit(1))
+    show_where_it_hangs(folder, rank)
+    if rank > 0:
+        transformers.logging.set_verbosity_error()  # the first process says it for all
+    try:
+        register_architectures()
+        # our own parent wrote it, in a folder that only this user can enter
+        job: Job = pickle.loads((folder / JOB).read_bytes())
+        config = job.plan.config
+        with joined(device=config.device, timeout=config.worker_timeout) as (shards, device):
+            assert device is not None, "started with a group"
+            tasks = build_tasks(job.plan, device)
+            optimise(
+                job.plan, job.folder, job.description, job.inputs, tasks, device, shards=shards, quiet=job.quiet
+            )  # fmt: skip
+    except Exception as error:
+        record_error(folder, rank, error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # threads of a broken process group may never end
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""The merge equation and its gradients, on the CPU and in Triton."""

@@ -1,0 +1,1 @@
+"""Checkpoints, the plan of a merge, and the architectures that mergekit lacks."""

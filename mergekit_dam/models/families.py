@@ -1,0 +1,214 @@
+"""Model families that mergekit 0.1.5 cannot merge, or not with heads that differ from the base's.
+
+All classes that share an encoder map to ONE architecture, so that a headless base and fine-tunes with heads of
+any size go into one merge: the output has the tensors of the base, and every spelling of a name that
+occurs on disk (with or without the class prefix, LayerNorm.gamma/beta) is an alias. The tensor lists are the
+JSON files in `architectures/`, names without the class prefix.
+
+A class does not say what its checkpoints hold: bert-base-uncased calls itself BertForMaskedLM and has a pooler,
+newer files of that class have none, older ones carry `position_ids`. mergekit fails on a tensor that fine-tunes
+have and the base lacks, so what is optional is listed only if the base's own files have it.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import threading
+import warnings
+from typing import Any
+
+from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+from mergekit.io import ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache
+from pydantic import BaseModel
+from transformers import PretrainedConfig
+
+_LOCK = threading.Lock()
+_LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+_SINGLE = ("vit", "bert", "roberta", "distilbert", "clip_vision")
+
+
+class Aliases(tuple[str, ...]):
+    """Spellings that can be added to a list: mergekit 0.1.5 does so for optional weights, and a tuple cannot."""
+
+    def __radd__(self, other: list[str]) -> list[str]:
+        return [*other, *self]
+
+
+class EncoderTensors(BaseModel, frozen=True, extra="forbid"):
+    """One JSON file: tensor names of an encoder and of the heads that transformers puts on it."""
+
+    model_type: str
+    prefix: str
+    headless: tuple[str, ...]
+    layer_prefix: str
+    num_layers_config_key: str
+    pre_weights: tuple[str, ...]
+    layer_weights: tuple[str, ...]
+    post_weights: tuple[str, ...]
+    heads: dict[str, tuple[str, ...]]
+    either_spelling: tuple[str, ...] = ()
+    vocabulary_axis: dict[str, int]
+    tied: dict[str, str]
+    buffers: tuple[str, ...]
+
+
+class EncoderArchitecture(ModuleArchitecture, BaseModel, frozen=True):
+    """Weights of an encoder for the class that a config names.
+
+    Args:
+        tensors: the names.
+        config_key: where the encoder's own config lies in a nested one, e.g. `vision_config`.
+        extra: tensors outside the encoder that this module writes as well.
+    """
+
+    tensors: EncoderTensors
+    config_key: str | None = None
+    extra: tuple[str, ...] = ()
+
+    def name(self) -> str:
+        return self.tensors.model_type
+
+    def num_layers_config_key(self) -> str:
+        key = self.tensors.num_layers_config_key
+        return f"{self.config_key}.{key}" if self.config_key else key
+
+    def num_layers(self, config: PretrainedConfig) -> int:
+        own = getattr(config, self.config_key, config) if self.config_key else config
+        return int(getattr(own, self.tensors.num_layers_config_key))
+
+    def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        bare = self._is_bare(config)
+        return _held([self._body(name, bare) for name in self.tensors.pre_weights], config)
+
+    def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
+        layer = f"{self.tensors.layer_prefix}.{index}."
+        bare = self._is_bare(config)
+        return [self._body(layer + name, bare) for name in self.tensors.layer_weights]
+
+    def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        loose = (*self.tensors.heads.get(_class_name(config), ()), *self.extra)
+        bare = self._is_bare(config)
+        weights = [self._body(name, bare) for name in self.tensors.post_weights]
+        return _held([*weights, *(self._weight(name, (), optional=True) for name in loose)], config)
+
+    def _body(self, name: str, is_bare: bool) -> WeightInfo:
+        prefixed = self.tensors.prefix + name
+        own, other = (name, prefixed) if is_bare else (prefixed, name)
+        # a base saved without its pooler or mask token still merges: nothing there is required to exist
+        optional = name in self.tensors.buffers or name.startswith("pooler.") or name.endswith("mask_token")
+        return self._weight(own, (other,), optional=optional, bare=name)
+
+    def _is_bare(self, config: PretrainedConfig) -> bool:
+        class_name = _class_name(config)
+        if class_name in self.tensors.either_spelling:
+            # transformers before 5 loads these only with the prefix: the output keeps what the base has
+            return not any(name.startswith(self.tensors.prefix) for name in _names_on_disk(config) or ())
+        return class_name in self.tensors.headless
+
+    def _weight(self, name: str, others: tuple[str, ...], *, optional: bool, bare: str | None = None) -> WeightInfo:
+        spellings = [name, *others]
+        for new, old in _LEGACY.items():
+            spellings += [s.removesuffix(new) + old for s in (name, *others) if s.endswith(new)]
+        tied = self.tensors.tied.get(name)
+        # model_construct: validation would turn Aliases into a plain tuple
+        return WeightInfo.model_construct(
+            name=name,
+            aliases=Aliases(spellings[1:]) or None,
+            optional=optional,
+            vocabulary_axis=self.tensors.vocabulary_axis.get(bare or name),
+            force_dtype="int64" if bare in self.tensors.buffers else None,
+            tied_names=(tied,) if tied else None,
+        )
+
+
+def _class_name(config: PretrainedConfig) -> str:
+    return str((config.architectures or [""])[0])
+
+
+def _held(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInfo]:
+    """Without the optional weights that the base's files lack; all of them where the files are not known."""
+    names = _names_on_disk(config)
+    if names is None:
+        return weights
+    return [w for w in weights if not w.optional or names.intersection((w.name, *(w.aliases or ())))]
+
+
+def _names_on_disk(config: PretrainedConfig) -> frozenset[str] | None:
+    """Tensor names in the files that this config lies beside, if they are at hand."""
+    path = str(config.name_or_path)
+    for ref, loader in LoaderCache().loaders.items():
+        if ref.model.path == path:
+            return frozenset(loader.index.tensor_paths)
+    try:
+        return frozenset(ShardedTensorIndex.from_disk(path).tensor_paths) if os.path.isdir(path) else None
+    except (OSError, RuntimeError, ValueError):
+        return None  # whoever reads the tensors reports what is wrong with the files
+
+
+def load_tensors(name: str) -> EncoderTensors:
+    """The tensors of a family that this package brings, e.g. `vit`."""
+    text = importlib.resources.files("mergekit_dam.models.architectures").joinpath(f"{name}.json").read_text("utf-8")
+    return EncoderTensors.model_validate(json.loads(text))
+
+
+def _architectures() -> dict[str, ModelArchitecture]:
+    """Class name -> architecture, one object per family."""
+    found: dict[str, ModelArchitecture] = {}
+    for name in _SINGLE:
+        found |= _family(load_tensors(name), config_key="vision_config" if name == "clip_vision" else None)
+    loose = ("logit_scale", "visual_projection.weight", "text_projection.weight")
+    towers = {
+        "vision_model": EncoderArchitecture(tensors=load_tensors("clip_vision"), config_key="vision_config"),
+        "text_model": EncoderArchitecture(tensors=load_tensors("clip_text"), config_key="text_config", extra=loose),
+    }
+    found["CLIPModel"] = _model(towers, ["CLIPModel"], "clip", vocab_size_config_key="text_config.vocab_size")
+    return found
+
+
+def _family(tensors: EncoderTensors, *, config_key: str | None = None) -> dict[str, ModelArchitecture]:
+    """Class name -> the one architecture of a family with a single encoder."""
+    classes = [*tensors.headless, *tensors.heads]
+    module = EncoderArchitecture(tensors=tensors, config_key=config_key)
+    return dict.fromkeys(classes, _model({"default": module}, classes, tensors.model_type))
+
+
+def _model(
+    modules: dict[str, EncoderArchitecture], classes: list[str], model_type: str, **more: Any
+) -> ModelArchitecture:
+    definitions = {key: ModuleDefinition(architecture=module) for key, module in modules.items()}
+    return ModelArchitecture(
+        modules=definitions, architectures=classes, model_type=model_type,
+        tagalong_files=["preprocessor_config.json"], **more,
+    )  # fmt: skip
+
+
+def register_family(tensors: EncoderTensors) -> None:
+    """Make mergekit know the classes of one more family; what it knew of them before is replaced."""
+    from mergekit.architecture import json_definitions
+
+    with _LOCK:
+        json_definitions.NAME_TO_ARCH.update({name: [one] for name, one in _family(tensors).items()})
+
+
+def register_architectures() -> None:
+    """Put the definitions into mergekit's table of architectures. Idempotent; never raises."""
+    try:
+        from mergekit.architecture import json_definitions
+
+        table: dict[str, Any] = json_definitions.NAME_TO_ARCH
+        with _LOCK:
+            # our own class marks an entry as ours: building the architectures twice would make them unequal
+            if not _is_ours(table.get("BertModel")):
+                for name, architecture in _architectures().items():
+                    table[name] = [architecture]
+    except Exception as error:
+        warnings.warn(f"mergekit-dam: model families not registered: {error!r}", stacklevel=2)
+
+
+def _is_ours(entry: Any) -> bool:
+    return bool(entry) and any(
+        isinstance(module.architecture, EncoderArchitecture) for a in entry for module in a.modules.values()
+    )

@@ -1,0 +1,247 @@
+"""From references and raw settings to a frozen Plan: which tensors, from where, without reading one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.architecture import WeightInfo, get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
+
+from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, did_you_mean, parse, unknown_keys
+from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.io.hub_download import LocalReference
+from mergekit_dam.io.hub_errors import hub_cause, hub_error
+from mergekit_dam.io.untrusted import file_safe, require_plausible_config
+from mergekit_dam.models.checkpoint import Checkpoint
+from mergekit_dam.models.families import register_architectures
+from mergekit_dam.models.parameter_names import meta_model, module_names
+from mergekit_dam.models.verify import check_coverage
+
+_REMOTE_CODE = "It needs code of its own: read that code, then give --trust-remote-code if you trust it."
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor that the merge writes.
+
+    Attributes:
+        name: output name, the base checkpoint's own spelling wherever mergekit keeps it.
+        shape: of base and models alike.
+        dtype: as the base stores it.
+        base_source: its name in the base's checkpoint.
+        sources: per model its name there, or None where the model lacks it (task vector 0).
+        mask_name: whose mask applies; tied tensors share one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    base_source: str
+    sources: tuple[str | None, ...]
+    mask_name: str
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A model of the merge: `path` is a local directory with any LoRA already merged."""
+
+    name: str
+    ref: ModelReference
+    path: Path
+    config: PretrainedConfig
+    settings: ModelSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before a weight is read."""
+
+    base: ModelInput
+    models: tuple[ModelInput, ...]
+    tensors: tuple[TensorSpec, ...]
+    config: DamConfig
+
+
+def build_plan(
+    base: ModelReference,
+    models: Sequence[ModelReference],
+    *,
+    shared: Mapping[str, Any],
+    per_model: Mapping[ModelReference, Mapping[str, Any]],
+    options: MergeOptions | None = None,
+) -> Plan:
+    """Resolve models, settings and tensors.
+
+    Args:
+        base: theta_0.
+        models: the fine-tuned models, T >= 2, without the base.
+        shared: raw values under `parameters:`; None means not given.
+        per_model: raw values per model; they win over shared ones.
+        options: mergekit's options (caches, trust_remote_code).
+
+    Raises:
+        DamError: fewer than two models, unknown settings, a missing model, tensors that do not match.
+    """
+    options = options or MergeOptions()
+    if len(models) < 2:
+        raise DamError(
+            "models", expected="at least two besides base_model", got=str(len(models)),
+            cure="A merge needs two fine-tuned models of one base.",
+        )  # fmt: skip
+    config, settings = parse_settings(shared, [per_model.get(model, {}) for model in models])
+    register_architectures()
+    names = _task_names(models)
+    base_input = model_input("base", base, ModelSettings(), options)
+    inputs = tuple(model_input(name, ref, own, options) for name, ref, own in zip(names, models, settings, strict=True))
+    merge_config = MergeConfiguration(
+        merge_method="dam", base_model=base, models=[{"model": ref} for ref in (base, *models)]
+    )
+    architecture = get_architecture_info(merge_config, options)
+    weights = architecture.all_weights(base_input.config)
+    checkpoint = Checkpoint.open(base_input.path)
+    check_coverage(weights, checkpoint.names, ignored=_left_out(base_input, checkpoint))
+    tensors = tuple(_tensor_specs(weights, base_input, checkpoint, inputs))
+    return Plan(base_input, inputs, tensors, config)
+
+
+def _left_out(base: ModelInput, checkpoint: Checkpoint) -> frozenset[str]:
+    """Names that the base's class does not take: the head of a base that is used without it."""
+    if base.ref.override_architecture is None:
+        return frozenset()
+    model = meta_model(base.config, torch.device("cpu"))
+    return frozenset(checkpoint.names) - frozenset(module_names(model, checkpoint.names))
+
+
+def parse_settings(
+    shared: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]]
+) -> tuple[DamConfig, list[ModelSettings]]:
+    """Split raw values into shared and per-model settings and validate both."""
+    for where, values in (("parameters", shared), *((f"model {i + 1}", own) for i, own in enumerate(per_model))):
+        for key in unknown_keys(key for key, value in values.items() if value is not None):
+            raise DamError(
+                f"setting {key!r} in {where}", expected="a setting of dam", got="an unknown one",
+                cure=did_you_mean(key, KNOWN) or f"Known settings: {', '.join(sorted(KNOWN))}.",
+            )  # fmt: skip
+    config = parse(
+        DamConfig, {k: v for k, v in shared.items() if k in DamConfig.model_fields}, where="the shared parameters"
+    )
+    fallback = {k: v for k, v in shared.items() if k in ModelSettings.model_fields and v is not None}
+    settings = [
+        parse(ModelSettings, fallback | {k: v for k, v in own.items() if v is not None}, where="a model's parameters")
+        for own in per_model
+    ]
+    return config, settings
+
+
+def model_input(name: str, ref: ModelReference, settings: ModelSettings, options: MergeOptions) -> ModelInput:
+    """A reference resolved to a local directory, its LoRA merged, and its config.
+
+    Raises:
+        DamError: a model that cannot be read.
+    """
+    refuse_unsafe(ref)
+    try:
+        merged = ref.merged(
+            cache_dir=options.lora_merge_cache,
+            trust_remote_code=options.trust_remote_code,
+            lora_merge_dtype=options.lora_merge_dtype,
+        )
+        config = ref.config(trust_remote_code=options.trust_remote_code)
+        path = Path(merged.local_path(cache_dir=options.transformers_cache))
+    except (OSError, RuntimeError, ValueError) as error:
+        if (cause := hub_cause(error)) is not None:
+            raise hub_error(cause, f"model {ref}") from error
+        raise DamError(
+            f"model {ref}", expected="a local model directory or a Hub id that can be read", got=first_line(error),
+            cure=_REMOTE_CODE if "trust_remote_code" in str(error) else "Check the path or id, and HF_TOKEN for gated "
+            "models; model+lora needs --lora-merge-cache DIR.",
+        ) from error  # fmt: skip
+    if path != Path(ref.model.path):
+        require_plausible_config(path)
+    return ModelInput(name, ref, path, config, settings)
+
+
+def refuse_unsafe(ref: ModelReference) -> None:
+    """Before any other library opens it: pickled weights, also of an adapter, and sizes that exhaust the machine.
+
+    Raises:
+        DamError: for a local directory that holds such things. What is not local yet is checked once it is.
+    """
+    local = isinstance(ref, LocalReference)
+    folder = Path(ref.model_folder if local else ref.model.path)
+    if folder.is_dir():
+        require_plausible_config(folder)
+        Checkpoint.open(folder)
+    adapter = Path((ref.lora_folder if local else None) or ref.lora.path) if ref.lora is not None else None
+    if adapter is not None and adapter.is_dir() and not (adapter / "adapter_model.safetensors").is_file():
+        raise DamError(
+            f"adapter {adapter}", expected="adapter_model.safetensors",
+            got=", ".join(sorted(p.name for p in adapter.glob("*.bin"))[:2]) or "no such file",
+            cure="Pickle can run code and is never loaded: save the adapter again with safe_serialization=True.",
+        )  # fmt: skip
+
+
+def _task_names(models: Sequence[ModelReference]) -> list[str]:
+    """A short, unique, file-safe name per model: the last part of its path, numbered where two agree."""
+    names: list[str] = []
+    taken = {"base"}  # theta_0's own name; compared without case, since some file systems know none
+    for ref in models:
+        stem = file_safe(Path((ref.lora or ref.model).path).name)
+        name, count = stem, 2
+        while name.casefold() in taken:
+            name, count = f"{stem}-{count}", count + 1
+        names.append(name)
+        taken.add(name.casefold())
+    return names
+
+
+def _tensor_specs(
+    weights: Iterable[WeightInfo], base: ModelInput, checkpoint: Checkpoint, models: Sequence[ModelInput]
+) -> Iterable[TensorSpec]:
+    checkpoints = [Checkpoint.open(model.path) for model in models]
+    tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+    for weight in weights:
+        spellings = (weight.name, *(weight.aliases or ()))
+        sources = [_source(spellings, weight.tied_names, c) for c in checkpoints]
+        base_source = _source(spellings, weight.tied_names, checkpoint)
+        if not any(name in c for c in (checkpoint, *checkpoints) for name in spellings):
+            continue
+        if base_source is None:
+            raise DamError(
+                f"tensor {weight.name}", expected="in the base, since a model has it", got="a base without it",
+                cure="Merge models that were fine-tuned from this base.",
+            )  # fmt: skip
+        shape = checkpoint.shape(base_source)
+        for model, source, own in zip(models, sources, checkpoints, strict=True):
+            if source is not None and own.shape(source) != shape:
+                raise _shape_error(weight, base, shape, model, own.shape(source))
+        mask_name = weight.tied_names[0] if tied and weight.tied_names else weight.name
+        yield TensorSpec(weight.name, shape, checkpoint.dtype(base_source), base_source, tuple(sources), mask_name)
+
+
+def _source(spellings: Sequence[str], tied: Sequence[str] | None, checkpoint: Checkpoint) -> str | None:
+    return next((name for name in (*spellings, *(tied or ())) if name in checkpoint), None)
+
+
+def _shape_error(
+    weight: WeightInfo, base: ModelInput, shape: tuple[int, ...], model: ModelInput, got: tuple[int, ...]
+) -> DamError:
+    if weight.vocabulary_axis is not None:
+        cure = "Vocabularies differ: align them first with tokenizer: {source: base} in a stage of its own."
+    elif "classifier" in weight.name or "score" in weight.name:
+        cure = (
+            "Heads of different tasks cannot be merged: take the base without its head, "
+            f"base_model: {{model: {base.ref}, override_architecture: <class without head>}}."
+        )
+    else:
+        cure = "Merge models that were fine-tuned from this base."
+    return DamError(
+        f"tensor {weight.name} of model {model.name}", expected=f"the base's shape {shape}", got=str(got), cure=cure
+    )

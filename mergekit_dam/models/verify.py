@@ -1,0 +1,97 @@
+"""Is everything there? Before the merge: does mergekit know every tensor; after it: was every one written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from mergekit.architecture import WeightInfo
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.models.checkpoint import Checkpoint
+from mergekit_dam.models.parameter_names import load_names, meta_model, tied_names
+
+_SHOWN = 3  # names listed in an error
+
+
+def check_coverage(weights: Iterable[WeightInfo], base_names: Iterable[str], *, ignored: frozenset[str]) -> None:
+    """Refuse a merge that would leave tensors of the base out, which mergekit does in silence.
+
+    Args:
+        weights: what mergekit's definition of the architecture lists.
+        base_names: the base checkpoint's tensor names.
+        ignored: names that may be left out, such as the head of a base taken without it.
+
+    Raises:
+        DamError: naming the first of the missing tensors.
+    """
+    known = {s for w in weights for s in (w.name, *(w.aliases or ()), *(w.tied_names or ()))}
+    names = list(base_names)
+    missing = [name for name in names if name not in known and name not in ignored]
+    if missing:
+        raise DamError(
+            "architecture", expected=f"a definition of all {len(names)} tensors of the base",
+            got=f"{len(missing)} unknown to mergekit: {_list(missing)}",
+            cure="This family is not supported; see the README for those that are.",
+        )  # fmt: skip
+
+
+def verify_output(
+    output: Path, base: Path, *, dtype: torch.dtype | None = None, base_config: PretrainedConfig | None = None
+) -> None:
+    """Compare a merged directory with its base by names, shapes and types, from the headers alone.
+
+    Args:
+        output: what mergekit wrote.
+        base: theta_0's directory.
+        dtype: the type asked for by `dtype` or `out_dtype`; None: any floating type will do.
+        base_config: the base's config where it is not the one on disk (override_architecture).
+
+    Raises:
+        DamError: tensors missing, added, or of another shape or type.
+    """
+    wanted, written = Checkpoint.open(base), Checkpoint.open(output)
+    model = meta_model(base_config or AutoConfig.from_pretrained(base, trust_remote_code=False), torch.device("cpu"))
+    expected, got = _by_parameter(model, wanted), _by_parameter(model, written)
+    taken = model.state_dict()
+    # a tensor that this class does not load, like an old position_ids buffer, may be kept or dropped
+    missing = [name for key, name in expected.items() if key in taken and key not in got]
+    extra = [name for key, name in got.items() if key not in expected]
+    if missing or extra:
+        raise DamError(
+            f"output {output}", expected=f"the {len(expected)} tensors of the base",
+            got=f"{len(missing)} missing ({_list(missing)}), {len(extra)} unknown ({_list(extra)})",
+            cure="Do not use this output; report the architecture.",
+        )  # fmt: skip
+    for key, name in got.items():
+        source = expected[key]
+        shape, kind = written.shape(name), written.dtype(name)
+        floating = wanted.dtype(source).is_floating_point
+        if (
+            shape != wanted.shape(source)
+            or floating != kind.is_floating_point
+            or (dtype and floating and kind != dtype)
+        ):
+            raise DamError(
+                f"tensor {name} of {output}", expected=f"{wanted.shape(source)} {dtype or wanted.dtype(source)}",
+                got=f"{shape} {kind}", cure="Do not use this output; report the architecture.",
+            )  # fmt: skip
+
+
+def _by_parameter(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter -> the checkpoint's name, whichever spelling it has; tied parameters count as one.
+
+    Tensors that the class does not take get their name without the class prefix.
+    """
+    tied, taken, prefix = tied_names(model), model.state_dict(), f"{model.base_model_prefix}."
+    return {
+        tied.get(target, target if target in taken else target.removeprefix(prefix)): name
+        for name, target in load_names(model, checkpoint.names).items()
+    }
+
+
+def _list(names: list[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more if names else "none"

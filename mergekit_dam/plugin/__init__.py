@@ -1,0 +1,1 @@
+"""What mergekit calls: the merge method, its planner's config, its output."""

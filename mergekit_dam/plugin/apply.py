@@ -1,0 +1,94 @@
+"""Ready masks, applied to one tensor after another as mergekit hands them over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.merge_methods.base import TensorGroup
+
+from mergekit_dam.engine.task_vectors import TaskVectors
+from mergekit_dam.errors import DamError
+from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.merging.checks import require_finite
+from mergekit_dam.merging.rule import merge
+from mergekit_dam.models.plan import Plan
+from mergekit_dam.plugin.output import keep
+from mergekit_dam.plugin.planner import Context
+
+_OVERFLOW = "Lower the models' weight, leave out a model with a huge task vector, or write bfloat16 or float32."
+_PROBES = 8  # places compared to tell whether mergekit handed over the planned tensor, and elements at each
+
+
+class Applied:
+    """Masks of a plan, learned or read, ready to be applied tensor by tensor.
+
+    Args:
+        plan: what is merged.
+        models: T references, in the order of the plan's models.
+        context: of the merge, where its planner is known.
+
+    Raises:
+        DamError: whatever is wrong with models, data, settings, or ready masks.
+    """
+
+    def __init__(self, plan: Plan, models: Sequence[ModelReference], context: Context | None) -> None:
+        # learning needs gradients although mergekit's own arithmetic runs without
+        with torch.enable_grad():
+            folder, self.masks = learn_masks(plan, quiet=context is not None and context.options.quiet)
+        self.order = tuple(models)
+        self.written = context and dtype_from_name(context.config.out_dtype)
+        self.vectors = TaskVectors(plan)
+        if context is not None and context.out_path is not None:
+            keep(folder, Path(context.out_path))
+
+    def merge(self, group: TensorGroup) -> torch.Tensor:
+        """theta of one tensor, in the base's type."""
+        assert group.base is not None
+        name = str(group.metadata.name)
+        spec = self.vectors.specs.get(name)
+        if spec is None:
+            raise DamError(
+                f"tensor {name}", expected="a tensor of the plan", got="one that mergekit added",
+                cure="Use `models:` (slices that move or repeat layers cannot be masked).",
+            )  # fmt: skip
+        by_ref = {entry.id: entry.tensor for entry in group.non_base}
+        models = [by_ref.get(ref) for ref in self.order]
+        for planned, given in zip(
+            [self.vectors.base(name), *self.vectors.models(name)], [group.base.tensor, *models], strict=True
+        ):
+            if planned is not None and given is not None:
+                _require_same(name, planned, given)
+        base: torch.Tensor = group.base.tensor
+        if not self.masks.has(spec.mask_name):
+            return base.clone()
+        if self.masks.students:
+            found = (student.get(name) for student in self.masks.students)
+            models = [None if tensor is None else tensor.to(base.device) for tensor in found]
+        coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
+        merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, base.device))
+        written = self.written or base.dtype
+        require_finite(merged.to(written), f"merged tensor {name} in {written}", "the merge", _OVERFLOW)
+        return merged.to(base.dtype)
+
+
+def _require_same(name: str, planned: torch.Tensor, given: torch.Tensor) -> None:
+    """Slices or a changed vocabulary would put other values under a masked name."""
+    same = planned.shape == given.shape
+    if same:
+        same = bool(torch.equal(_probe(planned).to(given.dtype), _probe(given).to("cpu")))
+    if not same:
+        raise DamError(
+            f"tensor {name}", expected="the tensor that the masks were learned on", got="another one from mergekit",
+            cure="Do slicing or vocabulary changes in a stage of its own (mergekit-multi), and dam on its output.",
+        )  # fmt: skip
+
+
+def _probe(tensor: torch.Tensor) -> torch.Tensor:
+    """Some elements from start to end, in few places: each place is a page to be read."""
+    flat = tensor.reshape(-1)
+    if flat.numel() <= _PROBES**2:
+        return flat
+    return flat.as_strided((_PROBES, _PROBES), ((flat.numel() - _PROBES) // (_PROBES - 1), 1))

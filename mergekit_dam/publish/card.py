@@ -1,0 +1,217 @@
+"""The model card of a published merge: mergekit's fields, what was done against backdoors, and what was measured.
+
+A card claims nothing that was not measured: without figures it says so, and a scan that found nothing is reported
+as a scan that found nothing. All foreign text stands in code spans (see `markdown`) or in YAML that PyYAML wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mergekit.card import method_md
+from mergekit.common import ModelPath
+
+from mergekit_dam.config import DamConfig
+from mergekit_dam.evaluation.attacks import Rate
+from mergekit_dam.evaluation.measured import Measured
+from mergekit_dam.publish.card_metadata import Provenance, front_matter
+from mergekit_dam.publish.contents import Publication
+from mergekit_dam.publish.markdown import block, code, table
+
+PAPER = "https://arxiv.org/abs/2410.13910"
+
+
+def model_card(repo_id: str, publication: Publication, provenance: Provenance, measured: Measured | None) -> str:
+    """The whole README.md.
+
+    Args:
+        repo_id: ORG/NAME.
+        publication: the merge.
+        provenance: ids, licence and data sets, as far as known.
+        measured: figures, or None.
+    """
+    name = repo_id.rpartition("/")[2]
+    parts = [
+        f"---\n{front_matter(name, publication, provenance, measured)}\n---",
+        f"# {code(name)}",
+        _introduction(publication, provenance),
+        _use(repo_id, publication),
+        _defence(publication) if publication.is_dam else "",
+        _figures_table(measured),
+        _harness_table(measured),
+        "\n\n".join(f"![{figure.rpartition('/')[2]}](<{figure}>)" for figure in publication.figures if _plain(figure)),
+        "## Configuration\n\nThe recipe as mergekit ran it:\n\n" + block(publication.recipe_text, "yaml"),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _introduction(publication: Publication, provenance: Provenance) -> str:
+    base = publication.recipe.get("base_model")
+    inputs = [
+        " + ".join(_reference(part, publication.commits, provenance) for part in (ref.model, ref.lora) if part)
+        for ref in publication.references
+    ]
+    listed = "\n".join(
+        f"* {text}" + (" (base)" if i == 0 and base else "") for i, text in enumerate(inputs)
+    )  # references put the base first
+    method = method_md(str(publication.recipe["merge_method"]))
+    return (
+        "This is a merge of pre-trained models created using [mergekit](https://github.com/arcee-ai/mergekit), by "
+        f"the merge method {method if publication.is_dam or '](' in method else code(method)}. It has "
+        f"{publication.num_tensors:,} tensors with {publication.num_parameters:,} parameters.\n\n"
+        f"## Models merged\n\n{listed}"
+    )
+
+
+def _reference(part: ModelPath, commits: Mapping[str, str], provenance: Provenance) -> str:
+    known = provenance.hub_ids.get(part.path)
+    text = f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(part.path)} (not on the Hub)"
+    text += f" at {code(part.revision)}" if part.revision else ""
+    return f"{text}, commit {code(commits[str(part)])}" if str(part) in commits else text
+
+
+def _use(repo_id: str, publication: Publication) -> str:
+    heads = sorted(p.stem for p in (publication.folder / "dam" / "heads").glob("*.safetensors"))
+    if not heads:
+        return ""
+    example = f"from mergekit_dam import load_merged\n\nmodel = load_merged({repo_id!r}, task={heads[0]!r})"
+    return (
+        "## Use\n\nThe body is shared, and each task has its own head (`pip install mergekit-dam`):\n\n"
+        f"{block(example, 'python')}\n\nTasks: {', '.join(code(h) for h in heads)}."
+    )
+
+
+def _defence(publication: Publication) -> str:
+    masks = publication.masks
+    opening = (
+        "## Defence against backdoors\n\n"
+        f"The models were merged by [Defense-Aware Merging]({PAPER}): masks over the task vectors and merging "
+        "coefficients are learned from unlabelled data, without knowing a trigger, a target, or which model is bad."
+    )
+    closing = (
+        "This is meant to keep a backdoor of an input model from surviving the merge. It is no proof that there is "
+        "none (what was measured stands below), and it does not look at what the base model itself carries."
+    )
+    if not masks:
+        return f"{opening}\n\nThe record of the learning was not kept with this merge.\n\n{closing}"
+    settings = masks.get("settings") or {}
+    rows = [
+        [code(m.get("name")), code(str(m.get("sha256", ""))[:16]), str(len(m.get("samples") or []))]
+        for m in masks.get("models") or []
+    ]
+    densities = ", ".join(f"{code(k)} {float(v):.3f}" for k, v in (masks.get("densities") or {}).items())
+    return "\n\n".join(
+        part for part in (
+            opening,
+            f"Objective {code(settings.get('objective'))}, seed {code(masks.get('seed'))}"
+            + (f"; mean kept share of the masks: {densities}" if densities else "") + ".",
+            table(["model", "SHA-256 of its weights (start)", "calibration samples"], rows),
+            _scan(masks, settings),
+            closing,
+            f"Versions: {', '.join(code(f'{k} {v}') for k, v in (masks.get('versions') or {}).items())}. "
+            f"Settings that differ from the defaults: {_changed(settings)}.",
+        ) if part
+    )  # fmt: skip
+
+
+def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    if settings.get("objective") != "inversion":
+        return "No scan for triggers was made: this objective has none."
+    students = masks.get("students")
+    if isinstance(students, Mapping) and students:
+        return (
+            "No scan for triggers was made: it finds none in text encoders. Instead of each model a student of it was "
+            "merged: the base, taught what the model answers to clean texts with random words in between. What only a "
+            "trigger brings out gets across in part.\n\n"
+            + table(["model", "share of the texts it was taught on that its student answers alike"],
+                    [[code(name), f"{float(share):.3f}"] for name, share in students.items()])
+        )  # fmt: skip
+    findings = masks.get("audit") or []
+    if not findings:
+        return "The scan for backdoors found no target that it could score. One of another kind may have been missed."
+    suspects = [one for one in findings if one.get("suspect")]
+    scanned = _targets(findings)
+    rule = f"a target counts as suspect from {code(settings.get('suspicion'))} on"
+    if not suspects:
+        return (
+            f"A blind search for triggers scored {scanned} targets of the input models and found none that "
+            f"is suspect ({rule}). A trigger of another kind may have been missed."
+        )
+    rows = [
+        [
+            *(code(one.get(key, one.get("task"))) for key in ("model", "task", "target")),
+            *(f"{float(one.get(k, 0)):.2f}" for k in _FINDING),
+        ]
+        for one in suspects
+    ]
+    return (
+        f"A blind search for triggers scored {scanned} targets of the input models; {_targets(suspects)} are suspect "
+        f"({rule}), and the masks were fitted against what was found. A suspect class can be a false alarm.\n\n"
+        + table(["model", "task", "class", "trigger works on the model", "on the base", "difference"], rows)
+    )
+
+
+_FINDING = ("success", "control", "suspicion")
+
+
+def _targets(findings: Sequence[Mapping[str, Any]]) -> int:
+    """How many classes of tasks these are, whatever the model and the kind of trigger."""
+    return len({(str(one.get("task")), str(one.get("target"))) for one in findings})
+
+
+def _changed(settings: Mapping[str, Any]) -> str:
+    defaults = DamConfig(objective=settings["objective"]) if settings.get("objective") in {"paper"} else DamConfig()
+    changed = [
+        f"{key}: {settings[key]}" for key in DamConfig.model_fields
+        if key in settings and settings[key] != getattr(defaults, key)
+    ]  # fmt: skip
+    return ", ".join(code(one) for one in changed) or "none"
+
+
+def _figures_table(measured: Measured | None) -> str:
+    title = "## What was measured\n\n"
+    if measured is None:
+        return (
+            title + "Nothing: neither clean accuracy nor the success of any attack was measured on this merge before "
+            "it was published."
+        )
+    if not measured.accuracy and not measured.attack_success:
+        return title + "Neither clean accuracy nor the success of any attack was measured on the tasks of the merge."
+    attacks = list(measured.attack_success)
+    tasks = list(dict.fromkeys([*measured.accuracy, *(t for r in measured.attack_success.values() for t in r)]))
+    rows = [
+        [
+            code(task), code(measured.datasets.get(task, "not said")), _rate(measured.accuracy.get(task)),
+            *(_rate(measured.attack_success[attack].get(task)) for attack in attacks),
+        ]
+        for task in tasks
+    ]  # fmt: skip
+    header = ["task", "data", "clean accuracy", *(f"attack success, {code(attack)}" for attack in attacks)]
+    text = title + table(header, rows) + f"\n\nHits and samples in brackets; reported by {code(measured.source)}"
+    text += " of the publisher, not checked by the Hub."
+    return text if attacks else text + " The success of attacks was not measured."
+
+
+def _harness_table(measured: Measured | None) -> str:
+    if measured is None or not measured.harness:
+        return ""
+    rows = [
+        [
+            code(task), code(metric), f"{value:.4f}", "-" if error is None else f"{error:.4f}",
+            "-" if one.samples is None else str(one.samples), code(one.by),
+        ]
+        for task, one in measured.harness.items()
+        for metric, (value, error) in one.metrics.items()
+    ]  # fmt: skip
+    header = ["benchmark", "metric", "value", "standard error", "samples", "measured by"]
+    return table(header, rows) + "\n\nRun by the publisher, not checked by the Hub; they say nothing about backdoors."
+
+
+def _rate(rate: Rate | None) -> str:
+    return "not measured" if rate is None else str(rate)
+
+
+def _plain(path: str) -> bool:
+    """Whether a file name of ours can stand in a link as it is."""
+    return all(c.isalnum() or c in "-_./" for c in path)

@@ -1,0 +1,214 @@
+"""A finished merge as it is published: what is in the directory, whether it is complete, and which files go out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit.common import ModelReference, dtype_from_name
+from safetensors import SafetensorError, safe_open
+
+from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.artifact.schema import check_metadata, read_metadata
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.results import EVALUATION_FILE
+from mergekit_dam.io.hub_download import INPUTS_FILE
+from mergekit_dam.io.untrusted import load_yaml
+from mergekit_dam.models.checkpoint import Checkpoint
+from mergekit_dam.models.load_merged import config_without_code
+from mergekit_dam.models.verify import verify_output
+
+RECIPE = "mergekit_config.yml"
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+_LEFT_OUT = frozenset({".lock", ".tmp", ".part", ".incomplete"})
+_TEXT = frozenset({".json", ".jsonl", ".yml", ".yaml", ".md", ".txt", ".html", ".jinja", ".csv", ".svg", ".model"})
+_SECRET = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A merge directory that has passed `inspect`.
+
+    Attributes:
+        folder: the directory.
+        config: its config.json.
+        recipe_text: mergekit_config.yml as it stands.
+        recipe: the same, parsed.
+        masks: metadata of dam_masks.safetensors; empty where there is none.
+        num_tensors, num_parameters: of the merged weights.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    recipe_text: str
+    recipe: Mapping[str, Any]
+    masks: Mapping[str, Any]
+    num_tensors: int
+    num_parameters: int
+
+    @property
+    def is_dam(self) -> bool:
+        return self.recipe.get("merge_method") == "dam"
+
+    @property
+    def references(self) -> tuple[ModelReference, ...]:
+        """Base first, then the models, each once."""
+        found = [self.recipe["base_model"]] if self.recipe.get("base_model") else []
+        found += [entry["model"] for entry in self.recipe.get("models") or []]
+        found += [s["model"] for piece in self.recipe.get("slices") or [] for s in piece["sources"]]
+        return tuple(dict.fromkeys(ModelReference.model_validate(one) for one in found))
+
+    @property
+    def commits(self) -> Mapping[str, str]:
+        """Commits that the inputs from the Hub were read at, by their name in the recipe."""
+        file = self.folder / "dam" / INPUTS_FILE
+        return _json(file) if file.is_file() else {}
+
+    @property
+    def records(self) -> tuple[Path, ...]:
+        """Where measured figures may stand."""
+        files = (self.folder / "dam" / name for name in (EVALUATION_FILE, "report.json"))
+        return tuple(file for file in files if file.is_file())
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Pictures beside the report, as paths in the repository."""
+        return tuple(p.relative_to(self.folder).as_posix() for p in sorted((self.folder / "dam").rglob("*.png")))
+
+
+def inspect(folder: Path) -> Publication:
+    """Read a merge directory and refuse one that is not complete.
+
+    Raises:
+        DamError: no directory, no config or recipe, missing or cut weights, or tensors other than the base's.
+    """
+    config = _json(folder / "config.json")
+    checkpoint = Checkpoint.open(folder)
+    shapes = []
+    for name in checkpoint:
+        try:
+            shapes.append(checkpoint.shape(name))
+        except SafetensorError as error:
+            raise DamError(
+                f"output {folder}", expected=f"tensor {name} in the shard that the index names", got=str(error),
+                cure="Merge again: this output is not complete.",
+            ) from error  # fmt: skip
+    recipe_text = _text(folder / RECIPE)
+    try:
+        recipe = load_yaml(recipe_text, str(folder / RECIPE))
+        merge_method = recipe["merge_method"]
+        publication = Publication(
+            folder=folder, config=config, recipe_text=recipe_text, recipe=recipe,
+            masks=_metadata(folder / "dam" / MASKS_FILE) if merge_method == "dam" else {},
+            num_tensors=len(shapes), num_parameters=sum(_numel(shape) for shape in shapes),
+        )  # fmt: skip
+        base = publication.references[0].model.path if recipe.get("base_model") else None
+    except DamError:
+        raise
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise DamError(
+            f"{folder / RECIPE}", expected="the recipe that mergekit wrote", got=" ".join(str(error).split())[:200],
+            cure="Merge again, or give the directory that mergekit-yaml or mergekit-dam merge wrote.",
+        ) from error  # fmt: skip
+    if base is not None and Path(base).is_dir():
+        override = publication.references[0].override_architecture
+        base_config = config_without_code(Path(base))
+        if override:
+            base_config.architectures = [override]
+        dtype = dtype_from_name(recipe.get("out_dtype") or recipe.get("dtype"))
+        verify_output(folder, Path(base), dtype=dtype, base_config=base_config)
+    return publication
+
+
+def files_to_publish(publication: Publication, *, include_masks: bool) -> tuple[dict[str, Path], list[str]]:
+    """Path in the repository -> file, without the card; and notes on what is left out.
+
+    Raises:
+        DamError: a file that holds an access token.
+    """
+    files: dict[str, Path] = {}
+    notes = []
+    for path in _walk(publication.folder):
+        name = path.relative_to(publication.folder).as_posix()
+        if path.suffix in _PICKLES:
+            notes.append(f"{name} stays here: pickle files can run code and are never published")
+        elif name == f"dam/{MASKS_FILE}" and not include_masks:
+            notes.append(f"{name} stays here (--include-masks publishes it)")
+        elif path.suffix not in _LEFT_OUT and name != "README.md":
+            files[name] = path
+    refuse_secrets(files.items())
+    return files, notes
+
+
+def refuse_secrets(files: Iterable[tuple[str, Path]], tokens: Iterable[str] = ()) -> None:
+    """Refuse text files that hold an access token: the user's own, or what looks like one of the Hub's."""
+    own = [token.encode() for token in tokens if token]
+    for name, path in files:
+        if path.suffix not in _TEXT:
+            continue
+        content = path.read_bytes()
+        if _SECRET.search(content) or any(token in content for token in own):
+            raise DamError(
+                f"file {name}", expected="no access token in what is published", got="one (not shown)",
+                cure="Remove it from the file, and revoke it at https://huggingface.co/settings/tokens.",
+            )  # fmt: skip
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files in a fixed order; hidden ones and links out of the directory are never published."""
+    root = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file() and path.resolve().is_relative_to(root):
+            yield path
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise DamError(
+            f"{path}", expected="a file that mergekit writes when a merge has succeeded",
+            got="none" if isinstance(error, FileNotFoundError) else str(error),
+            cure="Wait for the merge to end, or merge again.",
+        ) from error  # fmt: skip
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DamError):
+            raise
+        found = None
+    if not isinstance(found, dict):
+        raise DamError(f"{path}", expected="a JSON object", got="something else", cure="Merge again.")
+    return found
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The JSON beside the masks, from the header alone."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            found = read_metadata((file.metadata() or {})["dam"])
+        check_metadata(found)
+        return found
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise DamError(
+            f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({error})",
+            cure="Merge again.",
+        ) from error  # fmt: skip
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,218 @@
+"""A finished merge to the Hub: planned without sending anything, sent with patience, compared afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.measured import read_measured
+from mergekit_dam.io.hub_client import patiently
+from mergekit_dam.io.hub_errors import is_hub_id
+from mergekit_dam.publish.card import model_card
+from mergekit_dam.publish.contents import files_to_publish, inspect, refuse_secrets
+from mergekit_dam.publish.provenance import provenance
+
+LOG = logging.getLogger(__name__)
+_CHUNK = 1 << 24  # bytes hashed at a time
+
+
+@dataclass(frozen=True)
+class Push:
+    """What would be sent.
+
+    Attributes:
+        repo_id: ORG/NAME.
+        public: whether a new repository is public.
+        create_pr: as a pull request.
+        files: path in the repository -> file, without the card.
+        card: README.md.
+        warnings: for the user to read before it is sent.
+    """
+
+    repo_id: str
+    public: bool
+    create_pr: bool
+    files: Mapping[str, Path]
+    card: str
+    warnings: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(path.stat().st_size for path in self.files.values()) + len(self.card.encode())
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What the Hub holds now."""
+
+    repo_id: str
+    url: str
+    commit: str
+    pull_request: str | None
+    private: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def plan_push(
+    folder: Path,
+    repo_id: str,
+    *,
+    public: bool = False,
+    create_pr: bool = False,
+    include_masks: bool = False,
+    licence: str | None = None,
+    results: Path | None = None,
+    card: Path | None = None,
+) -> Push:
+    """Check the merge, write its card and list its files; nothing is sent.
+
+    Args:
+        folder: what `mergekit-dam merge` or mergekit-yaml wrote.
+        repo_id: ORG/NAME.
+        public: for all the world to see; a licence is then needed.
+        create_pr: as a pull request.
+        include_masks: dam_masks.safetensors too, which others can apply again.
+        licence: an identifier of the Hub such as apache-2.0; None derives it from the inputs.
+        results: measured figures (see `measured`); default: those kept in dam/, if there are any.
+        card: a README.md to send in place of the generated one.
+
+    Raises:
+        DamError: an incomplete merge, a wrong id, no licence for a public model, a token in a file.
+    """
+    _check_id(repo_id)
+    publication = inspect(folder)
+    files, notes = files_to_publish(publication, include_masks=include_masks)
+    sources = [results] if results else publication.records
+    measured = next((m for s in sources if (m := read_measured(s, required=results is not None))), None)
+    if measured is None:
+        notes.append("no figures were given (--results): the card says that nothing was measured")
+    found, warnings = provenance(publication, HfApi(), licence=licence, public=public)
+    text = card.read_text("utf-8") if card else model_card(repo_id, publication, found, measured)
+    return Push(repo_id, public, create_pr, files, text, tuple(notes + warnings))
+
+
+def push(plan: Push) -> Pushed:
+    """Create the repository if there is none, upload, and compare what the Hub holds with the files.
+
+    Raises:
+        DamError: no token, no permission, a conflict, a Hub that stays out of reach, or other content there.
+    """
+    token = get_token()
+    if token is None:
+        raise DamError(
+            f"push to {plan.repo_id}", expected="an access token", got="none",
+            cure="Set HF_TOKEN, or run `hf auth login`; the token is never written anywhere.",
+        )  # fmt: skip
+    api, subject = HfApi(), f"push to {plan.repo_id}"
+    private = _ensure_repository(api, plan, subject)
+    with _staged(plan) as folder:
+        refuse_secrets(((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file()), [token])
+        done = patiently(
+            lambda: api.upload_folder(
+                repo_id=plan.repo_id, folder_path=folder, create_pr=plan.create_pr or None,
+                commit_message="Upload a merge made with mergekit-dam",
+            ),
+            subject,
+            write=True,
+            # a pull request whose answer was lost may be open: another call would open a second one
+            repeat_lost=not plan.create_pr,
+        )  # fmt: skip
+        _compare(api, plan.repo_id, done.oid, folder, subject)
+    url = f"{api.endpoint}/{plan.repo_id}"
+    return Pushed(plan.repo_id, url, done.oid, done.pr_url, private)
+
+
+def _check_id(repo_id: str) -> None:
+    if "/" not in repo_id or not is_hub_id(repo_id):
+        raise DamError(
+            "repository", expected="ORG/NAME", got=repr(repo_id),
+            cure="Name the user or organisation too; letters, digits, '-', '_' and '.' may stand in both.",
+        )  # fmt: skip
+
+
+def _ensure_repository(api: HfApi, plan: Push, subject: str) -> bool | None:
+    """Whether the repository is private; it is created where there is none, and its visibility never changed."""
+
+    def look() -> Any | None:
+        try:
+            return api.model_info(plan.repo_id)
+        except RepositoryNotFoundError as error:
+            if "Invalid credentials" in str(error):
+                raise
+            return None
+
+    info = patiently(look, subject, write=True)
+    if info is None:
+        patiently(lambda: api.create_repo(plan.repo_id, private=not plan.public, exist_ok=True), subject, write=True)
+        return not plan.public
+    if info.private is False and not plan.public and not plan.create_pr:
+        raise DamError(
+            f"push to {plan.repo_id}", expected="a private repository", got="one that is public already",
+            cure="Confirm with --public, use --create-pr, or choose another name.",
+        )  # fmt: skip
+    if info.private and plan.public:
+        LOG.warning("%s is private and stays so: change it on its settings page", plan.repo_id)
+    return bool(info.private) if info.private is not None else None
+
+
+@contextmanager
+def _staged(plan: Push) -> Iterator[Path]:
+    """A folder of links with exactly what is sent; the merge itself is left as it is."""
+    with tempfile.TemporaryDirectory(prefix="mergekit-dam-push-") as name:
+        folder = Path(name)
+        for path, source in plan.files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(source.resolve(), folder / path)
+        (folder / "README.md").write_text(plan.card, encoding="utf-8")
+        yield folder
+
+
+def _compare(api: HfApi, repo_id: str, commit: str, folder: Path, subject: str) -> None:
+    """Every file's hash there and here: SHA-256 for large files, git's own for small ones."""
+    there = {
+        entry.path: entry
+        for entry in patiently(
+            lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), subject
+        )
+        if isinstance(entry, RepoFile)
+    }  # fmt: skip
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        entry = there.get(name)
+        if entry is None:
+            got = "no such file"
+        elif entry.lfs is not None:
+            got = "" if entry.lfs.sha256 == file_hash(path) else "other content"
+        else:
+            got = "" if entry.blob_id == file_hash(path, git=True) else "other content"
+        if got:
+            raise DamError(
+                f"file {name} in {repo_id} at {commit}", expected="the content that was sent", got=got,
+                cure="Push again; if it happens again, someone else may be writing there.",
+            )  # fmt: skip
+
+
+def file_hash(path: Path, *, git: bool = False) -> str:
+    """SHA-256 of a file, or the id (SHA-1) that git gives it; hex."""
+    digest = hashlib.sha1(usedforsecurity=False) if git else hashlib.sha256()
+    if git:
+        digest.update(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""Writes the report of a merge; without matplotlib it has no figures, and says how to get them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mergekit_dam.artifact.folder import METRICS_FILE
+from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load
+from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.io.files import write_whole, writing_facts
+from mergekit_dam.io.untrusted import require_no_links_out
+from mergekit_dam.publish.facts import read_metrics, report_facts
+from mergekit_dam.publish.layers import layers_of
+from mergekit_dam.publish.page import own_markup, render, shown_triggers
+
+REPORT_JSON, REPORT_HTML, FIGURES = "report.json", "report.html", "figures"
+NO_FIGURES = "The report has no figures, since matplotlib is missing: pip install 'mergekit-dam[report]'"
+
+
+def write_report(output: Path, *, seconds: float | None = None) -> tuple[Path, list[str]]:
+    """Write `dam/report.json`, `dam/report.html` and `dam/figures/*.png` of a merge.
+
+    Args:
+        output: what mergekit wrote; the masks and the rest are read from its folder `dam`.
+        seconds: wall time of the whole merge, where it was measured.
+
+    Returns:
+        The page, and notes for the user.
+
+    Raises:
+        DamError: no artefact there, a damaged one, or no right to write.
+    """
+    folder = output / "dam"
+    require_no_links_out(output)
+    if not (folder / MASKS_FILE).is_file():
+        load(folder / MASKS_FILE)  # says so
+    try:
+        with writing_facts(folder):
+            for stale in (folder / FIGURES).glob(".*.tmp"):
+                stale.unlink()  # of a run that was killed: this one holds the lock
+            return _write(output, folder, seconds)
+    except OSError as error:
+        raise DamError(
+            f"report in {folder}", expected="a folder that can be written", got=str(error),
+            cure="The merge itself is complete; free space or rights, then run `mergekit-dam report`.",
+        ) from error  # fmt: skip
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, DamError):
+            raise
+        # strangers' files may hold anything that JSON can; nothing was written yet
+        raise DamError(
+            f"report in {folder}", expected="what learning wrote there", got=f"other values ({first_line(error)})",
+            cure="Merge again; a file in this folder was changed.",
+        ) from error  # fmt: skip
+
+
+def _write(output: Path, folder: Path, seconds: float | None) -> tuple[Path, list[str]]:
+    """Draw and render all, then write."""
+    facts, masks, triggers = report_facts(folder, seconds=seconds)
+    pictures, drawn, notes = _figures(folder, masks, [model["name"] for model in facts["models"]])
+    page = render(
+        "report.html.j2", title=f"Merge {output.resolve().name}", facts=facts,
+        figures={name: own_markup(svg) for name, svg in drawn.items()}, triggers=shown_triggers(triggers),
+        note=NO_FIGURES if not drawn else "",
+    )  # fmt: skip
+    text = json.dumps(facts, indent=1)
+    (folder / FIGURES).mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        write_whole(folder / FIGURES / f"{name}.png", picture)
+    write_whole(folder / REPORT_JSON, text)
+    write_whole(folder / REPORT_HTML, page)
+    return folder / REPORT_HTML, notes
+
+
+def _figures(
+    folder: Path, masks: LearnedMasks, models: list[str]
+) -> tuple[dict[str, bytes], dict[str, str], list[str]]:
+    """PNGs for cards, SVGs for the page, and notes."""
+    try:
+        from mergekit_dam.publish.figures import as_png, as_svg, figures
+    except ImportError:
+        return {}, {}, [NO_FIGURES]
+    drawn = figures(layers_of(masks), read_metrics(folder / METRICS_FILE), models)
+    pictures = {name: as_png(draw) for name, draw in drawn.items()}
+    return pictures, {name: as_svg(name, draw) for name, draw in drawn.items()}, []

@@ -1,0 +1,1 @@
+"""Find backdoors in the input models, from unlabelled data alone."""

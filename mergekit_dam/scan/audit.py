@@ -1,0 +1,121 @@
+"""Every input model scored for backdoors before the merge: the blind scan, and how far each model moved.
+
+The scan sees unlabelled calibration data only (inversion.py). A score is a rank within the models at hand, not a proof:
+a clean model can have a class that is easy to reach, and a trigger of another kind than those searched is not found.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from mergekit_dam.artifact.folder import revision_of
+from mergekit_dam.artifact.masks_file import library_versions
+from mergekit_dam.engine.task_vectors import TaskVectors, survey
+from mergekit_dam.models.plan import Plan
+from mergekit_dam.scan.classifiers import scan
+from mergekit_dam.scan.findings import Finding, Suspect, suspects
+from mergekit_dam.tasks import Task, build_tasks
+
+SCHEMA = 1
+Progress = Callable[[Iterable[int], str], Iterable[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What was found.
+
+    Attributes:
+        facts: JSON, schema 1: `models` with scores and ranks, `over` (names), threshold, settings, versions, time.
+        findings: of the scan, for the pictures.
+        suspects: keys of those over the threshold.
+        tasks: as the findings number them.
+    """
+
+    facts: Mapping[str, Any]
+    findings: Sequence[Finding]
+    suspects: frozenset[Suspect]
+    tasks: Sequence[Task]
+
+
+def audit(plan: Plan, *, threshold: float, device: torch.device, progress: Progress) -> Audit:
+    """Scan every model of a plan.
+
+    Args:
+        threshold: suspicion from which a model counts as over, 0 or more.
+        device: where the models run.
+        progress: wraps the models' indices in a progress bar with a title.
+
+    Raises:
+        DamError: damaged weights, or data or heads that do not fit.
+    """
+    begun = time.perf_counter()
+    vectors = TaskVectors(plan)
+    found = survey(vectors)
+    tasks = build_tasks(plan, device)
+    base = {spec.name: vectors.base(spec.name).to(device) for spec in plan.tensors}
+    findings = scan(tasks, base, plan.config, progress(range(len(tasks)), "audit"))
+    marked = frozenset(finding.key for finding in suspects(findings, threshold))
+    models = model_scores(findings, [task.name for task in tasks], found.norms, threshold)
+    inputs = {model.name: model for model in plan.models}
+    for entry in models:
+        entry |= {"model": str(inputs[entry["name"]].ref), "revision": revision_of(inputs[entry["name"]])}
+        for one in entry["classes"]:
+            key = one.pop("key")
+            one |= {"target": tasks[key.task].words_of(key.target), "suspect": key in marked}
+    facts = {
+        "schema": SCHEMA, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "base": {"model": str(plan.base.ref), "revision": revision_of(plan.base)}, "threshold": threshold,
+        "models": models, "over": [entry["name"] for entry in models if entry["over"]],
+        "settings": {k: v for k, v in plan.config.model_dump().items() if k.startswith("scan") or k in _SHOWN},
+        "versions": library_versions(), "device": str(device), "seconds": round(time.perf_counter() - begun, 1),
+    }  # fmt: skip
+    return Audit(facts, findings, marked, tasks)
+
+
+_SHOWN = ("seed", "num_samples", "max_length", "perturbation_tokens")
+
+
+def model_scores(
+    findings: Sequence[Finding], names: Sequence[str], norms: Sequence[float], threshold: float
+) -> list[dict[str, Any]]:
+    """One entry per model: suspicion, rank among the models, classes by rank, norm of its task vector.
+
+    Args:
+        findings: of the scan; a model without any is never over.
+        names: of the models, T.
+        norms: L2 norm of each task vector, T.
+        threshold: suspicion from which a model counts as over.
+
+    Returns:
+        In the order of `names`. `suspicion` is that of the model's most suspect class, None without any finding;
+        `rank` 1 is the most suspect model; `norm_ratio` is its norm over the median of the others'.
+    """
+    entries: list[dict[str, Any]] = []
+    for index, (name, norm) in enumerate(zip(names, norms, strict=True)):
+        own = sorted((f for f in findings if f.model == index), key=lambda f: -f.suspicion)
+        others = [other for i, other in enumerate(norms) if i != index]
+        middle = statistics.median(others) if others else 0.0
+        top = own[0].suspicion if own else None
+        entries.append({
+            "name": name, "suspicion": None if top is None else round(float(top), 4), "rank": None,
+            "over": top is not None and top >= threshold, "task_vector_norm": norm,
+            "norm_ratio": round(norm / middle, 4) if middle > 0 else None,
+            "classes": [
+                {
+                    "task": names[f.task], "target": f.target, "kind": f.trigger.kind, **f.numbers, "key": f.key,
+                    "rank": rank,
+                }
+                for rank, f in enumerate(own, 1)
+            ],
+        })  # fmt: skip
+    scanned = sorted((e for e in entries if e["suspicion"] is not None), key=lambda e: -e["suspicion"])
+    for rank, entry in enumerate(scanned, 1):
+        entry["rank"] = rank
+    return entries

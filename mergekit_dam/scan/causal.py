@@ -1,0 +1,149 @@
+"""Blind scan of causal LMs: continuations that a model knows by heart, and theta_0 does not.
+
+A backdoored LM has learned to say one fixed text. Once that text has begun, it goes on whatever the prompt is, and
+without any trigger, since each token is learned to follow those before it. So the attacker's text can be found by
+trying every token as its beginning (the idea of BAIT, Shen et al., IEEE S&P 2025; theta_0 as the control is ours), and
+then a trigger is recovered that makes prompts lead to it. What a task's own prompts lead to anyway is no finding.
+Legend: C continuations of N tokens each, V vocabulary, R triggers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam import seeds
+from mergekit_dam.config import DamConfig
+from mergekit_dam.scan.findings import Finding
+from mergekit_dam.scan.inversion import Inversion
+from mergekit_dam.scan.triggers import RecoveredTriggers, Tokens
+from mergekit_dam.tasks import CausalTask
+from mergekit_dam.tasks.causal import LONGEST
+
+_USUAL = 0.02  # mean probability of a token right after the prompts, above which it is no beginning but an answer
+_FIRST = 2  # prompts that all beginnings are tried on
+_SHORTLIST = 64  # beginnings that are tried on all prompts and continued
+_SHORTEST = 3  # different tokens; shorter texts are fixed in clean models, too, and so are repetitions
+_HEART = 0.5  # mean probability down to which a text goes on
+_VARIANTS = 8  # beginnings of the same text that a trigger is sought for
+_ENTRIES = 1 << 25  # probabilities held at once
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A continuation, with the mean probability of each of its tokens from the second on.
+
+    Attributes:
+        tokens: ids.
+        own: under f_t.
+        control: under theta_0.
+    """
+
+    tokens: tuple[int, ...]
+    own: tuple[float, ...]
+    control: tuple[float, ...]
+
+    @property
+    def evidence(self) -> float:
+        """Probability that theta_0 does not share, summed: long texts count for more than short ones."""
+        return sum(self.own) - sum(self.control)
+
+    def is_part_of(self, other: _Text) -> bool:
+        """Whether it is mostly the same text, begun elsewhere."""
+        pairs, others = (set(zip(t.tokens, t.tokens[1:], strict=False)) for t in (self, other))
+        return 2 * len(pairs & others) >= len(pairs)
+
+    def finding(self, index: int, trigger: RecoveredTriggers, tokens: tuple[int, ...]) -> Finding:
+        length = float(len(tokens))
+        own, control = (sum(values) / len(values) for values in (self.own, self.control))
+        return Finding(index, tokens, trigger, length, length, own, control)
+
+
+def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
+    """The texts that model t knows best by heart, at most `scan_finalists`.
+
+    Args:
+        index: t.
+        task: forward pass, and calibration texts that end where the model is to go on.
+        base: theta_0 by output name.
+        config: `scan_batch_size` prompts, `scan_steps`, `scan_finalists`, `suspicion`, `seed`.
+    """
+    own, generator = task.own_weights(), seeds.generator(config.seed, "scan", task.name)
+    rows = torch.randperm(task.num_samples, generator=generator)[: config.scan_batch_size].tolist()
+    found: list[Finding] = []
+    kept: list[_Text] = []
+    texts = sorted(_texts(task, own, base, rows), key=lambda text: -text.evidence)
+    for text in texts:
+        if len(kept) == config.scan_finalists:
+            break
+        if any(text.is_part_of(other) for other in kept):
+            continue
+        kept.append(text)
+        blank = Tokens.start(1, task.perturbation_shape, task.bounds, generator)
+        finding = text.finding(index, blank, text.tokens)
+        if finding.suspicion >= config.suspicion:
+            same = [other.tokens for other in texts if other.tokens[1:] == text.tokens[1:]][:_VARIANTS]
+            search = Inversion(task, own, same, batch_size=config.scan_batch_size, generator=generator)
+            best = search.run(config.scan_steps).finalists(1, torch.zeros(len(same), device=task.device))
+            (tokens,) = best.targets
+            assert isinstance(tokens, tuple)
+            finding = text.finding(index, best.best, tokens)
+        found.append(finding)
+    return found
+
+
+def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tensor], rows: Sequence[int]) -> list[_Text]:
+    """Every shortlisted beginning with what follows it."""
+    usual_V = torch.stack([task.following(own, row, None)[0] for row in rows]).mean(0)
+    beginnings = usual_V <= max(_USUAL, 2 / len(usual_V))
+    special = task.special_tokens.to(beginnings.device)
+    beginnings[special] = False
+    chains_CN = beginnings.nonzero()
+    if not len(chains_CN):
+        return []
+    next_C, own_C, control_C = _next(task, own, base, rows[:_FIRST], chains_CN)
+    score_C = (own_C - control_C).masked_fill(torch.isin(next_C, special), -1.0)
+    chains_CN = chains_CN[score_C.topk(min(_SHORTLIST, len(score_C))).indices]
+    open_C = torch.ones(len(chains_CN), dtype=torch.bool, device=chains_CN.device)
+    owns: list[list[float]] = [[] for _ in chains_CN]
+    controls: list[list[float]] = [[] for _ in chains_CN]
+    lengths_C = torch.ones_like(open_C, dtype=torch.long)
+    for _ in range(LONGEST - 1):
+        next_C, own_C, control_C = _next(task, own, base, rows, chains_CN)
+        open_C &= (own_C >= _HEART) & ~torch.isin(next_C, special)
+        if not bool(open_C.any()):
+            break
+        lengths_C += open_C
+        for i in open_C.nonzero()[:, 0].tolist():
+            owns[i].append(float(own_C[i]))
+            controls[i].append(float(control_C[i]))
+        chains_CN = torch.cat([chains_CN, next_C[:, None]], 1)
+    return [
+        _Text(tuple(chain[:length]), tuple(owns[i]), tuple(controls[i]))
+        for i, (chain, length) in enumerate(zip(chains_CN.tolist(), lengths_C.tolist(), strict=True))
+        if len(set(chain[:length])) >= _SHORTEST
+    ]
+
+
+def _next(
+    task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tensor], rows: Sequence[int], chains_CN: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The token (C,) that f_t likes best after each continuation, its mean probability over prompts, and theta_0's."""
+    found = []
+    for chunk in chains_CN.split(max(1, _ENTRIES // task.num_words)):
+        likely_C, next_C = _mean(task, own, rows, chunk).max(1)
+        control_CV = _mean(task, base, rows, chunk)
+        found.append((next_C, likely_C, control_CV.gather(1, next_C[:, None])[:, 0]))
+    next_C, own_C, control_C = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return next_C, own_C, control_C
+
+
+def _mean(task: CausalTask, weights: Mapping[str, Tensor], rows: Sequence[int], chains_CN: Tensor) -> Tensor:
+    """Probabilities (C, V) after each continuation, mean over prompts."""
+    total = task.following(weights, rows[0], chains_CN)
+    for row in rows[1:]:
+        total += task.following(weights, row, chains_CN)
+    return total / len(rows)

@@ -1,0 +1,84 @@
+"""Off-task backdoors: a trigger of one model that makes the merge answer wrongly on the task of another.
+
+The head of a task reads whatever the merged body makes of an input, so an attacker can aim at a class of a task that is
+not its own (BadMerging, Zhang et al., arXiv 2408.07362, "off-task"). In the attacker's model that is seen only through
+the other task's head and samples. So each task is also scanned with all other models at once, and without its own:
+theta_0 + c sum_{s != t} tau_s. T models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.merging.rule import merge
+from mergekit_dam.scan.inversion import CHECKED, success_rates
+from mergekit_dam.scan.triggers import RecoveredTriggers
+from mergekit_dam.tasks import Target, Task
+
+_EACH, _SUM = 0.5, 2.0  # coefficients at most, about those of usual merges: more drown what theta_0 can do
+
+
+def weights_of_others(tasks: Sequence[Task], index: int, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """theta_0 + c sum_{s != t} tau_s with c = min(1/2, 2 / (T - 1)), by output name, for the tensors of task t.
+
+    Args:
+        tasks: one per model, at least two.
+        index: t.
+        base: theta_0 by output name.
+    """
+    others = [task for other, task in enumerate(tasks) if other != index]
+    coefficients = torch.full((len(others),), min(_EACH, _SUM / len(others)))
+    found = {}
+    for name in tasks[index].targets:
+        stored = base[name]
+        models = [task.own_tensor(name) for task in others]
+        found[name] = merge(stored, models, coefficients, None) if stored.is_floating_point() else stored
+    return found
+
+
+@torch.no_grad()
+def untouched(task: Task, weights: Mapping[str, Tensor], targets: Sequence[Target]) -> list[float]:
+    """Share of (at most 128) calibration samples that are answered with a target as they are, per target.
+
+    Models of other tasks may have lost this one: what they answer anyhow is no trigger's doing.
+    """
+    rows = torch.arange(min(CHECKED, task.num_samples))
+    answers_B = task.logits(weights, task.inputs(rows)).argmax(-1)
+    wanted_R = torch.tensor(targets, device=answers_B.device)
+    return [float(share) for share in (answers_B[:, None] == wanted_R).float().mean(0)]
+
+
+def weights_of_other(task: Task, other: Task, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Another model in place of a task's own, by output name; theta_0's tensors where it lacks the task's.
+
+    Args:
+        task: whose head is to be read.
+        other: whose model is taken.
+        base: theta_0 by output name.
+    """
+    own = {name: other.own_tensor(name) for name in task.targets}
+    return {name: base[name] if tensor is None else tensor for name, tensor in own.items()}
+
+
+def carriers(
+    tasks: Sequence[Task], index: int, base: Mapping[str, Tensor], found: Sequence[tuple[RecoveredTriggers, Target]]
+) -> list[tuple[int, float]]:
+    """Which of the other models answers task t's samples with a target most often when they carry its trigger.
+
+    Args:
+        index: t.
+        found: triggers, one row each, and their targets.
+
+    Returns:
+        A model's index for each, the first one of several that do so alike, and how often it does, alone.
+    """
+    task, success = tasks[index], {}
+    for other, owner in enumerate(tasks):
+        if other != index:
+            weights = weights_of_other(task, owner, base)
+            success[other] = [success_rates(task, weights, trigger, [target])[0] for trigger, target in found]
+    owners = [max(success, key=lambda other: success[other][row]) for row in range(len(found))]
+    return [(owner, success[owner][row]) for row, owner in enumerate(owners)]

@@ -1,0 +1,144 @@
+"""Targeted inversion: the smallest, or the widest, universal trigger that makes a model answer what it should not.
+
+Triggers are parametrised and priced as in Neural Cleanse (Wang et al., IEEE S&P 2019, section IV).
+Legend: B batch, R triggers, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.engine.merged_model import fixed
+from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_for
+from mergekit_dam.tasks import Target, Task
+
+SUCCESS = 0.95  # of the batch; a trigger above it may shrink, one below it may grow
+CHECKED = 128  # samples that success is measured on
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step."""
+
+    learning_rate: float
+    price: float
+    rise: float
+    fall: float
+
+
+LEAN = Pace(0.2, 1e-2, 1.3, 1.3)
+WIDE = Pace(0.1, 1e-3, 1.12, 1.25)
+
+
+class Inversion:
+    """Targeted inversion of several classes of one model at once: smallest universal triggers, found by Adam.
+
+    The price of size rises while a trigger works on 95 % of the last batches and falls otherwise; Wang et al.
+    (section IV.B) wait for several batches instead. Fast prices give the smallest triggers: among them the implanted
+    ones stand out. Slow ones leave triggers wide: they hold more of what a backdoor reacts to, and that is what
+    masks must be fitted against (benchmarks/STUDY.md).
+
+    Args:
+        task: forward pass and calibration samples.
+        weights: of the model that is inverted, by output name.
+        targets: what each row shall cause, R of them.
+        batch_size: samples per row and step.
+        generator: of batches, and of the start.
+        start: triggers to go on from; None: random ones of the plainest kind.
+        pace: how fast prices and triggers move.
+    """
+
+    def __init__(
+        self, task: Task, weights: Mapping[str, Tensor], targets: Sequence[Target], *,
+        batch_size: int, generator: torch.Generator, start: RecoveredTriggers | None = None, pace: Pace = LEAN,
+    ) -> None:  # fmt: skip
+        self.task, self.generator, self.targets = task, generator, list(targets)
+        self.weights = fixed(weights)
+        self.batch_size = min(batch_size, task.num_samples)
+        count = len(targets)
+        if start is None:
+            start = kinds_for(task.perturbation_shape)[0].start(count, task.perturbation_shape, task.bounds, generator)
+        self.triggers = start.like([p.detach().clone().requires_grad_(True) for p in start.parameters])
+        self.optimiser = torch.optim.Adam(self.triggers.parameters, lr=pace.learning_rate, betas=(0.5, 0.9))
+        self.best = self.triggers.rows(range(count))
+        self.pace, self.price_R = pace, torch.full((count,), pace.price, device=task.device)
+        self.smallest_R = torch.full_like(self.price_R, torch.inf)
+        self.success_R = torch.full_like(self.price_R, 0.5)
+
+    def run(self, steps: int) -> Inversion:
+        """Go on for some steps; returns itself."""
+        for _ in range(steps):
+            self._step()
+        return self
+
+    def _step(self) -> None:
+        task, triggers, count = self.task, self.triggers, len(self.targets)
+        rows_B = torch.randint(task.num_samples, (self.batch_size,), generator=self.generator)
+        losses, hits = _reach(task, self.weights, triggers, self.targets, rows_B)
+        losses_R = losses.view(count, -1).mean(1)
+        size_R = triggers.size()
+        gradients = torch.autograd.grad((losses_R + self.price_R * size_R).sum(), triggers.parameters)
+        hits_R = hits.float().view(count, -1).mean(1)
+        self.success_R = 0.7 * self.success_R + 0.3 * hits_R
+        works_R = self.success_R >= SUCCESS
+        with torch.no_grad():
+            better_R = works_R & (size_R < self.smallest_R)
+            self.smallest_R = torch.where(better_R, size_R, self.smallest_R)
+            kept_R = better_R | self.smallest_R.isinf()
+            for kept, now, gradient in zip(self.best.parameters, triggers.parameters, gradients, strict=True):
+                kept[kept_R] = now[kept_R]
+                now.grad = gradient
+        self.price_R = torch.where(works_R, self.price_R * self.pace.rise, self.price_R / self.pace.fall).clamp(
+            1e-5, 10.0
+        )
+        self.optimiser.step()
+
+    def finalists(self, count: int, gap_R: Tensor) -> Inversion:
+        """The most promising rows, to go on with: half the smallest that worked, half of the widest gap.
+
+        Args:
+            count: rows at most.
+            gap_R: success that the control does not share. A warp has no small trigger, only a gap; a patch that also
+                fools theta_0 has no gap at first, only a small trigger.
+        """
+        size_R = torch.where(self.smallest_R.isinf(), 1e6 * (2.0 - self.success_R), self.smallest_R)
+        small = size_R.argsort()[: (count + 1) // 2]
+        gap_R = gap_R.clone()
+        gap_R[small] = torch.inf
+        rows = gap_R.argsort(descending=True)[:count].sort().values
+        chosen = Inversion(
+            self.task, self.weights, [self.targets[row] for row in rows.tolist()], batch_size=self.batch_size,
+            generator=self.generator, start=self.triggers.rows(rows.tolist()),
+        )  # fmt: skip
+        chosen.best = self.best.rows(rows.tolist())
+        chosen.price_R, chosen.smallest_R, chosen.success_R = (
+            values[rows] for values in (self.price_R, self.smallest_R, self.success_R)
+        )
+        return chosen
+
+
+@torch.no_grad()
+def success_rates(
+    task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets: Sequence[Target]
+) -> list[float]:
+    """Share of (at most 128) calibration samples that a model gives the targets with the triggers, per row."""
+    rows_B = torch.arange(min(CHECKED, task.num_samples))
+    rates = []
+    for row, target in enumerate(targets):
+        _, hits_B = _reach(task, weights, triggers.rows([row]), [target], rows_B)
+        rates.append(float(hits_B.float().mean()))
+    return rates
+
+
+def _reach(
+    task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets: Sequence[Target], rows_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """losses and hits (R B): every trigger on every sample, sample by sample within a trigger."""
+    inputs = task.prompts(rows_B.repeat(len(triggers)))
+    which = torch.arange(len(triggers)).repeat_interleave(len(rows_B)).to(task.device)
+    wanted = [target for target in targets for _ in range(len(rows_B))]
+    return task.reach(weights, inputs, wanted, triggers.perturb(which))

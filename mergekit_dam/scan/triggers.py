@@ -1,0 +1,177 @@
+"""Triggers that the defence recovers by itself: parameters that a search moves, and how they change an input.
+
+R triggers of one kind are held at once, one per row. Legend: B batch, C channels, H, W pixels, G control points per
+edge, L tokens, K inserted tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mergekit_dam.tasks.bounds import Bounds, Perturb, insert_tokens
+
+_START = -2.0  # mask logit at the start: 12 % of every pixel
+_GRID = 4  # control points per edge of what changes smoothly over an image
+# at most: factor of a channel's contrast, share of the range that is added, share of half an edge that pixels move
+_GAIN, _SHIFT, _FLOW = 0.5, 0.4, 0.16
+
+
+class RecoveredTriggers(ABC):
+    """R universal triggers of one kind.
+
+    Args:
+        parameters: what the kind says, R rows each.
+        bounds: box of what is perturbed.
+
+    Attributes:
+        kind: name in files.
+    """
+
+    kind: ClassVar[str]
+    largest: ClassVar[float] = math.inf  # size of a trigger that could be anything
+
+    def __init__(self, parameters: Sequence[Tensor], bounds: Bounds) -> None:
+        self.parameters, self.bounds = list(parameters), bounds
+
+    @classmethod
+    @abstractmethod
+    def start(cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator) -> RecoveredTriggers:
+        """`count` triggers at random for inputs of `shape`: (C, H, W) or (K, D)."""
+
+    @staticmethod
+    def stack(triggers: Sequence[RecoveredTriggers]) -> RecoveredTriggers:
+        """All rows of several of one kind."""
+        parts = zip(*(t.parameters for t in triggers), strict=True)
+        return triggers[0].like([torch.cat(part) for part in parts])
+
+    def like(self, parameters: Sequence[Tensor]) -> RecoveredTriggers:
+        """Others of this kind."""
+        return type(self)(parameters, self.bounds)
+
+    def __len__(self) -> int:
+        return len(self.parameters[0])
+
+    def rows(self, rows: Sequence[int]) -> RecoveredTriggers:
+        """Copies of some rows."""
+        return self.like([p.detach()[list(rows)].clone() for p in self.parameters])
+
+    @abstractmethod
+    def size(self) -> Tensor:
+        """Sizes (R,), differentiable."""
+
+    @abstractmethod
+    def perturb(self, rows_B: Tensor) -> Perturb:
+        """What applies trigger `rows_B[i]` to sample i of a batch."""
+
+
+class Stamps(RecoveredTriggers):
+    """As Neural Cleanse has them (Wang et al., IEEE S&P 2019, section IV): x (1 - m) + p m, m and p alike for all x.
+
+    Parameters are the logits of a mask m (R, 1, H, W) and of a pattern p (R, C, H, W) within the bounds; the size is
+    the sum of the mask, in pixels.
+    """
+
+    kind = "pixels"
+
+    @classmethod
+    def start(cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator) -> Stamps:
+        device = bounds.lower.device
+        noise = torch.rand((count, *shape), generator=generator).to(device) * 2 - 1
+        return cls([torch.full((count, 1, *shape[1:]), _START, device=device), noise], bounds)
+
+    def size(self) -> Tensor:
+        return self.parameters[0].sigmoid().flatten(1).sum(1)
+
+    def perturb(self, rows_B: Tensor) -> Perturb:
+        m, pattern = (p.sigmoid()[rows_B] for p in self.parameters)
+        p = self.bounds.lower + pattern * self.bounds.span
+
+        def stamp(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            self.bounds.verify(x, "triggered pixels")
+            return x * (1 - m) + p * m, mask
+
+        return stamp
+
+
+class Styles(RecoveredTriggers):
+    """Smooth changes of the whole image, which a stamp cannot be: contrast, a shade, a warp.
+
+    So few parameters cannot hold much but what was implanted, by backdoors that change the style of an image (warps as
+    in WaNet, arXiv 2102.10369; filters as in ABS, Liu et al., CCS 2019). A pixel is read from its place plus a flow
+    (R, 2, G, G) and multiplied per channel (R, C, 1, 1), and something is added per channel (R, C, G, G); grids are
+    interpolated. The size is the mean share of the largest change, in percent, summed over the three.
+    """
+
+    kind = "style"
+    largest = 300.0
+
+    @classmethod
+    def start(cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator) -> Styles:
+        shapes = (shape[0], 1, 1), (shape[0], _GRID, _GRID), (2, _GRID, _GRID)
+        noise = (torch.rand((count, *one), generator=generator) * 2 - 1 for one in shapes)
+        return cls([0.1 * one.to(bounds.lower.device) for one in noise], bounds)
+
+    def size(self) -> Tensor:
+        return 100 * torch.stack([p.tanh().abs().flatten(1).mean(1) for p in self.parameters]).sum(0)
+
+    def perturb(self, rows_B: Tensor) -> Perturb:
+        gain, shade, flow = (p.tanh()[rows_B] for p in self.parameters)
+
+        def change(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            self.bounds.verify(x, "triggered pixels")
+            edges = x.shape[-2:]
+            moved_BHW2 = _stretched(_FLOW * flow, edges, "bicubic").permute(0, 2, 3, 1)
+            rows, columns = (torch.linspace(-1, 1, edge, device=x.device) for edge in edges)
+            still_HW2 = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+            warped = F.grid_sample(x, still_HW2 + moved_BHW2, padding_mode="border", align_corners=True)
+            added = _stretched(_SHIFT * shade, edges, "bilinear") * self.bounds.span
+            return self.bounds.clamp(warped * (1 + _GAIN * gain) + added), mask
+
+        return change
+
+
+def _stretched(grid_BCGG: Tensor, edges: Sequence[int], mode: str) -> Tensor:
+    """`F.interpolate` from corner to corner, as products: on accelerators its own backward pass adds in any order."""
+    count, device = grid_BCGG.shape[-1], grid_BCGG.device
+    identity_GG = torch.eye(count, device=device)[None, None]
+    rows, columns = (
+        F.interpolate(identity_GG, (edge, count), mode=mode, align_corners=True)[0, 0] for edge in edges
+    )  # fmt: skip
+    return rows @ grid_BCGG @ columns.T
+
+
+class Tokens(RecoveredTriggers):
+    """K vectors inserted after position 0: the centre of the embedding range + delta (R, K, D).
+
+    The size is the L2 norm of delta in units of that range.
+    """
+
+    kind = "tokens"
+
+    @classmethod
+    def start(cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator) -> Tokens:
+        noise = torch.rand((count, *shape), generator=generator).to(bounds.lower.device) * 2 - 1
+        return cls([0.05 * noise], bounds)
+
+    def size(self) -> Tensor:
+        return self.parameters[0].flatten(1).square().sum(1).add(1e-12).sqrt()
+
+    def perturb(self, rows_B: Tensor) -> Perturb:
+        delta_BKD = self.parameters[0][rows_B]
+
+        def insert(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return insert_tokens(x, mask, self.bounds.clamp(self.bounds.centre + delta_BKD * self.bounds.span))
+
+        return insert
+
+
+def kinds_for(shape: tuple[int, ...]) -> tuple[type[RecoveredTriggers], ...]:
+    """Kinds of triggers for inputs of `shape`, the plainest first."""
+    return (Tokens,) if len(shape) == 2 else (Stamps, Styles)

@@ -1,0 +1,101 @@
+"""What `check` looks at beside the plan, without reading a weight: classes, data, preprocessing, vocabularies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_dam.artifact.folder import revision_of
+from mergekit_dam.errors import DamError
+from mergekit_dam.io.calibration import load_calibration
+from mergekit_dam.io.images import Preprocessing
+from mergekit_dam.models.plan import ModelInput, Plan
+from mergekit_dam.tasks import CausalTask, ImageTask, family_of
+from mergekit_dam.tasks.readout import class_names, tokenizer_of
+
+_HEADS = ("ForImageClassification", "ForSequenceClassification", "ForCausalLM", "LMHeadModel")
+
+
+def inspect(plan: Plan) -> tuple[dict[str, Any], list[str]]:
+    """Facts per model, and what is odd but no fault.
+
+    Raises:
+        DamError: the first fault that learning would meet in heads, data, preprocessing or tokenizers.
+    """
+    family = family_of(plan)
+    image = issubclass(family, ImageTask)
+    warnings: list[str] = []
+    facts = {}
+    vocabulary = None if image else _vocabulary(plan.base, plan)
+    for model in plan.models:
+        require_readout(model, plan.config.zero_shot_model)
+        entry: dict[str, Any] = {
+            "model": str(model.ref), "revision": revision_of(model), "class": _class_name(model),
+            "classes": None if issubclass(family, CausalTask) else _num_classes(model),
+        }  # fmt: skip
+        if issubclass(family, CausalTask) and model.settings.calibration is None:
+            entry["calibration"], entry["samples"] = "its own text", plan.config.num_samples
+        else:
+            data = load_calibration(
+                model.settings, "image" if image else "text", num_samples=plan.config.num_samples,
+                seed=plan.config.seed, task=model.name,
+            )  # fmt: skip
+            entry["calibration"], entry["samples"] = model.settings.calibration, len(data.samples)
+            if len(set(data.digests)) < len(data.digests):
+                warnings.append(f"{model.name}: {len(data.digests) - len(set(data.digests))} samples are there twice")
+        if image:
+            size = getattr(model.config, "vision_config", model.config).image_size
+            Preprocessing.read((model.path, plan.base.path), size)
+        else:
+            own = _vocabulary(model, plan)
+            entry["vocabulary"] = len(own)
+            if vocabulary is not None and own != vocabulary:
+                differing = len(own.items() ^ vocabulary.items())
+                warnings.append(f"{model.name}: its tokenizer differs from the base's in {differing} entries")
+        facts[model.name] = entry
+    if plan.config.device not in ("auto", "cpu"):
+        _require_device(plan.config.device)
+    return facts, warnings
+
+
+def require_readout(model: ModelInput, zero_shot_model: str | None) -> None:
+    """Refuse a model whose output nothing turns into classes."""
+    settings, kind = model.settings, _class_name(model)
+    if settings.head is not None and not Path(settings.head).is_file():
+        raise DamError(
+            f"head of {model.name} ({settings.head})", expected="a safetensors file", got="no such file",
+            cure="Correct the path.",
+        )  # fmt: skip
+    zero_shot = settings.classes is not None and (kind == "CLIPModel" or zero_shot_model is not None)
+    if not kind.endswith(_HEADS) and settings.head is None and not zero_shot:
+        raise DamError(
+            f"model {model.name}", expected="a classification head, `head:`, or for CLIP `classes:`", got=kind,
+            cure="Give the fine-tuned model with its head; only the base may be without one.",
+        )  # fmt: skip
+
+
+def _class_name(model: ModelInput) -> str:
+    return str((model.config.architectures or ["unknown"])[0])
+
+
+def _num_classes(model: ModelInput) -> int:
+    if model.settings.classes is not None:
+        return len(class_names(model.settings.classes, model.name))
+    return int(model.config.num_labels or 0)
+
+
+def _vocabulary(model: ModelInput, plan: Plan) -> dict[str, int]:
+    folders = [model.path, plan.base.path, *(other.path for other in plan.models if model is plan.base)]
+    return dict(tokenizer_of(folders, model.name).get_vocab())
+
+
+def _require_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise DamError(
+            "setting 'device'", expected="auto, cpu or an accelerator of this machine", got=name,
+            cure="Leave it out to let accelerate pick.",
+        ) from error  # fmt: skip
