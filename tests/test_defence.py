@@ -27,9 +27,9 @@ from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.evaluation.attacks import PatchTrigger
 from mergekit_dam.evaluation.metrics import LabelledData, attack_success_rate
 from mergekit_dam.learn.inversion_search import InversionSearch
-from mergekit_dam.learn.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.learn.run import learn_masks
 from mergekit_dam.learn.teacher import OwnAnswers
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.scan import classifiers as scanning
 from mergekit_dam.scan.findings import Finding, suspects

@@ -15,10 +15,10 @@ from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.config import DamConfig, ModelSettings
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.learn.losses import entropy
-from mergekit_dam.learn.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.learn.paper_search import PaperSearch
 from mergekit_dam.learn.run import learn_masks
 from mergekit_dam.merging.mask_bytes import to_probabilities
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.models.plan import Plan, build_plan
 from tests.conftest import FAST
 from tests.searching import new_search

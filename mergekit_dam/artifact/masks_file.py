@@ -44,9 +44,9 @@ from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.io.cache import found_out
 from mergekit_dam.io.files import replacing
-from mergekit_dam.learn.masks import BACKDOOR_DETECTION, TASK_SHARED, own_key, owned_name
 from mergekit_dam.merging.checks import mask_faults
 from mergekit_dam.merging.mask_bytes import to_bytes
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED, own_key, owned_name
 from mergekit_dam.merging.mask_product import MaskProduct, means_of
 from mergekit_dam.models.plan import Plan
 

@@ -22,8 +22,8 @@ from pydantic import (
 )
 from torch import Tensor
 
-from mergekit_dam.learn.masks import own_key, owned_name
 from mergekit_dam.merging.mask_bytes import STEPS
+from mergekit_dam.merging.mask_keys import own_key, owned_name
 
 CHECKSUM = "content_sha256"  # entry of the metadata
 # entries of files that were written before there was a checksum

@@ -35,13 +35,13 @@ from mergekit_dam.learn.mask_pair import (
     mask_state,
     masks_in_use,
 )
-from mergekit_dam.learn.masks import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.learn.objective import Patience, fit_loss, summed
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.learn.students import wanted
 from mergekit_dam.learn.teacher import OwnAnswers, balance
 from mergekit_dam.learn.trigger_pool import blank, recover
 from mergekit_dam.merging.checks import require_finite_gradients
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.scan.classifiers import scan
 from mergekit_dam.scan.cross_task import weights_of_others

@@ -13,17 +13,10 @@ from mergekit_dam.engine.frozen_models import Weights
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.shards import ALONE
 from mergekit_dam.engine.snapshots import State, adam_state
-from mergekit_dam.learn.masks import (
-    BACKDOOR_DETECTION,
-    TASK_SHARED,
-    ConcreteMask,
-    mask_shape,
-    own_key,
-    owned_name,
-    product,
-)
+from mergekit_dam.learn.masks import ConcreteMask, product
 from mergekit_dam.merging.checks import finite_flags, require_flags
 from mergekit_dam.merging.mask_bytes import to_bytes
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED, mask_shape, own_key, owned_name
 from mergekit_dam.merging.mask_product import MaskProduct, together_numel
 
 Whole = dict[str, dict[str, Tensor]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,31 +15,11 @@ from torch import Tensor
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.merging.foreach import groups, sums_of_sigmoids
 from mergekit_dam.merging.mask_bytes import to_probabilities
+from mergekit_dam.merging.mask_keys import own_key
 from mergekit_dam.merging.mask_product import SMALLEST, MaskProduct, chunk_numel, means_of
 from mergekit_dam.seeds import generator
 
-Granularity = Literal["element", "row", "tensor"]
-TASK_SHARED, BACKDOOR_DETECTION = "task_shared", "backdoor_detection"
 _INSIDE = 2.0**-24  # from 0 or 1 to the nearest sample; half of float32's step below 1
-
-
-def mask_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
-    """Shape of a mask that broadcasts to a tensor of `shape`: all, one entry per row (dim 0), or one."""
-    if granularity == "element":
-        return tuple(shape)
-    if granularity == "row" and len(shape) > 0:
-        return (shape[0], *[1] * (len(shape) - 1))
-    return (1,) * len(shape)
-
-
-def own_key(model: int, name: str) -> str:
-    """Key of a tensor in a mask that each model has its own of."""
-    return f"{model}.{name}"
-
-
-def owned_name(key: str) -> str:
-    """Tensor of an `own_key`."""
-    return key.partition(".")[2]
 
 
 class ConcreteMask:

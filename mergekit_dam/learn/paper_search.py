@@ -22,9 +22,9 @@ from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.learn.batches import calibration_batch
 from mergekit_dam.learn.losses import consistency, disagreement, entropy
 from mergekit_dam.learn.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
-from mergekit_dam.learn.masks import BACKDOOR_DETECTION
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.merging.mask_bytes import to_bytes
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.tasks.bounds import UniversalPerturbation
 

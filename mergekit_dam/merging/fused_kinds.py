@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mergekit_dam.learn.masks import mask_shape
 from mergekit_dam.merging.foreach import groups
+from mergekit_dam.merging.mask_keys import mask_shape
 from mergekit_dam.merging.triton_groups import ALIGNED, Group, Member
 from mergekit_dam.merging.triton_merge import BLOCK, triton_kernels
 

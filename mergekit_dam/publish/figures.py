@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from mergekit_dam.learn.masks import BACKDOOR_DETECTION, TASK_SHARED
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.publish.layers import BOTH, Layer
 
 _INK = "#010203"  # stands for currentColor until the SVG is finished

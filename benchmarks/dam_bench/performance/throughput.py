@@ -22,7 +22,7 @@ from mergekit.options import MergeOptions
 from dam_bench.performance.clock import environment
 from dam_bench.performance.shapes import make_models
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, describe, save
-from mergekit_dam.learn.masks import BACKDOOR_DETECTION, TASK_SHARED
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.plugin.method import register_dam

@@ -1,0 +1,29 @@
+"""Names, shapes and keys of masks: what the files of a merge, the equation and learning all know of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Granularity = Literal["element", "row", "tensor"]
+TASK_SHARED, BACKDOOR_DETECTION = "task_shared", "backdoor_detection"
+
+
+def mask_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
+    """Shape of a mask that broadcasts to a tensor of `shape`: all, one entry per row (dim 0), or one."""
+    if granularity == "element":
+        return tuple(shape)
+    if granularity == "row" and len(shape) > 0:
+        return (shape[0], *[1] * (len(shape) - 1))
+    return (1,) * len(shape)
+
+
+def own_key(model: int, name: str) -> str:
+    """Key of a tensor in a mask that each model has its own of."""
+    return f"{model}.{name}"
+
+
+def owned_name(key: str) -> str:
+    """Tensor of an `own_key`."""
+    return key.partition(".")[2]
