@@ -18,7 +18,7 @@ from typing import Any
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.io.files import replacing, write_whole
-from mergekit_dam.models.plan import ModelInput, Plan
+from mergekit_dam.models.plan import Plan, revision_of
 
 TRIGGERS_FILE, METRICS_FILE, RUN_FILE = "triggers.safetensors", "metrics.jsonl", "run.json"
 FILES = (MASKS_FILE, TRIGGERS_FILE, METRICS_FILE, RUN_FILE)
@@ -65,8 +65,3 @@ def write_run(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     """`run.json`: what differs between runs on equal inputs, and hence is no part of the masks' metadata."""
     revisions = {model.name: revision_of(model) for model in (plan.base, *plan.models)}
     write_whole(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions}, indent=1))
-
-
-def revision_of(model: ModelInput) -> str | None:
-    """The commit that a Hub id was resolved to, by the name of its snapshot folder; None for a local directory."""
-    return model.path.name if model.path.parent.name == "snapshots" else None

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,7 +53,6 @@ LOG = logging.getLogger(__name__)
 SCHEMA = 2
 MASKS_FILE = "dam_masks.safetensors"
 _STUDENT = "student"
-_LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -140,11 +138,6 @@ def describe(plan: Plan, digests: Mapping[str, str], samples: Mapping[str, list[
             for model in plan.models
         ],
     }  # fmt: skip
-
-
-def library_versions() -> dict[str, str]:
-    """Versions recorded beside the masks; results are bit-equal only for equal ones."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
 def save(path: Path, masks: LearnedMasks) -> None:

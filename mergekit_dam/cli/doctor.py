@@ -10,7 +10,7 @@ import click
 import torch
 from mergekit.merge_methods import registered_methods
 
-from mergekit_dam.artifact.masks_file import library_versions
+from mergekit_dam.io.cache import library_versions
 from mergekit_dam.merging import triton_merge
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import time
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from mergekit_dam.io.files import write_whole
@@ -98,3 +100,11 @@ def _remember(entry: Path, state: tuple[int, ...], found: str) -> None:
         write_whole(entry, json.dumps({"state": state, "found": found}))
     except OSError:
         return
+
+
+_LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions recorded beside the masks; results are bit-equal only for equal ones."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}

@@ -20,7 +20,7 @@ from accelerate.utils import tqdm
 from safetensors.torch import save_file
 
 from mergekit_dam.artifact.folder import METRICS_FILE, TRIGGERS_FILE, write_run
-from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, library_versions, save
+from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, save
 from mergekit_dam.artifact.triggers_file import save_triggers
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.merged_model import MergedModel
@@ -28,6 +28,7 @@ from mergekit_dam.engine.shards import Shards
 from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.errors import DamError
+from mergekit_dam.io.cache import library_versions
 from mergekit_dam.io.files import replacing, write_whole
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.paper_search import PaperSearch

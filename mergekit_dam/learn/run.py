@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 
-from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, describe, library_versions, load
+from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, describe, load
 from mergekit_dam.artifact.match import load_cached, verify
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.processes import Job, run_workers
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.cache import cache_folder, code_digest
+from mergekit_dam.io.cache import cache_folder, code_digest, library_versions
 from mergekit_dam.io.files import require_own
 from mergekit_dam.learn.optimise import optimise
 from mergekit_dam.models.checkpoint import Checkpoint

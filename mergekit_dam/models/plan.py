@@ -245,3 +245,8 @@ def _shape_error(
     return DamError(
         f"tensor {weight.name} of model {model.name}", expected=f"the base's shape {shape}", got=str(got), cure=cure
     )
+
+
+def revision_of(model: ModelInput) -> str | None:
+    """The commit that a Hub id was resolved to, by the name of its snapshot folder; None for a local directory."""
+    return model.path.name if model.path.parent.name == "snapshots" else None

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from mergekit_dam.artifact.folder import revision_of
-from mergekit_dam.artifact.masks_file import library_versions
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
-from mergekit_dam.models.plan import Plan
+from mergekit_dam.io.cache import library_versions
+from mergekit_dam.models.plan import Plan, revision_of
 from mergekit_dam.scan.classifiers import scan
 from mergekit_dam.scan.findings import Finding, Suspect, suspects
 from mergekit_dam.tasks import Task, build_tasks

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from mergekit_dam.artifact.folder import revision_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.calibration import load_calibration
 from mergekit_dam.io.images import Preprocessing
-from mergekit_dam.models.plan import ModelInput, Plan
+from mergekit_dam.models.plan import ModelInput, Plan, revision_of
 from mergekit_dam.tasks import CausalTask, ImageTask, family_of
 from mergekit_dam.tasks.readout import class_names, tokenizer_of
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mergekit_dam.artifact.masks_file import library_versions
+from mergekit_dam.io.cache import library_versions
 from mergekit_dam.io.files import write_whole
 from tests.faults.row import Row
 from tests.faults.suite import SUITE

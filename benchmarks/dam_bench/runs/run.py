@@ -28,8 +28,9 @@ from dam_bench.runs.peer import merge_with_fusion_bench, peer_report
 from dam_bench.suites.base import Poison, Scenario, Suite, no_progress
 from dam_bench.suites.registry import SUITES
 from dam_bench.victims.zoo import Zoo
-from mergekit_dam.artifact.masks_file import MASKS_FILE, library_versions
+from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.evaluation.metrics import Attack, evaluate_merge
+from mergekit_dam.io.cache import library_versions
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.merging.mask_bytes import to_probabilities
 
