@@ -9,19 +9,13 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import Shards
-from mergekit_dam.scan.findings import Pooled, Pools, Suspect
+from mergekit_dam.scan.findings import Pooled, Pools, Suspect, blank, kind_of
 from mergekit_dam.scan.inversion import WIDE, Inversion, success_rates
-from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_for
 from mergekit_dam.tasks import Task
 
 _BATCH = 12  # samples per step of the search for a trigger to fit against
 _LEAST = 0.7  # weight of a trigger
 _POOL = 8  # triggers kept per suspect: the first one, and the latest
-
-
-def blank(task: Task, kind: str) -> RecoveredTriggers:
-    """One trigger of a kind for a task, to be filled."""
-    return _of(task, kind).start(1, task.perturbation_shape, task.bounds, seeds.generator("blank"))
 
 
 def recover(
@@ -46,7 +40,7 @@ def recover(
             generator = seeds.generator(config.seed, "wide", task.name, suspect.target, *others, *seed)
             search = Inversion(
                 task, weights_of(suspect), [suspect.target], batch_size=_BATCH, pace=WIDE, generator=generator,
-                start=_of(task, suspect.kind).start(1, task.perturbation_shape, task.bounds, generator),
+                start=kind_of(task, suspect.kind).start(1, task.perturbation_shape, task.bounds, generator),
             )  # fmt: skip
             found[turn] = search.run(steps).best
             (control,) = success_rates(task, base, found[turn], [suspect.target])
@@ -56,7 +50,3 @@ def recover(
         shards.broadcast(found[turn].parameters, shards.owner(turn))
         pool.append(Pooled(found[turn], weights[turn]))
         del pool[1 : len(pool) - (_POOL - 1)]
-
-
-def _of(task: Task, kind: str) -> type[RecoveredTriggers]:
-    return next(one for one in kinds_for(task.perturbation_shape) if one.kind == kind)

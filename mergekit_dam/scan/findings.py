@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from mergekit_dam.scan.triggers import RecoveredTriggers
+from mergekit_dam import seeds
+from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_for
 from mergekit_dam.tasks import Target, Task
 
 _LAID = 1.7  # what is laid to another model reaches 0.4 at about half of the usual size and a quarter of success left
@@ -160,3 +161,33 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
             pair = finding.model, finding.task
             worst[pair] = max(worst.get(pair, finding), finding, key=lambda f: f.suspicion)
     return found + list(worst.values())
+
+
+def blank(task: Task, kind: str) -> RecoveredTriggers:
+    """One trigger of a kind for a task, to be filled."""
+    return kind_of(task, kind).start(1, task.perturbation_shape, task.bounds, seeds.generator("blank"))
+
+
+def kind_of(task: Task, kind: str) -> type[RecoveredTriggers]:
+    return next(one for one in kinds_for(task.perturbation_shape) if one.kind == kind)
+
+
+_NUMBERS = ("task", "target", "size", "usual", "success", "control", "carrier")
+
+
+def target_of(stored: int | list[int]) -> Target:
+    """A target as JSON has it."""
+    return tuple(stored) if isinstance(stored, list) else stored
+
+
+def facts_of(finding: Finding) -> dict[str, Any]:
+    """A finding without its trigger, as JSON."""
+    return {name: getattr(finding, name) for name in _NUMBERS} | {"kind": finding.trigger.kind}
+
+
+def blank_finding(tasks: Sequence[Task], facts: Mapping[str, Any]) -> Finding:
+    """A finding whose trigger is still to be filled, from `facts_of`."""
+    numbers = {name: facts[name] for name in _NUMBERS}
+    return Finding(
+        trigger=blank(tasks[facts["task"]], facts["kind"]), **{**numbers, "target": target_of(facts["target"])}
+    )
