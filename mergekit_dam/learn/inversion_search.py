@@ -39,23 +39,13 @@ from mergekit_dam.learn.objective import Patience, fit_loss, summed
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.learn.students import wanted
 from mergekit_dam.learn.teacher import OwnAnswers, balance
-from mergekit_dam.learn.trigger_pool import recover
+from mergekit_dam.learn.trigger_pool import Pooled, Pools, recover
 from mergekit_dam.merging.checks import require_finite_gradients
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.scan.classifiers import scan
 from mergekit_dam.scan.cross_task import weights_of_others
-from mergekit_dam.scan.findings import (
-    Finding,
-    Pooled,
-    Pools,
-    Suspect,
-    blank,
-    blank_finding,
-    facts_of,
-    suspects,
-    target_of,
-)
+from mergekit_dam.scan.findings import Finding, Suspect, blank, blank_finding, facts_of, suspects, target_of
 
 LOG = logging.getLogger(__name__)
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down

@@ -13,7 +13,7 @@ from mergekit_dam.engine.dealing import Share
 from mergekit_dam.engine.frozen_models import Weights
 from mergekit_dam.learn.losses import distillation
 from mergekit_dam.learn.teacher import OwnAnswers
-from mergekit_dam.scan.findings import Pools
+from mergekit_dam.learn.trigger_pool import Pools
 from mergekit_dam.scan.triggers import RecoveredTriggers
 from mergekit_dam.tasks import Task
 

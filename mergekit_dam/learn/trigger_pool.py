@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import Shards
-from mergekit_dam.scan.findings import Pooled, Pools, Suspect, blank, kind_of
+from mergekit_dam.scan.findings import Suspect, blank, kind_of
 from mergekit_dam.scan.inversion import WIDE, Inversion, success_rates
+from mergekit_dam.scan.triggers import RecoveredTriggers
 from mergekit_dam.tasks import Task
 
 _BATCH = 12  # samples per step of the search for a trigger to fit against
@@ -50,3 +52,21 @@ def recover(
         shards.broadcast(found[turn].parameters, shards.owner(turn))
         pool.append(Pooled(found[turn], weights[turn]))
         del pool[1 : len(pool) - (_POOL - 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """A trigger to fit against.
+
+    Attributes:
+        trigger: one row.
+        weight: how much it counts: the share of calibration samples on which theta_0 does not fall for it, but 0.7
+            at least. Wide triggers have much of their class's own looks, which theta_0 knows, too; to withstand them
+            costs accuracy on that class. A trigger that was fitted to theta_0 works on it as well, so all count.
+    """
+
+    trigger: RecoveredTriggers
+    weight: float
+
+
+Pools = dict[Suspect, list[Pooled]]

@@ -115,24 +115,6 @@ def averaged(found: Finding, again: Sequence[Finding | None]) -> Finding:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Pooled:
-    """A trigger to fit against.
-
-    Attributes:
-        trigger: one row.
-        weight: how much it counts: the share of calibration samples on which theta_0 does not fall for it, but 0.7
-            at least. Wide triggers have much of their class's own looks, which theta_0 knows, too; to withstand them
-            costs accuracy on that class. A trigger that was fitted to theta_0 works on it as well, so all count.
-    """
-
-    trigger: RecoveredTriggers
-    weight: float
-
-
-Pools = dict[Suspect, list[Pooled]]
-
-
 def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
     """Findings above the threshold that also come near to the most suspect one of their task.
 
