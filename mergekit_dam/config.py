@@ -7,14 +7,13 @@ differ per model; a value under the shared `parameters:` is the fallback of a pe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, did_you_mean
 
 DAM = "Yang et al., ICLR 2025, arXiv 2410.13910"
 CONCRETE = "Maddison et al., arXiv 1611.00712"
@@ -22,7 +21,6 @@ ADAMERGING = "Yang et al., arXiv 2310.02575"
 CLEANSE = "Wang et al., Neural Cleanse, IEEE S&P 2019"
 HINTON = "Hinton et al., arXiv 1503.02531"
 UNIVERSAL = "Moosavi-Dezfooli et al., arXiv 1610.08401"
-
 Settings = TypeVar("Settings", bound="_Settings")
 
 
@@ -192,10 +190,8 @@ class DamConfig(_Settings):
 PAPER: Mapping[str, Any] = {
     "batch_size": 16, "rescale": True, "mask_learning_rate": 0.01, "coefficient_learning_rate": 1e-3, "alpha": 0.1,
 }  # fmt: skip
-
 # All names that a recipe may use, shared ones first.
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
-
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
 NOT_LEARNED = frozenset(
     {
@@ -237,9 +233,3 @@ def _expected(error: Any) -> str:
 def unknown_keys(keys: Iterable[str]) -> list[str]:
     """Keys that are neither a shared nor a per-model setting, sorted."""
     return sorted(set(keys) - set(KNOWN))
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest known names, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=2)
-    return f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -46,3 +48,9 @@ def _one_line(text: str) -> str:
 def first_line(error: Exception) -> str:
     """What an error of another library says, short enough for one line of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest known names, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=2)
+    return f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -11,8 +11,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import torch
 
-from mergekit_dam.config import did_you_mean
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.attacks import (
     BlendedTrigger,
     Corner,

@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
-from mergekit_dam.config import did_you_mean
-from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.errors import DamError, did_you_mean, first_line
 from mergekit_dam.io.files import file_digest
 
 Kind = Literal["image", "text"]

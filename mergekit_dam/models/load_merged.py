@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from mergekit_dam.config import did_you_mean
-from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.errors import DamError, did_you_mean, first_line
 from mergekit_dam.io.hub_download import fetch
 from mergekit_dam.io.hub_errors import is_hub_id
 from mergekit_dam.io.untrusted import load_yaml, plain_name, require_plausible_config

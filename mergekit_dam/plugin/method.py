@@ -29,8 +29,8 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, did_you_mean, unknown_keys
-from mergekit_dam.errors import DamError
+from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, unknown_keys
+from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.plugin.exit_check import compare_at_exit
 from mergekit_dam.plugin.output import OutputLocks
 from mergekit_dam.plugin.planner import (

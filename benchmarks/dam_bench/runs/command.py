@@ -23,8 +23,7 @@ from dam_bench.suites.registry import SUITES
 from dam_bench.tables.aggregate import suites
 from dam_bench.tables.gates import Gate, check_gates, gate_table, require
 from dam_bench.tables.results import read_runs
-from mergekit_dam.config import did_you_mean
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, did_you_mean
 
 Note = Callable[[str], None]
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import yaml
 
 from dam_bench.suites.base import Suite
-from mergekit_dam.config import DamConfig, did_you_mean, parse
-from mergekit_dam.errors import DamError
+from mergekit_dam.config import DamConfig, parse
+from mergekit_dam.errors import DamError, did_you_mean
 
 Family = Literal["reference", "baseline", "defence"]
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)

@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mergekit_dam.config import did_you_mean
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.models.load_merged import load_merged

@@ -18,8 +18,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from mergekit_dam.config import did_you_mean
-from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.errors import DamError, did_you_mean, first_line
 from mergekit_dam.io.images import Preprocessing
 
 BASE = "openai/clip-vit-base-patch32"

@@ -23,8 +23,7 @@ from dam_bench.suites.base import Poison, Progress, Scenario, Suite, TaskData
 from dam_bench.suites.published import SENTENCES, WORDS, OddCountTrigger, PublishedTrigger, published_copies
 from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule, fine_tune, probe_head
-from mergekit_dam.config import did_you_mean
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.attacks import RareTokenTrigger, SentenceTrigger, Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
