@@ -17,8 +17,8 @@ import torch
 from mergekit_dam import seeds
 from mergekit_dam.errors import DamError, did_you_mean, first_line
 from mergekit_dam.io.data_files import IMAGES, LOADERS, Kind, download_folders, image_of, load_file, refuse_packed
+from mergekit_dam.io.hub_client import is_hub_id
 from mergekit_dam.io.hub_download import require_dataset
-from mergekit_dam.io.hub_errors import is_hub_id
 
 Names = Mapping[str, int]
 _LOADERS = {".parquet": "parquet", **LOADERS}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mergekit_dam.errors import DamError, did_you_mean, first_line
-from mergekit_dam.io.hub_errors import hub_cause, hub_error
+from mergekit_dam.io.hub_client import hub_cause, hub_error
 from mergekit_dam.io.untrusted import load_json
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")

@@ -30,8 +30,8 @@ from mergekit_dam.io.data_files import (
     text_of,
     unreadable,
 )
+from mergekit_dam.io.hub_client import is_hub_id
 from mergekit_dam.io.hub_download import require_dataset
-from mergekit_dam.io.hub_errors import is_hub_id
 
 LOG = logging.getLogger(__name__)
 _TEXT_BYTES = 1 << 30  # of a .txt file, which is read at once

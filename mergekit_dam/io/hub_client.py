@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from huggingface_hub.errors import LocalEntryNotFoundError
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
 
-from mergekit_dam.io.hub_errors import hub_cause, hub_error, is_transient, status_of
+from mergekit_dam.errors import DamError, first_line
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 ATTEMPTS = 4  # per call, besides those that huggingface_hub makes itself
 LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the Hub asks for
+# huggingface_hub's HTTP library differs by its version (httpx, httpx2); its base class of all errors does not
+TransportError: type[BaseException] = HfHubHTTPError.__bases__[0]
+HUB_ERRORS: tuple[type[BaseException], ...] = (
+    TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError, HFValidationError,
+)  # fmt: skip
+_LOGIN = "Set HF_TOKEN, or run `hf auth login`."
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
 
 def patiently(call: Callable[[], T], subject: str, *, write: bool = False, repeat_lost: bool = True) -> T:
@@ -60,3 +78,104 @@ def _asked_pause(error: BaseException) -> float | None:
     headers = getattr(getattr(error, "response", None), "headers", {})
     value = str(headers.get("Retry-After", ""))
     return float(value) if value.isdigit() else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can be an id of the Hub: NAME or ORG/NAME."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") <= 1
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that the Hub answered with, or None if it did not answer."""
+    return int(error.response.status_code) if isinstance(error, HfHubHTTPError) and error.response is not None else None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may work a little later: no answer, too many calls, or a fault of the Hub."""
+    status = status_of(error)
+    if status is not None:
+        return status in {408, 429} or status >= 500
+    lost = isinstance(error, (TransportError, ConnectionError, TimeoutError))
+    return lost and not isinstance(error, OfflineModeIsEnabled)
+
+
+def hub_cause(error: BaseException) -> BaseException | None:
+    """The Hub's own error behind one that another library made of it, if there is one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HUB_ERRORS):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def hub_error(error: BaseException, subject: str, *, write: bool = False) -> DamError:
+    """The DamError for what went wrong.
+
+    Args:
+        error: what huggingface_hub raised.
+        subject: the thing asked for, e.g. `model org/name@v1`.
+        write: whether it was to be written, not read.
+    """
+    expected, got, cure = _explain(error, write=write)
+    return DamError(subject, expected=expected, got=_TOKEN.sub("hf_***", got), cure=cure)
+
+
+def _explain(error: BaseException, *, write: bool) -> tuple[str, str, str]:
+    status = status_of(error)
+    host = huggingface_hub.constants.ENDPOINT
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the Hub, or a copy in the cache", "HF_HUB_OFFLINE=1 and no copy", (
+            "Unset HF_HUB_OFFLINE, or download it first with `hf download`."
+        )  # fmt: skip
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the Hub, or a copy in the cache", "no answer and no copy", (
+            f"Check the network and HF_ENDPOINT ({host}), or download it beforehand with `hf download`."
+        )  # fmt: skip
+    if isinstance(error, HFValidationError):
+        return "an id such as ORG/NAME", first_line(error), "Correct the id."
+    if isinstance(error, GatedRepoError):
+        return "access to a gated repository", f"HTTP {status}", (
+            f"Ask for access on its page at {host}, then: {_LOGIN}"
+        )  # fmt: skip
+    if isinstance(error, RevisionNotFoundError):
+        return "a revision that exists", f"HTTP {status}", "Give a branch, a tag or a commit of that repository."
+    if status == 401 and _token_was_refused(error):
+        return "a valid access token", "HTTP 401", f"The token was refused, it may have expired. {_LOGIN}"
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return "a repository that you can see", f"HTTP {status}", (
+            f"Check the id; a private or gated one needs a token with access: {_LOGIN}"
+        )  # fmt: skip
+    if status is None:
+        return f"an answer of {host}", f"none ({type(error).__name__}: {error})", (
+            "Check the network and HF_ENDPOINT, then run the command again: what has arrived is not sent twice."
+            if write else "Check the network and HF_ENDPOINT, then run the command again."
+        )  # fmt: skip
+    said = f"HTTP {status}{_words(error)}"
+    if status in {401, 403}:
+        return "permission to " + ("write there" if write else "read it"), said, (
+            f"Use a token with {'write' if write else 'read'} access to that namespace, or --create-pr. {_LOGIN}"
+            if write else _LOGIN
+        )  # fmt: skip
+    if status in {409, 412}:
+        return "a repository that nobody else changes", said, (
+            "Another upload got there first: wait until it has ended, then run the command again."
+        )  # fmt: skip
+    if status == 429:
+        return "a rate that the Hub allows", said, "Wait some minutes, then run the command again."
+    if status >= 500:
+        return "a Hub that works", said, "See https://status.huggingface.co, and run the command again later."
+    return "an answer without error", said, "Read the Hub's words above; `mergekit-dam push --dry-run` shows the card."
+
+
+def _words(error: BaseException) -> str:
+    message = getattr(error, "server_message", None)
+    return f" ({' '.join(str(message).split())[:200]})" if message else ""
+
+
+def _token_was_refused(error: BaseException) -> bool:
+    return "Invalid credentials" in str(getattr(error, "server_message", "") or error)

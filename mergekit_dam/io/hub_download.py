@@ -22,8 +22,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.files import write_whole
-from mergekit_dam.io.hub_client import patiently
-from mergekit_dam.io.hub_errors import is_hub_id
+from mergekit_dam.io.hub_client import is_hub_id, patiently
 from mergekit_dam.io.hub_headers import lay_out
 from mergekit_dam.io.untrusted import load_json
 

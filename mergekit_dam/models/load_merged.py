@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mergekit_dam.errors import DamError, did_you_mean, first_line
+from mergekit_dam.io.hub_client import is_hub_id
 from mergekit_dam.io.hub_download import fetch
-from mergekit_dam.io.hub_errors import is_hub_id
 from mergekit_dam.io.untrusted import load_yaml, plain_name, require_plausible_config
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.parameter_names import meta_model, module_names, tied_names

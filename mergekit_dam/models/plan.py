@@ -16,8 +16,8 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, parse, unknown_keys
 from mergekit_dam.errors import DamError, did_you_mean, first_line
+from mergekit_dam.io.hub_client import hub_cause, hub_error
 from mergekit_dam.io.hub_download import LocalReference
-from mergekit_dam.io.hub_errors import hub_cause, hub_error
 from mergekit_dam.io.untrusted import file_safe, require_plausible_config
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.families import register_architectures

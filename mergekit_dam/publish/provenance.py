@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.hub_errors import HUB_ERRORS, hub_error, is_hub_id
+from mergekit_dam.io.hub_client import HUB_ERRORS, hub_error, is_hub_id
 from mergekit_dam.publish.card_metadata import Provenance
 from mergekit_dam.publish.contents import Publication
 
