@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mergekit_dam import load_merged
-from mergekit_dam.engine.swapped import slots_of, swapped
+from mergekit_dam.engine.streamed_weights import slots_of, swapped
 from mergekit_dam.errors import DamError
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.seeds import generator

@@ -15,12 +15,11 @@ from torch import Tensor
 from mergekit_dam.engine.host_memory import Transfers
 from mergekit_dam.engine.pages import drop_pages, read_ahead, views_of_files
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.engine.streamed_weights import StreamedWeights
+from mergekit_dam.engine.streamed_weights import StreamedWeights, Weights
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.models.plan import TensorSpec
 
 Offload = Literal["none", "cpu", "disk"]
-Weights = Mapping[str, Tensor]
 
 
 class FrozenModels:

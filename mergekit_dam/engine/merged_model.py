@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_dam.engine.frozen_models import FrozenModels, Offload, Weights
+from mergekit_dam.engine.frozen_models import FrozenModels, Offload
 from mergekit_dam.engine.merged_blocks import BlockMerger, MergedBlocks
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.engine.streamed_weights import StreamedWeights
+from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.merging import triton_merge
 from mergekit_dam.merging.chunks import Mask, gradient_shape
@@ -232,10 +232,3 @@ class MergedModel:
     def _of(self, coefficients: Tensor, spec: TensorSpec) -> Tensor:
         """lambda of the T models for one tensor, a view (T,)."""
         return coefficients[:, 0 if coefficients.shape[1] == 1 else self._column[spec.mask_name]]
-
-
-def fixed(weights: Weights) -> Weights:
-    """The same weights without gradients."""
-    if isinstance(weights, StreamedWeights):
-        return weights.fixed()
-    return {name: weight.detach() for name, weight in weights.items()}

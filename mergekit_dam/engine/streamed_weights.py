@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from mergekit_dam.engine.swapped import slots_of
+Weights = Mapping[str, Tensor]
+Slot = tuple[dict[str, Tensor | None], str]  # the dictionary of its owner, and its key there
 
 
 class StreamedWeights(Mapping[str, Tensor]):
@@ -181,3 +182,35 @@ def _hooked(module: nn.Module, block: nn.Module, weights: StreamedWeights, names
         held.clear()
 
     return [block.register_forward_pre_hook(before), block.register_forward_hook(after, always_call=True)]
+
+
+def fixed(weights: Weights) -> Weights:
+    """The same weights without gradients."""
+    if isinstance(weights, StreamedWeights):
+        return weights.fixed()
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def slots_of(module: nn.Module, names: Iterable[str]) -> dict[str, Slot]:
+    """Where the parameters and buffers of these names are kept."""
+    found: dict[str, Slot] = {}
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        kept: dict[str, Tensor | None] = holder._buffers if key in holder._buffers else holder._parameters  # type: ignore[assignment]
+        found[name] = kept, key
+    return found
+
+
+@contextmanager
+def swapped(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While this lasts, `tensors` are in their slots; afterwards what was there before."""
+    before = [(kept, key, kept[key]) for kept, key in (slots[name] for name in tensors)]
+    for name, tensor in tensors.items():
+        kept, key = slots[name]
+        kept[key] = tensor
+    try:
+        yield
+    finally:
+        for kept, key, own in before:
+            kept[key] = own

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.engine.dealing import Share, turns
-from mergekit_dam.engine.frozen_models import Weights
 from mergekit_dam.engine.snapshots import State, adam_state
+from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.batches import calibration_batch, held_out
 from mergekit_dam.learn.mask_pair import (
     LogitSteps,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.config import DamConfig
-from mergekit_dam.engine.frozen_models import Weights
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.shards import ALONE
 from mergekit_dam.engine.snapshots import State, adam_state
+from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.masks import ConcreteMask, product
 from mergekit_dam.merging.checks import finite_flags, require_flags
 from mergekit_dam.merging.mask_bytes import to_bytes

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
-from mergekit_dam.engine.frozen_models import Weights
-from mergekit_dam.engine.merged_model import Masks, fixed
+from mergekit_dam.engine.merged_model import Masks
 from mergekit_dam.engine.snapshots import State, adam_state
+from mergekit_dam.engine.streamed_weights import Weights, fixed
 from mergekit_dam.learn.batches import calibration_batch
 from mergekit_dam.learn.losses import consistency, disagreement, entropy
 from mergekit_dam.learn.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dam.engine.merged_model import fixed
+from mergekit_dam.engine.streamed_weights import fixed
 from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_for
 from mergekit_dam.tasks import Target, Task
 

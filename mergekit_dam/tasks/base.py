@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_dam.engine.recomputed import recomputed_blocks
-from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, streamed_blocks
-from mergekit_dam.engine.swapped import slots_of, swapped
+from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, slots_of, streamed_blocks, swapped
 from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.parameter_names import meta_model, module_names, tied_names
