@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mergekit_dam.engine.pages import drop_pages, views_of_files
+from mergekit_dam.engine.host_memory import drop_pages, views_of_files
 from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, streamed_blocks
 from mergekit_dam.models.checkpoint import Checkpoint
 from tests.searching import learned

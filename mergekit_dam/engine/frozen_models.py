@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergekit_dam.engine.host_memory import Transfers
-from mergekit_dam.engine.pages import drop_pages, read_ahead, views_of_files
+from mergekit_dam.engine.host_memory import Transfers, drop_pages, read_ahead, views_of_files
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.engine.streamed_weights import StreamedWeights, Weights
 from mergekit_dam.engine.task_vectors import TaskVectors

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.engine.frozen_models import FrozenModels
-from mergekit_dam.engine.pages import drop_pages
+from mergekit_dam.engine.host_memory import drop_pages
 from mergekit_dam.engine.streamed_weights import StreamedWeights
 from mergekit_dam.merging.chunks import Mask, gradient_shape
 from mergekit_dam.merging.rule import gradients
