@@ -17,8 +17,8 @@ from mergekit.common import ModelReference
 from torch import Tensor
 
 from mergekit_dam.config import DamConfig
-from mergekit_dam.engine.dealing import turns
 from mergekit_dam.engine.host_memory import read_ahead
+from mergekit_dam.engine.shards import turns
 from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, streamed_blocks
 from mergekit_dam.io import cache
 from mergekit_dam.io.cache import found_out

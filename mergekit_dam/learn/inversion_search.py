@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_dam.engine.dealing import Share, turns
+from mergekit_dam.engine.shards import Share, turns
 from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.batches import calibration_batch, held_out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
-from mergekit_dam.engine.dealing import Share
+from mergekit_dam.engine.shards import Share
 from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.losses import distillation
 from mergekit_dam.learn.teacher import OwnAnswers
