@@ -20,7 +20,7 @@ from mergekit.options import MergeOptions
 from mergekit_dam.artifact.folder import copy_artifact
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.config import ModelSettings
-from mergekit_dam.engine.process_group import joined
+from mergekit_dam.engine.processes import joined
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import cache_folder

@@ -20,7 +20,7 @@ from mergekit_dam.cli.common import (
     resume_option,
     seed_option,
 )
-from mergekit_dam.engine.process_group import is_first
+from mergekit_dam.engine.processes import is_first
 from mergekit_dam.recipe import prepare
 
 
