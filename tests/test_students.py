@@ -18,9 +18,9 @@ from transformers import BertForSequenceClassification, BertModel
 
 from mergekit_dam import seeds
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.engine.task_vectors import TaskVectors
+from mergekit_dam.engine.task_vectors import StudentVectors, TaskVectors
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn.students import StudentVectors, teach_all
+from mergekit_dam.learn.students import teach_all
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import TextTask, build_tasks
 from tests.conftest import FAST

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_dam.engine.shards import ALONE, Shards
@@ -17,6 +19,9 @@ from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.merging.rule import task_vector
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan, TensorSpec
+
+_FOLDER = "students"  # of those of a run that is under way
+_AGREEMENT = "agreement"
 
 
 class TaskVectors:
@@ -87,3 +92,33 @@ def survey(vectors: TaskVectors, shards: Shards = ALONE) -> Survey:
         )  # fmt: skip
     totals = [math.fsum(there[t] for there, _ in found.values()) for t in range(len(plan.models))]
     return Survey(tuple(changed), tuple(math.sqrt(total) for total in totals))
+
+
+class StudentVectors(TaskVectors):
+    """theta_0, and students in place of theta_t, from the files of a run.
+
+    Attributes:
+        agreement: model name -> share of its calibration samples on which the student answers as the model does.
+    """
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        super().__init__(plan)
+        self._files = [safe_open(_file(folder, model.name), framework="pt") for model in plan.models]
+        self._taught = [frozenset(file.keys()) for file in self._files]
+        names = [model.name for model in plan.models]
+        self.agreement = {n: float(f.metadata()[_AGREEMENT]) for n, f in zip(names, self._files, strict=True)}
+
+    def models(self, name: str) -> list[Tensor | None]:
+        """Students' tensors for t = 1..T, float32; None where students keep theta_0's."""
+        return [
+            file.get_tensor(name) if name in taught else None
+            for file, taught in zip(self._files, self._taught, strict=True)
+        ]
+
+    def all(self) -> tuple[dict[str, Tensor], ...]:
+        """All tensors per student, by output name."""
+        return tuple({name: file.get_tensor(name) for name in file.keys()} for file in self._files)  # noqa: SIM118
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / _FOLDER / f"{name}.safetensors"

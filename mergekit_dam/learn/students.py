@@ -18,24 +18,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import Shards
-from mergekit_dam.engine.task_vectors import TaskVectors
+from mergekit_dam.engine.task_vectors import _AGREEMENT, _FOLDER, StudentVectors, TaskVectors, _file
 from mergekit_dam.io.files import replacing
 from mergekit_dam.learn.search import Progress
 from mergekit_dam.learn.teacher import OwnAnswers
 from mergekit_dam.merging.checks import require_finite
-from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks import Task, TextTask
 
 LOG = logging.getLogger(__name__)
-_FOLDER = "students"  # of those of a run that is under way
-_AGREEMENT = "agreement"
 _LEAST = 0.9  # agreement below which a student is no fair substitute
 _DIVERGED = "Lower student_learning_rate."
 _WARM_UP = 8  # steps
@@ -46,32 +42,6 @@ def wanted(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
     """Whether students are merged instead of the models of these tasks."""
     defends = config.objective == "inversion" and config.mask != "m1"
     return defends and config.student_steps > 0 and not any(task.defended for task in tasks)
-
-
-class StudentVectors(TaskVectors):
-    """theta_0, and students in place of theta_t, from the files of a run.
-
-    Attributes:
-        agreement: model name -> share of its calibration samples on which the student answers as the model does.
-    """
-
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        super().__init__(plan)
-        self._files = [safe_open(_file(folder, model.name), framework="pt") for model in plan.models]
-        self._taught = [frozenset(file.keys()) for file in self._files]
-        names = [model.name for model in plan.models]
-        self.agreement = {n: float(f.metadata()[_AGREEMENT]) for n, f in zip(names, self._files, strict=True)}
-
-    def models(self, name: str) -> list[Tensor | None]:
-        """Students' tensors for t = 1..T, float32; None where students keep theta_0's."""
-        return [
-            file.get_tensor(name) if name in taught else None
-            for file, taught in zip(self._files, self._taught, strict=True)
-        ]
-
-    def all(self) -> tuple[dict[str, Tensor], ...]:
-        """All tensors per student, by output name."""
-        return tuple({name: file.get_tensor(name) for name in file.keys()} for file in self._files)  # noqa: SIM118
 
 
 def teach_all(
@@ -166,7 +136,3 @@ def teach(
         require_finite(tensor.detach(), f"tensor {name}", f"the student of {task.name}", _DIVERGED)
     same_N = OwnAnswers(task, weights)(rows_N, {}).argmax(-1) == answers_N
     return {name: tensor.detach() for name, tensor in free.items()}, float(same_N.float().mean())
-
-
-def _file(folder: Path, name: str) -> Path:
-    return folder / _FOLDER / f"{name}.safetensors"
