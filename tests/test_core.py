@@ -13,12 +13,13 @@ from mergekit_dam.learn import mask_pair
 from mergekit_dam.learn.losses import consistency, disagreement, distillation, entropy
 from mergekit_dam.learn.mask_pair import LogitSteps
 from mergekit_dam.learn.masks import ConcreteMask, product
+from mergekit_dam.learn.paper_search import UniversalPerturbation
 from mergekit_dam.merging import rule
 from mergekit_dam.merging.mask_bytes import to_bytes, to_probabilities
 from mergekit_dam.merging.mask_keys import mask_shape
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.seeds import generator, stable_seed
-from mergekit_dam.tasks.bounds import Bounds, UniversalPerturbation
+from mergekit_dam.tasks.bounds import Bounds
 
 CPU = torch.device("cpu")
 

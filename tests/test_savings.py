@@ -22,9 +22,8 @@ from mergekit_dam.engine.shards import turns
 from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, streamed_blocks
 from mergekit_dam.io import cache
 from mergekit_dam.io.cache import found_out
-from mergekit_dam.learn.batches import calibration_batch, held_out
 from mergekit_dam.learn.inversion_search import InversionSearch
-from mergekit_dam.learn.objective import Patience
+from mergekit_dam.learn.losses import Patience, calibration_batch, held_out
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.merging.rule import gradients, logit_gradients
 from mergekit_dam.models.checkpoint import Checkpoint

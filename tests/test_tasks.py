@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from mergekit_dam import load_merged
 from mergekit_dam.engine.streamed_weights import slots_of, swapped
 from mergekit_dam.errors import DamError
+from mergekit_dam.learn.paper_search import UniversalPerturbation
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.seeds import generator
 from mergekit_dam.tasks import Task, build_tasks
-from mergekit_dam.tasks.bounds import UniversalPerturbation
 from tests.conftest import FAST, Merge
 from tests.test_method import FAMILIES
 from tests.tiny_models import make_model, save_tokenizer

@@ -24,7 +24,7 @@ from torch import Tensor
 from mergekit_dam.engine.shards import Share, turns
 from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.engine.streamed_weights import Weights
-from mergekit_dam.learn.batches import calibration_batch, held_out
+from mergekit_dam.learn.losses import Patience, calibration_batch, fit_loss, held_out, summed
 from mergekit_dam.learn.mask_pair import (
     LogitSteps,
     Whole,
@@ -35,7 +35,6 @@ from mergekit_dam.learn.mask_pair import (
     mask_state,
     masks_in_use,
 )
-from mergekit_dam.learn.objective import Patience, fit_loss, summed
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.learn.students import wanted
 from mergekit_dam.learn.teacher import OwnAnswers, balance

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mergekit_dam import seeds
+from mergekit_dam.config import DamConfig
+from mergekit_dam.engine.shards import Share
+from mergekit_dam.engine.streamed_weights import Weights
+from mergekit_dam.learn.teacher import OwnAnswers
+from mergekit_dam.learn.trigger_pool import Pools
+from mergekit_dam.scan.triggers import RecoveredTriggers
+from mergekit_dam.tasks import Task
+
+_CHECK_EVERY = 5  # steps
 
 
 def entropy(logits_BK: Tensor) -> Tensor:
@@ -33,3 +47,97 @@ def disagreement(perturbed_BK: Tensor, clean_BK: Tensor) -> Tensor:
     Source: untargeted universal perturbation (arXiv 1610.08401), step 3 of the published DAM loop.
     """
     return F.cross_entropy(perturbed_BK, clean_BK.detach().argmax(-1))
+
+
+def fit_loss(
+    task: Task, share: Share, answers: OwnAnswers, weights: Weights, rows_B: Tensor, pools: Pools, config: DamConfig,
+    step: int, parts: dict[str, Tensor],
+) -> Tensor:  # fmt: skip
+    """L = KL(f_t(x) || f(x)) + alpha sum_suspects w KL(f_t(x) || f(x + trigger)) of one task.
+
+    Each sample gets one trigger of a suspect's pool; w is the mean weight of those.
+
+    Args:
+        share: the task's index, and which of the samples are ours: L is then our share of the mean over all of them.
+        answers: f_t(x).
+        weights: the merge's.
+        rows_B: indices of calibration samples.
+        step: with the seed, it picks a trigger per sample.
+        parts: the terms are added to it by name.
+    """
+    whole = task.inputs(rows_B)
+    inputs = share.of_all(whole)
+    weight = task.num_answers(inputs) / task.num_answers(whole) if share.parts > 1 else 1.0
+    answer = answers(share.of(rows_B), inputs)
+    loss = weight * distillation(task.logits(weights, inputs), answer)
+    _add(parts, f"loss/perf/{task.name}", loss)
+    for suspect, pool in pools.items():
+        if suspect.task != share.task:
+            continue
+        weights_R = torch.tensor([one.weight for one in pool])
+        generator = seeds.generator(config.seed, "pool", task.name, suspect.target, step)
+        which_B = torch.randint(len(pool), (len(rows_B),), generator=generator)
+        triggers = RecoveredTriggers.stack([one.trigger for one in pool])
+        perturb = triggers.perturb(share.of(which_B).to(task.device))
+        alpha = config.alpha * float(weights_R[which_B].mean())
+        safety = weight * alpha * distillation(task.logits(weights, inputs, perturb), answer)
+        _add(parts, f"loss/safe/{task.name}", safety)
+        loss = loss + safety
+    return loss
+
+
+def _add(parts: dict[str, Tensor], name: str, loss: Tensor) -> None:
+    """As a tensor: a number would wait for the accelerator."""
+    parts[name] = parts[name] + loss.detach() if name in parts else loss.detach()
+
+
+def summed(everyones: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Terms of several processes by name."""
+    total: dict[str, float] = {}
+    for parts in everyones:
+        for name, value in parts.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+class Patience:
+    """Early stopping.
+
+    Args:
+        limit: checks without a new lowest loss after which it is time to stop; 0: never.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.lowest: float | None = None
+        self.misses = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether the loss is to be checked after this step."""
+        return self.limit > 0 and (step + 1) % _CHECK_EVERY == 0
+
+    def is_over(self, loss: float) -> bool:
+        """Whether this loss was one too many that is no new lowest."""
+        if self.lowest is None or loss < self.lowest:
+            self.lowest, self.misses = loss, 0
+        else:
+            self.misses += 1
+        return self.misses >= self.limit
+
+
+def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:
+    """Indices of the calibration samples of a step, shape (B,): the same for the same seed and step."""
+    generator = seeds.generator(config.seed, "batch", task.name, step)
+    if config.patience == 0:
+        return torch.randperm(task.num_samples, generator=generator)[: config.batch_size]
+    usable = torch.ones(task.num_samples, dtype=torch.bool)
+    usable[held_out(task, config)] = False
+    (rows,) = usable.nonzero(as_tuple=True)
+    return rows[torch.randperm(len(rows), generator=generator)[: config.batch_size]]
+
+
+def held_out(task: Task, config: DamConfig) -> Tensor:
+    """Indices of the calibration samples, a tenth or one batch, that no step sees if `patience` is set."""
+    generator = seeds.generator(config.seed, "held out", task.name)
+    count = max(1, min(task.num_samples // 10, config.batch_size))
+    return torch.randperm(task.num_samples, generator=generator)[:count]

@@ -19,14 +19,13 @@ from mergekit_dam import seeds
 from mergekit_dam.engine.merged_model import Masks
 from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.engine.streamed_weights import Weights, fixed
-from mergekit_dam.learn.batches import calibration_batch
-from mergekit_dam.learn.losses import consistency, disagreement, entropy
+from mergekit_dam.learn.losses import calibration_batch, consistency, disagreement, entropy
 from mergekit_dam.learn.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.merging.mask_bytes import to_bytes
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION
 from mergekit_dam.merging.mask_product import MaskProduct
-from mergekit_dam.tasks.bounds import UniversalPerturbation
+from mergekit_dam.tasks.bounds import Bounds, insert_tokens
 
 Batch = dict[str, Tensor]  # inputs of one task
 
@@ -197,3 +196,38 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
         yield
     finally:
         perturb.delta.requires_grad_(True)
+
+
+class UniversalPerturbation:
+    """One perturbation for all inputs of a task, as an L-infinity ball of radius `eps` x span.
+
+    Images: delta (C, H, W) is added to pixels, and the sum stays within the bounds.
+    Text: K tokens (K, D) are inserted after position 0, at the centre of the embedding range + delta.
+
+    Args:
+        shape: (C, H, W) or (K, D).
+        bounds: box of what is perturbed.
+        eps: radius as a share of the span.
+        inserts: True for text.
+        generator: draws the start, uniform within the ball.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], bounds: Bounds, *, eps: float, inserts: bool, generator: torch.Generator
+    ) -> None:
+        self.bounds, self.eps, self.inserts = bounds, eps, inserts
+        start = torch.rand(shape, generator=generator).to(bounds.lower.device) * 2 - 1
+        # `delta` is in units of the span: one step size then serves pixels and embeddings
+        self.delta = (start * eps).requires_grad_(True)
+
+    def project(self) -> None:
+        """Back into the ball after a step."""
+        with torch.no_grad():
+            self.delta.clamp_(-self.eps, self.eps)
+
+    def __call__(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Perturb pixels_BCHW, or embeddings_BLD with attention_mask_BL -> (B, L + K, D), (B, L + K)."""
+        if not self.inserts:
+            self.bounds.verify(x, "perturbed pixels")
+            return self.bounds.clamp(x + self.delta * self.bounds.span), mask
+        return insert_tokens(x, mask, self.bounds.clamp(self.bounds.centre + self.delta * self.bounds.span))

@@ -57,41 +57,6 @@ class Bounds:
             )  # fmt: skip
 
 
-class UniversalPerturbation:
-    """One perturbation for all inputs of a task, as an L-infinity ball of radius `eps` x span.
-
-    Images: delta (C, H, W) is added to pixels, and the sum stays within the bounds.
-    Text: K tokens (K, D) are inserted after position 0, at the centre of the embedding range + delta.
-
-    Args:
-        shape: (C, H, W) or (K, D).
-        bounds: box of what is perturbed.
-        eps: radius as a share of the span.
-        inserts: True for text.
-        generator: draws the start, uniform within the ball.
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], bounds: Bounds, *, eps: float, inserts: bool, generator: torch.Generator
-    ) -> None:
-        self.bounds, self.eps, self.inserts = bounds, eps, inserts
-        start = torch.rand(shape, generator=generator).to(bounds.lower.device) * 2 - 1
-        # `delta` is in units of the span: one step size then serves pixels and embeddings
-        self.delta = (start * eps).requires_grad_(True)
-
-    def project(self) -> None:
-        """Back into the ball after a step."""
-        with torch.no_grad():
-            self.delta.clamp_(-self.eps, self.eps)
-
-    def __call__(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Perturb pixels_BCHW, or embeddings_BLD with attention_mask_BL -> (B, L + K, D), (B, L + K)."""
-        if not self.inserts:
-            self.bounds.verify(x, "perturbed pixels")
-            return self.bounds.clamp(x + self.delta * self.bounds.span), mask
-        return insert_tokens(x, mask, self.bounds.clamp(self.bounds.centre + self.delta * self.bounds.span))
-
-
 def insert_tokens(x: Tensor, mask: Tensor | None, tokens_KD: Tensor) -> tuple[Tensor, Tensor | None]:
     """Insert tokens (K, D), or (B, K, D), after position 0 of embeddings_BLD and extend the mask_BL."""
     tokens = tokens_KD.to(x.dtype).expand(x.shape[0], *tokens_KD.shape[-2:])

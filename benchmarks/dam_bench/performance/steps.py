@@ -22,15 +22,13 @@ from dam_bench.performance.clock import Clock, Memory, environment, resident_byt
 from dam_bench.performance.shapes import make_models
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
-from mergekit_dam.learn.batches import calibration_batch
 from mergekit_dam.learn.inversion_search import InversionSearch
-from mergekit_dam.learn.losses import entropy
-from mergekit_dam.learn.paper_search import PaperSearch
+from mergekit_dam.learn.losses import calibration_batch, entropy
+from mergekit_dam.learn.paper_search import PaperSearch, UniversalPerturbation
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.seeds import generator
 from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.base import Parameters
-from mergekit_dam.tasks.bounds import UniversalPerturbation
 
 # The passes of one step of one task, in order: a forward pass alone, one with a backward pass to the parameters, one
 # with a backward pass to the input. `paper` has M1's turn in even steps and M2's, with the safety loss, in odd ones;
