@@ -5,18 +5,14 @@ All processes of a run call `optimise` together; the first one writes.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from accelerate.utils import tqdm
 from safetensors.torch import save_file
 
 from mergekit_dam.artifact.folder import METRICS_FILE, TRIGGERS_FILE, write_run
@@ -31,9 +27,9 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import library_versions
 from mergekit_dam.io.files import replacing, write_whole
 from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.learn.journal import Recorder, Tracker, open_journal
 from mergekit_dam.learn.paper_search import PaperSearch
 from mergekit_dam.learn.students import forget_students, teach_all
-from mergekit_dam.learn.trackers import Tracker
 from mergekit_dam.merging.checks import warn_about_masks, warn_about_task_vectors
 from mergekit_dam.merging.triton_merge import warn_without_kernels
 from mergekit_dam.models.checkpoint import Checkpoint
@@ -73,8 +69,8 @@ def optimise(
         _save_heads(tasks, folder / "heads")
     started = datetime.now(timezone.utc)
     tracker = Tracker(config.tracker if first else None, config.model_dump())
-    with _journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics, closing(tracker):
-        recorder = _Recorder(metrics, tracker, quiet=quiet)
+    with open_journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics, closing(tracker):
+        recorder = Recorder(metrics, tracker, quiet=quiet)
         students = teach_all(tasks, vectors, snapshots.folder, shards=shards, progress=recorder.progress)
         if students is not None and snapshots.facts is None:  # else the record is in the journal
             recorder.track({"phase": "students", **{f"agreement/{k}": v for k, v in students.agreement.items()}})
@@ -110,41 +106,6 @@ def optimise(
     snapshots.clear()
 
 
-class _Recorder:
-    """Where records and progress go.
-
-    Args:
-        metrics: the open metrics.jsonl.
-        tracker: where else records go.
-        quiet: no progress bar.
-
-    Attributes:
-        seconds: by phase, of those that came to their end.
-    """
-
-    def __init__(self, metrics: IO[str], tracker: Tracker, *, quiet: bool) -> None:
-        self._metrics, self._tracker, self._quiet = metrics, tracker, quiet
-        self._last: dict[str, Any] = {}
-        self.seconds: dict[str, float] = {}
-
-    def track(self, record: dict[str, Any]) -> None:
-        """One flat record."""
-        self._last.update(record)
-        self._metrics.write(json.dumps(record) + "\n")
-        self._tracker.log(record)
-
-    def progress(self, steps: Iterable[int], title: str) -> Iterable[int]:
-        """The steps, with a bar that shows the loss and the densities."""
-        done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) and steps.step == 1 else {}
-        bar = tqdm(steps, desc=f"dam: {title}", disable=self._quiet or None, file=sys.stderr, **done)
-        begun = time.perf_counter()
-        for step in bar:
-            yield step
-            shown = {k: f"{v:.3f}" for k, v in self._last.items() if k == "loss" or k.startswith("density/")}
-            bar.set_postfix(shown, refresh=False)
-        self.seconds[title] = round(time.perf_counter() - begun, 3)
-
-
 def _require_equal_passes(tasks: Sequence[Task], config: DamConfig) -> None:
     """Blocks that wait for all processes need the same passes in each of them.
 
@@ -159,23 +120,6 @@ def _require_equal_passes(tasks: Sequence[Task], config: DamConfig) -> None:
             got=f"objective {config.objective} and {len(kinds)} kinds of models",
             cure="Leave both out, or learn with num_processes: 1.",
         )  # fmt: skip
-
-
-def _journal(path: Path, snapshots: Snapshots) -> IO[str]:
-    """metrics.jsonl as it was at the snapshot that the run goes on from, or empty."""
-    facts = snapshots.facts
-    file = path.open("a", encoding="utf-8")
-    if path.is_file():
-        file.truncate(min(path.stat().st_size, facts["journal"]) if facts is not None else 0)
-
-    def length() -> int:
-        file.flush()
-        if path.is_file():
-            os.fsync(file.fileno())
-        return file.tell()
-
-    snapshots.follow(length)
-    return file
 
 
 def _save_heads(tasks: Iterable[Task], folder: Path) -> None:
