@@ -17,7 +17,7 @@ from docs.make_reference import DOCS, PAGES, run
 from mergekit_dam import load_merged, tasks
 from mergekit_dam.cli.main import COMMANDS
 from mergekit_dam.evaluation import attack_text
-from mergekit_dam.learn import optimise
+from mergekit_dam.learn import run
 from tests import walkthrough
 from tests.conftest import FAST, Merge
 from tests.merging import tensors_of
@@ -78,7 +78,7 @@ def test_the_blocks_of_extending_run(
         monkeypatch.setitem(json_definitions.NAME_TO_ARCH, name, [])
     monkeypatch.setattr("mergekit_dam.tasks._ENCODERS", dict(tasks._ENCODERS))
     monkeypatch.setattr(attack_text, "TRIGGERS", dict(attack_text.TRIGGERS))
-    monkeypatch.setattr(optimise, "_OBJECTIVES", dict(optimise._OBJECTIVES))
+    monkeypatch.setattr(run, "_OBJECTIVES", dict(run._OBJECTIVES))
     module = ModuleType("extending")
     monkeypatch.setitem(sys.modules, "extending", module)  # dataclasses look their module up
     names = vars(module)
@@ -88,7 +88,7 @@ def test_the_blocks_of_extending_run(
         exec(compile(block, "extending.md", "exec"), names)
     stripes = names["StripeTrigger"](2).apply(torch.zeros(1, 3, 4, 4))
     assert stripes[..., :2].eq(1).all() and stripes[..., 2:].eq(0).all()
-    monkeypatch.setitem(optimise._OBJECTIVES, "inversion", names["Anchored"])
+    monkeypatch.setitem(run._OBJECTIVES, "inversion", names["Anchored"])
     models = [{"model": str(vit / n), "parameters": {"calibration": str(images)}} for n in ("a", "b")]
     out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 2})
     assert (out / "dam" / "dam_masks.safetensors").is_file()

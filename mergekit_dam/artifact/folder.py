@@ -12,13 +12,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.io.files import replacing, write_whole
 from mergekit_dam.models.plan import Plan, revision_of
+from mergekit_dam.tasks import Task
 
 TRIGGERS_FILE, METRICS_FILE, RUN_FILE = "triggers.safetensors", "metrics.jsonl", "run.json"
 FILES = (MASKS_FILE, TRIGGERS_FILE, METRICS_FILE, RUN_FILE)
@@ -65,3 +68,14 @@ def write_run(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     """`run.json`: what differs between runs on equal inputs, and hence is no part of the masks' metadata."""
     revisions = {model.name: revision_of(model) for model in (plan.base, *plan.models)}
     write_whole(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions}, indent=1))
+
+
+def save_heads(tasks: Iterable[Task], folder: Path) -> None:
+    """Heads that the base lacks stay per task: tensors, and the config of the class that holds them."""
+    for task in tasks:
+        if task.head:
+            folder.mkdir(exist_ok=True)
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in task.head.items()}
+            with replacing(folder / f"{task.name}.safetensors") as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            write_whole(folder / f"{task.name}.json", task.input.config.to_json_string(use_diff=False))

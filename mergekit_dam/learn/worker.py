@@ -10,7 +10,7 @@ from pathlib import Path
 import transformers
 
 from mergekit_dam.engine.processes import JOB, Job, end_with_parent, joined, record_error, show_where_it_hangs
-from mergekit_dam.learn.optimise import optimise
+from mergekit_dam.learn.run import optimise
 from mergekit_dam.models.families import register_architectures
 from mergekit_dam.tasks import build_tasks
 
