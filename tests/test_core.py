@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn import mask_pair
+from mergekit_dam.learn import masks
 from mergekit_dam.learn.losses import consistency, disagreement, distillation, entropy
-from mergekit_dam.learn.mask_pair import LogitSteps
-from mergekit_dam.learn.masks import ConcreteMask, product
+from mergekit_dam.learn.masks import ConcreteMask, LogitSteps, product
 from mergekit_dam.learn.paper_search import UniversalPerturbation
 from mergekit_dam.merging import rule
 from mergekit_dam.merging.mask_bytes import to_bytes, to_probabilities
@@ -136,7 +135,7 @@ def test_density_is_the_kept_fraction() -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_steps_of_logits_wait_for_each_other_or_not(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_pair, "together_numel", lambda device, total: total)  # an accelerator's
+    monkeypatch.setattr(masks, "together_numel", lambda device, total: total)  # an accelerator's
     mask = ConcreteMask(
         {"a": (4,), "b": (4,)}, name="m", temperature=1.0, rescale=False, initial_logit=0.0, device=CPU
     )  # fmt: skip

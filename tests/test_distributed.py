@@ -18,7 +18,7 @@ from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.engine.streamed_weights import StreamedWeights
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.learn.losses import entropy
-from mergekit_dam.learn.mask_pair import combined, logits_of, masks_in_use
+from mergekit_dam.learn.masks import combined, logits_of, masks_in_use
 from mergekit_dam.learn.run import learn_masks
 from mergekit_dam.merging.mask_bytes import STEPS, to_probabilities
 from mergekit_dam.models.plan import Plan, build_plan

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from mergekit_dam.learn.mask_pair import detects_per_model
+from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.students import wanted
 from mergekit_dam.merging.mask_keys import mask_shape
 from mergekit_dam.models.plan import Plan

@@ -25,7 +25,7 @@ from mergekit_dam.engine.shards import Share, turns
 from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.losses import Patience, calibration_batch, fit_loss, held_out, summed
-from mergekit_dam.learn.mask_pair import (
+from mergekit_dam.learn.masks import (
     LogitSteps,
     Whole,
     combined,

@@ -20,7 +20,7 @@ from mergekit_dam.engine.merged_model import Masks
 from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.engine.streamed_weights import Weights, fixed
 from mergekit_dam.learn.losses import calibration_batch, consistency, disagreement, entropy
-from mergekit_dam.learn.mask_pair import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
+from mergekit_dam.learn.masks import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.merging.mask_bytes import to_bytes
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION
