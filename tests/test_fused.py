@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.merging import rule, triton_groups, triton_merge
-from mergekit_dam.merging.fused_kinds import ElementGroup, RowGroup, grouped
 from mergekit_dam.merging.mask_bytes import to_bytes
 from mergekit_dam.merging.mask_keys import Granularity, mask_shape
 from mergekit_dam.merging.mask_product import MaskProduct, has_own
-from mergekit_dam.merging.triton_groups import Group, Member
+from mergekit_dam.merging.triton_groups import ElementGroup, Group, Member, RowGroup, grouped
 from tests.searching import learned
 from tests.tiny_models import make_model
 

@@ -23,10 +23,9 @@ from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.merging import triton_merge
 from mergekit_dam.merging.chunks import Mask, gradient_shape
-from mergekit_dam.merging.fused_kinds import grouped
 from mergekit_dam.merging.mask_product import MaskProduct, together_numel
 from mergekit_dam.merging.rule import coefficient_gradient, gradients, logit_gradients, merge
-from mergekit_dam.merging.triton_groups import Group, Member
+from mergekit_dam.merging.triton_groups import Group, Member, grouped
 from mergekit_dam.models.plan import TensorSpec
 
 Masks = Mapping[str, Mask]

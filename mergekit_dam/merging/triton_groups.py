@@ -2,7 +2,7 @@
 
 A model of 200 tensors otherwise takes 400 launches per step from Python, as long as its passes take with a small
 batch. Addresses of the tensors go to the kernels in tables; merged tensors and gradients are parts of one allocation.
-The groups that there are, by what one entry of a mask covers: fused_kinds.py.
+The groups that there are, by what one entry of a mask covers: triton_groups.py.
 Legend: T models, n tensors of a group, P columns of the coefficients, F factors of a mask.
 """
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mergekit_dam.merging import triton_merge
 from mergekit_dam.merging.chunks import Mask
+from mergekit_dam.merging.foreach import groups
+from mergekit_dam.merging.mask_keys import mask_shape
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.merging.triton_merge import BLOCK, triton_kernels
 
@@ -219,3 +221,82 @@ def _is_plain(tensor: Tensor) -> bool:
 def _ready(upstream: Tensor) -> Tensor:
     upstream = upstream.contiguous()
     return upstream if _is_plain(upstream) else upstream.clone()
+
+
+def grouped(members: Sequence[Member], most: int) -> list[Group]:
+    """Groups of each kind; which of them serves is for the masks to say. Tensors that do not fit are left out.
+
+    Vectors have an entry per element at both granularities, so they are never in one group with others.
+
+    Args:
+        members: tensors that change.
+        most: a group ends once it has so many elements.
+    """
+    found: list[Group] = []
+    for kind in (ElementGroup, RowGroup):
+        alike: dict[tuple[torch.dtype, bool], list[Member]] = {}
+        for member in members:
+            if member.is_plain and kind.takes(member):
+                alike.setdefault((member.base.dtype, member.base.ndim > 1), []).append(member)
+        for same in alike.values():
+            found += [kind(some) for some in groups(same, most, lambda m: m.base.numel())]
+    return found
+
+
+class ElementGroup(Group):
+    """Masks with an entry per element; a program works on a block of elements."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        self._sizes = self._table([member.base.numel() for member in members])
+
+    @staticmethod
+    def takes(member: Member) -> bool:
+        return member.base.numel() % ALIGNED == 0
+
+    @staticmethod
+    def mask_shape(member: Member) -> tuple[int, ...]:
+        return mask_shape(member.base.shape, "element")
+
+    @staticmethod
+    def _num_programs(member: Member) -> int:
+        return -(-member.base.numel() // BLOCK)
+
+    def _merge(self, arguments: Mapping[str, Any]) -> None:
+        triton_kernels.merge_many[self._programs,](**arguments, sizes=self._sizes)
+
+    def _chain(self, arguments: Mapping[str, Any]) -> None:
+        triton_kernels.gradients_many[self._programs,](
+            **arguments, sizes=self._sizes, offsets=self._offsets, numel=self.numel
+        )  # fmt: skip
+
+
+class RowGroup(Group):
+    """Masks with an entry per row; a program works on a row."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        self._widths = self._table([_width(member) for member in members])
+
+    @staticmethod
+    def takes(member: Member) -> bool:
+        return member.base.ndim > 1 and _width(member) % ALIGNED == 0
+
+    @staticmethod
+    def mask_shape(member: Member) -> tuple[int, ...]:
+        return mask_shape(member.base.shape, "row")
+
+    @staticmethod
+    def _num_programs(member: Member) -> int:
+        return len(member.base)
+
+    def _merge(self, arguments: Mapping[str, Any]) -> None:
+        triton_kernels.merge_rows[self._programs,](**arguments, widths=self._widths)
+
+    def _chain(self, arguments: Mapping[str, Any]) -> None:
+        triton_kernels.gradients_rows[self._programs,](**arguments, widths=self._widths)
+
+
+def _width(member: Member) -> int:
+    """Elements of one row."""
+    return member.base.numel() // len(member.base)

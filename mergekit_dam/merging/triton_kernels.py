@@ -1,6 +1,6 @@
 """Triton kernels of the merge rule: each input is read once, nothing of a tensor's size is stored in between.
 
-Callers and shapes: triton_merge.py (one tensor), fused_kinds.py (a group of them). All pointers are to contiguous
+Callers and shapes: triton_merge.py (one tensor), triton_groups.py (a group of them). All pointers are to contiguous
 memory; arithmetic is in float32. OWN: whether each model has a factor of its own beside those that all share (groups:
 T or 0).
 """

@@ -1,7 +1,7 @@
 """The merge rule on an accelerator: one kernel per tensor that reads each of its inputs once (Triton).
 
 Same arithmetic as rule.py's, which serves everything that these kernels do not: masks of rows (but for groups of
-tensors, fused_kinds.py) or of whole tensors, rescaled masks, and devices without Triton. There each operation is a
+tensors, triton_groups.py) or of whole tensors, rescaled masks, and devices without Triton. There each operation is a
 kernel of its own that reads and writes whole tensors, 6 T + 4 passes through memory for a merge of T models instead
 of T + 4, and costs a launch.
 """

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from dam_bench.performance.clock import environment
 from mergekit_dam.merging import triton_merge
-from mergekit_dam.merging.fused_kinds import ElementGroup, RowGroup
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.merging.rule import gradients, logit_gradients, merge
-from mergekit_dam.merging.triton_groups import Group, Member
+from mergekit_dam.merging.triton_groups import ElementGroup, Group, Member, RowGroup
 
 _REPEATS = 10
 _WIDTH = 2048  # of a row, as in a causal LM of a billion parameters
