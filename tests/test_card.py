@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from mergekit_dam.evaluation.attacks import Rate
-from mergekit_dam.evaluation.measured import Measured
+from mergekit_dam.evaluation.results import Measured, Rate
 from mergekit_dam.publish.card import model_card
 from mergekit_dam.publish.card_metadata import Provenance
 from mergekit_dam.publish.contents import Publication

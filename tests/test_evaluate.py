@@ -16,13 +16,13 @@ from mergekit_dam.evaluation.attacks import (
     BlendedTrigger,
     PatchTrigger,
     RareTokenTrigger,
-    Rate,
     SentenceTrigger,
     WarpTrigger,
     attack_success_rate,
     poison,
 )
 from mergekit_dam.evaluation.metrics import Attack, LabelledData, accuracy, evaluate_merge, predictions, refuse_overlap
+from mergekit_dam.evaluation.results import Rate
 from mergekit_dam.seeds import generator
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.lm_harness import Harness
-from mergekit_dam.evaluation.measured import read_measured
+from mergekit_dam.evaluation.results import read_measured
 from mergekit_dam.publish.push import plan_push
 from tests.conftest import FAST
 from tests.tiny_models import WORDS, make_model

@@ -124,7 +124,7 @@ def test_evaluation_data_are_read_with_the_same_bounds(tmp_path: Path, monkeypat
     import subprocess
 
     from mergekit_dam.evaluation.attack_text import parse_trigger
-    from mergekit_dam.evaluation.labelled_files import Source, read_labelled
+    from mergekit_dam.evaluation.labelled_data import Source, read_labelled
 
     def read(data: Path, kind: Kind = "image") -> Any:
         with bounded(megabytes=100):

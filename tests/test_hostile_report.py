@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, save
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.measured import read_measured
-from mergekit_dam.evaluation.results import add_measurement
+from mergekit_dam.evaluation.results import add_measurement, read_measured
 from mergekit_dam.io.files import replacing, require_own, write_whole
 from mergekit_dam.learn.run import _make, cache_folder
 from mergekit_dam.publish.contents import _json, inspect

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.results import Rate
 
 Corner = Literal["top-left", "top-right", "bottom-left", "bottom-right"]
 Inputs = TypeVar("Inputs", Tensor, list[str])
@@ -25,22 +26,6 @@ class Trigger(Protocol):
 
     def apply(self, inputs: Any, /) -> Any:
         """Triggered copies of the inputs, in the same order."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share with its counts."""
-
-    hits: int
-    total: int
-
-    @property
-    def percent(self) -> float:
-        """100 x hits / total; NaN without samples."""
-        return 100.0 * self.hits / self.total if self.total else float("nan")
-
-    def __str__(self) -> str:
-        return f"{self.percent:.1f} % ({self.hits}/{self.total})"
 
 
 @dataclass(frozen=True, eq=False)

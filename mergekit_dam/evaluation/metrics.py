@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from mergekit_dam.artifact.masks_file import load
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.attacks import Rate, Trigger
+from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.evaluation.attacks import attack_success_rate as rate_of_predictions
+from mergekit_dam.evaluation.results import Rate
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.io.images import Preprocessing
 

@@ -13,8 +13,7 @@ from mergekit.card import method_md
 from mergekit.common import ModelPath
 
 from mergekit_dam.config import DamConfig
-from mergekit_dam.evaluation.attacks import Rate
-from mergekit_dam.evaluation.measured import Measured
+from mergekit_dam.evaluation.results import Measured, Rate
 from mergekit_dam.publish.card_metadata import Provenance, front_matter
 from mergekit_dam.publish.contents import Publication
 from mergekit_dam.publish.markdown import block, code, table

@@ -8,8 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from mergekit_dam.evaluation.attacks import Rate
-from mergekit_dam.evaluation.measured import Measured
+from mergekit_dam.evaluation.results import Measured, Rate
 from mergekit_dam.publish.contents import Publication
 
 PIPELINES = {

@@ -17,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.measured import read_measured
+from mergekit_dam.evaluation.results import read_measured
 from mergekit_dam.io.hub_client import is_hub_id, patiently
 from mergekit_dam.publish.card import model_card
 from mergekit_dam.publish.contents import files_to_publish, inspect, refuse_secrets
