@@ -13,9 +13,9 @@ from markdown_it import MarkdownIt
 
 from mergekit_dam.evaluation.results import Measured, Rate
 from mergekit_dam.publish.card import model_card
-from mergekit_dam.publish.card_metadata import Provenance
 from mergekit_dam.publish.contents import Publication
 from mergekit_dam.publish.markdown import block, code, table
+from mergekit_dam.publish.provenance import Provenance
 
 HOSTILE = (
     "[x](javascript:alert(1)) <img src=x onerror=alert(1)> `` | ``` ![y](http://evil.example) \n\n# Heading\n---\n"

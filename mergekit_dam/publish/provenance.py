@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.hub_client import HUB_ERRORS, hub_error, is_hub_id
-from mergekit_dam.publish.card_metadata import Provenance
 from mergekit_dam.publish.contents import Publication
 
 
@@ -108,3 +108,18 @@ def _derived(licences: dict[str, str | None], warnings: list[str], *, public: bo
         )  # fmt: skip
     warnings.append(f"no licence in the card, since the inputs do not agree on one ({told}); give --license")
     return None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is known about the inputs beyond the recipe.
+
+    Attributes:
+        hub_ids: reference part (model or LoRA path) -> its id, for those that the Hub has.
+        licence: identifier for the card, or None.
+        datasets: calibration data sets that the Hub has.
+    """
+
+    hub_ids: Mapping[str, str]
+    licence: str | None
+    datasets: Sequence[str] = ()
