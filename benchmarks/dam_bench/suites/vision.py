@@ -8,7 +8,8 @@ since, as the zero-shot heads of CLIP are. Legend: B batch, N samples, C channel
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,8 @@ from dam_bench.suites.vision_data import (
     save_preprocessing,
     task_images,
 )
-from dam_bench.suites.vision_presets import PRESETS
 from dam_bench.victims.poisoning import Backdoor
-from dam_bench.victims.training import fine_tune, pretrain, probe_head
+from dam_bench.victims.training import Schedule, fine_tune, pretrain, probe_head
 from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, Trigger, WarpTrigger
@@ -42,6 +42,10 @@ MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
 # the adaptive attack: share of the task vector that it trains without, weight of images with half of its trigger
 HARDENED = {"dropped": 0.2, "cover": 0.25}
 WARP = 2.5  # mean offset in pixels: the least, in steps of a half, that a victim learns to 95 %
+_SIZES = {
+    "pretrain": (12000, 400, 4000), "train": (8000, 700, 4000), "calibration": (1000, 256, 1000),
+    "evaluation": (1000, 441, 600),
+}  # fmt: skip
 
 
 class VisionSuite(Suite):
@@ -221,3 +225,48 @@ class VisionSuite(Suite):
 
     def run_cost(self, passes: int) -> float:
         return 8.0 + 0.09 * passes
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of models and data.
+
+    Attributes:
+        hidden_size, num_layers, patch_size: of the ViT; heads are 32 wide, the MLP is four times as wide.
+        pretraining: of theta_0; the batch size is per task, and CIFAR-10 has `cifar_share` times as much.
+        fine_tuning: of a clean model.
+        poisoning: of a victim; an attacker may take more and larger steps.
+        shots: labelled images per class for the frozen heads.
+        sizes: samples per split and task: CIFAR-10, digits, generated.
+    """
+
+    hidden_size: int
+    num_layers: int
+    patch_size: int
+    pretraining: Schedule
+    fine_tuning: Schedule
+    poisoning: Schedule
+    shots: Mapping[str, int]
+    sizes: Mapping[str, tuple[int, int, int]]
+
+
+PRESETS = {
+    "small": Preset(
+        128, 4, 8, Schedule(2500, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
+        Schedule(300, batch_size=64, learning_rate=3e-5), Schedule(400, batch_size=64, learning_rate=6e-5),
+        {"cifar10": 500, "other": 8}, _SIZES,
+    ),
+    "gpu": Preset(
+        384, 8, 4, Schedule(20000, batch_size=64, learning_rate=1e-3, weight_decay=0.05),
+        Schedule(1500, batch_size=128, learning_rate=2e-5), Schedule(1500, batch_size=128, learning_rate=4e-5),
+        {"cifar10": 500, "other": 8},
+        {"pretrain": (14000, 400, 20000), "train": (9000, 700, 10000), "calibration": (1000, 256, 1000),
+         "evaluation": (4000, 441, 2000)},
+    ),
+    # a smoke test: everything runs in a minute, and no gate holds
+    "tiny": Preset(
+        32, 1, 8, Schedule(12, batch_size=8), Schedule(60, batch_size=32), Schedule(60, batch_size=32),
+        {"cifar10": 8, "other": 4},
+        {"pretrain": (60, 100, 60), "train": (160, 160, 160), "calibration": (20, 20, 20), "evaluation": (60, 60, 60)},
+    ),
+}  # fmt: skip
