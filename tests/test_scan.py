@@ -21,10 +21,10 @@ from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.evaluation.attacks import PatchTrigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.models.plan import Plan, build_plan
-from mergekit_dam.scan.classifiers import scan
 from mergekit_dam.scan.cross_task import untouched, weights_of_other, weights_of_others
 from mergekit_dam.scan.findings import Finding, averaged
 from mergekit_dam.scan.inversion import success_rates
+from mergekit_dam.scan.scanner import scan
 from mergekit_dam.scan.triggers import Stamps, Styles
 from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.bounds import Bounds

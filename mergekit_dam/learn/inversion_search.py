@@ -42,9 +42,9 @@ from mergekit_dam.learn.trigger_pool import Pooled, Pools, recover
 from mergekit_dam.merging.checks import require_finite_gradients
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merging.mask_product import MaskProduct
-from mergekit_dam.scan.classifiers import scan
 from mergekit_dam.scan.cross_task import weights_of_others
 from mergekit_dam.scan.findings import Finding, Suspect, blank, blank_finding, facts_of, suspects, target_of
+from mergekit_dam.scan.scanner import scan
 
 LOG = logging.getLogger(__name__)
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down

@@ -10,111 +10,20 @@ Legend: T tasks, B batch, R triggers, K classes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
-from mergekit_dam.scan.causal import scan_continuations
-from mergekit_dam.scan.cross_task import carriers, untouched, weights_of_other, weights_of_others
-from mergekit_dam.scan.findings import Finding, averaged
+from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.inversion import Inversion, success_rates
-from mergekit_dam.scan.triggers import RecoveredTriggers, Styles, kinds_for
-from mergekit_dam.tasks import CausalTask, Task
+from mergekit_dam.scan.triggers import RecoveredTriggers, Styles
+from mergekit_dam.tasks import Task
 
 LOG = logging.getLogger(__name__)
-_UNDEFENDED = (
-    "dam: model %s is a text encoder, whose backdoors the scan does not find: a low score says nothing. What protects "
-    "is to merge students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
-)
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
-_AGAIN = 2  # further searches, where one nearly says that another model is to blame
-_NEARLY = 0.75  # of the threshold
-
-
-def scan(
-    tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, tasks_in_turn: Iterable[int]
-) -> list[Finding]:
-    """The most suspect classes or continuations of every model, at most `scan_finalists` of each.
-
-    With `scan_others` the classes of a task are searched a second time with all other models in place of its own.
-
-    All classes are searched for two fifths of `scan_steps`, the finalists for the rest: sooner, small triggers of
-    classes that are easy to reach anyway do not stand out yet.
-
-    Args:
-        tasks: one per model.
-        base: theta_0 by output name.
-        config: `scan_steps`, `scan_batch_size`, `scan_finalists`, `seed`.
-        tasks_in_turn: their indices, wrapped in a progress bar.
-    """
-    findings = []
-    for index in tasks_in_turn:
-        task = tasks[index]
-        if not task.defended:
-            LOG.warning(_UNDEFENDED, task.name)
-        if isinstance(task, CausalTask):
-            findings += scan_continuations(index, task, base, config)
-        else:
-            own = task.own_weights()
-            findings += _scan_classes(index, task, own, base, config, "scan")
-            if Styles in kinds_for(task.perturbation_shape):
-                findings += _scan_styles(index, task, own, base, config)
-            if config.scan_others and task.defended and len(tasks) > 1:
-                findings += _scan_others(index, tasks, base, config)
-    return findings
-
-
-def _scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
-    """What all other models bring to a task, each finding with the model whose doing it is.
-
-    What is a model's doing works with it alone, so the lower success counts; side effects of a planted trigger, and
-    what several clean models bring about together, work less well then.
-
-    What is nearly suspect is searched again with other batches, and the means count: even among clean models some
-    class of another's task is easier to reach, and with few samples single searches differ much.
-    """
-    task, others = tasks[index], weights_of_others(tasks, index, base)
-    found = _others_once(index, task, others, base, config, "others")
-    owners = carriers(tasks, index, base, [(one.trigger, one.target) for one in found])
-    findings = [_laid(one, owner, share) for one, (owner, share) in zip(found, owners, strict=True)]
-    limit = _NEARLY * config.suspicion
-    if all(one.suspicion < limit for one in findings):
-        return findings
-    searches = [
-        {one.target: one for one in _others_once(index, task, others, base, config, f"others {n}")}
-        for n in range(_AGAIN)
-    ]
-
-    def again(one: Finding) -> list[Finding | None]:
-        assert one.carrier is not None, "just laid to it"
-        weights = weights_of_other(task, tasks[one.carrier], base)
-        theirs = [search.get(one.target) for search in searches]
-        return [
-            None
-            if more is None
-            else _laid(more, one.carrier, success_rates(task, weights, more.trigger, [more.target])[0])
-            for more in theirs
-        ]
-
-    return [averaged(one, again(one)) if one.suspicion >= limit else one for one in findings]
-
-
-def _laid(found: Finding, carrier: int, share: float) -> Finding:
-    """A finding laid to a model, with which alone the trigger has this success."""
-    return replace(found, carrier=carrier, success=min(found.success, share))
-
-
-def _others_once(
-    index: int, task: Task, others: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig, seed: str
-) -> list[Finding]:
-    """One search, which knows no carrier yet; the control is at least what is answered without a trigger."""
-    findings = _scan_classes(index, task, others, base, config, seed)
-    plain = untouched(task, others, [found.target for found in findings])
-    return [replace(found, control=max(found.control, share)) for found, share in zip(findings, plain, strict=True)]
 
 
 def _scan_classes(

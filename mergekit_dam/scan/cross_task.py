@@ -9,16 +9,22 @@ theta_0 + c sum_{s != t} tau_s. T models.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from mergekit_dam.config import DamConfig
 from mergekit_dam.merging.rule import merge
+from mergekit_dam.scan.classifiers import _scan_classes
+from mergekit_dam.scan.findings import Finding, averaged
 from mergekit_dam.scan.inversion import CHECKED, success_rates
 from mergekit_dam.scan.triggers import RecoveredTriggers
 from mergekit_dam.tasks import Target, Task
 
 _EACH, _SUM = 0.5, 2.0  # coefficients at most, about those of usual merges: more drown what theta_0 can do
+_AGAIN = 2  # further searches, where one nearly says that another model is to blame
+_NEARLY = 0.75  # of the threshold
 
 
 def weights_of_others(tasks: Sequence[Task], index: int, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,3 +88,52 @@ def carriers(
             success[other] = [success_rates(task, weights, trigger, [target])[0] for trigger, target in found]
     owners = [max(success, key=lambda other: success[other][row]) for row in range(len(found))]
     return [(owner, success[owner][row]) for row, owner in enumerate(owners)]
+
+
+def scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
+    """What all other models bring to a task, each finding with the model whose doing it is.
+
+    What is a model's doing works with it alone, so the lower success counts; side effects of a planted trigger, and
+    what several clean models bring about together, work less well then.
+
+    What is nearly suspect is searched again with other batches, and the means count: even among clean models some
+    class of another's task is easier to reach, and with few samples single searches differ much.
+    """
+    task, others = tasks[index], weights_of_others(tasks, index, base)
+    found = _others_once(index, task, others, base, config, "others")
+    owners = carriers(tasks, index, base, [(one.trigger, one.target) for one in found])
+    findings = [_laid(one, owner, share) for one, (owner, share) in zip(found, owners, strict=True)]
+    limit = _NEARLY * config.suspicion
+    if all(one.suspicion < limit for one in findings):
+        return findings
+    searches = [
+        {one.target: one for one in _others_once(index, task, others, base, config, f"others {n}")}
+        for n in range(_AGAIN)
+    ]
+
+    def again(one: Finding) -> list[Finding | None]:
+        assert one.carrier is not None, "just laid to it"
+        weights = weights_of_other(task, tasks[one.carrier], base)
+        theirs = [search.get(one.target) for search in searches]
+        return [
+            None
+            if more is None
+            else _laid(more, one.carrier, success_rates(task, weights, more.trigger, [more.target])[0])
+            for more in theirs
+        ]
+
+    return [averaged(one, again(one)) if one.suspicion >= limit else one for one in findings]
+
+
+def _laid(found: Finding, carrier: int, share: float) -> Finding:
+    """A finding laid to a model, with which alone the trigger has this success."""
+    return replace(found, carrier=carrier, success=min(found.success, share))
+
+
+def _others_once(
+    index: int, task: Task, others: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig, seed: str
+) -> list[Finding]:
+    """One search, which knows no carrier yet; the control is at least what is answered without a trigger."""
+    findings = _scan_classes(index, task, others, base, config, seed)
+    plain = untouched(task, others, [found.target for found in findings])
+    return [replace(found, control=max(found.control, share)) for found, share in zip(findings, plain, strict=True)]

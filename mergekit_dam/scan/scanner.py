@@ -1,0 +1,53 @@
+"""Scan every input model for backdoors, each in the way of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from mergekit_dam.config import DamConfig
+from mergekit_dam.scan.causal import scan_continuations
+from mergekit_dam.scan.classifiers import LOG, _scan_classes, _scan_styles
+from mergekit_dam.scan.cross_task import scan_others
+from mergekit_dam.scan.findings import Finding
+from mergekit_dam.scan.triggers import Styles, kinds_for
+from mergekit_dam.tasks import CausalTask, Task
+
+_UNDEFENDED = (
+    "dam: model %s is a text encoder, whose backdoors the scan does not find: a low score says nothing. What protects "
+    "is to merge students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
+)
+
+
+def scan(
+    tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, tasks_in_turn: Iterable[int]
+) -> list[Finding]:
+    """The most suspect classes or continuations of every model, at most `scan_finalists` of each.
+
+    With `scan_others` the classes of a task are searched a second time with all other models in place of its own.
+
+    All classes are searched for two fifths of `scan_steps`, the finalists for the rest: sooner, small triggers of
+    classes that are easy to reach anyway do not stand out yet.
+
+    Args:
+        tasks: one per model.
+        base: theta_0 by output name.
+        config: `scan_steps`, `scan_batch_size`, `scan_finalists`, `seed`.
+        tasks_in_turn: their indices, wrapped in a progress bar.
+    """
+    findings = []
+    for index in tasks_in_turn:
+        task = tasks[index]
+        if not task.defended:
+            LOG.warning(_UNDEFENDED, task.name)
+        if isinstance(task, CausalTask):
+            findings += scan_continuations(index, task, base, config)
+        else:
+            own = task.own_weights()
+            findings += _scan_classes(index, task, own, base, config, "scan")
+            if Styles in kinds_for(task.perturbation_shape):
+                findings += _scan_styles(index, task, own, base, config)
+            if config.scan_others and task.defended and len(tasks) > 1:
+                findings += scan_others(index, tasks, base, config)
+    return findings
