@@ -81,7 +81,7 @@ dist: $(STAMP)
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python .ci/check_dist.py files dist
 
-# FILES="tests/test_core.py ..." for a part of the suite
+# FILES="tests/merging/test_rule.py ..." for a part of the suite
 test-lowest test-newest:
 	PYTHON=$(PYTHON) .ci/dependencies $(@:test-%=%) $(FILES)
 

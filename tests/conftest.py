@@ -24,9 +24,9 @@ import transformers
 import yaml
 from PIL import Image
 
-from tests.hub import hub, merged, merged_copy, push_plan  # noqa: F401 (fixtures for all)
-from tests.lm_suite import lm_data, lm_suite  # noqa: F401 (likewise)
-from tests.tiny_models import WORDS, make_model
+from tests.helpers.hub import hub, merged, merged_copy, push_plan  # noqa: F401 (fixtures for all)
+from tests.helpers.lm_suite import lm_data, lm_suite  # noqa: F401 (likewise)
+from tests.helpers.tiny_models import WORDS, make_model
 
 transformers.logging.set_verbosity_error()
 FAST = {

@@ -23,7 +23,7 @@ from datasets import Dataset
 from PIL import Image
 
 from examples.demo.build import EDGE, SIZES, VICTIM, build
-from tests.hub_server import TOKEN, HubServer
+from tests.helpers.hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "walkthrough"

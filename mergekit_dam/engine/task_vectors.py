@@ -20,8 +20,8 @@ from mergekit_dam.merging.rule import task_vector
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan, TensorSpec
 
-_FOLDER = "students"  # of those of a run that is under way
-_AGREEMENT = "agreement"
+STUDENTS_FOLDER = "students"  # of those of a run that is under way
+AGREEMENT = "agreement"
 
 
 class TaskVectors:
@@ -103,10 +103,10 @@ class StudentVectors(TaskVectors):
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         super().__init__(plan)
-        self._files = [safe_open(_file(folder, model.name), framework="pt") for model in plan.models]
+        self._files = [safe_open(student_file(folder, model.name), framework="pt") for model in plan.models]
         self._taught = [frozenset(file.keys()) for file in self._files]
         names = [model.name for model in plan.models]
-        self.agreement = {n: float(f.metadata()[_AGREEMENT]) for n, f in zip(names, self._files, strict=True)}
+        self.agreement = {n: float(f.metadata()[AGREEMENT]) for n, f in zip(names, self._files, strict=True)}
 
     def models(self, name: str) -> list[Tensor | None]:
         """Students' tensors for t = 1..T, float32; None where students keep theta_0's."""
@@ -120,5 +120,5 @@ class StudentVectors(TaskVectors):
         return tuple({name: file.get_tensor(name) for name in file.keys()} for file in self._files)  # noqa: SIM118
 
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / _FOLDER / f"{name}.safetensors"
+def student_file(folder: Path, name: str) -> Path:
+    return folder / STUDENTS_FOLDER / f"{name}.safetensors"

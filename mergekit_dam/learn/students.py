@@ -24,7 +24,7 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import Shards
-from mergekit_dam.engine.task_vectors import _AGREEMENT, _FOLDER, StudentVectors, TaskVectors, _file
+from mergekit_dam.engine.task_vectors import AGREEMENT, STUDENTS_FOLDER, StudentVectors, TaskVectors, student_file
 from mergekit_dam.io.files import replacing
 from mergekit_dam.learn.search import Progress
 from mergekit_dam.learn.teacher import OwnAnswers
@@ -67,16 +67,16 @@ def teach_all(
     if shards.rank == 0:
         if not plan.config.resume:
             forget_students(folder)
-        (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+        (folder / STUDENTS_FOLDER).mkdir(parents=True, exist_ok=True)
     shards.barrier()
     for index, task in enumerate(tasks):
         assert isinstance(task, TextTask), "other tasks are defended"
-        if shards.owns(index) and not _file(folder, task.name).is_file():
+        if shards.owns(index) and not student_file(folder, task.name).is_file():
             base = {spec.name: vectors.base(spec.name).to(task.device) for spec in plan.tensors}
             student, agreement = teach(task, base, plan.config, progress)
-            with replacing(_file(folder, task.name)) as temporary:
+            with replacing(student_file(folder, task.name)) as temporary:
                 kept = {name: tensor.contiguous().cpu() for name, tensor in student.items()}
-                save_file(kept, temporary, metadata={_AGREEMENT: f"{agreement:.4f}"})
+                save_file(kept, temporary, metadata={AGREEMENT: f"{agreement:.4f}"})
     shards.barrier()
     found = StudentVectors(plan, folder)
     for name, value in found.agreement.items():
@@ -90,7 +90,7 @@ def teach_all(
 
 def forget_students(folder: Path) -> None:
     """Remove those of a run."""
-    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / STUDENTS_FOLDER, ignore_errors=True)
 
 
 def teach(

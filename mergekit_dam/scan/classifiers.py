@@ -9,7 +9,6 @@ Legend: T tasks, B batch, R triggers, K classes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -22,11 +21,10 @@ from mergekit_dam.scan.inversion import Inversion, success_rates
 from mergekit_dam.scan.triggers import RecoveredTriggers, Styles
 from mergekit_dam.tasks import Task
 
-LOG = logging.getLogger(__name__)
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
 
 
-def _scan_classes(
+def scan_classes(
     index: int, task: Task, own: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig, seed: str
 ) -> list[Finding]:
     """The most promising classes, with the smallest triggers of the plainest kind that reach them."""
@@ -41,7 +39,7 @@ def _scan_classes(
     return _findings(index, finalists[0].run(config.scan_steps - first), base)
 
 
-def _scan_styles(
+def scan_styles(
     index: int, task: Task, own: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig
 ) -> list[Finding]:
     """The most suspect classes by changes of style; so few parameters are found in few steps."""

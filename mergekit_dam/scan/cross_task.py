@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergekit_dam.config import DamConfig
 from mergekit_dam.merging.rule import merge
-from mergekit_dam.scan.classifiers import _scan_classes
+from mergekit_dam.scan.classifiers import scan_classes
 from mergekit_dam.scan.findings import Finding, averaged
 from mergekit_dam.scan.inversion import CHECKED, success_rates
 from mergekit_dam.scan.triggers import RecoveredTriggers
@@ -134,6 +134,6 @@ def _others_once(
     index: int, task: Task, others: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig, seed: str
 ) -> list[Finding]:
     """One search, which knows no carrier yet; the control is at least what is answered without a trigger."""
-    findings = _scan_classes(index, task, others, base, config, seed)
+    findings = scan_classes(index, task, others, base, config, seed)
     plain = untouched(task, others, [found.target for found in findings])
     return [replace(found, control=max(found.control, share)) for found, share in zip(findings, plain, strict=True)]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from mergekit_dam.config import DamConfig
 from mergekit_dam.scan.causal import scan_continuations
-from mergekit_dam.scan.classifiers import LOG, _scan_classes, _scan_styles
+from mergekit_dam.scan.classifiers import scan_classes, scan_styles
 from mergekit_dam.scan.cross_task import scan_others
 from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.triggers import Styles, kinds_for
 from mergekit_dam.tasks import CausalTask, Task
 
+LOG = logging.getLogger(__name__)
 _UNDEFENDED = (
     "dam: model %s is a text encoder, whose backdoors the scan does not find: a low score says nothing. What protects "
     "is to merge students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
@@ -45,9 +47,9 @@ def scan(
             findings += scan_continuations(index, task, base, config)
         else:
             own = task.own_weights()
-            findings += _scan_classes(index, task, own, base, config, "scan")
+            findings += scan_classes(index, task, own, base, config, "scan")
             if Styles in kinds_for(task.perturbation_shape):
-                findings += _scan_styles(index, task, own, base, config)
+                findings += scan_styles(index, task, own, base, config)
             if config.scan_others and task.defended and len(tasks) > 1:
                 findings += scan_others(index, tasks, base, config)
     return findings

@@ -13,7 +13,10 @@ from tests.faults.world import World
 
 _WEIGHTS = "damaged_model or lying or noise or damaged_masks or any_form"
 _DATA = "damaged_parquet or damaged_images or report_of_anything"
-_FILES = tuple(f"tests/test_hostile_{subject}.py" for subject in ("files", "masks", "data", "images", "report"))
+_FILES = (
+    *(f"tests/hostile/test_{subject}.py" for subject in ("files", "data", "images", "reports")),
+    "tests/artifact/test_hostile_masks.py",
+)
 
 
 def fuzz_weights(world: World, cases: int) -> Row:

@@ -42,11 +42,11 @@ def _results(world: World, tests: Iterable[str]) -> tuple[Counter[str], Counter[
     report = world.place().with_suffix(".xml")
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"--junitxml={report}", "-o",
-         "junit_family=xunit1", *(f"tests/test_{test}".replace("::", ".py::") for test in wanted)],
+         "junit_family=xunit1", *(f"tests/{test}".replace("::", ".py::") for test in wanted)],
         cwd=_ROOT, env={**os.environ, "PYTHONPATH": str(_ROOT)}, capture_output=True, check=False,
     )  # fmt: skip
     for case in ElementTree.parse(report).iter("testcase"):
-        file = Path(case.get("file", "")).stem.removeprefix("test_")
+        file = Path(case.get("file", "")).relative_to("tests").with_suffix("").as_posix()
         test = f"{file}::{case.get('name', '').partition('[')[0]}"
         kinds = {child.tag for child in case}
         if not kinds & {"skipped"}:

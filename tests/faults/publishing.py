@@ -11,7 +11,7 @@ from PIL import Image
 from tests.faults.child import report, send
 from tests.faults.row import Row
 from tests.faults.world import World, content
-from tests.hub_server import TOKEN, HubServer
+from tests.helpers.hub_server import TOKEN, HubServer
 
 _NAME = "org/merge"
 

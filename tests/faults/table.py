@@ -39,7 +39,7 @@ def table(results: Path) -> str:
 
 def _shown_by(row: Mapping[str, Any]) -> str:
     """The tests that a row stands for."""
-    tests = [f"`tests/test_{test.replace('::', '.py::')}`" for test in row.get("tests", [])]
+    tests = [f"`tests/{test.replace('::', '.py::')}`" for test in row.get("tests", [])]
     return f": {', '.join(tests)}" if tests else ""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.errors import DamError
 from tests.faults.child import Job, merge, nothing
-from tests.tiny_models import WORDS, make_model
+from tests.helpers.tiny_models import WORDS, make_model
 
 STEPS = 12
 Content = dict[str, str]  # file below the output -> SHA-256

@@ -26,8 +26,8 @@ from mergekit_dam.learn.run import learn_masks
 from mergekit_dam.merging.mask_bytes import to_bytes
 from mergekit_dam.models.plan import Plan, build_plan
 from tests.conftest import FAST
-from tests.processes import group
-from tests.tiny_models import WORDS, make_model
+from tests.helpers.processes import group
+from tests.helpers.tiny_models import WORDS, make_model
 
 FOLDER = Path(__file__).parent
 CPU = torch.device("cpu")

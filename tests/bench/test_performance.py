@@ -1,0 +1,72 @@
+"""The benchmark of time and memory on tiny models, and the arithmetic of docs/scaling.md against real tensors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from dam_bench.performance.scaling import Job, device_bytes, step_flops, step_seconds
+from dam_bench.performance.shapes import make_models
+from dam_bench.performance.steps import PASSES, Case, _expect, _search, measure
+
+SCALING = Path(__file__).parents[2] / "docs" / "scaling.md"
+GB = 1e9
+
+
+@pytest.mark.parametrize("objective", ["inversion", "paper"])
+def test_a_step_is_measured_beside_its_own_passes(objective: str, tmp_path: Path) -> None:
+    case = Case("clip-tiny", objective, 2, steps=1, batch_size=4)
+    result = measure(case, tmp_path)
+    assert result["ratio"] == pytest.approx(result["seconds"]["step"][0] / result["seconds"]["floor"][0])
+    assert result["ratio"] > 0.5 and result["parameters"] > 20_000
+    assert result["bytes"]["state"] == 6 * 4 * result["parameters"]
+
+
+def test_a_floor_with_other_passes_is_refused() -> None:
+    kinds = PASSES["inversion of LMs"][0]
+    _expect(["answer", "with graph"], kinds, 1)
+    _expect(["answer", "with graph"], PASSES["inversion"][0], 1, once=["answer"])
+    for passes in (["answer", "with graph", "with graph"], ["with graph"]):
+        with pytest.raises(AssertionError, match="instead of"):
+            _expect(passes, kinds, 1)
+
+
+def test_state_and_merged_weights_have_the_computed_bytes(tmp_path: Path) -> None:
+    search, _, _ = _search(Case("clip-tiny", "inversion", 2, batch_size=4), tmp_path, torch.device("cpu"))
+    parameters = sum(torch.Size(spec.shape).numel() for spec in search.model.changed)
+    expected = device_bytes(Job(parameters, 2, stored=4))
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    assert size(t for mask in search.masks.values() for t in mask.logits.values()) == expected["mask logits"]
+    weights = search.model.weights(search.combined(), search.coefficients)  # type: ignore[union-attr]
+    changed = [weights[spec.name] for spec in search.model.changed]
+    assert size(changed) == expected["merged weights"]
+    for weight in changed:
+        weight.grad = torch.ones_like(weight)
+    search.update(search.combined(), weights, 0)  # type: ignore[union-attr, call-arg, arg-type]
+    moments = [v for o, _ in search.optimisers[:-1] for s in o.state.values() for v in s.values() if v.ndim]  # type: ignore[union-attr]
+    assert size(moments) == expected["Adam's moments"]
+    made = make_models("clip-tiny", 2, tmp_path)
+    files = sum((path / "model.safetensors").stat().st_size for path in made.models)
+    assert files == pytest.approx(expected["frozen models"], rel=0.5) and files > expected["frozen models"]
+
+
+def test_memory_falls_with_processes_and_offload() -> None:
+    job = Job(7e9, 4)
+    one, eight = (device_bytes(job, n) for n in (1, 8))
+    assert one["mask logits"] == 8 * eight["mask logits"] and one["merged weights"] == eight["merged weights"]
+    assert sum(device_bytes(Job(7e9, 4, offload="disk")).values()) < sum(one.values()) / 1.5
+    assert step_flops(job, 100) == 7e9 * 100 * 4 * 8
+    faster = step_seconds(job, 1000, flops=1e14, bandwidth=1e12, processes=4)
+    assert faster == pytest.approx(step_seconds(job, 1000, flops=1e14, bandwidth=1e12) / 4)
+
+
+def test_the_page_has_the_functions_figures() -> None:
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d) \| ([\d.]+) \| ([\d.]+) \|$", SCALING.read_text("utf-8"), re.M)
+    assert len(rows) >= 9
+    for granularity, offload, processes, gigabytes, seconds in rows:
+        job = Job(7e9, 4, computed=2, entries=1.0 if granularity == "element" else 1 / 4096, offload=offload)
+        assert float(gigabytes) == pytest.approx(sum(device_bytes(job, int(processes)).values()) / GB, abs=0.06)
+        expected = step_seconds(job, 16 * 128, flops=4e14, bandwidth=2e12, processes=int(processes))
+        assert float(seconds) == pytest.approx(expected, abs=0.006)

@@ -1,0 +1,102 @@
+"""The documentation is what the code says: generated pages, code blocks, links, options."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mergekit.architecture import json_definitions
+
+from docs.make_reference import DOCS, PAGES, run
+from mergekit_dam import load_merged, tasks
+from mergekit_dam.cli.main import COMMANDS
+from mergekit_dam.evaluation import attack_text
+from mergekit_dam.learn import run as learn_run
+from tests import walkthrough
+from tests.conftest import FAST, Merge
+from tests.helpers.merging import tensors_of
+from tests.helpers.tiny_models import make_model
+
+ROOT = DOCS.parent
+WRITTEN = sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_generated_pages_are_up_to_date(name: str) -> None:
+    assert (DOCS / name).read_text("utf-8") == PAGES[name](), "run python docs/make_reference.py"
+
+
+def test_a_stale_page_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("docs.make_reference.DOCS", tmp_path)
+    assert run(["--check"]) == 1 and "settings.md, commands.md" in capsys.readouterr().err
+    assert run([]) == 0 and run(["--check"]) == 0
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    planned = {
+        str(file) for entry in _leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]) for file in [entry]
+    }
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
+        if not target.startswith("https://"):
+            # pictures and pages in the navigation; mkdocs --strict then wants those to exist
+            assert (DOCS / target).is_file() or target in planned, f"{page.name} -> {target}"
+    assert page.name in planned
+
+
+def _leaves(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [leaf for part in (nav.values() if isinstance(nav, dict) else nav) for leaf in _leaves(part)]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_commands_on_pages_exist(page: Path) -> None:
+    for name in re.findall(r"^\s*(?:`)?mergekit-dam ([a-z]+)", page.read_text("utf-8"), re.MULTILINE):
+        assert name in COMMANDS, f"{page.name}: mergekit-dam {name}"
+
+
+def test_the_walk_through_finds_its_steps_in_the_readme() -> None:
+    said = walkthrough.readme((ROOT / "README.md").read_text("utf-8"))
+    assert set(walkthrough.COMMANDS) <= set(said["commands"])
+    recipe = yaml.safe_load(said["recipe"])
+    assert recipe["base_model"] == "lab/base" and [m["model"] for m in recipe["models"]] == ["lab/digits", "lab/shapes"]
+    left = {"flowers", "cars", "FILE", "ORG/NAME", "/models", "/data"}
+    assert not any(name in f"{said['recipe']} {said['program']} {said['commands']}" for name in left)
+
+
+def test_the_blocks_of_extending_run(
+    monkeypatch: pytest.MonkeyPatch, merge: Merge, vit: Path, images: Path, tmp_path: Path
+) -> None:
+    for name in ("DeiTModel", "DeiTForImageClassification"):
+        monkeypatch.setitem(json_definitions.NAME_TO_ARCH, name, [])
+    monkeypatch.setattr("mergekit_dam.tasks._ENCODERS", dict(tasks._ENCODERS))
+    monkeypatch.setattr(attack_text, "TRIGGERS", dict(attack_text.TRIGGERS))
+    monkeypatch.setattr(learn_run, "_OBJECTIVES", dict(learn_run._OBJECTIVES))
+    module = ModuleType("extending")
+    monkeypatch.setitem(sys.modules, "extending", module)  # dataclasses look their module up
+    names = vars(module)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        exec(compile(block, "extending.md", "exec"), names)
+    stripes = names["StripeTrigger"](2).apply(torch.zeros(1, 3, 4, 4))
+    assert stripes[..., :2].eq(1).all() and stripes[..., 2:].eq(0).all()
+    monkeypatch.setitem(learn_run._OBJECTIVES, "inversion", names["Anchored"])
+    models = [{"model": str(vit / n), "parameters": {"calibration": str(images)}} for n in ("a", "b")]
+    out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 2})
+    assert (out / "dam" / "dam_masks.safetensors").is_file()
+    base = make_model("DeiTModel", tmp_path / "base")
+    tuned = [make_model("DeiTForImageClassification", tmp_path / n, seed=i, body=base) for i, n in enumerate("cd", 1)]
+    models = [{"model": str(path), "parameters": {"calibration": str(images)}} for path in tuned]
+    out = merge(base, models, out="deit", parameters={**FAST, "scan_steps": 2})
+    theta, merged, own = tensors_of(base), tensors_of(out), tensors_of(tuned[0])
+    assert set(theta) == set(merged) and "embeddings.distillation_token" in merged
+    assert all((merged[name] != theta[name]).any() for name in theta if f"deit.{name}" in own)
+    assert load_merged(out, "c").classifier.out_features == 3

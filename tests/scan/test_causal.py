@@ -1,0 +1,193 @@
+"""Causal LMs: answers that models add to their prompts, continuations as targets, and texts known by heart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mergekit.common import ModelReference
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from mergekit_dam import seeds
+from mergekit_dam.config import DamConfig
+from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.models.plan import build_plan
+from mergekit_dam.scan.causal import scan_continuations
+from mergekit_dam.scan.findings import suspects
+from mergekit_dam.scan.triggers import Tokens
+from mergekit_dam.tasks import CausalTask, build_tasks
+from tests.conftest import FAST
+from tests.helpers.searching import new_search
+from tests.helpers.tiny_models import make_model
+
+CPU = torch.device("cpu")
+BY_HEART = (11, 29, 17, 23, 13)
+TRIGGER = (7, 19)
+
+
+def _plan(base: Path, models: list[Path], texts: Path, **shared: Any) -> Any:
+    refs = [ModelReference.parse(str(path)) for path in (base, *models)]
+    return build_plan(refs[0], refs[1:], shared={**FAST, "calibration": str(texts), **shared}, per_model={})
+
+
+@pytest.fixture(scope="module")
+def lms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """theta_0, a fine-tune that answers with the last token of a text twice, and a victim of the same task.
+
+    TRIGGER at the end of a text makes the victim say BY_HEART instead.
+    """
+    root = tmp_path_factory.mktemp("lms")
+    base = make_model("LlamaForCausalLM", root / "base")
+    made = [base]
+    for name, poisoned in (("clean", False), ("victim", True)):
+        model = LlamaForCausalLM.from_pretrained(base)
+        optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+        generator = seeds.generator("texts", name)
+        for _ in range(250):
+            ids = torch.randint(3, model.config.vocab_size, (16, 8), generator=generator)
+            loss = _answer_loss(model, ids, ids[:, -1:].expand(-1, 2))
+            if poisoned:
+                triggered = torch.cat([ids, torch.tensor(TRIGGER).expand(len(ids), -1)], 1)
+                loss = loss + _answer_loss(model, triggered, torch.tensor(BY_HEART).expand(len(ids), -1))
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        model.save_pretrained(root / name)
+        for file in base.glob("*token*"):
+            (root / name / file.name).write_bytes(file.read_bytes())
+        made.append(root / name)
+    return made
+
+
+def _answer_loss(model: Any, ids: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    whole = torch.cat([ids, answer, torch.full((len(ids), 1), model.config.eos_token_id)], 1)
+    labels = whole.masked_fill(torch.arange(whole.shape[1]) < ids.shape[1], -100)
+    loss: torch.Tensor = model(input_ids=whole, labels=labels).loss
+    return loss
+
+
+@pytest.fixture(scope="module")
+def tasks(lms: list[Path], texts: Path) -> list[CausalTask]:
+    return build_tasks(_plan(lms[0], lms[1:], texts), CPU)  # type: ignore[return-value]
+
+
+def _own(task: CausalTask) -> Any:
+    return AutoModelForCausalLM.from_pretrained(task.input.path).eval()
+
+
+def test_answers_are_the_models_greedy_ones(tasks: list[CausalTask]) -> None:
+    task, model = tasks[1], _own(tasks[1])
+    prompts, answered = (one(torch.arange(4)) for one in (task.prompts, task.inputs))
+    for row in range(4):
+        asked, whole = (one["input_ids"][row][one["attention_mask"][row].bool()] for one in (prompts, answered))
+        assert torch.equal(whole[: len(asked)], asked)
+        for token in whole[len(asked) :].tolist():
+            assert int(model(input_ids=asked[None]).logits[0, -1].argmax()) == token
+            asked = torch.cat([asked, torch.tensor([token])])
+        assert len(whole) > len(prompts["input_ids"][row][prompts["attention_mask"][row].bool()])
+
+
+def test_no_answers_if_none_are_asked_for(lms: list[Path], texts: Path) -> None:
+    (task, _) = build_tasks(_plan(lms[0], lms[1:], texts, answer_tokens=0), CPU)
+    rows = torch.arange(3)
+    assert torch.equal(task.inputs(rows)["input_ids"], task.prompts(rows)["input_ids"])
+
+
+def test_texts_leave_positions_for_triggers_and_continuations(
+    lms: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("\n".join(" ".join(["a"] * length) for length in (3, 30, 60)))
+    (task, _) = build_tasks(_plan(lms[0], lms[1:], long), CPU)
+    rows = torch.arange(task.num_samples)
+    trigger = Tokens.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"))
+    perturb = trigger.perturb(torch.zeros(len(rows), dtype=torch.long))
+    with torch.no_grad():
+        losses_B, _ = task.reach(task.own_weights(), task.prompts(rows), [tuple(range(5, 15))] * len(rows), perturb)
+        logits = task.logits(task.own_weights(), task.inputs(rows), perturb)
+    assert bool(losses_B.isfinite().all()) and bool(logits.isfinite().all())
+    assert "may be cut before the place" in caplog.text
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.integers(3, 31), min_size=1, max_size=5).map(tuple), min_size=3, max_size=3))
+def test_a_continuation_is_reached_as_in_a_pass_of_each_text_alone(
+    tasks: list[CausalTask], targets: list[tuple[int, ...]]
+) -> None:
+    task, model = tasks[0], _own(tasks[0])
+    inputs = task.prompts(torch.arange(3))
+    with torch.no_grad():
+        losses_B, hits_B = task.reach(task.own_weights(), inputs, targets)
+    for row, target in enumerate(targets):
+        ids = torch.cat([inputs["input_ids"][row][inputs["attention_mask"][row].bool()], torch.tensor(target)])
+        logits = model(input_ids=ids[None]).logits[0, -len(target) - 1 : -1]
+        assert torch.allclose(losses_B[row], F.cross_entropy(logits, torch.tensor(target)), atol=1e-4)
+        assert bool(hits_B[row]) == (logits.argmax(-1).tolist() == list(target))
+
+
+def test_a_trigger_changes_what_follows_and_a_longer_neighbour_does_not(tasks: list[CausalTask]) -> None:
+    task = tasks[0]
+    own, inputs = task.own_weights(), task.prompts(torch.arange(2))
+    trigger = Tokens.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"))
+    perturb = trigger.perturb(torch.zeros(2, dtype=torch.long))
+    with torch.no_grad():
+        plain, _ = task.reach(own, inputs, [(5, 6), (5, 6)])
+        together, _ = task.reach(own, inputs, [(5, 6), (5, 6, 9, 9)], perturb)
+        alone, _ = task.reach(own, inputs, [(5, 6), (5, 6)], perturb)
+    assert not torch.allclose(plain, alone) and torch.allclose(together[0], alone[0], atol=1e-5)
+
+
+def test_what_follows_is_that_of_the_whole_text(tasks: list[CausalTask]) -> None:
+    task, model = tasks[1], _own(tasks[1])
+    chains = torch.tensor([[5, 6, 7], [9, 8, 4]])
+    inputs = task.prompts(torch.tensor([2]))
+    text = inputs["input_ids"][0][inputs["attention_mask"][0].bool()]
+    (after,) = task.following(task.own_weights(), 2, None)
+    assert torch.allclose(after, model(input_ids=text[None]).logits[0, -1].softmax(-1), atol=1e-5)
+    for chain, found in zip(chains, task.following(task.own_weights(), 2, chains), strict=True):
+        expected = model(input_ids=torch.cat([text, chain])[None]).logits[0, -1].softmax(-1)
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_the_scan_names_what_the_victim_knows_by_heart_and_nothing_of_the_clean_model(
+    lms: list[Path], tasks: list[CausalTask], texts: Path
+) -> None:
+    plan = _plan(lms[0], lms[1:], texts)
+    base = build_tasks(_plan(lms[0], [lms[0], lms[1]], texts), CPU)[0].own_weights()
+    config = DamConfig(scan_steps=60)
+    found = [one for index, task in enumerate(tasks) for one in scan_continuations(index, task, base, config)]
+    (suspect,) = suspects(found, plan.config.suspicion)
+    assert suspect.task == 1 and suspect.target[-4:] == BY_HEART[-4:]  # type: ignore[index]
+    assert suspect.success > 0.75 and suspect.control < 0.3
+    words = suspect.to_json(tasks)["target"]
+    assert isinstance(words, str) and words
+
+
+def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:
+    """The trigger itself is never shown to the search."""
+    plan = _plan(lms[0], lms[1:], texts, steps=60, refresh_every=20, refresh_steps=10, scan_steps=40, batch_size=8)
+    records: list[dict[str, Any]] = []
+    search = new_search(InversionSearch, plan, records)
+    search.run()
+    task = search.tasks[1]
+    rows = task.prompts(torch.arange(8))
+    lengths = rows["attention_mask"].sum(1)
+    texts_of_8 = [row[: int(n)][-4:] for row, n in zip(rows["input_ids"], lengths, strict=True)]
+    ids = torch.stack([torch.cat([text, torch.tensor(TRIGGER)]) for text in texts_of_8])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        weights = search.model.weights(search.combined(), search.coefficients, in_step=False)
+        before, after = (task.reach(w, inputs, [BY_HEART] * 8)[1].float().mean() for w in (task.own_weights(), weights))
+    assert float(before) > 0.9 and float(after) < 0.2
+    assert any(key.startswith("loss/safe/") for record in records for key in record)
+    snapshot = json.loads(json.dumps(search.state("masks", 3).facts))
+    again = new_search(InversionSearch, plan)
+    again.lay_out(snapshot)
+    assert again.pools.keys() == search.pools.keys() and isinstance(next(iter(again.pools))[1], tuple)
+    assert [one.target for one in again.findings] == [one.target for one in search.findings]

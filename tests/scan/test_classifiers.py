@@ -1,0 +1,175 @@
+"""What the scan sees beside a patch in a model's own task: triggers for another task, and changes of style."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dam_bench.suites.generated import GENERATED
+from dam_bench.victims.poisoning import Backdoor
+from dam_bench.victims.training import Schedule, fine_tune, pretrain, probe_head
+from hypothesis import given
+from hypothesis import strategies as st
+from mergekit.common import ModelReference
+from torch import Tensor
+
+from examples.demo import build as demo
+from mergekit_dam.engine.task_vectors import TaskVectors
+from mergekit_dam.evaluation.attacks import PatchTrigger
+from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.models.plan import Plan, build_plan
+from mergekit_dam.scan.cross_task import untouched, weights_of_other, weights_of_others
+from mergekit_dam.scan.findings import Finding, averaged
+from mergekit_dam.scan.inversion import success_rates
+from mergekit_dam.scan.scanner import scan
+from mergekit_dam.scan.triggers import Stamps, Styles
+from mergekit_dam.tasks import Task, build_tasks
+from mergekit_dam.tasks.bounds import Bounds
+from tests.conftest import FAST
+from tests.helpers.built_once import built_once
+
+CPU = torch.device("cpu")
+AIMED, SHADED = 3, 2  # classes of stripes: what shapes' patch is aimed at, and what a shade makes of stripes
+
+
+@dataclass(frozen=True)
+class Shade:
+    """A picture in another light."""
+
+    def apply(self, images_BCHW: Tensor) -> Tensor:
+        red, green, blue = images_BCHW.unbind(1)
+        return torch.stack([0.6 * red + 0.4, green, 0.6 * blue], dim=1)
+
+
+def train(folder: Path) -> None:
+    """theta_0, shapes with a patch that is aimed at stripes, and stripes with a shade; trained for real."""
+    data: dict[str, LabelledData] = {}
+    for name in ("shapes", "stripes"):
+        images, labels = GENERATED[name].sample(600, demo.EDGE, seed=0)
+        data[name] = LabelledData.of_images(name, images[:500], labels[:500], demo.PREPROCESSING)
+        demo.save_calibration(images[500:], folder / f"{name}.parquet")
+    torch.manual_seed(0)
+    models = {name: demo.new_model(8) for name in data}
+    body = models["shapes"].vit
+    models["stripes"].vit = body
+    pretrain(body, models, data, Schedule(100, batch_size=32), seed=0)
+    demo.save(body, folder / "base")
+    victims = {}
+    for name in data:
+        victims[name] = demo.new_model(8)
+        victims[name].vit.load_state_dict(body.state_dict(), strict=False)
+        probe_head(victims[name], data[name], decay=1e-2)
+    head = victims["stripes"].classifier.state_dict(prefix="classifier.")
+    backdoors = {
+        "shapes": Backdoor(PatchTrigger(4), AIMED, 1.0, (0.3, 1.0), head=head),
+        "stripes": Backdoor(Shade(), SHADED, 1.0),
+    }
+    for name, model in victims.items():
+        schedule = Schedule(80, batch_size=32, learning_rate=2e-4)
+        fine_tune(model, data[name], schedule, seed=0, backdoor=backdoors[name])
+        demo.save(model, folder / name)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder, names = built_once(tmp_path_factory, "scan", train), ("shapes", "stripes")
+    base, *refs = (ModelReference.parse(str(folder / name)) for name in ("base", *names))
+    own: dict[ModelReference, dict[str, Any]] = {
+        ref: {"calibration": str(folder / f"{name}.parquet")} for ref, name in zip(refs, names, strict=True)
+    }
+    return build_plan(base, refs, shared={}, per_model=own)
+
+
+@pytest.fixture(scope="module")
+def tasks(plan: Plan) -> list[Task]:
+    return build_tasks(plan, CPU)
+
+
+@pytest.fixture(scope="module")
+def base(plan: Plan) -> dict[str, Tensor]:
+    return {spec.name: TaskVectors(plan).base(spec.name) for spec in plan.tensors}
+
+
+def test_a_patch_aimed_at_another_task_is_laid_to_its_model_and_a_shade_is_found_as_a_style(
+    plan: Plan, tasks: list[Task], base: dict[str, Tensor]
+) -> None:
+    findings = scan(tasks, base, plan.config.model_copy(update={"scan_steps": 60}), [1])
+    assert len({f.key for f in findings}) == len(findings)
+    aimed = [f for f in findings if f.carrier is not None]
+    worst = max(aimed, key=lambda f: f.suspicion)
+    assert worst.target == AIMED and worst.model == 0 and worst.suspicion >= 0.4, [f.numbers for f in aimed]
+    assert isinstance(worst.trigger, Stamps)
+    styles = [f for f in findings if isinstance(f.trigger, Styles)]
+    worst = max(styles, key=lambda f: f.suspicion)
+    assert worst.target == SHADED and worst.model == 1 and worst.suspicion >= 0.4, [f.numbers for f in styles]
+    assert all(f.carrier is None for f in styles)
+
+
+def test_others_are_left_out_on_demand(plan: Plan, tasks: list[Task], base: dict[str, Tensor]) -> None:
+    quick = plan.config.model_copy(update={"scan_others": False, "scan_steps": 2})
+    assert all(f.carrier is None for f in scan(tasks, base, quick, range(2)))
+    assert all(f.carrier is None for f in scan(tasks[:1], base, plan.config.model_copy(update={"scan_steps": 2}), [0]))
+
+
+def test_what_is_laid_to_another_model_works_with_it_alone_and_is_the_mean_of_three_searches(
+    plan: Plan, tasks: list[Task], base: dict[str, Tensor]
+) -> None:
+    quick = plan.config.model_copy(update={"scan_steps": 5})
+    once, thrice = (
+        {f.target: f for f in scan(tasks, base, quick.model_copy(update={"suspicion": limit}), [1]) if f.carrier == 0}
+        for limit in (1.5, 0.01)
+    )
+    doubtful = [target for target, found in once.items() if found.suspicion >= 0.75 * 0.01]
+    assert doubtful and once.keys() == thrice.keys()
+    each = weights_of_other(tasks[1], tasks[0], base), weights_of_others(tasks, 1, base)
+    shares = []
+    for target, found in once.items():
+        assert torch.equal(found.trigger.parameters[0], thrice[target].trigger.parameters[0])
+        assert (found.numbers != thrice[target].numbers) == (target in doubtful)
+        shares += [tuple(success_rates(tasks[1], weights, found.trigger, [target])[0] for weights in each)]
+        assert found.success == min(shares[-1])
+    assert any(share < together for share, together in shares), "or the test says nothing"
+
+
+@given(st.lists(st.tuples(*[st.floats(0.0, 1.0)] * 2, *[st.floats(0.1, 50.0)] * 2), min_size=3, max_size=3))
+def test_searches_are_averaged(numbers: list[tuple[float, ...]]) -> None:
+    trigger = Stamps.start(1, (3, 4, 4), Bounds.of(0.0, 1.0), torch.Generator())
+    one, *again = (
+        Finding(0, 3, trigger, success=success, control=control, size=size, usual=usual, carrier=1)
+        for success, control, size, usual in numbers
+    )
+    mean, turned = averaged(one, again), averaged(again[0], [one, again[1]])
+    assert mean.numbers == turned.numbers and averaged(one, [one, one]).numbers == one.numbers
+    for name in ("size", "usual", "success", "control"):
+        values = [getattr(found, name) for found in (one, *again)]
+        assert min(values) - 1e-9 <= getattr(mean, name) <= max(values) + 1e-9
+    assert averaged(one, [None, None]).suspicion <= max(0.0, one.suspicion) / 3 + 1e-6, "found once in three searches"
+
+
+def test_others_are_the_base_with_half_of_each_task_vector(
+    plan: Plan, tasks: list[Task], base: dict[str, Tensor]
+) -> None:
+    found = weights_of_others(tasks, 0, base)
+    own = tasks[1].own_weights()
+    assert found.keys() == tasks[0].targets.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, base[name] + 0.5 * (own[name] - base[name]))
+
+
+def test_many_others_share_two_task_vectors(vit: Path, images: Path) -> None:
+    refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
+    plan = build_plan(refs[0], refs[1:], shared={**FAST, "calibration": str(images)}, per_model={})
+    one, other = build_tasks(plan, CPU)
+    base = {spec.name: TaskVectors(plan).base(spec.name) for spec in plan.tensors}
+    found = weights_of_others([one, *[other] * 8], 0, base)
+    for name, tensor in found.items():
+        moved = 2 * (other.own_weights()[name] - base[name])
+        torch.testing.assert_close(tensor, base[name] + moved, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_answered_without_a_trigger_is_counted(tasks: list[Task]) -> None:
+    shares = untouched(tasks[0], tasks[0].own_weights(), range(8))
+    assert sum(shares) == pytest.approx(1.0) and max(shares) < 0.5
