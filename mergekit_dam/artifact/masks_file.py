@@ -64,7 +64,7 @@ class LearnedMasks:
             or in a floating type.
         coefficients: lambda, (T, 1) or (T, P), float32.
         metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
-        faults: of masks that were read, what makes them meaningless (`numerics.mask_faults`).
+        faults: of masks that were read, what makes them meaningless (`checks.mask_faults`).
         students: per model, by output name, what is merged in its place (learn/students.py); none where models
             are merged.
     """

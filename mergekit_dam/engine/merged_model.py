@@ -24,7 +24,7 @@ from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.merging import triton_merge
 from mergekit_dam.merging.chunks import Mask, gradient_shape
 from mergekit_dam.merging.mask_product import MaskProduct, together_numel
-from mergekit_dam.merging.rule import coefficient_gradient, gradients, logit_gradients, merge
+from mergekit_dam.merging.rule import gradients, logit_gradients, merge
 from mergekit_dam.merging.triton_groups import Group, Member, grouped
 from mergekit_dam.models.plan import TensorSpec
 
@@ -211,7 +211,9 @@ class MergedModel:
             gradient = self._rows(weights[spec.name])
             if gradient is not None and gradient.numel():
                 models, mask = self.frozen.models[spec.name], masks.get(spec.mask_name)
-                self._of(total, spec).add_(coefficient_gradient(gradient, self.frozen.base[spec.name], models, mask))
+                gradients(
+                    gradient, self.frozen.base[spec.name], models, None, mask, coefficient_out=self._of(total, spec)
+                )
         return self.shards.sum(total)
 
     def _streamed(self, masks: Masks, lambdas: Tensor) -> MergedBlocks:

@@ -1,6 +1,6 @@
 """theta_0 and theta_t of a plan, tensor by tensor, from memory-mapped files; and a check of all of them.
 
-A task vector is never stored: `merge_rule` forms theta_t - theta_0 where it is used.
+A task vector is never stored: merging/rule.py forms theta_t - theta_0 where it is used.
 """
 
 from __future__ import annotations

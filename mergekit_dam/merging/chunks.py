@@ -105,8 +105,8 @@ class Work:
         """dL/dtheta o M."""
         return torch.mul(gradient, mask, out=self._like(2, gradient))
 
-    def spare(self, like: Tensor) -> Tensor:
-        """Memory for a result of this shape; what it holds is anything."""
+    def total(self, like: Tensor) -> Tensor:
+        """Memory for a sum over models; what it holds is anything."""
         return self._like(0, like)
 
     def task_vectors(self, base: Tensor, models: Sequence[Tensor | None]) -> Iterator[tuple[int, Tensor]]:
@@ -120,25 +120,3 @@ class Work:
             else:
                 tau.copy_(model).sub_(base)
             yield t, tau
-
-    def total(
-        self,
-        base: Tensor,
-        models: Sequence[Tensor | None],
-        lambdas: Sequence[float] | None,
-        masked: Tensor | None = None,
-        products: Sequence[list[Tensor]] = (),
-        owns: Sequence[Tensor | None] = (),
-    ) -> Tensor:
-        """sum_t lambda_t tau_t; <masked, tau_t> is noted in `products` on the way. With `owns` it is own_t o tau_t."""
-        total = self.spare(base)
-        if lambdas is not None:
-            total.zero_()
-        for t, tau in self.task_vectors(base, models):
-            if owns and (own := owns[t]) is not None:
-                tau.mul_(own)
-            if masked is not None:
-                products[t].append(torch.dot(masked.reshape(-1), tau.reshape(-1)))
-            if lambdas is not None:
-                total.add_(tau, alpha=lambdas[t])
-        return total

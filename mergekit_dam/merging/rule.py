@@ -1,9 +1,10 @@
 """The merge equation, once: theta = theta_0 + M o sum_t lambda_t (theta_t - theta_0), and its chain rule.
 
 Source: DAM (arXiv 2410.13910), with M = M1 o M2 one mask for all models; or each model's tau_t has an M2 of its own,
-theta = theta_0 + M1 o sum_t lambda_t M2_t o tau_t (chain rule: merge_per_model.py). The streaming merge and the
-learning loop both call `merge`, so that they agree bit for bit. T models; tensors of any shape S, masks that broadcast
-to S, coefficients (T,). Everything is computed in float32 and elementwise, hence commutes with sharding.
+theta = theta_0 + M1 o sum_t lambda_t M2_t o tau_t: a model that is suspect can be cut without hurting the others. The
+streaming merge and the learning loop both call `merge`, so that they agree bit for bit, the rounding to the type of
+`out` included. T models; tensors of any shape S, masks that broadcast to S, coefficients (T,). Everything is computed
+in float32 and elementwise, hence commutes with sharding.
 
 All of it runs over chunks that stay in the processor's cache: each tensor is read once, and no intermediate result of
 a tensor's size exists. On accelerators kernels of our own do the same where they can (triton_merge.py); elsewhere a
@@ -12,12 +13,13 @@ chunk is large there, for the number of kernels counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.merging import merge_per_model, triton_merge
+from mergekit_dam.merging import triton_merge
 from mergekit_dam.merging.chunks import Layout, Mask, Work, add_products
 from mergekit_dam.merging.mask_product import MaskProduct, has_own
 
@@ -55,24 +57,14 @@ def merge(
         layout.split(base), *(layout.split(m) for m in models), layout.split(out), layout.split_shared(mask),
         layout.split_own(mask), strict=True,
     ):  # fmt: skip
-        total = work.total(base_c, models_c, lambdas, owns=owns_c)
+        total = work.total(base_c).zero_()
+        for t, tau in work.task_vectors(base_c, models_c):
+            if owns_c:
+                tau.mul_(owns_c[t])
+            total.add_(tau, alpha=lambdas[t])
         if mask_c is not None:
             total.mul_(mask_c)
         torch.add(total, base_c, out=out_c) if out_c.dtype == torch.float32 else out_c.copy_(total.add_(base_c))
-    return out
-
-
-def mask_gradient(
-    gradient: Tensor, base: Tensor, models: Sequence[Tensor | None], coefficients: Tensor, out: Tensor
-) -> None:
-    """Adds dL/dM = dL/dtheta o sum_t lambda_t tau_t, summed over what one mask entry covers, to `out` (M's shape)."""
-    gradients(gradient, base, models, coefficients, None, mask_out=out)
-
-
-def coefficient_gradient(gradient: Tensor, base: Tensor, models: Sequence[Tensor | None], mask: Mask | None) -> Tensor:
-    """dL/dlambda_t = <dL/dtheta, M o tau_t>, shape (T,)."""
-    out = torch.zeros(len(models), dtype=torch.float32, device=base.device)
-    gradients(gradient, base, models, None, mask, coefficient_out=out)
     return out
 
 
@@ -83,46 +75,70 @@ def gradients(
     coefficients: Tensor | None,
     mask: Mask | None,
     *,
-    mask_out: Tensor | None = None,
     coefficient_out: Tensor | None = None,
+    mask_out: Tensor | None = None,
+    logits_out: Sequence[Tensor] = (),
+    wanted: Sequence[int] = (),
 ) -> None:
-    """Both gradients in one reading of the tensors; each is added to its `out` where that is given.
+    """The chain rule of `merge`, all of it in one reading of the tensors.
+
+    With G = dL/dtheta: dL/dlambda_t = <G, M o tau_t> and dL/dM = G o sum_t lambda_t tau_t, summed over what one mask
+    entry covers; where models have factors of their own, dL/dlambda_t = <G o M1, M2_t o tau_t> and
+    dL/dM_t = G o lambda_t tau_t. dL/dlogit follows from h = dL/dM o M (`MaskProduct.to_logits`).
 
     Args:
-        gradient: dL/dtheta, shape S, any floating type.
-        coefficients: lambda (T,), needed for `mask_out`.
-        mask: M, needed for `coefficient_out` and where models have factors of their own; None keeps everything.
-        mask_out: contiguous, float32, of M's `gradient_shape`.
-        coefficient_out: (T,), float32.
+        gradient: G, shape S, any floating type.
+        coefficients: lambda (T,), needed for `mask_out` and `logits_out`.
+        mask: M, needed for `coefficient_out`, for `logits_out` and where models have factors of their own; None keeps
+            everything.
+        coefficient_out: (T,), float32: dL/dlambda is added to it.
+        mask_out: contiguous, float32, of M's `gradient_shape`: dL/dM is added to it.
+        logits_out: dL/dlogit of the wanted factors goes here, each of shape S, contiguous, float32; for a mask of
+            shape S that is not rescaled (`MaskProduct.separate`). Not together with `mask_out`.
+        wanted: indices of the mask's `parts`; all of them where models have factors of their own.
     """
-    everything = all(part is not None for part in (coefficients, mask, mask_out, coefficient_out))
-    if everything and triton_merge.serves(base, mask):
+    owned, product = has_own(mask), cast(MaskProduct, mask)  # a product wherever there are logits
+    if _on_accelerator(base, coefficients, mask, coefficient_out, mask_out, wanted):
         assert coefficients is not None and coefficient_out is not None
         triton_merge.gradients(
-            gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, mask_out=mask_out
-        )
+            gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, mask_out=mask_out,
+            logits_out=logits_out,
+        )  # fmt: skip
         return
-    if has_own(mask):
-        merge_per_model.gradients(
-            gradient, base, models, coefficients, mask, mask_out=mask_out, coefficient_out=coefficient_out
-        )
-        return
-    lambdas = coefficients.tolist() if coefficients is not None and mask_out is not None else None
-    shape = mask_out.shape if mask_out is not None else mask.shape if mask is not None else base.shape
+    sums = mask_out is not None or bool(logits_out)
+    lambdas = coefficients.tolist() if coefficients is not None and sums else None
+    shape = mask.shape if mask is not None else mask_out.shape if mask_out is not None else base.shape
     layout = Layout(base, shape)
     work = Work(layout, base.device)
     products: list[list[Tensor]] = [[] for _ in models]
-    for gradient_c, base_c, *models_c, out_c, mask_c in zip(
-        layout.split(gradient), layout.split(base), *(layout.split(m) for m in models), layout.split_mask(mask_out),
-        layout.split_mask(mask if coefficient_out is not None else None), strict=True,
+    num_shared = len(logits_out) - len(models) if owned else len(logits_out)
+    needed = mask if coefficient_out is not None or logits_out else None
+    for gradient_c, base_c, *models_c, (mask_c, values), owns_c, sums_c, logits_c in zip(
+        layout.split(gradient), layout.split(base), *(layout.split(m) for m in models),
+        _factors(needed, layout, separately=bool(logits_out)), layout.split_own(mask),
+        _each(layout.split_mask, _by_model(mask_out, owned), layout.count),
+        _each(layout.split, logits_out, layout.count), strict=True,
     ):  # fmt: skip
         gradient_c = work.float32(gradient_c)
-        masked = None
-        if coefficient_out is not None:
-            masked = gradient_c if mask_c is None else work.masked(gradient_c, mask_c)
-        total = work.total(base_c, models_c, lambdas, masked, products)
-        if out_c is not None:
-            layout.add_to_mask(out_c, total.mul_(gradient_c))
+        masked = gradient_c if mask_c is None else work.masked(gradient_c, mask_c)
+        total = work.total(base_c).zero_()
+        for t, tau in work.task_vectors(base_c, models_c):
+            if owned and sums_c and lambdas is not None:
+                layout.add_to_mask(sums_c[t], torch.mul(tau, gradient_c, out=total).mul_(lambdas[t]))
+            if owned:
+                tau.mul_(owns_c[t])
+            if coefficient_out is not None:
+                products[t].append(torch.dot(masked.reshape(-1), tau.reshape(-1)))
+            if owned and logits_c and lambdas is not None:
+                total.add_(tau.mul_(masked).mul_(lambdas[t]))
+                product.to_logits(tau, [owns_c[t]], [0], [logits_c[num_shared + t]])
+            elif not owned and lambdas is not None:
+                total.add_(tau, alpha=lambdas[t])
+        if logits_c:
+            h = total if owned else total.mul_(gradient_c).mul_(mask_c)
+            product.to_logits(h, values, range(num_shared) if owned else wanted, logits_c[:num_shared])
+        elif sums_c and not owned:
+            layout.add_to_mask(sums_c[0], total.mul_(gradient_c))
     if coefficient_out is not None:
         add_products(products, coefficient_out)
 
@@ -139,37 +155,51 @@ def logit_gradients(
 ) -> list[Tensor]:
     """`gradients` and then `mask.logit_gradients`, without dL/dM in between: the same values from one reading of all.
 
-    Args:
-        gradient: dL/dtheta, shape S, any floating type.
-        coefficients: lambda (T,).
-        mask: M, of shape S and not rescaled (`mask.separate`).
-        wanted: indices of its `parts`; all of them where models have factors of their own.
-        coefficient_out: (T,), float32; dL/dlambda is added to it.
+    Args: as for `gradients`.
 
     Returns:
         dL/dlogit of the wanted factors, each of shape S, float32.
     """
-    if triton_merge.serves(base, mask) and tuple(wanted) == tuple(range(len(mask.parts))):
-        found = [torch.empty(base.shape, dtype=torch.float32, device=base.device) for _ in wanted]
-        triton_merge.gradients(
-            gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, logits_out=found
-        )
-        return found
-    if has_own(mask):
-        return merge_per_model.logit_gradients(
-            gradient, base, models, coefficients, mask, coefficient_out=coefficient_out
-        )
-    lambdas = coefficients.tolist()
-    layout = Layout(base, mask.shape)
-    work = Work(layout, base.device)
-    products: list[list[Tensor]] = [[] for _ in models]
-    found = [torch.empty(base.shape, dtype=torch.float32, device=base.device) for _ in wanted]
-    for gradient_c, base_c, *models_c, (mask_c, values), outs_c in zip(
-        layout.split(gradient), layout.split(base), *(layout.split(m) for m in models),
-        mask.chunks_with_factors(layout.size), zip(*(layout.split(out) for out in found), strict=True), strict=True,
-    ):  # fmt: skip
-        gradient_c = work.float32(gradient_c)
-        total = work.total(base_c, models_c, lambdas, work.masked(gradient_c, mask_c), products)
-        mask.to_logits(total.mul_(gradient_c).mul_(mask_c), values, wanted, outs_c)
-    add_products(products, coefficient_out)
+    # a model that lacks the tensor leaves its own logits as they are
+    found = [
+        (torch.empty if i < len(mask.factors) else torch.zeros)(base.shape, dtype=torch.float32, device=base.device)
+        for i in wanted
+    ]
+    gradients(
+        gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, logits_out=found, wanted=wanted
+    )
     return found
+
+
+def _on_accelerator(
+    base: Tensor, coefficients: Tensor | None, mask: Mask | None, coefficient_out: Tensor | None,
+    mask_out: Tensor | None, wanted: Sequence[int],
+) -> bool:  # fmt: skip
+    """Whether the kernels do this; they give all gradients at once, and those of all factors."""
+    if any(part is None for part in (coefficients, mask, coefficient_out)) or not triton_merge.serves(base, mask):
+        return False
+    return mask_out is not None or (isinstance(mask, MaskProduct) and tuple(wanted) == tuple(range(len(mask.parts))))
+
+
+def _factors(
+    mask: Mask | None, layout: Layout, *, separately: bool
+) -> Iterator[tuple[Tensor | None, Sequence[Tensor]]]:
+    """Chunks of what all models' task vectors are multiplied by; with `separately` also of its factors."""
+    if not separately:
+        return ((chunk, ()) for chunk in layout.split_shared(mask))
+    assert isinstance(mask, MaskProduct)
+    if mask.shared is None:
+        return iter([(None, ())] * layout.count)
+    return mask.shared.chunks_with_factors(layout.size)
+
+
+def _by_model(mask_out: Tensor | None, owned: bool) -> Sequence[Tensor]:
+    """Where dL/dM goes: one tensor, or one per model."""
+    if mask_out is None:
+        return ()
+    return list(mask_out) if owned else [mask_out]
+
+
+def _each(split: Callable[[Tensor], Iterable[Any]], tensors: Sequence[Tensor], count: int) -> Iterator[Sequence[Any]]:
+    """Chunks of all the tensors together; () so many times where there is none."""
+    return zip(*map(split, tensors), strict=True) if tensors else iter([()] * count)

@@ -64,7 +64,7 @@ def element_type(dtype: torch.dtype) -> Any:
 def merge(
     base: Tensor, models: Sequence[Tensor | None], coefficients: Tensor, mask: Tensor | MaskProduct | None, out: Tensor
 ) -> None:
-    """theta = theta_0 + M o sum_t lambda_t tau_t into `out`; arguments as merge_rule.merge has them."""
+    """theta = theta_0 + M o sum_t lambda_t tau_t into `out`; arguments as `rule.merge` has them."""
     present, lambdas = _present(models, coefficients.to(out.device))
     factors, owns, logits = _factors(mask, models)
     grid = (-(-base.numel() // BLOCK),)

@@ -47,9 +47,10 @@ def test_gradients_of_the_chain_rule_are_autograds(seed: int) -> None:
     theta = base + mask * sum(c * (m - base) for c, m in zip(coefficients, models, strict=True))
     (theta * weight).sum().backward()
     found = torch.zeros_like(mask)
-    rule.mask_gradient(weight, base, list(models), coefficients.detach(), found)
+    rule.gradients(weight, base, list(models), coefficients.detach(), None, mask_out=found)
     torch.testing.assert_close(found, mask.grad)
-    found = rule.coefficient_gradient(weight, base, list(models), mask.detach())
+    found = torch.zeros_like(coefficients)
+    rule.gradients(weight, base, list(models), None, mask.detach(), coefficient_out=found)
     torch.testing.assert_close(found, coefficients.grad)
 
 
