@@ -173,7 +173,7 @@ def read_labelled(source: Source, kind: Kind, name: str, known: Names) -> tuple[
         table = _table(Path(source.data).expanduser(), source, kind)
         labels, inputs = _columns(table, source, kind, where)
         if source.num_samples is not None and source.num_samples < len(table):
-            order = torch.randperm(len(table), generator=seeds.generator(source.seed, "evaluation", name))
+            order = torch.randperm(len(table), generator=seeds.generator(source.seed, "evaluation"))
             table = table.select(sorted(order[: source.num_samples].tolist()))
         if kind == "image":
             table = table.cast_column(inputs, datasets.Image(decode=False))

@@ -50,8 +50,10 @@ class Calibration:
     digests: tuple[str, ...]
 
 
-def load_calibration(settings: ModelSettings, kind: Kind, *, num_samples: int, seed: int, task: str) -> Calibration:
-    """Read `num_samples` samples, chosen by seed and task.
+def load_calibration(
+    settings: ModelSettings, kind: Kind, *, num_samples: int, seed: int, task: str, position: int = 0
+) -> Calibration:
+    """Read `num_samples` samples, chosen by the seed and the model's position in the recipe, never by a name.
 
     Raises:
         DamError: missing, empty or unreadable data; a missing, ambiguous or label column.
@@ -68,7 +70,7 @@ def load_calibration(settings: ModelSettings, kind: Kind, *, num_samples: int, s
     rows = _source(path, settings, kind, where)
     if len(rows) == 0:
         raise DamError(where, expected="at least one sample", got="none", cure="Give a file or folder with data in it.")
-    order = torch.randperm(len(rows), generator=seeds.generator(seed, "samples", task))[:num_samples].tolist()
+    order = torch.randperm(len(rows), generator=seeds.generator(seed, "samples", position))[:num_samples].tolist()
     taken = rows.take(order)
     files = [row for row in taken if isinstance(row, Path)]
     before |= file_states(files)

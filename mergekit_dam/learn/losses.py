@@ -75,7 +75,7 @@ def fit_loss(
         if suspect.task != share.task:
             continue
         weights_R = torch.tensor([one.weight for one in pool])
-        generator = seeds.generator(config.seed, "pool", task.name, suspect.target, step)
+        generator = seeds.generator(config.seed, "pool", task.index, suspect.target, step)
         which_B = torch.randint(len(pool), (len(rows_B),), generator=generator)
         triggers = RecoveredTriggers.stack([one.trigger for one in pool])
         perturb = triggers.perturb(share.of(which_B).to(task.device))
@@ -127,7 +127,7 @@ class Patience:
 
 def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:
     """Indices of the calibration samples of a step, shape (B,): the same for the same seed and step."""
-    generator = seeds.generator(config.seed, "batch", task.name, step)
+    generator = seeds.generator(config.seed, "batch", task.index, step)
     if config.patience == 0:
         return torch.randperm(task.num_samples, generator=generator)[: config.batch_size]
     usable = torch.ones(task.num_samples, dtype=torch.bool)
@@ -138,6 +138,6 @@ def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:
 
 def held_out(task: Task, config: DamConfig) -> Tensor:
     """Indices of the calibration samples, a tenth or one batch, that no step sees if `patience` is set."""
-    generator = seeds.generator(config.seed, "held out", task.name)
+    generator = seeds.generator(config.seed, "held out", task.index)
     count = max(1, min(task.num_samples // 10, config.batch_size))
     return torch.randperm(task.num_samples, generator=generator)[:count]

@@ -45,7 +45,7 @@ class PaperSearch(MaskSearch):
         self.perturbations = [
             UniversalPerturbation(
                 task.perturbation_shape, task.bounds, eps=config.eps, inserts=len(task.perturbation_shape) == 2,
-                generator=seeds.generator(config.seed, "perturbation", task.name),
+                generator=seeds.generator(config.seed, "perturbation", task.index),
             )
             for task in self.tasks
         ]  # fmt: skip

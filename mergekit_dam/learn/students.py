@@ -118,7 +118,7 @@ def teach(
     # which class, and not how surely: that would give away more of what the trigger does (benchmarks/STUDY.md)
     answers_N = OwnAnswers(task, task.own_weights())(rows_N, {}).argmax(-1)
     optimiser = torch.optim.AdamW(free.values(), weight_decay=0.0)
-    generator = seeds.generator(config.seed, "student", task.name)
+    generator = seeds.generator(config.seed, "student", task.index)
     waiting = torch.empty(0, dtype=torch.long)
     for step in progress(range(config.student_steps), f"student of {task.name}"):
         while len(waiting) < config.student_batch_size:

@@ -39,7 +39,7 @@ def recover(
     for turn, suspect in enumerate(pools):
         if shards.owns(turn):
             task, others = tasks[suspect.task], () if suspect.carrier is None else ("others",)
-            generator = seeds.generator(config.seed, "wide", task.name, suspect.target, *others, *seed)
+            generator = seeds.generator(config.seed, "wide", task.index, suspect.target, *others, *seed)
             search = Inversion(
                 task, weights_of(suspect), [suspect.target], batch_size=_BATCH, pace=WIDE, generator=generator,
                 start=kind_of(task, suspect.kind).start(1, task.perturbation_shape, task.bounds, generator),

@@ -71,7 +71,7 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
         base: theta_0 by output name.
         config: `scan_batch_size` prompts, `scan_steps`, `scan_finalists`, `suspicion`, `seed`.
     """
-    own, generator = task.own_weights(), seeds.generator(config.seed, "scan", task.name)
+    own, generator = task.own_weights(), seeds.generator(config.seed, "scan", task.index)
     rows = torch.randperm(task.num_samples, generator=generator)[: config.scan_batch_size].tolist()
     found: list[Finding] = []
     kept: list[_Text] = []

@@ -28,7 +28,7 @@ def scan_classes(
     index: int, task: Task, own: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig, seed: str
 ) -> list[Finding]:
     """The most promising classes, with the smallest triggers of the plainest kind that reach them."""
-    generator = seeds.generator(config.seed, seed, task.name)
+    generator = seeds.generator(config.seed, seed, task.index)
     first, finalists = _first_steps(config), []
     for classes in _parts(task, own):
         heat = Inversion(task, own, classes, batch_size=config.scan_batch_size, generator=generator).run(first)
@@ -43,7 +43,7 @@ def scan_styles(
     index: int, task: Task, own: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig
 ) -> list[Finding]:
     """The most suspect classes by changes of style; so few parameters are found in few steps."""
-    generator = seeds.generator(config.seed, "styles", task.name)
+    generator = seeds.generator(config.seed, "styles", task.index)
     found: list[Finding] = []
     for classes in _parts(task, own):
         start = Styles.start(len(classes), task.perturbation_shape, task.bounds, generator)

@@ -53,7 +53,7 @@ class Task(ABC):
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         model: ModelInput = plan.models[index]
-        self.name, self.input, self.device = model.name, model, device
+        self.index, self.name, self.input, self.device = index, model.name, model, device
         self._recompute = plan.config.gradient_checkpointing
         self.dtype: torch.dtype = getattr(torch, plan.config.compute_dtype)
         self.module = meta_model(model.config, device)

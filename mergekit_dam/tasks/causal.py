@@ -93,7 +93,7 @@ class CausalTask(TextTask):
     def _sample_text(self, num_samples: int, length: int, seed: int) -> list[Tensor]:
         """Model t's own text at temperature 1, from its BOS token or a random token: num_samples of ids (length,)."""
         config = self.input.config.get_text_config()
-        source = seeds.generator(seed, "text", self.name)
+        source = seeds.generator(seed, "text", self.index)
         start = torch.randint(config.vocab_size, (num_samples, 1), generator=source)
         if config.bos_token_id is not None and config.bos_token_id < config.vocab_size:
             start.fill_(config.bos_token_id)

@@ -27,7 +27,12 @@ class ImageTask(Task):
         config = getattr(self.input.config, "vision_config", self.input.config)
         self.preprocessing = Preprocessing.read((self.input.path, plan.base.path), config.image_size)
         data = load_calibration(
-            self.input.settings, "image", num_samples=plan.config.num_samples, seed=plan.config.seed, task=self.name
+            self.input.settings,
+            "image",
+            num_samples=plan.config.num_samples,
+            seed=plan.config.seed,
+            task=self.name,
+            position=self.index,
         )
         self.num_samples, self.sample_digests = len(data.samples), data.digests
         self._pixels = self.preprocessing.pixels(data.samples)

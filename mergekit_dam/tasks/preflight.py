@@ -28,7 +28,7 @@ def inspect(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     warnings: list[str] = []
     facts = {}
     vocabulary = None if image else _vocabulary(plan.base, plan)
-    for model in plan.models:
+    for position, model in enumerate(plan.models):
         require_readout(model, plan.config.zero_shot_model)
         entry: dict[str, Any] = {
             "model": str(model.ref), "revision": revision_of(model), "class": _class_name(model),
@@ -39,7 +39,7 @@ def inspect(plan: Plan) -> tuple[dict[str, Any], list[str]]:
         else:
             data = load_calibration(
                 model.settings, "image" if image else "text", num_samples=plan.config.num_samples,
-                seed=plan.config.seed, task=model.name,
+                seed=plan.config.seed, task=model.name, position=position,
             )  # fmt: skip
             entry["calibration"], entry["samples"] = model.settings.calibration, len(data.samples)
             if len(set(data.digests)) < len(data.digests):

@@ -102,7 +102,12 @@ class TextTask(Task):
 
     def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
         data = load_calibration(
-            self.input.settings, "text", num_samples=plan.config.num_samples, seed=plan.config.seed, task=self.name
+            self.input.settings,
+            "text",
+            num_samples=plan.config.num_samples,
+            seed=plan.config.seed,
+            task=self.name,
+            position=self.index,
         )
         self.sample_digests = data.digests
         tokenizer = tokenizer_of((self.input.path, plan.base.path), self.name)

@@ -33,6 +33,7 @@ from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.scan import classifiers as scanning
 from mergekit_dam.scan.findings import Finding, suspects
+from mergekit_dam.scan.scanner import scan
 from mergekit_dam.scan.triggers import Stamps, Styles
 from mergekit_dam.tasks import build_tasks
 from mergekit_dam.tasks.bounds import Bounds
@@ -256,6 +257,6 @@ def test_classes_in_several_parts_end_with_as_many_finalists(victim: Path, monke
     plan = build_plan(refs[0], refs[1:], shared={"scan_finalists": 2}, per_model=own)
     task = build_tasks(plan, CPU)[0]
     base = {name: TaskVectors(plan).base(name) for name in task.own_weights()}
-    found = [f for f in scanning.scan([task], base, plan.config, range(1)) if isinstance(f.trigger, Stamps)]
+    found = [f for f in scan([task], base, plan.config, range(1)) if isinstance(f.trigger, Stamps)]
     assert len(found) == 2 and all(f.usual == other.size for f, other in zip(found, found[::-1], strict=True))
     assert max(found, key=lambda f: f.suspicion).target == 3
