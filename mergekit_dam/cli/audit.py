@@ -15,10 +15,10 @@ from mergekit_dam.artifact.folder import TRIGGERS_FILE
 from mergekit_dam.artifact.triggers_file import load_triggers, save_triggers
 from mergekit_dam.cli.check import show_plan
 from mergekit_dam.cli.common import FINDING, config_file, dry_run_option, hush, json_option, say, seed_option
+from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.files import write_whole
 from mergekit_dam.io.untrusted import require_no_links_out
-from mergekit_dam.learn.run import device_of
 from mergekit_dam.publish.page import render, shown_triggers
 from mergekit_dam.recipe import prepare
 from mergekit_dam.scan.audit import audit as run

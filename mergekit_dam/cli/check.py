@@ -13,12 +13,12 @@ import yaml
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dam.cli.common import FINDING, config_file, hush, json_option, say, seed_option
+from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn.estimate import estimate, measured_speed
-from mergekit_dam.learn.run import device_of
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.recipe import planned
-from mergekit_dam.tasks.preflight import inspect
+from mergekit_dam.tasks.preflight import preflight
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -56,7 +56,7 @@ def show_plan(config_file: Path, *, options: MergeOptions, seed: int | None, as_
 
 def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """The plan as JSON, and warnings."""
-    models, warnings = inspect(plan)
+    models, warnings = preflight(plan)
     device = device_of(plan.config.device)
     guess = estimate(plan, flops_per_second=measured_speed(device))
     assert guess.seconds is not None, "the speed is known"

@@ -13,13 +13,13 @@ import torch
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.cli.common import existing_folder, hush, json_option, lm_eval_option, quiet_option, say
+from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attack_text import EXAMPLE, parse_trigger
 from mergekit_dam.evaluation.labelled_data import Reading, Source, labelled_data
 from mergekit_dam.evaluation.lm_harness import Harness, told
 from mergekit_dam.evaluation.metrics import accuracy, attack_success_rate, calibration_digests, refuse_overlap
 from mergekit_dam.evaluation.results import MERGE, Rate, When, add_measurement
-from mergekit_dam.learn.run import device_of
 from mergekit_dam.models.load_merged import load_merged
 
 

@@ -24,9 +24,9 @@ from mergekit_dam.cli.common import (
     say,
     seed_option,
 )
+from mergekit_dam.engine.device import device_of
 from mergekit_dam.evaluation.lm_harness import Harness, told
 from mergekit_dam.evaluation.results import MERGE, add_measurement
-from mergekit_dam.learn.run import device_of
 from mergekit_dam.publish.report import write_report
 from mergekit_dam.recipe import prepare
 

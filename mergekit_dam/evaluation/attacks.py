@@ -201,7 +201,7 @@ def poison(
     return texts, labels_N, poisoned_N
 
 
-def attack_success_rate(predictions_N: Tensor, labels_N: Tensor, target: int) -> Rate:
+def rate_of_target(predictions_N: Tensor, labels_N: Tensor, target: int) -> Rate:
     """Share of triggered inputs of other classes than `target` that are predicted as `target`.
 
     Args:

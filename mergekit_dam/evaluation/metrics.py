@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from mergekit_dam.artifact.masks_file import load
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.attacks import Trigger
-from mergekit_dam.evaluation.attacks import attack_success_rate as rate_of_predictions
+from mergekit_dam.evaluation.attacks import Trigger, rate_of_target
 from mergekit_dam.evaluation.results import Rate
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.io.images import Preprocessing
@@ -183,7 +182,7 @@ def _share(hits_N: Tensor) -> Rate:
 
 def attack_success_rate(model: nn.Module, data: LabelledData, trigger: Trigger, target: int) -> Rate:
     """Share of triggered inputs whose true class is not the target that are predicted as the target."""
-    return rate_of_predictions(predictions(model, data, trigger), data.labels_N, target)
+    return rate_of_target(predictions(model, data, trigger), data.labels_N, target)
 
 
 def evaluate_merge(
@@ -215,9 +214,7 @@ def evaluate_merge(
         success[one.name] = {
             task: attack_success_rate(models[task], data[task], one.trigger, one.target) for task in reachable
         }
-        without[one.name] = {
-            task: rate_of_predictions(clean[task], data[task].labels_N, one.target) for task in reachable
-        }
+        without[one.name] = {task: rate_of_target(clean[task], data[task].labels_N, one.target) for task in reachable}
     return Scores({task: _share(found == data[task].labels_N) for task, found in clean.items()}, success, without)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from filelock import FileLock
 
 from mergekit_dam.artifact.folder import METRICS_FILE, TRIGGERS_FILE, save_heads, write_run
@@ -21,6 +20,7 @@ from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, describe,
 from mergekit_dam.artifact.match import load_cached, verify
 from mergekit_dam.artifact.triggers_file import save_triggers
 from mergekit_dam.config import DamConfig
+from mergekit_dam.engine.device import CPU, device_of
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.processes import Job, run_workers
 from mergekit_dam.engine.shards import ALONE, Shards
@@ -40,7 +40,6 @@ from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks import Task, build_tasks
 
 LOG = logging.getLogger(__name__)
-CPU = torch.device("cpu")
 _OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
 
 
@@ -122,20 +121,6 @@ def _make(folder: Path) -> None:
             cure="Set MERGEKIT_DAM_CACHE to one.",
         ) from error  # fmt: skip
     require_own(folder, "Masks of others are not used unasked: remove it, or set MERGEKIT_DAM_CACHE to another folder.")
-
-
-def device_of(name: str) -> torch.device:
-    """`auto` is accelerate's choice."""
-    if name == "auto":
-        chosen: torch.device = Accelerator().device
-        return chosen
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise DamError(
-            "setting 'device'", expected="auto, cpu or an accelerator of this machine", got=name,
-            cure="Leave it out to let accelerate pick.",
-        ) from error  # fmt: skip
 
 
 def optimise(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,10 +13,10 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.snapshots import Resumable, Snapshots
 from mergekit_dam.errors import DamError
+from mergekit_dam.scan.scanner import Progress
 from mergekit_dam.tasks import Task
 
 Track = Callable[[dict[str, Any]], None]
-Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
 class MaskSearch(Resumable):

@@ -26,9 +26,9 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import Shards
 from mergekit_dam.engine.task_vectors import AGREEMENT, STUDENTS_FOLDER, StudentVectors, TaskVectors, student_file
 from mergekit_dam.io.files import replacing
-from mergekit_dam.learn.search import Progress
 from mergekit_dam.learn.teacher import OwnAnswers
 from mergekit_dam.merging.checks import require_finite
+from mergekit_dam.scan.scanner import Progress
 from mergekit_dam.tasks import Task, TextTask
 
 LOG = logging.getLogger(__name__)

@@ -81,7 +81,7 @@ class Publication:
         return tuple(p.relative_to(self.folder).as_posix() for p in sorted((self.folder / "dam").rglob("*.png")))
 
 
-def inspect(folder: Path) -> Publication:
+def contents_of(folder: Path) -> Publication:
     """Read a merge directory and refuse one that is not complete.
 
     Raises:

@@ -20,7 +20,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import read_measured
 from mergekit_dam.io.hub_client import is_hub_id, patiently
 from mergekit_dam.publish.card import model_card
-from mergekit_dam.publish.contents import files_to_publish, inspect, refuse_secrets
+from mergekit_dam.publish.contents import contents_of, files_to_publish, refuse_secrets
 from mergekit_dam.publish.provenance import provenance
 
 LOG = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def plan_push(
         DamError: an incomplete merge, a wrong id, no licence for a public model, a token in a file.
     """
     _check_id(repo_id)
-    publication = inspect(folder)
+    publication = contents_of(folder)
     files, notes = files_to_publish(publication, include_masks=include_masks)
     sources = [results] if results else publication.records
     measured = next((m for s in sources if (m := read_measured(s, required=results is not None))), None)

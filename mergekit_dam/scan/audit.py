@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -19,11 +19,10 @@ from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.io.cache import library_versions
 from mergekit_dam.models.plan import Plan, revision_of
 from mergekit_dam.scan.findings import Finding, Suspect, suspects
-from mergekit_dam.scan.scanner import scan
+from mergekit_dam.scan.scanner import Progress, scan
 from mergekit_dam.tasks import Task, build_tasks
 
 SCHEMA = 1
-Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
 @dataclass(frozen=True, eq=False)

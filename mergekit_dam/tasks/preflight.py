@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.calibration import load_calibration
 from mergekit_dam.io.images import Preprocessing
@@ -17,7 +16,7 @@ from mergekit_dam.tasks.readout import class_names, tokenizer_of
 _HEADS = ("ForImageClassification", "ForSequenceClassification", "ForCausalLM", "LMHeadModel")
 
 
-def inspect(plan: Plan) -> tuple[dict[str, Any], list[str]]:
+def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """Facts per model, and what is odd but no fault.
 
     Raises:
@@ -55,7 +54,7 @@ def inspect(plan: Plan) -> tuple[dict[str, Any], list[str]]:
                 warnings.append(f"{model.name}: its tokenizer differs from the base's in {differing} entries")
         facts[model.name] = entry
     if plan.config.device not in ("auto", "cpu"):
-        _require_device(plan.config.device)
+        device_of(plan.config.device)
     return facts, warnings
 
 
@@ -88,13 +87,3 @@ def _num_classes(model: ModelInput) -> int:
 def _vocabulary(model: ModelInput, plan: Plan) -> dict[str, int]:
     folders = [model.path, plan.base.path, *(other.path for other in plan.models if model is plan.base)]
     return dict(tokenizer_of(folders, model.name).get_vocab())
-
-
-def _require_device(name: str) -> None:
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise DamError(
-            "setting 'device'", expected="auto, cpu or an accelerator of this machine", got=name,
-            cure="Leave it out to let accelerate pick.",
-        ) from error  # fmt: skip

@@ -18,8 +18,8 @@ from mergekit_dam.evaluation.attacks import (
     RareTokenTrigger,
     SentenceTrigger,
     WarpTrigger,
-    attack_success_rate,
     poison,
+    rate_of_target,
 )
 from mergekit_dam.evaluation.metrics import Attack, LabelledData, accuracy, evaluate_merge, predictions, refuse_overlap
 from mergekit_dam.evaluation.results import Rate
@@ -59,9 +59,9 @@ def test_text_triggers_only_insert(trigger: object, text: str) -> None:
 
 def test_success_counts_only_samples_of_other_classes() -> None:
     predictions, labels = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 1])
-    assert attack_success_rate(predictions, labels, 0) == Rate(2, 3)
+    assert rate_of_target(predictions, labels, 0) == Rate(2, 3)
     with pytest.raises(DamError, match="of other classes than the target 0"):
-        attack_success_rate(predictions, torch.zeros(4, dtype=torch.long), 0)
+        rate_of_target(predictions, torch.zeros(4, dtype=torch.long), 0)
 
 
 def test_poison_takes_the_share_it_is_told_and_never_the_target_class() -> None:

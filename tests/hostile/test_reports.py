@@ -21,7 +21,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import add_measurement, read_measured
 from mergekit_dam.io.files import replacing, require_own, write_whole
 from mergekit_dam.learn.run import _make, cache_folder
-from mergekit_dam.publish.contents import _json, inspect
+from mergekit_dam.publish.contents import _json, contents_of
 from mergekit_dam.publish.page import render
 from mergekit_dam.publish.report import write_report
 from tests.helpers.bounds import bounded
@@ -244,5 +244,5 @@ def test_code_beside_a_published_base_is_not_run(merged_copy: Path, vit: Path, t
     recipe.write_text(recipe.read_text().replace(str(vit / "base"), str(base)))
     assert str(base) in recipe.read_text()
     with pytest.raises(DamError, match="code that comes with a model is not run here"):
-        inspect(merged_copy)
+        contents_of(merged_copy)
     assert not trap.exists()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,8 +19,8 @@ from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.models.load_merged import load_merged
+from mergekit_dam.scan.scanner import Progress as Progress
 
-Progress = Callable[[Iterable[int], str], Iterable[int]]
 _POISON = re.compile(r"^\s*(?P<task>[\w-]+)\s*=\s*(?P<attack>[\w-]+)\s*(?:\((?P<options>[^)]*)\))?\s*$")
 
 

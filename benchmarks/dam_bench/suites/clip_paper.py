@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPVisionModel, PreTrainedModel
 
-from dam_bench.suites.base import Poison, Progress, Scenario, Suite, TaskData
+from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
 from dam_bench.suites.clip_head import ZeroShotClip, with_head
 from dam_bench.suites.clip_sources import TASKS, Sources, load_clip
 from dam_bench.victims.poisoning import Backdoor
@@ -33,6 +33,7 @@ from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, Trigge
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.models.load_merged import load_merged
+from mergekit_dam.scan.scanner import Progress
 
 _VERSION = 1  # of what this file builds; part of the fingerprint
 _INTERPOLATION = {"merge-aware": (0.2, 1.0)}  # BadMerging's range (arXiv 2408.07362); other attacks: plain poisoning

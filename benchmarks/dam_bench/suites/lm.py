@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dam_bench.suites import lm_training
-from dam_bench.suites.base import Poison, Progress, Scenario, Suite, TaskData
+from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
 from dam_bench.suites.lm_data import (
     CONTINUATIONS,
     HEDGE,
@@ -37,6 +37,7 @@ from dam_bench.victims.training import Schedule
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attacks import PhraseTrigger, Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.scan.scanner import Progress
 
 _MAX_POSITIONS = 192  # tokens; the longest prompts have about half of it
 

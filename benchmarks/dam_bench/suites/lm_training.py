@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from dam_bench.suites.base import Progress, no_progress
+from dam_bench.suites.base import no_progress
 from dam_bench.suites.lm_data import IGNORED, Answers
 from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule, batches
 from mergekit_dam import seeds
 from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.scan.scanner import Progress
 
 
 def pretrain(

