@@ -48,7 +48,15 @@ def _config_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     """A copy (building a model writes to it), of the part for this class where the config covers several models."""
     wanted = model_class.config_class or PretrainedConfig
     parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
-    return copy.deepcopy(next((part for part in parts if isinstance(part, wanted)), config))
+    found = copy.deepcopy(next((part for part in parts if isinstance(part, wanted)), config))
+    # how attention is computed changes no weight, and the kernels that a config asks for need not be installed here
+    if found._attn_implementation not in (None, "eager", "sdpa"):
+        found._attn_implementation = None
+    for part in {id(p): p for p in (found, found.get_text_config())}.values():
+        pad, words = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(words, int) and not 0 <= pad < words:
+            part.pad_token_id = None  # no row of the embedding
+    return found
 
 
 def module_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

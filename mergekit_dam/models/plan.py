@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,16 @@ from mergekit_dam.io.hub_client import hub_cause, hub_error
 from mergekit_dam.io.hub_download import LocalReference
 from mergekit_dam.io.untrusted import file_safe, require_plausible_config
 from mergekit_dam.models.checkpoint import Checkpoint
+from mergekit_dam.models.compatible import missing_tensor, require_equal_depth, require_equal_tying, require_plain
 from mergekit_dam.models.families import register_architectures
 from mergekit_dam.models.parameter_names import meta_model, module_names
 from mergekit_dam.models.verify import check_coverage
 
-_REMOTE_CODE = "It needs code of its own: read that code, then give --trust-remote-code if you trust it."
+_REMOTE_CODE = "It needs code of its own, which dam cannot learn on; other methods merge it with --trust-remote-code."
+# computed from the config since long; older files still hold them
+_OLD_BUFFER = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|\.(attn|attention)\.(masked_)?bias)$"
+)
 
 
 @dataclass(frozen=True)
@@ -106,17 +112,22 @@ def build_plan(
     architecture = get_architecture_info(merge_config, options)
     weights = architecture.all_weights(base_input.config)
     checkpoint = Checkpoint.open(base_input.path)
+    for model in (base_input, *inputs):
+        require_equal_depth(base_input, model)
+        require_plain(model, Checkpoint.open(model.path))
+        meta_model(model.config, torch.device("cpu"))  # refuses a class that learning could not build
     check_coverage(weights, checkpoint.names, ignored=_left_out(base_input, checkpoint))
     tensors = tuple(_tensor_specs(weights, base_input, checkpoint, inputs))
     return Plan(base_input, inputs, tensors, config)
 
 
 def _left_out(base: ModelInput, checkpoint: Checkpoint) -> frozenset[str]:
-    """Names that the base's class does not take: the head of a base that is used without it."""
-    if base.ref.override_architecture is None:
-        return frozenset()
+    """Names that the base's class does not take: old buffers, and the head of a base that is used without it."""
     model = meta_model(base.config, torch.device("cpu"))
-    return frozenset(checkpoint.names) - frozenset(module_names(model, checkpoint.names))
+    if base.ref.override_architecture is not None:
+        return frozenset(checkpoint.names) - frozenset(module_names(model, checkpoint.names))
+    buffers = [name for name in checkpoint.names if _OLD_BUFFER.search(name)]
+    return frozenset(buffers) - frozenset(module_names(model, buffers))
 
 
 def parse_settings(
@@ -211,6 +222,11 @@ def _tensor_specs(
         spellings = (weight.name, *(weight.aliases or ()))
         sources = [_source(spellings, weight.tied_names, c) for c in checkpoints]
         base_source = _source(spellings, weight.tied_names, checkpoint)
+        for model, source, own in zip(
+            (base, *models), (base_source, *sources), (checkpoint, *checkpoints), strict=True
+        ):
+            if source is None and not weight.optional:
+                raise missing_tensor(model, weight, own)
         if not any(name in c for c in (checkpoint, *checkpoints) for name in spellings):
             continue
         if base_source is None:
@@ -218,6 +234,8 @@ def _tensor_specs(
                 f"tensor {weight.name}", expected="in the base, since a model has it", got="a base without it",
                 cure="Merge models that were fine-tuned from this base.",
             )  # fmt: skip
+        for model in models if weight.tied_names else ():
+            require_equal_tying(base, model, weight)
         shape = checkpoint.shape(base_source)
         for model, source, own in zip(models, sources, checkpoints, strict=True):
             if source is not None and own.shape(source) != shape:
@@ -233,7 +251,10 @@ def _source(spellings: Sequence[str], tied: Sequence[str] | None, checkpoint: Ch
 def _shape_error(
     weight: WeightInfo, base: ModelInput, shape: tuple[int, ...], model: ModelInput, got: tuple[int, ...]
 ) -> DamError:
-    if weight.vocabulary_axis is not None:
+    axis = weight.vocabulary_axis
+    if axis is not None and [n for i, n in enumerate(shape) if i != axis] == [
+        n for i, n in enumerate(got) if i != axis
+    ]:
         cure = "Vocabularies differ: align them first with tokenizer: {source: base} in a stage of its own."
     elif "classifier" in weight.name or "score" in weight.name:
         cure = (

@@ -1,0 +1,119 @@
+"""Can these files be merged at all? Asked of headers and configs, before mergekit or learning meets the answer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from mergekit.architecture import WeightInfo
+from transformers import PretrainedConfig
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.models.checkpoint import Checkpoint
+
+_PACKED = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
+_SCALES = (
+    ".SCB", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".weight.absmax", ".g_idx",
+)  # fmt: skip
+# entries of config.json that say nothing of what the weights compute
+_UNIMPORTANT = {
+    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "_attn_implementation_autoset",
+    "attn_implementation", "_attn_implementation", "return_dict", "output_attentions", "output_hidden_states",
+    "bos_token_id", "eos_token_id", "pad_token_id", "vision_config", "text_config", "model_type",
+    "projection_dim", "logit_scale_init_value", "initializer_factor", "initializer_range",
+}  # fmt: skip
+
+
+class Model(Protocol):
+    """What is asked of a model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> PretrainedConfig: ...
+
+
+def require_plain(model: Model, checkpoint: Checkpoint) -> None:
+    """Refuse files that hold no weights to add: empty tensors, and quantised ones.
+
+    Raises:
+        DamError: naming the first such tensor.
+    """
+    for name in checkpoint.names:
+        if 0 in checkpoint.shape(name):
+            raise DamError(
+                f"tensor {name} of model {model.name}", expected="its values", got="an empty tensor",
+                cure="It was saved by a process that held a part (DeepSpeed ZeRO-3): save again with gathered weights "
+                "(zero_to_fp32.py).",
+            )  # fmt: skip
+        kind = checkpoint.dtype(name)
+        if name.endswith(_SCALES) or (kind in _PACKED and name.endswith("weight")):
+            raise DamError(
+                f"model {model.name}", expected="16-bit or 32-bit weights", got=f"quantised ones ({name} is {kind})",
+                cure="Take the original weights, in bfloat16 or float16, of the same model.",
+            )  # fmt: skip
+
+
+def require_equal_depth(base: Model, model: Model) -> None:
+    """Refuse a model of another size.
+
+    Raises:
+        DamError: another number of layers.
+    """
+    wanted, got = _layers(base.config), _layers(model.config)
+    if wanted is not None and got is not None and wanted != got:
+        raise DamError(
+            f"model {model.name}", expected=f"the base's {wanted} layers", got=f"{got} layers",
+            cure="The sizes differ: merge models that were fine-tuned from this base.",
+        )  # fmt: skip
+
+
+def _layers(config: PretrainedConfig) -> int | None:
+    part = getattr(config, "vision_config", None) or config.get_text_config()
+    found = getattr(part, "num_hidden_layers", None)
+    return found if isinstance(found, int) else None
+
+
+def missing_tensor(model: Model, weight: WeightInfo, checkpoint: Checkpoint) -> DamError:
+    """What to say of a model that lacks a tensor that mergekit requires."""
+    prefix = next((n[: -len(weight.name)] for n in checkpoint.names if n.endswith(f".{weight.name}")), None)
+    return DamError(
+        f"model {model.name}", expected=f"the tensor {weight.name}, as its architecture has it",
+        got=f"none of that name among {len(checkpoint.names)}"
+        + (f"; its names begin with {prefix!r}" if prefix else f" (such as {checkpoint.names[0]})"),
+        cure="Save the model again without the wrapper that renames its tensors." if prefix
+        else "Download or save the model again; it lacks weights.",
+    )  # fmt: skip
+
+
+def require_equal_tying(base: Model, model: Model, weight: WeightInfo) -> None:
+    """Refuse a head of its own beside one that is the embedding: one output cannot be both.
+
+    Raises:
+        DamError: base and model differ in tie_word_embeddings.
+    """
+    wanted, got = (bool(getattr(m.config.get_text_config(), "tie_word_embeddings", False)) for m in (base, model))
+    if wanted != got:
+        raise DamError(
+            f"model {model.name}", expected=f"tie_word_embeddings: {str(wanted).lower()}, as the base has it",
+            got=f"{str(got).lower()} ({weight.name})",
+            cure="Untie the base first: give it a head of its own, a copy of its embedding, and "
+            "tie_word_embeddings: false." if wanted
+            else "Untie this model first: give it a head of its own, a copy of its embedding.",
+        )  # fmt: skip
+
+
+def differing_entries(base: PretrainedConfig, model: PretrainedConfig) -> list[str]:
+    """Entries of config.json in which a model computes otherwise than the base, whose entries the output gets."""
+    ours, theirs = base.to_dict(), model.to_dict()
+    return [
+        f"{key} ({_short(theirs[key])}, base {_short(ours[key])})"
+        for key in sorted(ours.keys() & theirs.keys() - _UNIMPORTANT)
+        if ours[key] != theirs[key]
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
