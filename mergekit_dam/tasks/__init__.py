@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
+import transformers
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.models.plan import Plan
+from mergekit_dam.models.plan import ModelInput, Plan
 from mergekit_dam.tasks.base import Target, Task
 from mergekit_dam.tasks.causal import CausalTask
 from mergekit_dam.tasks.image import ImageTask
@@ -19,19 +22,40 @@ _ENCODERS: dict[str, type[Task]] = {
 
 
 def family_of(plan: Plan) -> type[Task]:
-    """The kind of task that the base model's class calls for.
+    """The kind of task that the classes of base and models call for.
 
     Raises:
-        DamError: an unsupported family.
+        DamError: an unsupported family, or a model of another kind than the base.
     """
-    class_name = (plan.base.config.architectures or [""])[0]
+    family = _family(plan.base)
+    for model in plan.models:
+        if _family(model) is not family:
+            raise DamError(
+                f"model {model.name}", expected=f"the base's kind, {_class_name(plan.base)}", got=_class_name(model),
+                cure="Merge models that were fine-tuned from this base, for the same kind of output.",
+            )  # fmt: skip
+    return family
+
+
+def _class_name(model: ModelInput) -> str:
+    return str((model.config.architectures or [""])[0])
+
+
+def _family(model: ModelInput) -> type[Task]:
+    class_name = _class_name(model)
     if class_name.endswith(("ForCausalLM", "LMHeadModel")):
+        model_class = getattr(transformers, class_name, None)
+        if model_class is not None and "past_key_values" not in inspect.signature(model_class.forward).parameters:
+            raise DamError(
+                f"model {model.name}", expected="a causal LM with attention and a key-value cache", got=class_name,
+                cure="State space and recurrent models cannot be learned on; other methods, such as ties, merge them.",
+            )  # fmt: skip
         return CausalTask
-    family = _ENCODERS.get(plan.base.config.model_type)
+    family = _ENCODERS.get(model.config.model_type)
     if family is None:
         raise DamError(
-            f"base model class {class_name}", expected=f"a causal LM or one of {', '.join(_ENCODERS)}",
-            got=plan.base.config.model_type, cure="See the README for the supported families.",
+            f"class {class_name} of model {model.name}", expected=f"a causal LM or one of {', '.join(_ENCODERS)}",
+            got=model.config.model_type, cure="See the README for the supported families.",
         )  # fmt: skip
     return family
 

@@ -9,9 +9,10 @@ from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.calibration import load_calibration
 from mergekit_dam.io.images import Preprocessing
+from mergekit_dam.models.compatible import differing_entries
 from mergekit_dam.models.plan import ModelInput, Plan, revision_of
 from mergekit_dam.tasks import CausalTask, ImageTask, family_of
-from mergekit_dam.tasks.readout import class_names, tokenizer_of
+from mergekit_dam.tasks.readout import class_names, require_rows, tokenizer_of
 
 _HEADS = ("ForImageClassification", "ForSequenceClassification", "ForCausalLM", "LMHeadModel")
 
@@ -41,6 +42,10 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
                 seed=plan.config.seed, task=model.name, position=position,
             )  # fmt: skip
             entry["calibration"], entry["samples"] = model.settings.calibration, len(data.samples)
+            if not image:
+                tokenizer = tokenizer_of((model.path, plan.base.path), model.name)
+                encoded = tokenizer(list(data.samples), truncation=True, max_length=plan.config.max_length)["input_ids"]
+                require_rows(encoded, int(model.config.get_text_config().vocab_size), tokenizer, model.name)
             if len(set(data.digests)) < len(data.digests):
                 warnings.append(f"{model.name}: {len(data.digests) - len(set(data.digests))} samples are there twice")
         if image:
@@ -52,6 +57,9 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             if vocabulary is not None and own != vocabulary:
                 differing = len(own.items() ^ vocabulary.items())
                 warnings.append(f"{model.name}: its tokenizer differs from the base's in {differing} entries")
+        if differing := differing_entries(plan.base.config, model.config):
+            warnings.append(f"{model.name}: the output gets the base's config.json, which differs in "
+                            + ", ".join(differing))  # fmt: skip
         facts[model.name] = entry
     if plan.config.device not in ("auto", "cpu"):
         device_of(plan.config.device)

@@ -85,6 +85,23 @@ def linear_head(source: str, width: int, owner: str, device: torch.device) -> Re
     return lambda output: F.linear(pooled(output), weight, bias)
 
 
+def require_rows(encoded: Sequence[Sequence[int]], rows: int, tokenizer: Any, owner: str) -> None:
+    """Refuse calibration texts with a token that the embedding has no row for.
+
+    Raises:
+        DamError: naming token and text.
+    """
+    for number, ids in enumerate(encoded):
+        found = next((i for i in ids if i >= rows), None)
+        if found is not None:
+            raise DamError(
+                f"calibration text {number + 1} of {owner}", expected=f"tokens of the embedding's {rows} rows",
+                got=f"{tokenizer.convert_ids_to_tokens(found)!r} ({found})",
+                cure="The tokenizer got tokens and the embedding was never resized: take the token out of the texts, "
+                "or give the model the tokenizer that it was trained with.",
+            )  # fmt: skip
+
+
 def class_names(setting: str, owner: str) -> list[str]:
     """Names from a file with one per line, or from a comma-separated list."""
     path = Path(setting).expanduser()

@@ -16,7 +16,7 @@ from mergekit_dam.io.calibration import load_calibration
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.bounds import Bounds, Perturb
-from mergekit_dam.tasks.readout import Readout, linear_head, logits_of, tokenizer_of
+from mergekit_dam.tasks.readout import Readout, linear_head, logits_of, require_rows, tokenizer_of
 
 _NEAREST = 3  # words shown per recovered token
 
@@ -112,6 +112,7 @@ class TextTask(Task):
         self.sample_digests = data.digests
         tokenizer = tokenizer_of((self.input.path, plan.base.path), self.name)
         encoded = tokenizer(list(data.samples), truncation=True, max_length=plan.config.max_length)["input_ids"]
+        require_rows(encoded, self.num_words, tokenizer, self.name)
         return [torch.tensor(ids) for ids in encoded]
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
@@ -119,7 +120,8 @@ class TextTask(Task):
 
     def _padded(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
         config = self.input.config.get_text_config()
-        pad = config.pad_token_id if config.pad_token_id is not None else 0
+        pad = config.pad_token_id
+        pad = pad if pad is not None and 0 <= pad < self.num_words else 0  # masked: any token will do
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad)
         lengths = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
