@@ -39,6 +39,7 @@ from mergekit_dam.plugin.planner import (
     forget_planners,
     planner_context,
     planner_of,
+    refuse_changed_vocabulary,
     refuse_moved_layers,
 )
 
@@ -130,6 +131,7 @@ class DAM(GroupMergeMethod):
             for key in unknown_keys([*run.values[0], *(k for own in run.values[1].values() for k in own)]):
                 LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, KNOWN))
             run.plan = _build_plan(run)
+            refuse_changed_vocabulary(context.config, run.plan)
             if context.out_path is not None:
                 inputs = [model.path for model in (run.plan.base, *run.plan.models)]
                 self._outputs.claim(Path(context.out_path), inputs, until=planner_of(context).out_model_config)

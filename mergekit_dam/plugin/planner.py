@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.models.plan import Plan, build_plan
+from mergekit_dam.tasks.readout import tokenizer_of
 
 
 @dataclass
@@ -83,7 +84,8 @@ def configured(
 
 
 def refuse_moved_layers(config: Any) -> None:
-    for name, module in (config.modules or {}).items():
+    parts = dict(config.modules or {}) | ({"the recipe": config} if config.slices else {})
+    for name, module in parts.items():
         start = 0
         for output in module.slices or []:
             ranges = {tuple(source.layer_range) for source in output.sources}
@@ -103,10 +105,52 @@ def plan_of(config: Any, options: MergeOptions) -> Plan:
     Raises:
         DamError: no base, fewer than two models, unknown settings, or anything else that `build_plan` refuses.
     """
-    if config.base_model is None or not config.models:
+    if config.base_model is None:
         raise DamError(
-            "recipe", expected="base_model and models", got="none of one", cure="Name both at the top level."
+            "recipe", expected="base_model and models", got="no base_model", cure="Name it at the top level."
         )
-    refs = [entry.model for entry in config.models if entry.model != config.base_model]
-    own = {entry.model: dict(entry.parameters or {}) for entry in config.models}
-    return build_plan(config.base_model, refs, shared=dict(config.parameters or {}), per_model=own, options=options)
+    refuse_moved_layers(config)
+    own: dict[ModelReference, dict[str, Any]] = {}
+    for entry in _entries(config):
+        own.setdefault(entry.model, {}).update(entry.parameters or {})
+    refs = [ref for ref in own if ref != config.base_model]
+    plan = build_plan(config.base_model, refs, shared=dict(config.parameters or {}), per_model=own, options=options)
+    refuse_changed_vocabulary(config, plan)
+    return plan
+
+
+def _entries(config: Any) -> Iterator[Any]:
+    """All that name a model: of `models`, `slices` or `modules`."""
+    yield from config.models or ()
+    for part in (config, *(config.modules or {}).values()):
+        if part is not config:
+            yield from part.models or ()
+        for output in part.slices or ():
+            yield from output.sources
+
+
+def refuse_changed_vocabulary(config: Any, plan: Plan) -> None:
+    """Refuse a tokenizer setting that makes mergekit change the rows that masks are learned on.
+
+    Raises:
+        DamError: embeddings with more or fewer rows than there are tokens, or tokenizers that differ.
+    """
+    if not (config.tokenizer_source or config.tokenizer):
+        return
+    which = "tokenizer_source" if config.tokenizer_source else "tokenizer"
+    cure = f"Leave out {which} (the output gets the base's tokenizer), or apply it in a stage of its own."
+    folders = [model.path for model in (plan.base, *plan.models)]
+    words = tokenizer_of(folders, "base").get_vocab()
+    rows = int(plan.base.config.get_text_config().vocab_size)
+    if rows != len(words):
+        raise DamError(
+            f"setting {which}", expected=f"as many tokens as the embedding has rows ({rows})",
+            got=f"{len(words)} tokens: mergekit would change the rows", cure=cure,
+        )  # fmt: skip
+    for model in plan.models:
+        own = tokenizer_of((model.path, plan.base.path), model.name).get_vocab()
+        if own != words:
+            raise DamError(
+                f"setting {which}", expected="one vocabulary in all models",
+                got=f"another in {model.name}: mergekit would move rows", cure=cure,
+            )  # fmt: skip
