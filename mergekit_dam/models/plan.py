@@ -109,6 +109,8 @@ def build_plan(
     merge_config = MergeConfiguration(
         merge_method="dam", base_model=base, models=[{"model": ref} for ref in (base, *models)]
     )
+    if options.allow_crimes:  # of classes that differ mergekit would take any one; the output has the base's
+        merge_config = MergeConfiguration(merge_method="passthrough", models=[{"model": base}])
     architecture = get_architecture_info(merge_config, options)
     weights = architecture.all_weights(base_input.config)
     checkpoint = Checkpoint.open(base_input.path)
