@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.architecture import WeightInfo, get_architecture_info
+from mergekit.architecture import WeightInfo, arch_info_for_config, get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -109,9 +109,9 @@ def build_plan(
     merge_config = MergeConfiguration(
         merge_method="dam", base_model=base, models=[{"model": ref} for ref in (base, *models)]
     )
-    if options.allow_crimes:  # of classes that differ mergekit would take any one; the output has the base's
-        merge_config = MergeConfiguration(merge_method="passthrough", models=[{"model": base}])
-    architecture = get_architecture_info(merge_config, options)
+    # of classes that differ mergekit would take any one; the output has the base's
+    known = arch_info_for_config(base_input.config) if options.allow_crimes else None
+    architecture = known or get_architecture_info(merge_config, options)
     weights = architecture.all_weights(base_input.config)
     checkpoint = Checkpoint.open(base_input.path)
     for model in (base_input, *inputs):

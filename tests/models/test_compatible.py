@@ -121,7 +121,7 @@ def test_entries_that_change_no_weight_stop_nothing(entry: dict[str, Any], tmp_p
 def test_a_class_that_transformers_lacks_is_refused_with_the_plan(tmp_path: Path) -> None:
     paths = _models(tmp_path)
     rewrite(paths[1], lambda tensors: tensors, architectures=["MineForCausalLM"])
-    with pytest.raises(DamError, match="MineForCausalLM|remote code"):
+    with pytest.raises(DamError, match="MineForCausalLM"):
         _plan(paths)
 
 
@@ -129,7 +129,7 @@ def test_models_of_another_kind_than_the_base(tmp_path: Path) -> None:
     paths = _models(tmp_path)
     plan = _plan(paths)
     plan.models[0].config.architectures = ["LlamaForSequenceClassification"]
-    with pytest.raises(DamError, match="kind|causal LM"):
+    with pytest.raises(DamError, match="causal LM"):
         family_of(plan)
     plan.models[0].config.architectures = ["MambaForCausalLM"]
     with pytest.raises(DamError, match="key-value cache"):
