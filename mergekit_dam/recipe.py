@@ -31,8 +31,13 @@ from mergekit_dam.models.plan import Plan, model_input
 from mergekit_dam.models.verify import verify_output
 from mergekit_dam.plugin.method import register_dam
 from mergekit_dam.plugin.output import cannot_write
-from mergekit_dam.plugin.planner import plan_of
+from mergekit_dam.plugin.planner import plan_of, require_chat_template
 
+# one of these is in every folder that a tokenizer can be loaded from
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
 Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
 
 
@@ -98,6 +103,8 @@ class Prepared:
         config, options = self.inputs.config, self.inputs.options
         if config.merge_method == "dam":
             _ = self.plan  # refuses what cannot be merged before mergekit starts
+        require_chat_template(config)
+        options = _tokenizer_if_any(config, options)
         with _learning_cache(resume=resume):
             run_merge(config, str(out), options, config_source=self.source)
         record_inputs(out / "dam", self.inputs.commits)
@@ -134,6 +141,20 @@ class Prepared:
                 except OSError as error:
                     raise cannot_write(out, error) from error
         return out / MASKS_FILE
+
+
+def _tokenizer_if_any(config: MergeConfiguration, options: MergeOptions) -> MergeOptions:
+    """Options that copy no tokenizer where the model that mergekit takes it from has none, as an image model: mergekit
+    would report a failure with a traceback after a merge that went well."""
+    donor = config.base_model or config.referenced_models()[0]
+    merged = donor.merged(
+        cache_dir=options.lora_merge_cache, trust_remote_code=options.trust_remote_code,
+        lora_merge_dtype=options.lora_merge_dtype,
+    )  # fmt: skip
+    folder = Path(merged.local_path(cache_dir=options.transformers_cache))
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return options
+    return options.model_copy(update={"copy_tokenizer": False})
 
 
 @contextmanager

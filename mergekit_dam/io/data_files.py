@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from mergekit_dam.errors import DamError, did_you_mean, first_line
@@ -19,10 +20,12 @@ from mergekit_dam.io.files import file_digest
 
 Kind = Literal["image", "text"]
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv"}
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+_DELIMITERS = ",;\t|"  # of spreadsheets; the first one wins where a header has as many of another
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # PIL knows EPS, too, and hands it to Ghostscript
 _PIXELS = 1 << 26  # of one image: 200 MB once decoded, three times what a phone takes
 _IMAGE_BYTES = 1 << 28
+_WHITE = 65535  # of grey with 16 bit
 _CHARACTERS = 1 << 17  # of one text; `max_length` cuts far below
 _BATCH_BYTES = 1 << 30  # that a batch of parquet rows could expand to
 _EXPANSION = 200  # text packs to a tenth, images do not pack; bombs reach 10,000
@@ -184,7 +187,16 @@ def load_file(path: Path, kind: str) -> Any:
     """
     import datasets
 
-    return datasets.load_dataset(kind, name=file_digest(path)[:16], data_files=str(path), split="train")
+    more = {"sep": _delimiter(path)} if kind == "csv" else {}
+    return datasets.load_dataset(kind, name=file_digest(path)[:16], data_files=str(path), split="train", **more)
+
+
+def _delimiter(path: Path) -> str:
+    """What separates the names in a header: read with another one, every text would end in its label."""
+    with path.open("rb") as file:
+        header = file.readline(_CHARACTERS).decode("utf-8", "replace")
+    outside = "".join(header.split('"')[::2])  # a quoted name may hold any of them
+    return max(_DELIMITERS, key=outside.count)
 
 
 def image_of(row: Any, where: str, *, trusted: Iterable[Path] = ()) -> Image.Image:
@@ -211,11 +223,29 @@ def image_of(row: Any, where: str, *, trusted: Iterable[Path] = ()) -> Image.Ima
                 if image.width * image.height > _PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels, at most {_PIXELS} are read")
                 image.load()
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _eight_bit(ImageOps.exif_transpose(image), image.format).convert("RGB")
     except Exception as error:  # decoders raise whatever they meet in damaged bytes
         raise DamError(
             where, expected="an image", got=first_line(error), cure="Remove or repair this sample."
         ) from error
+
+
+def _eight_bit(image: Image.Image, form: str | None) -> Image.Image:
+    """Grey of 16 bit as 8 bit, since PIL cuts off what is above 255 and leaves a white picture.
+
+    Raises:
+        ValueError: grey values without a known range.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image)
+    wide = grey.dtype.itemsize > 2 and form != "PNG"
+    if image.mode == "F" or wide or grey.min() < 0 or grey.max() > _WHITE:
+        raise ValueError(
+            f"grey values of {8 * grey.dtype.itemsize} bit ({image.mode}), whose white is not known: "
+            "save it with 8 or 16 bit"
+        )
+    return Image.fromarray(np.round(grey / (_WHITE / 255)).astype(np.uint8))
 
 
 def _inside(path: Any, trusted: Iterable[Path]) -> Path:

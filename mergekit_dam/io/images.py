@@ -21,6 +21,7 @@ from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.io.untrusted import load_json
 
 LOG = logging.getLogger(__name__)
+PREPROCESSING_FILES = ("preprocessor_config.json", "processor_config.json")
 _LARGEST_EDGE = 4096  # pixels of a resized image; 200 MB for one, beyond what any encoder here takes
 _SMALLEST_STD = 1e-6
 
@@ -37,11 +38,15 @@ class Preprocessing:
 
     @classmethod
     def read(cls, folders: Iterable[Path], image_size: int) -> Preprocessing:
-        """From the first folder that has a preprocessor_config.json; else image_size, mean = std = 0.5."""
-        for folder in folders:
-            file = folder / "preprocessor_config.json"
+        """From the first folder with a preprocessor_config.json, or a processor_config.json that holds the same under
+        `image_processor` (transformers 5 writes that for CLIP); else image_size, mean = std = 0.5."""
+        for file in (folder / name for folder in folders for name in PREPROCESSING_FILES):
             if file.is_file():
                 values = load_json(file)
+                if file.name != PREPROCESSING_FILES[0]:
+                    values = values.get("image_processor") if isinstance(values, dict) else None
+                    if values is None:
+                        continue  # of a processor whose parts lie in files of their own
                 try:
                     found = cls._from_json(values, image_size)
                     found._require_plausible()

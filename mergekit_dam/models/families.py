@@ -181,7 +181,7 @@ def _model(
     definitions = {key: ModuleDefinition(architecture=module) for key, module in modules.items()}
     return ModelArchitecture(
         modules=definitions, architectures=classes, model_type=model_type,
-        tagalong_files=["preprocessor_config.json"], **more,
+        tagalong_files=["preprocessor_config.json", "processor_config.json"], **more,
     )  # fmt: skip
 
 

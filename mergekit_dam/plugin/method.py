@@ -41,6 +41,7 @@ from mergekit_dam.plugin.planner import (
     planner_of,
     refuse_changed_vocabulary,
     refuse_moved_layers,
+    require_chat_template,
 )
 
 LOG = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class DAM(GroupMergeMethod):
         run = _Run(base_id, models, context)
         if context is not None:
             refuse_moved_layers(context.config)
+            require_chat_template(context.config)
             run.values = configured(context.config, run.models)
             for key in unknown_keys([*run.values[0], *(k for own in run.values[1].values() for k in own)]):
                 LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, KNOWN))

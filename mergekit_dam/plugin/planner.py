@@ -11,14 +11,19 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
+import jinja2
+from mergekit._data import chat_templates
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, did_you_mean, first_line
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks.readout import tokenizer_of
+
+_SHORTEST_TEMPLATE = 20  # characters; mergekit takes no shorter one
 
 
 @dataclass
@@ -99,12 +104,40 @@ def refuse_moved_layers(config: Any) -> None:
             start += length
 
 
+def require_chat_template(config: Any) -> None:
+    """Refuse a `chat_template` of which mergekit makes none: it would leave the output without a tokenizer.
+
+    Raises:
+        DamError: neither `auto`, nor one of mergekit's names, nor a Jinja template.
+    """
+    template = config.chat_template
+    if not template or template == "auto":
+        return
+    known = {file.name.removesuffix(".jinja") for file in files(chat_templates).iterdir() if ".jinja" in file.name}
+    if template in known:
+        return
+    got = repr(template[:60])
+    if len(template) >= _SHORTEST_TEMPLATE and "{" in template:
+        try:
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+            return
+        except jinja2.TemplateSyntaxError as error:
+            if "generation" in str(error):  # a tag of transformers' own
+                return
+            got = f"{got} ({first_line(error)})"
+    raise DamError(
+        "chat_template", expected=f"auto, a Jinja template, or one of {', '.join(sorted(known))}", got=got,
+        cure=did_you_mean(template, known) or "Correct it, or leave it out to keep the base's.",
+    )  # fmt: skip
+
+
 def plan_of(config: Any, options: MergeOptions) -> Plan:
     """The plan of a recipe, strict about its settings: for our own commands, before mergekit starts.
 
     Raises:
         DamError: no base, fewer than two models, unknown settings, or anything else that `build_plan` refuses.
     """
+    require_chat_template(config)
     if config.base_model is None:
         raise DamError(
             "recipe", expected="base_model and models", got="no base_model", cure="Name it at the top level."
