@@ -119,8 +119,8 @@ def _source(path: Path, settings: ModelSettings, kind: Kind, where: str) -> _Lis
 
     source = str(settings.calibration)
     try:
-        if path.is_dir() and kind == "image":
-            return _Listed(sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file()))
+        if path.is_dir():
+            return _folder(path, settings, kind, where)
         if path.suffix == ".txt" and path.is_file():
             return _Listed(_lines(path))
         if path.suffix == ".parquet" and path.is_file():
@@ -140,6 +140,30 @@ def _source(path: Path, settings: ModelSettings, kind: Kind, where: str) -> _Lis
             raise
         raise unreadable(where, error) from error
     return DatasetColumn(data, settings.column, kind, where)
+
+
+def _folder(path: Path, settings: ModelSettings, kind: Kind, where: str) -> _Listed | ParquetColumn | DatasetColumn:
+    """Images below a folder, or its one file of data.
+
+    Raises:
+        DamError: a folder of another kind, with the step that makes a file of it.
+    """
+    if kind == "image":
+        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+        if images:
+            return _Listed(images)
+    files = sorted(p for p in path.rglob("*") if p.suffix in {*LOADERS, ".parquet", ".txt"} and p.is_file())
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        got = "a folder of save_to_disk"
+        cure = 'Name the file that datasets.load_from_disk(FOLDER).to_parquet("data.parquet") writes (of one split).'
+    elif files:
+        got = f"a folder with {', '.join(p.name for p in files[:2])}{' ...' if len(files) > 2 else ''}"
+        cure = "Name one of its files, or make one of them all: datasets' concatenate_datasets and to_parquet."
+    else:
+        got, cure = "a folder without any", "Name the file with the data."
+    raise DamError(
+        where, expected="images below the folder" if kind == "image" else "a file of texts", got=got, cure=cure
+    )
 
 
 def _lines(path: Path) -> list[str]:

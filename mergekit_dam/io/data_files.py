@@ -139,6 +139,13 @@ def choose_column(features: Any, column: str | None, kind: Kind, where: str) -> 
         DamError: an unknown or ambiguous column, or one of labels.
     """
     candidates = [name for name, feature in features.items() if _holds(feature, kind)]
+    chats = [name for name, feature in features.items() if kind == "text" and _is_chat(feature)]
+    if chats and (column in chats or (column is None and not candidates)):
+        raise DamError(
+            f"column {chats[0] if column is None else column!r} of {where}", expected="texts", got="conversations",
+            cure="Write prompts into a text column with tokenizer.apply_chat_template(messages, tokenize=False, "
+            "add_generation_prompt=True), and name that column.",
+        )  # fmt: skip
     inputs = [name for name in candidates if name.casefold() not in _LABELS]
     if column is not None and column not in features:
         raise DamError(
@@ -158,6 +165,12 @@ def choose_column(features: Any, column: str | None, kind: Kind, where: str) -> 
             )  # fmt: skip
         column = inputs[0]
     return column
+
+
+def _is_chat(feature: Any) -> bool:
+    """Whether a column holds lists of messages with a role and a text."""
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+    return isinstance(inner, dict) and ({"role", "content"} <= set(inner) or {"from", "value"} <= set(inner))
 
 
 def _holds(feature: Any, kind: Kind) -> bool:

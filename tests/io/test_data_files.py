@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,3 +51,23 @@ def test_a_processor_file_of_transformers_5_holds_the_preprocessing(tmp_path: Pa
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": images}))
     found = Preprocessing.read([tmp_path], 32)
     assert (found.resize, found.mean, found.std) == (16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize("column", [{}, {"column": "messages"}])
+def test_conversations_name_the_chat_template_as_cure(tmp_path: Path, column: dict[str, str]) -> None:
+    file = tmp_path / "a.jsonl"
+    row = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "dog"}]}
+    file.write_text(f"{json.dumps(row)}\n" * 3)
+    with pytest.raises(DamError, match=r"got conversations.*apply_chat_template"):
+        _texts(file, **column)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("dataset_info.json", "load_from_disk"), ("train-0.parquet", "to_parquet"), ("x", "Name the file")],
+)
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_folder_that_is_not_read_names_the_file_to_make(tmp_path: Path, name: str, cure: str, kind: Any) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DamError, match=cure):
+        load_calibration(ModelSettings(calibration=str(tmp_path)), kind, num_samples=8, seed=0, task="a")
