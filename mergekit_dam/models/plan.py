@@ -109,10 +109,7 @@ def build_plan(
     merge_config = MergeConfiguration(
         merge_method="dam", base_model=base, models=[{"model": ref} for ref in (base, *models)]
     )
-    # of classes that differ mergekit would take any one; the output has the base's
-    known = arch_info_for_config(base_input.config) if options.allow_crimes else None
-    architecture = known or get_architecture_info(merge_config, options)
-    weights = architecture.all_weights(base_input.config)
+    weights = _weights(merge_config, options, (base_input, *inputs))
     checkpoint = Checkpoint.open(base_input.path)
     for model in (base_input, *inputs):
         require_equal_depth(base_input, model)
@@ -121,6 +118,36 @@ def build_plan(
     check_coverage(weights, checkpoint.names, ignored=_left_out(base_input, checkpoint))
     tensors = tuple(_tensor_specs(weights, base_input, checkpoint, inputs))
     return Plan(base_input, inputs, tensors, config)
+
+
+def _weights(config: MergeConfiguration, options: MergeOptions, inputs: Sequence[ModelInput]) -> list[WeightInfo]:
+    """The tensors that mergekit would merge.
+
+    Raises:
+        DamError: a model whose class is not told, or classes that mergekit cannot merge.
+    """
+    for model in inputs:
+        if not model.config.architectures:
+            raise DamError(
+                f"config.json of model {model.ref}", expected="the model's class under `architectures`", got="none",
+                cure='Add it, e.g. "architectures": ["LlamaForCausalLM"], or save the model with save_pretrained(...).',
+            )  # fmt: skip
+    classes = ", ".join(dict.fromkeys(str(model.config.architectures[0]) for model in inputs))
+    try:
+        # of classes that differ mergekit would take any one; the output has the base's
+        known = arch_info_for_config(inputs[0].config) if options.allow_crimes else None
+        return list((known or get_architecture_info(config, options)).all_weights(inputs[0].config))
+    except DamError:
+        raise
+    except Exception as error:  # mergekit raises whatever it meets in classes that it does not know
+        several = "," in classes
+        raise DamError(
+            "classes of base and models",
+            expected="one class for all" if several else "a class that mergekit can merge",
+            got=f"{classes} ({first_line(error)})",
+            cure="Merge models of one class, fine-tuned from this base." if several
+            else "See the README for the classes that can be merged.",
+        ) from error  # fmt: skip
 
 
 def _left_out(base: ModelInput, checkpoint: Checkpoint) -> frozenset[str]:
