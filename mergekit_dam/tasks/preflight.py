@@ -12,7 +12,7 @@ from mergekit_dam.io.images import Preprocessing
 from mergekit_dam.models.compatible import differing_entries
 from mergekit_dam.models.plan import ModelInput, Plan, revision_of
 from mergekit_dam.tasks import CausalTask, ImageTask, family_of
-from mergekit_dam.tasks.readout import class_names, require_rows, tokenizer_of
+from mergekit_dam.tasks.readout import class_names, has_tokenizer, require_rows, tokenizer_of
 
 _HEADS = ("ForImageClassification", "ForSequenceClassification", "ForCausalLM", "LMHeadModel")
 
@@ -27,7 +27,10 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     image = issubclass(family, ImageTask)
     warnings: list[str] = []
     facts = {}
-    vocabulary = None if image else _vocabulary(plan.base, plan)
+    # a causal LM that samples its own text needs no tokenizer, so one without is no fault
+    optional = issubclass(family, CausalTask)
+    vocabulary = None if image else _vocabulary(plan.base, plan, optional=optional)
+    warnings += _renamed_classes(plan)
     for position, model in enumerate(plan.models):
         require_readout(model, plan.config.zero_shot_model)
         entry: dict[str, Any] = {
@@ -52,9 +55,9 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             size = getattr(model.config, "vision_config", model.config).image_size
             Preprocessing.read((model.path, plan.base.path), size)
         else:
-            own = _vocabulary(model, plan)
-            entry["vocabulary"] = len(own)
-            if vocabulary is not None and own != vocabulary:
+            own = _vocabulary(model, plan, optional=optional and model.settings.calibration is None)
+            entry["vocabulary"] = None if own is None else len(own)
+            if vocabulary is not None and own is not None and own != vocabulary:
                 differing = len(own.items() ^ vocabulary.items())
                 warnings.append(f"{model.name}: its tokenizer differs from the base's in {differing} entries")
         if differing := differing_entries(plan.base.config, model.config):
@@ -92,6 +95,25 @@ def _num_classes(model: ModelInput) -> int:
     return int(model.config.num_labels or 0)
 
 
-def _vocabulary(model: ModelInput, plan: Plan) -> dict[str, int]:
+def _vocabulary(model: ModelInput, plan: Plan, *, optional: bool) -> dict[str, int] | None:
     folders = [model.path, plan.base.path, *(other.path for other in plan.models if model is plan.base)]
+    if optional and not has_tokenizer(folders):
+        return None
     return dict(tokenizer_of(folders, model.name).get_vocab())
+
+
+def _renamed_classes(plan: Plan) -> list[str]:
+    """A warning per model whose names for the rows of a head that is merged differ from the base's."""
+    merged = {spec.name.split(".")[0] for spec in plan.tensors} & {"classifier", "score"}
+    if not merged:
+        return []
+    names = dict(plan.base.config.id2label or {})
+    return [
+        f"{model.name}: its classes are {', '.join(map(str, own.values()))}, the base's are "
+        f"{', '.join(map(str, names.values()))} (id2label), but their heads are merged row by row. If the labels "
+        f"differ in more than their spelling, take the base without its head: base_model: {{model: {plan.base.ref}, "
+        "override_architecture: <class without head>}"
+        for model in plan.models
+        if (own := dict(model.config.id2label or {})) != names
+        and not any(all(str(v).startswith("LABEL_") for v in one.values()) for one in (own, names))
+    ]

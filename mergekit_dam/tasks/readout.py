@@ -25,10 +25,15 @@ Readout = Callable[[Any], Tensor]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
+def has_tokenizer(folders: Sequence[Path]) -> bool:
+    """Whether one of the folders has the files of a tokenizer."""
+    return any((folder / file).is_file() for folder in folders for file in _TOKENIZER_FILES)
+
+
 def tokenizer_of(folders: Sequence[Path], owner: str) -> Any:
     """The tokenizer of the first folder that has one."""
     for folder in folders:
-        if any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        if has_tokenizer([folder]):
             try:
                 return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             except Exception as error:  # the libraries below raise bare exceptions on damaged files
@@ -40,6 +45,14 @@ def tokenizer_of(folders: Sequence[Path], owner: str) -> Any:
         f"tokenizer of {owner}", expected="tokenizer files beside the model or the base", got="none",
         cure="Save the tokenizer into the model's directory.",
     )  # fmt: skip
+
+
+def encoded(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of each text, begun once: a text that was written with its chat template brings the first token along,
+    and the tokenizer adds another, which the model never sees in use."""
+    first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    found = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    return [ids[1:] if len(ids) > 1 and ids[0] == ids[1] and ids[0] in first else ids for ids in found]
 
 
 def logits_of(output: Any) -> Tensor:
