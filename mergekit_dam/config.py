@@ -230,6 +230,31 @@ def _expected(error: Any) -> str:
     return message.removeprefix("Input should be ").split(", unable")[0]
 
 
+def unknown_setting(keys: Iterable[Any], where: str, known: Iterable[str], method: str) -> None:
+    """Refuse the first of these names, which are no settings of this merge method.
+
+    Raises:
+        DamError: with the nearest known name; a setting of another method has none.
+    """
+    for key in sorted(str(key) for key in keys):
+        raise DamError(
+            f"setting {key!r} in {where}", expected=f"a setting of {method}", got="an unknown one",
+            cure=unknown_cure(key, known),
+        )  # fmt: skip
+
+
+def unknown_cure(key: str, known: Iterable[str] = KNOWN) -> str:
+    """What to do about a name that is no setting of the method in use."""
+    from mergekit.merge_methods.registry import registered_methods
+
+    known = list(known)
+    others = [m.spec.name for m in registered_methods() if any(p.name == key for p in m.spec.parameters)]
+    if others:
+        return f"It is a setting of another method ({', '.join(others[:2])}): remove it."
+    few = f"Known: {', '.join(known)}." if 0 < len(known) < 12 else "See the settings reference in the README."
+    return did_you_mean(key, known) or few
+
+
 def unknown_keys(keys: Iterable[str]) -> list[str]:
     """Keys that are neither a shared nor a per-model setting, sorted."""
     return sorted(set(keys) - set(KNOWN))

@@ -15,8 +15,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, parse, unknown_keys
-from mergekit_dam.errors import DamError, did_you_mean, first_line
+from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, parse, unknown_keys, unknown_setting
+from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.io.hub_client import hub_cause, hub_error
 from mergekit_dam.io.hub_download import LocalReference
 from mergekit_dam.io.untrusted import file_safe, require_plausible_config
@@ -164,11 +164,8 @@ def parse_settings(
 ) -> tuple[DamConfig, list[ModelSettings]]:
     """Split raw values into shared and per-model settings and validate both."""
     for where, values in (("parameters", shared), *((f"model {i + 1}", own) for i, own in enumerate(per_model))):
-        for key in unknown_keys(key for key, value in values.items() if value is not None):
-            raise DamError(
-                f"setting {key!r} in {where}", expected="a setting of dam", got="an unknown one",
-                cure=did_you_mean(key, KNOWN) or f"Known settings: {', '.join(sorted(KNOWN))}.",
-            )  # fmt: skip
+        given = [key for key, value in values.items() if value is not None]
+        unknown_setting(unknown_keys(given), where, KNOWN, "dam")
     config = parse(
         DamConfig, {k: v for k, v in shared.items() if k in DamConfig.model_fields}, where="the shared parameters"
     )
@@ -281,10 +278,11 @@ def _shape_error(
     weight: WeightInfo, base: ModelInput, shape: tuple[int, ...], model: ModelInput, got: tuple[int, ...]
 ) -> DamError:
     axis = weight.vocabulary_axis
-    if axis is not None and [n for i, n in enumerate(shape) if i != axis] == [
-        n for i, n in enumerate(got) if i != axis
-    ]:
+    differing = [i for i, sizes in enumerate(zip(shape, got, strict=False)) if sizes[0] != sizes[1]]
+    if axis is not None and len(shape) == len(got) and differing == [axis % len(shape)]:
         cure = "Vocabularies differ: align them first with tokenizer: {source: base} in a stage of its own."
+    elif 0 in got:
+        cure = "This file holds no values (DeepSpeed ZeRO-3 saves so): gather the weights and save the model again."
     elif "classifier" in weight.name or "score" in weight.name:
         cure = (
             "Heads of different tasks cannot be merged: take the base without its head, "

@@ -29,8 +29,8 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, unknown_keys
-from mergekit_dam.errors import DamError, did_you_mean
+from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, unknown_cure, unknown_keys
+from mergekit_dam.errors import DamError
 from mergekit_dam.plugin.exit_check import compare_at_exit
 from mergekit_dam.plugin.output import OutputLocks
 from mergekit_dam.plugin.planner import (
@@ -131,7 +131,7 @@ class DAM(GroupMergeMethod):
             require_chat_template(context.config)
             run.values = configured(context.config, run.models)
             for key in unknown_keys([*run.values[0], *(k for own in run.values[1].values() for k in own)]):
-                LOG.warning("dam ignores the unknown setting %r. %s", key, did_you_mean(key, KNOWN))
+                LOG.warning("dam ignores the unknown setting %r. %s", key, unknown_cure(key))
             run.plan = _build_plan(run)
             refuse_changed_vocabulary(context.config, run.plan)
             if context.out_path is not None:
