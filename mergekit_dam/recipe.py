@@ -25,13 +25,14 @@ from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.hub_download import Inputs, localise, record_inputs
-from mergekit_dam.io.untrusted import load_yaml
+from mergekit_dam.io.untrusted import load_yaml, read_utf8
 from mergekit_dam.learn.run import learn_masks as learn
 from mergekit_dam.models.plan import Plan, model_input
 from mergekit_dam.models.verify import verify_output
 from mergekit_dam.plugin.method import register_dam
 from mergekit_dam.plugin.output import cannot_write
 from mergekit_dam.plugin.planner import plan_of, require_chat_template
+from mergekit_dam.plugin.recipe_keys import require_known_keys
 
 # one of these is in every folder that a tokenizer can be loaded from
 _TOKENIZER_FILES = (
@@ -194,12 +195,13 @@ def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, Merge
         elif isinstance(recipe, Mapping):
             source = yaml.safe_dump(dict(recipe), sort_keys=False)
         else:
-            source = Path(recipe).read_text("utf-8")
+            source = read_utf8(Path(recipe), name)
         content = load_yaml(source, name)
         changed = {key: value for key, value in settings.items() if value is not None}
         if changed and isinstance(content, dict):
             content["parameters"] = {**(content.get("parameters") or {}), **changed}
             source = yaml.safe_dump(content, sort_keys=False)
+        require_known_keys(content)
         return source, MergeConfiguration.model_validate(content)
     except (OSError, yaml.YAMLError, ValueError, RuntimeError, TypeError, RecursionError) as error:
         if isinstance(error, DamError):

@@ -31,7 +31,8 @@ _NO_PART = ("__init__.py", "__main__.py", "api.py", "cli", "evaluation", "plugin
 
 def cache_folder() -> Path:
     """Where learned masks are kept: MERGEKIT_DAM_CACHE, else ~/.cache/mergekit-dam."""
-    return Path(os.environ.get("MERGEKIT_DAM_CACHE") or Path.home() / ".cache" / "mergekit-dam")
+    # no shell expands ~ in an .env file, a Dockerfile or a CI setting
+    return Path(os.environ.get("MERGEKIT_DAM_CACHE") or "~/.cache/mergekit-dam").expanduser()
 
 
 @cache

@@ -51,10 +51,51 @@ def load_yaml(text: str, where: str) -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError) as error:
+    except yaml.YAMLError as error:
+        raise DamError(where, expected="YAML of plain values", **_yaml_fault(error, text)) from error
+    except (ValueError, OverflowError, RecursionError, TypeError) as error:
         raise DamError(
             where, expected="YAML of plain values", got=_reason(error), cure="See the example in the README."
         ) from error
+
+
+def _yaml_fault(error: yaml.YAMLError, text: str) -> dict[str, str]:
+    """What is wrong at which line and column, and the cure where that line shows it."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if isinstance(error, yaml.reader.ReaderError):
+        before = text[: error.position]
+        number, column = before.count("\n") + 1, error.position - before.rfind("\n")
+        got = f"the character {error.character!r}"
+    elif mark is not None:
+        number, column = mark.line + 1, mark.column + 1
+        said = (getattr(error, "context", None), getattr(error, "problem", None))
+        got = ", ".join(part for part in said if part)
+    else:
+        return {"got": first_line(error), "cure": "See the example in the README."}
+    lines = text.splitlines()
+    line = next((one for one in lines[max(0, number - 2) : number] if "\t" in one or "\xa0" in one), "")
+    if "\t" in line:
+        cure = "A tab is in the way: indent with spaces."
+    elif "\xa0" in line:
+        cure = "A no-break space, as web pages have, is in the way: type a plain one."
+    else:
+        cure = "Correct this line or the one before it."
+    return {"got": f"{got} (line {number}, column {column})", "cure": cure}
+
+
+def read_utf8(path: Path, where: str) -> str:
+    """A text file that a person wrote, in UTF-8 with or without its mark.
+
+    Raises:
+        DamError: unreadable, or in another encoding.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DamError(
+            where, expected="text in UTF-8", got=f"another encoding ({error.reason} at byte {error.start})",
+            cure="Save it as UTF-8; the > of Windows PowerShell writes UTF-16.",
+        ) from error  # fmt: skip
 
 
 def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
