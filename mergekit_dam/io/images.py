@@ -44,9 +44,9 @@ class Preprocessing:
             if file.is_file():
                 values = load_json(file)
                 if file.name != PREPROCESSING_FILES[0]:
-                    values = values.get("image_processor") if isinstance(values, dict) else None
-                    if values is None:
+                    if not isinstance(values, dict) or not values.get("image_processor"):
                         continue  # of a processor whose parts lie in files of their own
+                    values = values["image_processor"]
                 try:
                     found = cls._from_json(values, image_size)
                     found._require_plausible()
