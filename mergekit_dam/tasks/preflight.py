@@ -60,9 +60,9 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             if vocabulary is not None and own is not None and own != vocabulary:
                 differing = len(own.items() ^ vocabulary.items())
                 warnings.append(f"{model.name}: its tokenizer differs from the base's in {differing} entries")
-        if differing := differing_entries(plan.base.config, model.config):
+        if entries := differing_entries(plan.base.config, model.config):
             warnings.append(f"{model.name}: the output gets the base's config.json, which differs in "
-                            + ", ".join(differing))  # fmt: skip
+                            + ", ".join(entries))  # fmt: skip
         facts[model.name] = entry
     if plan.config.device not in ("auto", "cpu"):
         device_of(plan.config.device)
