@@ -67,9 +67,10 @@ def merge(
 Did you mean 'steps'?
     """
     begun = time.perf_counter()
-    folder = prepare(recipe, options=options, **settings).merge(Path(out), resume=resume)
+    folder = Path(out)
+    masks = prepare(recipe, options=options, **settings).merge(folder, resume=resume)
     if report and (folder / "dam" / MASKS_FILE).is_file():
-        for note in write_report(folder, seconds=time.perf_counter() - begun)[1]:
+        for note in write_report(folder, seconds=time.perf_counter() - begun, masks=masks)[1]:
             LOG.warning("%s", note)
     return folder
 

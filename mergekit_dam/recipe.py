@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from mergekit_dam.artifact.folder import copy_artifact
-from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.engine.processes import joined
 from mergekit_dam.engine.shards import ALONE, Shards
@@ -99,21 +99,21 @@ class Prepared:
             )  # fmt: skip
         return plan_of(self.inputs.config, self.inputs.options)
 
-    def merge(self, out: Path, *, resume: bool = True) -> Path:
-        """See `merge`; no report is written."""
+    def merge(self, out: Path, *, resume: bool = True) -> LearnedMasks | None:
+        """See `merge`; no report is written. Returns the masks that were applied, None of other methods than `dam`."""
         config, options = self.inputs.config, self.inputs.options
-        if config.merge_method == "dam":
-            _ = self.plan  # refuses what cannot be merged before mergekit starts
         require_chat_template(config)
         options = _tokenizer_if_any(config, options)
-        with _learning_cache(resume=resume):
+        # the plan refuses what cannot be merged before mergekit starts
+        handing = register_dam().handing(config, options, self.plan) if config.merge_method == "dam" else nullcontext()
+        with _learning_cache(resume=resume), handing as handed:
             run_merge(config, str(out), options, config_source=self.source)
         record_inputs(out / "dam", self.inputs.commits)
         if config.base_model is not None:
             base = model_input("base", config.base_model, ModelSettings(), options)
             dtype = dtype_from_name(config.out_dtype or config.dtype)
             verify_output(out, base.path, dtype=dtype, base_config=base.config)
-        return out
+        return None if handed is None else handed.masks
 
     def learn(self, out: Path | None, *, resume: bool = True) -> Path:
         """See `learn_masks`. Processes that `accelerate launch` started learn together, and the first one writes."""

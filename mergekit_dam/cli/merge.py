@@ -59,18 +59,18 @@ def merge(
     begun = time.perf_counter()
     prepared = prepare(config_file, options=merge_options, seed=seed)
     device = device_of(prepared.plan.config.device)  # another method than dam is refused here
-    prepared.merge(out_path, resume=resume)
+    masks = prepared.merge(out_path, resume=resume) or load(out_path / "dam" / MASKS_FILE)
     result: dict[str, Any] = {"output": str(out_path), "masks": str(out_path / "dam" / MASKS_FILE)}
     benchmarks = None
     if harness is not None:
         benchmarks = harness.measure(out_path, device=device, seed=prepared.plan.config.seed)
         add_measurement(out_path / "dam", "after", {"harness": {MERGE: benchmarks}})
     if report:
-        page, notes = write_report(out_path, seconds=time.perf_counter() - begun)
+        page, notes = write_report(out_path, seconds=time.perf_counter() - begun, masks=masks)
         for note in notes:
             say(note, quiet=merge_options.quiet)
         result["report"] = str(page)
-    found = name_suspects(load(out_path / "dam" / MASKS_FILE).metadata, quiet=merge_options.quiet)
+    found = name_suspects(masks.metadata, quiet=merge_options.quiet)
     lines = [*result.values(), *(told(benchmarks) if benchmarks is not None else [])]
     if benchmarks is not None:
         result["harness"] = benchmarks

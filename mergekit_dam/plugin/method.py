@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from mergekit_dam.plugin.exit_check import compare_at_exit
 from mergekit_dam.plugin.output import OutputLocks
 from mergekit_dam.plugin.planner import (
     Context,
+    Handed,
     configured,
     forget_planners,
     planner_context,
@@ -62,6 +64,7 @@ class _Run:
     plan: Any = None
     state: Any = None
     served: Mapping[str, Any] | None = None
+    handed: Handed | None = None
 
     def is_for(self, context: Context, base: Hashable, models: Sequence[Hashable]) -> bool:
         return (
@@ -107,8 +110,21 @@ class DAM(GroupMergeMethod):
 
     def __init__(self) -> None:
         self._runs: list[_Run] = []
+        self._handed: list[Handed] = []
         self._lock = threading.Lock()
         self._outputs = OutputLocks()
+
+    @contextmanager
+    def handing(self, config: Any, options: Any, plan: Any) -> Iterator[Handed]:
+        """While this lasts, a merge of this config need not plan again, and hands on the masks that it applied."""
+        handed = Handed(config, options, plan)
+        with self._lock:
+            self._handed.append(handed)
+        try:
+            yield handed
+        finally:
+            with self._lock:
+                self._handed = [one for one in self._handed if one is not handed]
 
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
@@ -132,7 +148,10 @@ class DAM(GroupMergeMethod):
             run.values = configured(context.config, run.models)
             for key in unknown_keys([*run.values[0], *(k for own in run.values[1].values() for k in own)]):
                 LOG.warning("dam ignores the unknown setting %r. %s", key, unknown_cure(key))
-            run.plan = _build_plan(run)
+            with self._lock:
+                handed = tuple(self._handed)
+            run.handed = next((h for h in handed if h.is_for(context, run.base, run.models, run.values)), None)
+            run.plan = run.handed.plan if run.handed is not None else _build_plan(run)
             refuse_changed_vocabulary(context.config, run.plan)
             if context.out_path is not None:
                 inputs = [model.path for model in (run.plan.base, *run.plan.models)]
@@ -153,6 +172,8 @@ class DAM(GroupMergeMethod):
             if run.state is None:
                 forget_planners()
                 run.state = _apply(run, parameters)
+                if run.handed is not None:
+                    run.handed.masks = run.state.masks
         merged: torch.Tensor = run.state.merge(group)
         return merged
 
@@ -204,15 +225,19 @@ def _build_plan(run: _Run) -> Any:
     )  # fmt: skip
 
 
-def register_dam() -> None:
-    """Make `dam` and our model families known to mergekit. Idempotent."""
+def register_dam() -> DAM:
+    """Make `dam` and our model families known to mergekit, and return the registered method. Idempotent."""
     from mergekit.merge_methods import registry
 
     from mergekit_dam.models.families import register_architectures
 
-    if not any(method.spec.name == DAM.spec.name for method in registry.registered_methods()):
-        registry.register(DAM())
+    found: Any = next((m for m in registry.registered_methods() if m.spec.name == DAM.spec.name), None)
+    if found is None:
+        found = DAM()
+        registry.register(found)
     register_architectures()
+    method: DAM = found
+    return method
 
 
 if "_mergekit_dam_autoload" in sys.modules and os.environ.get("MERGEKIT_DAM_AUTOLOAD", "1") != "0":

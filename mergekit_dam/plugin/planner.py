@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -19,8 +19,10 @@ from mergekit._data import chat_templates
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from mergekit_dam.artifact.masks_file import LearnedMasks
+from mergekit_dam.config import unknown_keys
 from mergekit_dam.errors import DamError, did_you_mean, first_line
-from mergekit_dam.models.plan import Plan, build_plan
+from mergekit_dam.models.plan import Plan, build_plan, parse_settings
 from mergekit_dam.tasks.readout import tokenizer_of
 
 _SHORTEST_TEMPLATE = 20  # characters; mergekit takes no shorter one
@@ -37,6 +39,34 @@ class Context:
     config: Any
     options: MergeOptions
     out_path: str | None = None
+
+
+@dataclass
+class Handed:
+    """A plan that our own command made before mergekit started; the masks come back once the merge has them."""
+
+    config: Any
+    options: MergeOptions
+    plan: Plan
+    masks: LearnedMasks | None = None
+
+    def is_for(
+        self, context: Context, base: Any, models: Sequence[ModelReference],
+        values: tuple[Mapping[str, Any], Mapping[ModelReference, Mapping[str, Any]]],
+    ) -> bool:  # fmt: skip
+        """Whether mergekit is planning this very config and options, with the plan's inputs and settings."""
+        if context.config is not self.config or context.options is not self.options:
+            return False
+        plan = self.plan
+        if (plan.base.ref, tuple(model.ref for model in plan.models)) != (base, tuple(models)):
+            return False
+        shared, per_model = values
+        if unknown_keys([*shared, *(key for own in per_model.values() for key in own)]):
+            return False
+        config, settings = parse_settings(shared, [per_model[ref] for ref in models])
+        return (config, config.model_fields_set) == (plan.config, plan.config.model_fields_set) and all(
+            now == then.settings for now, then in zip(settings, plan.models, strict=True)
+        )
 
 
 def planner_context() -> Context | None:

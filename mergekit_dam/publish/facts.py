@@ -20,16 +20,19 @@ SCHEMA = 1
 _METRICS_BYTES = 1 << 28  # a record has 2 kB, and the longest run 100,000 steps
 
 
-def report_facts(folder: Path, *, seconds: float | None) -> tuple[dict[str, Any], LearnedMasks, list[Recovered]]:
+def report_facts(
+    folder: Path, *, seconds: float | None, masks: LearnedMasks | None = None
+) -> tuple[dict[str, Any], LearnedMasks, list[Recovered]]:
     """Facts of the merge whose artefact lies in `folder`.
 
     Args:
         seconds: wall time of the whole merge, where it was measured.
+        masks: of this folder, where they were read already.
 
     Raises:
         DamError: no masks there, or a damaged file.
     """
-    masks = load(folder / MASKS_FILE)
+    masks = load(folder / MASKS_FILE) if masks is None else masks
     metadata = masks.metadata
     run = read_json(folder / RUN_FILE)
     revisions = run.pop("revisions", {})

@@ -18,12 +18,15 @@ REPORT_JSON, REPORT_HTML, FIGURES = "report.json", "report.html", "figures"
 NO_FIGURES = "The report has no figures, since matplotlib is missing: pip install 'mergekit-dam[report]'"
 
 
-def write_report(output: Path, *, seconds: float | None = None) -> tuple[Path, list[str]]:
+def write_report(
+    output: Path, *, seconds: float | None = None, masks: LearnedMasks | None = None
+) -> tuple[Path, list[str]]:
     """Write `dam/report.json`, `dam/report.html` and `dam/figures/*.png` of a merge.
 
     Args:
         output: what mergekit wrote; the masks and the rest are read from its folder `dam`.
         seconds: wall time of the whole merge, where it was measured.
+        masks: that the merge applied, where they are at hand: they are not read again.
 
     Returns:
         The page, and notes for the user.
@@ -39,7 +42,7 @@ def write_report(output: Path, *, seconds: float | None = None) -> tuple[Path, l
         with writing_facts(folder):
             for stale in (folder / FIGURES).glob(".*.tmp"):
                 stale.unlink()  # of a run that was killed: this one holds the lock
-            return _write(output, folder, seconds)
+            return _write(output, folder, seconds, masks)
     except OSError as error:
         raise DamError(
             f"report in {folder}", expected="a folder that can be written", got=str(error),
@@ -55,9 +58,9 @@ def write_report(output: Path, *, seconds: float | None = None) -> tuple[Path, l
         ) from error  # fmt: skip
 
 
-def _write(output: Path, folder: Path, seconds: float | None) -> tuple[Path, list[str]]:
+def _write(output: Path, folder: Path, seconds: float | None, given: LearnedMasks | None) -> tuple[Path, list[str]]:
     """Draw and render all, then write."""
-    facts, masks, triggers = report_facts(folder, seconds=seconds)
+    facts, masks, triggers = report_facts(folder, seconds=seconds, masks=given)
     pictures, drawn, notes = _figures(folder, masks, [model["name"] for model in facts["models"]])
     page = render(
         "report.html.j2", title=f"Merge {output.resolve().name}", facts=facts,
