@@ -30,7 +30,7 @@ from mergekit_dam.learn.run import learn_masks as learn
 from mergekit_dam.models.plan import Plan, model_input
 from mergekit_dam.models.verify import verify_output
 from mergekit_dam.plugin.method import register_dam
-from mergekit_dam.plugin.output import cannot_write
+from mergekit_dam.plugin.output import cannot_write, replaced_whole
 from mergekit_dam.plugin.planner import plan_of, require_chat_template
 from mergekit_dam.plugin.recipe_keys import require_known_keys
 
@@ -106,7 +106,7 @@ class Prepared:
         options = _tokenizer_if_any(config, options)
         # the plan refuses what cannot be merged before mergekit starts
         handing = register_dam().handing(config, options, self.plan) if config.merge_method == "dam" else nullcontext()
-        with _learning_cache(resume=resume), handing as handed:
+        with _learning_cache(resume=resume), handing as handed, replaced_whole(out):
             run_merge(config, str(out), options, config_source=self.source)
         record_inputs(out / "dam", self.inputs.commits)
         if config.base_model is not None:

@@ -8,9 +8,11 @@ the kernel's (flock): it ends with the process, however that ends.
 from __future__ import annotations
 
 import re
+import stat
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ FOLDER = "dam"  # of masks, metrics and heads below the output
 LOCK_FILE = ".lock"
 # names that mergekit gives at the very end; shards under way are called model-1.safetensors
 _FINISHED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+# what transformers, tokenizers and peft read beside the weights: an older model's would be taken for the new one's
+_BESIDE = re.compile(
+    r"adapter_.*|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\..*"
+    r"|generation_config\.json|(video_)?(pre)?processor_config\.json|.*\.model|pytorch_model.*"
+)
 
 
 class OutputLocks:
@@ -79,8 +86,8 @@ class OutputLocks:
 def keep(folder: Path, out_path: Path) -> None:
     """Masks, metrics and heads beside the output; mergekit reads only the directory's top level as weights.
 
-    From here on an older output is replaced, so its config.json goes first, and then its weights: left beside new
-    ones in other shards they would be loaded instead.
+    From here on an older output is replaced, so its config.json goes first, and then its weights, tokenizer and
+    adapter: left beside new ones they would be loaded instead, or on top.
 
     Args:
         folder: where they were learned.
@@ -92,9 +99,8 @@ def keep(folder: Path, out_path: Path) -> None:
     target = out_path / FOLDER
     try:
         (out_path / "config.json").unlink(missing_ok=True)
-        for file in out_path.glob("model*.safetensors*") if out_path.is_dir() else ():
-            if _FINISHED.fullmatch(file.name):
-                file.unlink()
+        for file in _of_a_model(out_path):
+            file.unlink()
         if folder.resolve() == target.resolve():
             return
         for stale in (f for name in ("", "heads/", "figures/") for f in target.glob(f"{name}.*.tmp")):
@@ -102,6 +108,46 @@ def keep(folder: Path, out_path: Path) -> None:
         copy_artifact(folder, target)
     except OSError as error:
         raise cannot_write(out_path, error) from error
+
+
+@contextmanager
+def replaced_whole(out_path: Path) -> Iterator[None]:
+    """What an older model left in the output and the merge in this block did not write is gone afterwards.
+
+    mergekit copies files with their mode, and fails quietly at one that is read-only, so their owner can write them.
+
+    Raises:
+        DamError: no right to write.
+    """
+    try:
+        before = {file: _stamp(file) for file in _of_a_model(out_path)}
+        _let_write(out_path)
+    except OSError as error:
+        raise cannot_write(out_path, error) from error
+    yield
+    try:
+        for file, stamp in before.items():
+            if file.exists() and _stamp(file) == stamp:
+                file.unlink()
+        _let_write(out_path)
+    except OSError as error:
+        raise cannot_write(out_path, error) from error
+
+
+def _of_a_model(out_path: Path) -> list[Path]:
+    files = [file for file in out_path.iterdir() if file.is_file() or file.is_symlink()] if out_path.is_dir() else []
+    return [file for file in files if _FINISHED.fullmatch(file.name) or _BESIDE.fullmatch(file.name)]
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    found = file.lstat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _let_write(out_path: Path) -> None:
+    for file in _of_a_model(out_path):
+        if not file.is_symlink() and not (mode := file.stat().st_mode) & stat.S_IWUSR:
+            file.chmod(stat.S_IMODE(mode) | stat.S_IWUSR)
 
 
 def cannot_write(where: Path, error: Exception) -> DamError:

@@ -12,7 +12,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.plugin.output import OutputLocks, keep
+from mergekit_dam.plugin.output import OutputLocks, keep, replaced_whole
 from tests.conftest import FAST, Merge
 
 RECIPE = {**FAST, "scan_steps": 2, "steps": 1}
@@ -99,12 +99,23 @@ def test_files_that_are_not_weights_stay(tmp_path: Path) -> None:
         "notes.txt",
         "model-1.safetensors",
         "model_card.safetensors",
-        "adapter_model.safetensors",
         "dam/report.html",
     ]
-    go = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+    go = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "generation_config.json",
+          "special_tokens_map.json", "tokenizer.model", "config.json",
+          "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
           "dam/.abc.tmp", "dam/heads/.abc.tmp"]  # fmt: skip
     for name in (*stay, *go):
         (out / name).touch()
     keep(folder, out)
     assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == set(stay)
+
+
+def test_a_merge_replaces_read_only_files_and_leaves_none_of_an_older_model(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja", "adapter_config.json", "notes.txt"):
+        (tmp_path / name).write_text("old")
+        (tmp_path / name).chmod(0o444)
+    with replaced_whole(tmp_path):
+        assert (tmp_path / "tokenizer.json").stat().st_mode & 0o200
+        (tmp_path / "tokenizer.json").write_text("newer")
+    assert {p.name for p in tmp_path.iterdir()} == {"tokenizer.json", "notes.txt"}
