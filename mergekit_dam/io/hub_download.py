@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from transformers import PretrainedConfig
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.io.adapters import merged_adapter, require_mergeable
 from mergekit_dam.io.files import write_whole
 from mergekit_dam.io.hub_client import is_hub_id, patiently
 from mergekit_dam.io.hub_headers import lay_out
@@ -51,15 +52,24 @@ class LocalReference(ModelReference):
             override_architecture=self.override_architecture,
         )
 
+    def require_mergeable(self, *, trust_remote_code: bool) -> None:
+        """Refuse an adapter that cannot become weights of its base."""
+        if self.lora_folder is not None:
+            require_mergeable(self._local(), Path(self.lora_folder), trust_remote_code=trust_remote_code)
+
     def merged(
         self, cache_dir: str | None = None, trust_remote_code: bool = False, lora_merge_dtype: str | None = None
     ) -> ModelReference:
-        """This, or the base with its LoRA merged; the cache is by commit, so a moved branch is merged anew."""
+        """This, or the base with its LoRA merged; one that was trained anew, or on a moved branch, is merged anew."""
         if self.lora is None:
             return self
         if self.weightless:
             return self._local().model_copy(update={"lora": None})
-        return self._local().merged(cache_dir, trust_remote_code, lora_merge_dtype)
+        if not cache_dir:
+            raise RuntimeError("model+lora needs a cache for the merged model")
+        return merged_adapter(
+            self._local(), Path(cache_dir), trust_remote_code=trust_remote_code, dtype=lora_merge_dtype
+        )
 
     def config(self, trust_remote_code: bool = False) -> PretrainedConfig:
         """config.json of the model."""
@@ -123,6 +133,8 @@ def localise(
         ref: _local_reference(ref, folder_of, commits, weightless=headers is not None)
         for ref in dict.fromkeys(references)
     }
+    for ref in found.values():
+        ref.require_mergeable(trust_remote_code=options.trust_remote_code)
     if any(ref.lora for ref in found) and options.lora_merge_cache is None:
         options = options.model_copy(update={"lora_merge_cache": str(lora_cache)})
     return Inputs(_replaced(config, found), options, commits)

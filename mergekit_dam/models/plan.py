@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, parse, unknown_keys, unknown_setting
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.io.adapters import require_mergeable
 from mergekit_dam.io.hub_client import hub_cause, hub_error
 from mergekit_dam.io.hub_download import LocalReference
 from mergekit_dam.io.untrusted import file_safe, require_plausible_config
@@ -192,6 +193,8 @@ def model_input(name: str, ref: ModelReference, settings: ModelSettings, options
         )
         config = ref.config(trust_remote_code=options.trust_remote_code)
         path = Path(merged.local_path(cache_dir=options.transformers_cache))
+    except DamError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         if (cause := hub_cause(error)) is not None:
             raise hub_error(cause, f"model {ref}") from error
@@ -223,6 +226,8 @@ def refuse_unsafe(ref: ModelReference) -> None:
             got=", ".join(sorted(p.name for p in adapter.glob("*.bin"))[:2]) or "no such file",
             cure="Pickle can run code and is never loaded: save the adapter again with safe_serialization=True.",
         )  # fmt: skip
+    if adapter is not None and folder.is_dir() and not local:  # of a local reference it was asked when it was made
+        require_mergeable(ref.model_copy(update={"lora": None}), adapter)
 
 
 def _task_names(models: Sequence[ModelReference]) -> list[str]:
