@@ -30,6 +30,7 @@ from mergekit_dam.learn.run import learn_masks as learn
 from mergekit_dam.models.plan import Plan, model_input
 from mergekit_dam.models.verify import verify_output
 from mergekit_dam.plugin.method import register_dam
+from mergekit_dam.plugin.options import refuse_launcher, require_options
 from mergekit_dam.plugin.output import cannot_write, replaced_whole
 from mergekit_dam.plugin.planner import plan_of, require_chat_template
 from mergekit_dam.plugin.recipe_keys import require_known_keys
@@ -51,6 +52,7 @@ def prepare(recipe: Recipe, *, options: MergeOptions | None = None, **settings: 
         DamError: no mergekit configuration, or a model that cannot be had.
     """
     register_dam()
+    require_options(options or MergeOptions())
     source, config = read_recipe(recipe, settings)
     return Prepared(source, localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora"))
 
@@ -65,6 +67,7 @@ def planned(recipe: Recipe, *, options: MergeOptions | None = None, **settings: 
         DamError: as for `prepare`, and anything that `plan_of` refuses.
     """
     register_dam()
+    require_options(options or MergeOptions())
     source, config = read_recipe(recipe, settings)
     with TemporaryDirectory(prefix="mergekit-dam-") as folder:
         yield Prepared(
@@ -101,6 +104,7 @@ class Prepared:
 
     def merge(self, out: Path, *, resume: bool = True) -> LearnedMasks | None:
         """See `merge`; no report is written. Returns the masks that were applied, None of other methods than `dam`."""
+        refuse_launcher()
         config, options = self.inputs.config, self.inputs.options
         require_chat_template(config)
         options = _tokenizer_if_any(config, options)
@@ -208,5 +212,6 @@ def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, Merge
             raise
         raise DamError(
             name, expected="a mergekit configuration", got=" ".join(str(error).split())[:200],
-            cure="See the example in the README.",
+            cure="In a model's name + adds one LoRA: rename a folder that has + in its name, or link to it."
+            if "Can't parse" in str(error) else "See the example in the README.",
         ) from error  # fmt: skip

@@ -27,6 +27,7 @@ from mergekit_dam.cli.common import (
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.evaluation.lm_harness import Harness, told
 from mergekit_dam.evaluation.results import MERGE, add_measurement
+from mergekit_dam.plugin.options import refuse_launcher
 from mergekit_dam.publish.report import write_report
 from mergekit_dam.recipe import prepare
 
@@ -55,6 +56,7 @@ def merge(
     if dry_run:
         show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return
+    refuse_launcher()
     harness = None if lm_eval is None else Harness.of(lm_eval)
     begun = time.perf_counter()
     prepared = prepare(config_file, options=merge_options, seed=seed)

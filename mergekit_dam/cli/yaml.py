@@ -9,6 +9,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dam.cli.common import config_file, hush, json_option, out_path
+from mergekit_dam.plugin.options import refuse_launcher
 from mergekit_dam.recipe import prepare
 
 
@@ -19,6 +20,7 @@ from mergekit_dam.recipe import prepare
 @add_merge_options
 def yaml(merge_options: MergeOptions, config_file: Path, out_path: Path, as_json: bool) -> None:
     """Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base."""
+    refuse_launcher()
     merge_options.apply_global_options()
     hush(merge_options.quiet)
     prepare(config_file, options=merge_options).merge(out_path)

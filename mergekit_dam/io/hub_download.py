@@ -8,6 +8,7 @@ keeps its ids, and the references of the returned configuration know where their
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,9 +160,16 @@ def fetch(
     Raises:
         DamError: what went wrong, with its cure.
     """
+    name = f"{path}@{revision}" if revision else path
+    require_readable(Path(path))
+    if revision is not None and (Path(path).exists() or Path(name).exists()):
+        raise DamError(
+            f"model {name}", expected="a Hub id before @REVISION", got="a local folder",
+            cure="In a recipe @ begins a revision, which folders have not: rename the folder, or link to it by a name "
+            "without @.",
+        )  # fmt: skip
     if Path(path).exists():
         return Path(path).absolute(), None
-    name = f"{path}@{revision}" if revision else path
     if not is_hub_id(path):
         raise DamError(
             f"model {name}", expected="a directory or a Hub id such as ORG/NAME", got="neither",
@@ -184,6 +192,30 @@ def fetch(
     if headers is not None and not constants.HF_HUB_OFFLINE:
         folder = lay_out(path, commit, folder, headers, cache_dir=cache_dir)
     return folder, commit
+
+
+def require_readable(folder: Path) -> None:
+    """Refuse a model folder, or a file in it that a merge reads, for which this user lacks the right.
+
+    Raises:
+        DamError: naming the right.
+    """
+    try:
+        if not folder.exists():
+            return
+        needed = os.R_OK | os.X_OK if folder.is_dir() else os.R_OK
+        read = [*folder.glob(_WEIGHTS), *folder.glob("*config.json"), *folder.glob("tokenizer*")]
+        denied = next((file for file in read if file.is_file() and not os.access(file, os.R_OK)), None)
+        if os.access(folder, needed):
+            if denied is None:
+                return
+            folder = denied
+    except PermissionError:
+        pass  # a folder on the way to it, or the folder itself
+    raise DamError(
+        f"{folder}", expected="the right to read it", got="permission denied for this user",
+        cure="Ask its owner for the right (chmod a+rX), or copy it to a folder of yours.",
+    )  # fmt: skip
 
 
 def require_dataset(name: str, revision: str | None, subject: str) -> None:
@@ -209,6 +241,12 @@ def record_inputs(folder: Path, commits: Mapping[str, str]) -> None:
 def _local_reference(
     ref: ModelReference, folder_of: Callable[[ModelPath], Path], commits: Mapping[str, str], *, weightless: bool
 ) -> LocalReference:
+    whole = str(ref)
+    if ref.lora is not None and Path(whole).exists() and not Path(ref.lora.path).exists():
+        raise DamError(
+            f"model {whole}", expected="BASE+LORA", got="a local folder whose name has a +",
+            cure="In a recipe + adds a LoRA: rename the folder, or link to it by a name without +.",
+        )  # fmt: skip
     folder = folder_of(ref.model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")

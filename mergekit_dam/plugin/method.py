@@ -33,6 +33,7 @@ from mergekit.merge_methods.base import (
 from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, unknown_cure, unknown_keys
 from mergekit_dam.errors import DamError
 from mergekit_dam.plugin.exit_check import compare_at_exit
+from mergekit_dam.plugin.options import refuse_launcher, require_options
 from mergekit_dam.plugin.output import OutputLocks
 from mergekit_dam.plugin.planner import (
     Context,
@@ -143,6 +144,8 @@ class DAM(GroupMergeMethod):
             return  # another slice or module of a merge that is planned already
         run = _Run(base_id, models, context)
         if context is not None:
+            require_options(context.options)
+            refuse_launcher()
             refuse_moved_layers(context.config)
             require_chat_template(context.config)
             run.values = configured(context.config, run.models)

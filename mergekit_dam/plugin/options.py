@@ -1,0 +1,47 @@
+"""Options of mergekit that this machine, or the comparison with the base, cannot serve: refused before any work."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from mergekit.options import MergeOptions
+
+from mergekit_dam.errors import DamError
+
+
+def require_options(options: MergeOptions) -> None:
+    """Refuse a device that is not there, and pickled outputs, which are never opened.
+
+    Raises:
+        DamError: naming the option.
+    """
+    if not options.safe_serialization:
+        raise DamError(
+            "option --no-safe-serialization", expected="safetensors as output", got="pickle",
+            cure="Leave it out: pickle can run code, and an output in it cannot be compared with its base.",
+        )  # fmt: skip
+    device = str(options.device or "cpu")
+    if device == "cpu":
+        return
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DamError(
+            f"option {'--cuda' if device == 'cuda' else '--device'}", expected="an accelerator of this machine",
+            got=f"{device}, which is not here", cure="Leave it out, or run where there is one.",
+        ) from error  # fmt: skip
+
+
+def refuse_launcher() -> None:
+    """One process merges; `torchrun` and `accelerate launch` are for learning.
+
+    Raises:
+        DamError: several processes were started.
+    """
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise DamError(
+            "merging", expected="one process", got=f"a launcher's {os.environ['WORLD_SIZE']}",
+            cure="Use it with `mergekit-dam learn` only; then merge without it, which takes the learned masks "
+            "from the cache or from the setting `masks`.",
+        )  # fmt: skip
