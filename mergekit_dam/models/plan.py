@@ -133,7 +133,7 @@ def _weights(config: MergeConfiguration, options: MergeOptions, inputs: Sequence
                 f"config.json of model {model.ref}", expected="the model's class under `architectures`", got="none",
                 cure='Add it, e.g. "architectures": ["LlamaForCausalLM"], or save the model with save_pretrained(...).',
             )  # fmt: skip
-    classes = ", ".join(dict.fromkeys(str((model.config.architectures or [])[0]) for model in inputs))
+    classes = ", ".join(dict.fromkeys(str((model.config.architectures or [""])[0]) for model in inputs))
     try:
         # of classes that differ mergekit would take any one; the output has the base's
         known = arch_info_for_config(inputs[0].config) if options.allow_crimes else None
