@@ -160,7 +160,7 @@ def test_patience_ends_after_so_many_checks_without_a_new_lowest(losses: list[in
 
 @given(seed=st.integers(0, 50), num_samples=st.integers(2, 40), batch_size=st.integers(1, 20), step=st.integers(0, 9))
 def test_held_out_samples_are_in_no_batch(seed: int, num_samples: int, batch_size: int, step: int) -> None:
-    task: Any = SimpleNamespace(name="t", num_samples=num_samples)
+    task: Any = SimpleNamespace(index=0, num_samples=num_samples)
     config = DamConfig(seed=seed, batch_size=batch_size, patience=1)
     held, rows = held_out(task, config).tolist(), calibration_batch(task, config, step).tolist()
     assert held and rows and not set(held) & set(rows) and len(set(rows)) == len(rows)
