@@ -19,7 +19,7 @@ from mergekit_dam.models.parameter_names import meta_model
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.plugin.planner import plan_of
 from mergekit_dam.tasks import build_tasks, family_of
-from mergekit_dam.tasks.preflight import inspect
+from mergekit_dam.tasks.preflight import preflight
 from tests.helpers.merging import Tensors, rewrite
 from tests.helpers.tiny_models import WORDS, make_model
 
@@ -90,7 +90,7 @@ def test_entries_of_the_config_that_differ(tmp_path: Path, texts: Path) -> None:
         "rope_parameters"
     ]
     assert not differing_entries(plan.base.config, plan.models[1].config)
-    assert any("rope" in warning for warning in inspect(plan)[1])
+    assert any("rope" in warning for warning in preflight(plan)[1])
 
 
 def test_a_head_of_its_own_beside_a_tied_one(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_token_without_a_row(tmp_path: Path, texts: Path) -> None:
     content["model"]["vocab"]["qqq"] = 41
     file.write_text(json.dumps(content))
     with pytest.raises(DamError, match="calibration text 1 of a"):
-        inspect(_plan(paths, calibration=str(data)))
+        preflight(_plan(paths, calibration=str(data)))
 
 
 def test_a_tokenizer_setting_that_moves_rows(tmp_path: Path) -> None:

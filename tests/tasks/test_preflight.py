@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.recipe import planned
-from mergekit_dam.tasks.preflight import inspect
+from mergekit_dam.tasks.preflight import preflight
 from mergekit_dam.tasks.readout import encoded
 from tests.helpers.tiny_models import make_model, save_tokenizer
 
@@ -35,7 +35,7 @@ def test_models_that_sample_their_own_text_need_no_tokenizer(tmp_path: Path) -> 
     for file in tmp_path.glob("*/tokenizer*"):
         file.unlink()
     with planned(recipe) as plan:
-        assert [entry["vocabulary"] for entry in inspect(plan)[0].values()] == [None, None]
+        assert [entry["vocabulary"] for entry in preflight(plan)[0].values()] == [None, None]
 
 
 @pytest.mark.parametrize("classes", [["LlamaForSequenceClassification"], None])
@@ -51,7 +51,7 @@ def test_other_names_for_the_rows_of_a_merged_head_are_told(tmp_path: Path, text
     for name, labels in {"base": ["no", "yes", "so"], "a": ["no", "yes", "so"], "b": ["yes", "no", "so"]}.items():
         _edit(tmp_path / name, id2label=dict(enumerate(labels)), label2id={v: i for i, v in enumerate(labels)})
     with planned(recipe) as plan:
-        (told,) = [line for line in inspect(plan)[1] if "id2label" in line]
+        (told,) = [line for line in preflight(plan)[1] if "id2label" in line]
     assert told.startswith("b: its classes are yes, no, so, the base's are no, yes, so")
 
 
