@@ -121,7 +121,9 @@ def gradients(
     ):  # fmt: skip
         gradient_c = work.float32(gradient_c)
         masked = gradient_c if mask_c is None else work.masked(gradient_c, mask_c)
-        total = work.total(base_c).zero_()
+        total = work.total(base_c)
+        if lambdas is not None and not (owned and sums_c):
+            total.zero_()
         for t, tau in work.task_vectors(base_c, models_c):
             if owned and sums_c and lambdas is not None:
                 layout.add_to_mask(sums_c[t], torch.mul(tau, gradient_c, out=total).mul_(lambdas[t]))

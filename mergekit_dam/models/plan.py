@@ -111,13 +111,13 @@ def build_plan(
         merge_method="dam", base_model=base, models=[{"model": ref} for ref in (base, *models)]
     )
     weights = _weights(merge_config, options, (base_input, *inputs))
-    checkpoint = Checkpoint.open(base_input.path)
-    for model in (base_input, *inputs):
+    checkpoint, *others = (Checkpoint.open(model.path) for model in (base_input, *inputs))
+    for model, own in zip((base_input, *inputs), (checkpoint, *others), strict=True):
         require_equal_depth(base_input, model)
-        require_plain(model, Checkpoint.open(model.path))
+        require_plain(model, own)
         meta_model(model.config, torch.device("cpu"))  # refuses a class that learning could not build
     check_coverage(weights, checkpoint.names, ignored=_left_out(base_input, checkpoint))
-    tensors = tuple(_tensor_specs(weights, base_input, checkpoint, inputs))
+    tensors = tuple(_tensor_specs(weights, base_input, checkpoint, inputs, others))
     return Plan(base_input, inputs, tensors, config)
 
 
@@ -245,9 +245,9 @@ def _task_names(models: Sequence[ModelReference]) -> list[str]:
 
 
 def _tensor_specs(
-    weights: Iterable[WeightInfo], base: ModelInput, checkpoint: Checkpoint, models: Sequence[ModelInput]
-) -> Iterable[TensorSpec]:
-    checkpoints = [Checkpoint.open(model.path) for model in models]
+    weights: Iterable[WeightInfo], base: ModelInput, checkpoint: Checkpoint, models: Sequence[ModelInput],
+    checkpoints: Sequence[Checkpoint],
+) -> Iterable[TensorSpec]:  # fmt: skip
     tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
     for weight in weights:
         spellings = (weight.name, *(weight.aliases or ()))
@@ -286,8 +286,6 @@ def _shape_error(
     differing = [i for i, sizes in enumerate(zip(shape, got, strict=False)) if sizes[0] != sizes[1]]
     if axis is not None and len(shape) == len(got) and differing == [axis % len(shape)]:
         cure = "Vocabularies differ: align them first with tokenizer: {source: base} in a stage of its own."
-    elif 0 in got:
-        cure = "This file holds no values (DeepSpeed ZeRO-3 saves so): gather the weights and save the model again."
     elif "classifier" in weight.name or "score" in weight.name:
         cure = (
             "Heads of different tasks cannot be merged: take the base without its head, "

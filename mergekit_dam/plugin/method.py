@@ -154,8 +154,11 @@ class DAM(GroupMergeMethod):
             with self._lock:
                 handed = tuple(self._handed)
             run.handed = next((h for h in handed if h.is_for(context, run.base, run.models, run.values)), None)
-            run.plan = run.handed.plan if run.handed is not None else _build_plan(run)
-            refuse_changed_vocabulary(context.config, run.plan)
+            if run.handed is not None:
+                run.plan = run.handed.plan  # `plan_of` compared the vocabularies
+            else:
+                run.plan = _build_plan(run)
+                refuse_changed_vocabulary(context.config, run.plan)
             if context.out_path is not None:
                 inputs = [model.path for model in (run.plan.base, *run.plan.models)]
                 self._outputs.claim(Path(context.out_path), inputs, until=planner_of(context).out_model_config)

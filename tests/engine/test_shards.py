@@ -25,13 +25,10 @@ from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.seeds import generator
 from mergekit_dam.tasks import build_tasks
 from tests.conftest import FAST
+from tests.golden.learned import OBJECTIVES as SETTINGS
 from tests.helpers.processes import group
 
 CPU = torch.device("cpu")
-SETTINGS: dict[str, dict[str, Any]] = {
-    "inversion": {"suspicion": 0.0, "scan_steps": 3, "refresh_every": 2, "refresh_steps": 2, "steps": 4},
-    "paper": {"objective": "paper", "steps": 4, "coefficient_steps": 3, "mask_learning_rate": 0.1},
-}
 SHAPES = [(), (1,), (3,), (8,), (5, 4), (2, 3), (7, 2, 2), (1, 1, 6)]  # uneven, and fewer rows than processes
 # Sums over tasks are formed in another order: float32 rounding, which a few steps of Adam carry on.
 MASK_TOLERANCE, COEFFICIENT_TOLERANCE = 1.01 / STEPS, 1e-4  # a byte may round the other way
