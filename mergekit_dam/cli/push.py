@@ -36,7 +36,8 @@ def push(
     """Publish a finished merge on the Hub, with a model card; private unless --public is given.
 
     The token comes from HF_TOKEN or `hf auth login`, and HF_ENDPOINT names another Hub. The merge is checked first,
-    and what the Hub holds afterwards is compared with it, file by file.
+    and what the Hub holds afterwards is compared with it, file by file. Paths of this machine are not sent: models and
+    data on this disk are named by their folders.
     """
     from mergekit_dam.publish.push import plan_push
     from mergekit_dam.publish.push import push as send

@@ -7,6 +7,7 @@ as a scan that found nothing. All foreign text stands in code spans (see `markdo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -80,9 +81,15 @@ def _introduction(publication: Publication, provenance: Provenance) -> str:
 
 def _reference(part: ModelPath, commits: Mapping[str, str], provenance: Provenance) -> str:
     known = provenance.hub_ids.get(part.path)
-    text = f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(part.path)} (not on the Hub)"
+    text = f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(_own_name(part))} (not on the Hub)"
     text += f" at {code(part.revision)}" if part.revision else ""
     return f"{text}, commit {code(commits[str(part)])}" if str(part) in commits else text
+
+
+def _own_name(part: ModelPath) -> str:
+    """Of a model on this disk its folder's name: the path is nobody's business. Of others the id."""
+    local = part.revision is None and (part.path.startswith(("/", ".", "~")) or Path(part.path).exists())
+    return Path(part.path).expanduser().resolve().name if local else part.path
 
 
 def _use(repo_id: str, publication: Publication) -> str:
