@@ -32,15 +32,17 @@ seed_option: Decorator = click.option("--seed", type=click.IntRange(0), help="Us
 
 
 def hush(quiet: bool) -> None:
-    """With `--quiet`, no progress bars of the libraries either: downloads, loading of weights, reading of data."""
+    """With `--quiet`, nothing of the libraries either."""
     if quiet:
-        import datasets
-        import transformers
-        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # public, though
+        from mergekit_dam.engine.progress import silence_libraries
 
-        disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        silence_libraries()
+
+
+def result(text: str, *, quiet: bool = False) -> None:
+    """What a command was run for, in words, on stdout; `--quiet` leaves the exit code, and `--json` the facts."""
+    if not quiet:
+        click.echo(text)
 
 
 def say(text: str, *, quiet: bool = False) -> None:

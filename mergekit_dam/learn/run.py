@@ -6,9 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from filelock import FileLock
 from mergekit_dam.artifact.folder import METRICS_FILE, TRIGGERS_FILE, save_heads, write_run
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, describe, load, save
 from mergekit_dam.artifact.match import load_cached, verify
+from mergekit_dam.artifact.scan_file import StoredScan
 from mergekit_dam.artifact.triggers_file import save_triggers
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.device import CPU, device_of
@@ -74,7 +74,7 @@ def learn_masks(
     # a parent of workers only reads the data: it must not open the accelerators that they will use
     place = CPU if count > 1 else device or device_of(plan.config.device)
     tasks = build_tasks(plan, place)
-    description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
+    description = description_of(plan, tasks, digests)
     facts = [description, library_versions(), code_digest()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / key
@@ -86,7 +86,8 @@ def learn_masks(
         if shards.union({"there": cached is not None} if first else {})["there"]:
             masks = cached or load(folder / MASKS_FILE)
             if first:
-                LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
+                if not quiet:
+                    LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
                 _warn(masks)
             return folder, masks
         inputs = tuple(checkpoints.values())
@@ -95,6 +96,20 @@ def learn_masks(
         else:
             optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
         return folder, load(folder / MASKS_FILE)
+
+
+def description_of(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What masks, and a scan, of these models and data depend on, as JSON.
+
+    Args:
+        plan: what is merged.
+        tasks: of the plan.
+        digests: model name (`base` for theta_0) -> content hash of its weights; None: they are made here.
+    """
+    if digests is None:
+        models = (plan.base, *plan.models)
+        digests = {model.name: Checkpoint.open(model.path).digest(fresh=plan.config.rehash) for model in models}
+    return describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
 
 
 def _warn(masks: LearnedMasks) -> None:
@@ -151,13 +166,13 @@ def optimise(
     snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
     if first:
         save_heads(tasks, folder / "heads")
-    started = datetime.now(timezone.utc)
     tracker = Tracker(config.tracker if first else None, config.model_dump())
     with open_journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics, closing(tracker):
-        recorder = Recorder(metrics, tracker, quiet=quiet)
+        recorder = Recorder(metrics, tracker, quiet=quiet, snapshots=snapshots)
         students = teach_all(tasks, vectors, snapshots.folder, shards=shards, progress=recorder.progress)
         if students is not None and snapshots.facts is None:  # else the record is in the journal
             recorder.track({"phase": "students", **{f"agreement/{k}": v for k, v in students.agreement.items()}})
+        recorder.seconds.update(students.seconds if students is not None else {})
         changed = found.changed if students is None else survey(students, shards).changed
         model = MergedModel(
             students or vectors, changed, device,
@@ -165,13 +180,22 @@ def optimise(
         )  # fmt: skip
         start = torch.tensor([m.settings.weight for m in plan.models])
         search = _OBJECTIVES[config.objective](
-            model, tasks, config, start, track=recorder.track, progress=recorder.progress, snapshots=snapshots
+            model,
+            tasks,
+            config,
+            start,
+            track=recorder.track,
+            progress=recorder.progress,
+            snapshots=snapshots,
+            known=StoredScan(description, tasks, recorder.seconds, quiet=quiet),
         )
         probabilities, coefficients = search.run()
+        remaining = search.remaining()
     metadata = description | {
         "tensors": list(model.mask_names), "seed": config.seed, "versions": library_versions(),
         "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
-        "audit": search.audit(), "own_masks": [name for name, mask in search.masks.items() if mask.owners],
+        "audit": search.audit(), "remaining": remaining,
+        "own_masks": [name for name, mask in search.masks.items() if mask.owners],
     }  # fmt: skip
     if students is not None:
         metadata["students"] = students.agreement
@@ -181,7 +205,7 @@ def optimise(
             checkpoint.require_unchanged()
         if isinstance(search, InversionSearch):
             save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
-        when = {"started": started.isoformat(timespec="seconds"), "seconds": recorder.seconds}
+        when = {"started": recorder.started, "seconds": recorder.seconds}
         write_run(folder, plan, when | {"device": str(device), "processes": shards.size})
         taught = () if students is None else students.all()
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata, students=taught))

@@ -163,17 +163,28 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         [
             *(code(one.get(key, one.get("task"))) for key in ("model", "task", "target")),
             *(f"{float(one.get(k, 0)):.2f}" for k in _FINDING),
+            _left(masks, one),
         ]
         for one in suspects
     ]
     return (
         f"A blind search for triggers scored {scanned} targets of the input models; {_targets(suspects)} are suspect "
         f"({rule}), and the masks were fitted against what was found. A suspect class can be a false alarm.\n\n"
-        + table(["model", "task", "class", "trigger works on the model", "on the base", "difference"], rows)
+        + table([*_COLUMNS], rows)
     )
 
 
+_COLUMNS = ("model", "task", "class", "trigger works on the model", "on the base", "suspicion", "on the merge")
 _FINDING = ("success", "control", "suspicion")
+
+
+def _left(masks: Mapping[str, Any], finding: Mapping[str, Any]) -> str:
+    """How often the finding's trigger works on the merge, on calibration samples, where that was measured."""
+    same = ("model", "task", "target", "kind")
+    for one in masks.get("remaining") or []:
+        if all(one.get(key) == finding.get(key) for key in same):
+            return f"{float(one.get('after', 0)):.2f}"
+    return "not measured"
 
 
 def _targets(findings: Sequence[Mapping[str, Any]]) -> int:
