@@ -22,7 +22,7 @@ from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.engine.processes import joined
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.hub_download import Inputs, localise, record_inputs
 from mergekit_dam.io.untrusted import load_yaml, read_utf8
@@ -111,7 +111,12 @@ class Prepared:
         # the plan refuses what cannot be merged before mergekit starts
         handing = register_dam().handing(config, options, self.plan) if config.merge_method == "dam" else nullcontext()
         with _learning_cache(resume=resume), handing as handed, replaced_whole(out):
-            run_merge(config, str(out), options, config_source=self.source)
+            try:
+                run_merge(config, str(out), options, config_source=self.source)
+            except KeyboardInterrupt as stop:
+                if isinstance(stop, Interrupted):
+                    raise
+                raise Interrupted("the same command merges again; masks that were learned are in the cache") from stop
         record_inputs(out / "dam", self.inputs.commits)
         if config.base_model is not None:
             base = model_input("base", config.base_model, ModelSettings(), options)
@@ -176,6 +181,8 @@ def _learning_cache(*, resume: bool, shards: Shards = ALONE) -> Iterator[None]:
         try:
             yield
             shards.barrier()  # the folder goes when no process reads it any more
+        except KeyboardInterrupt as stop:
+            raise Interrupted("the same command starts over, since --no-resume keeps nothing") from stop
         finally:
             os.environ.pop("MERGEKIT_DAM_CACHE")
             if before is not None:

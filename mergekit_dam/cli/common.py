@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-# 0 success, 1 a fault (DamError), 2 a wrong command line (click)
+# 0 success, 1 a fault (DamError), 2 a wrong command line (click), 130 interrupted (main.py)
 FINDING = 3  # `check`: the recipe cannot be merged; `audit`: a model is over the threshold
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

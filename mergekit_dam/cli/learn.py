@@ -17,6 +17,7 @@ from mergekit_dam.cli.common import (
     json_option,
     name_suspects,
     out_path,
+    result,
     resume_option,
     seed_option,
 )
@@ -53,5 +54,8 @@ def learn(
         return
     metadata = load(file).metadata
     found = name_suspects(metadata, quiet=merge_options.quiet)
-    result = {"masks": str(file), "densities": metadata.get("densities", {}), "suspects": found}
-    click.echo(json.dumps(result, indent=2) if as_json else str(file))
+    facts = {"masks": str(file), "densities": metadata.get("densities", {}), "suspects": found}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        result(str(file), quiet=merge_options.quiet)

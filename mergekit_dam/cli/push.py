@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from mergekit.options import PrettyPrintHelp
 
-from mergekit_dam.cli.common import hush, quiet_option, say
+from mergekit_dam.cli.common import hush, quiet_option, result, say
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -57,7 +57,10 @@ def push(
         else:
             for name, size in files.items():
                 say(f"{size:>14,}  {name}", quiet=quiet)
-            click.echo(plan.card, nl=False)
+            result(plan.card.rstrip("\n"), quiet=quiet)
         return
     done = send(plan)
-    click.echo(json.dumps(done.to_json(), indent=2) if as_json else done.pull_request or done.url)
+    if as_json:
+        click.echo(json.dumps(done.to_json(), indent=2))
+    else:
+        result(done.pull_request or done.url, quiet=quiet)

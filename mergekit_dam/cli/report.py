@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_dam.cli.common import quiet_option, say
+from mergekit_dam.cli.common import hush, quiet_option, result, say
 from mergekit_dam.publish.report import REPORT_JSON, write_report
 
 
@@ -19,7 +19,11 @@ def report(merged_path: Path, as_json: bool, quiet: bool) -> None:
 
     MERGED_PATH is the output of a merge; what is reported lies in MERGED_PATH/dam.
     """
+    hush(quiet)
     page, notes = write_report(merged_path)
     for note in notes:
         say(note, quiet=quiet)
-    click.echo((page.parent / REPORT_JSON).read_text("utf-8") if as_json else str(page))
+    if as_json:
+        click.echo((page.parent / REPORT_JSON).read_text("utf-8"))
+    else:
+        result(str(page), quiet=quiet)

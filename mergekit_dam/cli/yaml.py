@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_dam.cli.common import config_file, hush, json_option, out_path
+from mergekit_dam.cli.common import config_file, hush, json_option, out_path, result
 from mergekit_dam.plugin.options import refuse_launcher
 from mergekit_dam.recipe import prepare
 
@@ -24,4 +24,7 @@ def yaml(merge_options: MergeOptions, config_file: Path, out_path: Path, as_json
     merge_options.apply_global_options()
     hush(merge_options.quiet)
     prepare(config_file, options=merge_options).merge(out_path)
-    click.echo(json.dumps({"output": str(out_path)}, indent=2) if as_json else str(out_path))
+    if as_json:
+        click.echo(json.dumps({"output": str(out_path)}, indent=2))
+    else:
+        result(str(out_path), quiet=merge_options.quiet)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mergekit_dam.engine.processes import Job, run_workers
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder, code_digest, library_versions
 from mergekit_dam.io.files import require_own
 from mergekit_dam.learn.inversion_search import InversionSearch
@@ -91,10 +91,13 @@ def learn_masks(
                 _warn(masks)
             return folder, masks
         inputs = tuple(checkpoints.values())
-        if count > 1:
-            run_workers(Job(plan, folder, description, inputs, quiet), count)
-        else:
-            optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
+        try:
+            if count > 1:
+                run_workers(Job(plan, folder, description, inputs, quiet), count)
+            else:
+                optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(_how_to_go_on(folder, plan.config)) from stop
         return folder, load(folder / MASKS_FILE)
 
 
@@ -110,6 +113,21 @@ def description_of(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str]
         models = (plan.base, *plan.models)
         digests = {model.name: Checkpoint.open(model.path).digest(fresh=plan.config.rehash) for model in models}
     return describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
+
+
+def _how_to_go_on(folder: Path, config: DamConfig) -> str:
+    """After an interruption, half a sentence for the user."""
+    facts = None
+    if config.resume:
+        with suppress(DamError):  # the next run says what is wrong with it
+            facts = Snapshots(folder / "run", every=config.snapshot_every, resume=True).facts
+    if facts is None:
+        return "the same command starts over (no snapshot was due yet)" if config.resume else _OVER
+    unit = "model" if facts["phase"] == "scan" else "step"
+    return f"the same command goes on from {unit} {facts['done']} of the {facts['phase']}"
+
+
+_OVER = "the same command starts over, since `resume` is off"
 
 
 def _warn(masks: LearnedMasks) -> None:

@@ -48,6 +48,7 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             if not image:
                 tokenizer = tokenizer_of((model.path, plan.base.path), model.name)
                 encoded = tokenizer(list(data.samples), truncation=True, max_length=plan.config.max_length)["input_ids"]
+                entry["tokens"] = round(sum(map(len, encoded)) / max(1, len(encoded)))
                 require_rows(encoded, int(model.config.get_text_config().vocab_size), tokenizer, model.name)
             if len(set(data.digests)) < len(data.digests):
                 warnings.append(f"{model.name}: {len(data.digests) - len(set(data.digests))} samples are there twice")

@@ -162,7 +162,8 @@ def test_no_text_becomes_markup(one: str, two: str) -> None:
         facts = {
             "schema": 1, "created": first, "base": {"model": first, "sha256": second, "revision": first},
             "models": [model], "settings": {**SETTINGS, "note": first}, "versions": {"torch": second},
-            "densities": {first: 0.5}, "layers": [], "training": {}, "audit": [{**finding, "suspect": True}], "remaining": [left], "triggers": [],
+            "densities": {first: 0.5}, "layers": [], "training": {}, "audit": [{**finding, "suspect": True}],
+            "remaining": [left], "triggers": [],
             "students": {first: 0.5}, "evaluation": {"after": counts},
             "run": {"device": first, "started": second},
         }  # fmt: skip
