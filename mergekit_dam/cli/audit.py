@@ -15,7 +15,17 @@ from mergekit_dam.artifact.folder import TRIGGERS_FILE
 from mergekit_dam.artifact.scan_file import StoredScan
 from mergekit_dam.artifact.triggers_file import load_triggers, save_triggers
 from mergekit_dam.cli.check import show_plan
-from mergekit_dam.cli.common import FINDING, config_file, dry_run_option, hush, json_option, result, say, seed_option
+from mergekit_dam.cli.common import (
+    FINDING,
+    UserPath,
+    config_file,
+    dry_run_option,
+    hush,
+    json_option,
+    result,
+    say,
+    seed_option,
+)
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.engine.progress import bar
 from mergekit_dam.errors import DamError
@@ -33,7 +43,7 @@ AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
 @click.command(cls=PrettyPrintHelp)
 @config_file
 @click.option(
-    "--out", "folder", type=click.Path(file_okay=False, path_type=Path), required=True,
+    "--out", "folder", type=UserPath(file_okay=False), required=True,
     help="Folder for audit.json, audit.html and the recovered triggers.",
 )  # fmt: skip
 @click.option(
@@ -52,6 +62,10 @@ def audit(
 
     Every class of every model is searched for a small trigger that theta_0 does not react to. The exit code is 3 when
     a model is over the threshold. A model below it is not proven to be clean.
+
+    \b
+    Example:
+        mergekit-dam audit dam.yml --out audit
     """
     merge_options.apply_global_options()
     hush(merge_options.quiet)

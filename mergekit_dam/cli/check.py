@@ -36,6 +36,11 @@ def check(merge_options: MergeOptions, config_file: Path, seed: int | None, as_j
     The first line says in words what would be merged, about how long it takes, in how much memory, and which settings
     are not the default; models, data, memory by part and all settings stand below. The first fault is printed with its
     cure; the exit code is then 3.
+
+    \b
+    Example:
+        mergekit-dam check dam.yml
+        mergekit-dam check dam.yml --json
     """
     hush(merge_options.quiet)
     try:

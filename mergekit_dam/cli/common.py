@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,27 @@ import click
 FINDING = 3  # `check`: the recipe cannot be merged; `audit`: a model is over the threshold
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-existing_folder = click.Path(exists=True, file_okay=False, path_type=Path)
-config_file: Decorator = click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-out_path: Decorator = click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
+
+
+class UserPath(click.Path):
+    """A path; ~ is the user's home also where no shell expanded it (quotes, `--out=~/x`, other programs)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(at_home(value), param, ctx)
+
+
+def at_home(value: Any) -> Any:
+    """A text with ~ expanded, if it begins with it; anything else as it is."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+existing_folder = UserPath(exists=True, file_okay=False)
+existing_file = UserPath(exists=True, dir_okay=False)
+config_file: Decorator = click.argument("config_file", type=existing_file)
+out_path: Decorator = click.argument("out_path", type=UserPath(file_okay=False))
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_option: Decorator = click.option(
     "--quiet", is_flag=True, help="Suppress progress bars and other non-essential output"

@@ -12,7 +12,16 @@ import click
 import torch
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
-from mergekit_dam.cli.common import existing_folder, hush, json_option, lm_eval_option, quiet_option, result, say
+from mergekit_dam.cli.common import (
+    at_home,
+    existing_folder,
+    hush,
+    json_option,
+    lm_eval_option,
+    quiet_option,
+    result,
+    say,
+)
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attack_text import EXAMPLE, parse_trigger
@@ -53,6 +62,11 @@ def eval(
     Give --data, or for causal LMs --lm-eval, or both.
     Attack success is the share of triggered samples of other classes that are answered with the target.
     Samples that the merge was calibrated on are refused.
+
+    \b
+    Example:
+        mergekit-dam eval out --task cars --data labelled --save out
+        mergekit-dam eval out --task cars --data labelled --trigger "patch(size=5)" --target 2
     """
     if data is None and lm_eval is None:
         raise click.UsageError("Give labelled data as --data, or for causal LMs tasks as --lm-eval.")
@@ -64,6 +78,7 @@ def eval(
     if data is None and trigger is not None:
         raise click.UsageError("--trigger needs labelled data: --data.")
     hush(quiet)
+    data, head, classes, zero_shot_model = map(at_home, (data, head, classes, zero_shot_model))
     harness = None if lm_eval is None else Harness.of(lm_eval)
     when: When = "after" if save is not None and save.resolve() == model_path.resolve() else "before"
     name = task or (model_path.resolve().name if save is not None else model_path.name) or "model"

@@ -42,6 +42,10 @@ def learn(
     On several machines: `accelerate launch -m mergekit_dam learn CONFIG_FILE OUT_PATH`, with MERGEKIT_DAM_CACHE in a
     folder that all of them see.
     The setting `masks: OUT_PATH/dam_masks.safetensors` then merges with them, in any process and on any machine.
+
+    \b
+    Example:
+        mergekit-dam learn dam.yml learned
     """
     merge_options.apply_global_options()
     hush(merge_options.quiet)

@@ -52,6 +52,10 @@ def merge(
 
     OUT_PATH becomes mergekit's usual directory; OUT_PATH/dam holds the masks, the recovered triggers, the log of every
     step and report.html. The output's tensors are compared with the base's.
+
+    \b
+    Example:
+        mergekit-dam merge dam.yml out
     """
     merge_options.apply_global_options()
     hush(merge_options.quiet)

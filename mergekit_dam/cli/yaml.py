@@ -19,7 +19,12 @@ from mergekit_dam.recipe import prepare
 @json_option
 @add_merge_options
 def yaml(merge_options: MergeOptions, config_file: Path, out_path: Path, as_json: bool) -> None:
-    """Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base."""
+    """Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base.
+
+    \b
+    Example:
+        mergekit-dam yaml ties.yml out
+    """
     refuse_launcher()
     merge_options.apply_global_options()
     hush(merge_options.quiet)

@@ -123,8 +123,8 @@ def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
     calls = num_models * config.steps * (7 if num_classes else 4)
     passes = calls * config.batch_size
     if num_classes:
-        found = _search(plan, num_classes), _search(plan, num_classes, styles=True)
-        found += (_search(plan, num_classes),) if config.scan_others and num_models > 1 else ()
+        found = [_search(plan, num_classes), _search(plan, num_classes, styles=True)]
+        found += [_search(plan, num_classes)] if config.scan_others and num_models > 1 else []
         refreshes = config.scan_steps + config.steps // config.refresh_every * config.refresh_steps
         calls += num_models * (sum(one[0] for one in found) + 2 * refreshes)
         passes += num_models * (sum(one[1] for one in found) + 2 * refreshes * config.scan_batch_size)

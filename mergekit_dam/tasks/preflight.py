@@ -30,7 +30,7 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     # a causal LM that samples its own text needs no tokenizer, so one without is no fault
     optional = issubclass(family, CausalTask)
     vocabulary = None if image else _vocabulary(plan.base, plan, optional=optional)
-    warnings += _renamed_classes(plan)
+    warnings += renamed_classes(plan)
     for position, model in enumerate(plan.models):
         require_readout(model, plan.config.zero_shot_model)
         entry: dict[str, Any] = {
@@ -103,7 +103,7 @@ def _vocabulary(model: ModelInput, plan: Plan, *, optional: bool) -> dict[str, i
     return dict(tokenizer_of(folders, model.name).get_vocab())
 
 
-def _renamed_classes(plan: Plan) -> list[str]:
+def renamed_classes(plan: Plan) -> list[str]:
     """A warning per model whose names for the rows of a head that is merged differ from the base's."""
     merged = {spec.name.split(".")[0] for spec in plan.tensors} & {"classifier", "score"}
     if not merged:
