@@ -7,10 +7,11 @@ differ per model; a value under the shared `parameters:` is the fallback of a pe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from mergekit_dam.errors import DamError, did_you_mean
@@ -34,8 +35,15 @@ def setting(default: Any, description: str, *, unit: str = "-", source: str = "-
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
 
+def _at_home(value: Any) -> Any:
+    """No shell expands ~ in a recipe."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
 class ModelSettings(_Settings):
     """Settings of one fine-tuned model."""
+
+    _expanded = field_validator("calibration", "classes", "head", mode="before")(_at_home)
 
     calibration: str | None = setting(
         None,
@@ -55,6 +63,8 @@ class ModelSettings(_Settings):
 
 class DamConfig(_Settings):
     """Settings shared by all models of one merge."""
+
+    _expanded = field_validator("masks", "zero_shot_model", mode="before")(_at_home)
 
     objective: Literal["inversion", "paper"] = setting(
         "inversion", "What masks are fitted to: recovered triggers and the models' own answers, or the paper's losses."

@@ -37,6 +37,10 @@ class DamError(click.ClickException, ValueError):
         return partial(DamError, expected=self.expected, got=self.got, cure=self.cure), (self.subject,)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, and how to go on: the text is half a sentence such as "the same command goes on from step 40"."""
+
+
 def _one_line(text: str) -> str:
     """Names come from strangers' files: control codes would move the cursor or hide text, so they are spelt out."""
     line = " ".join(text.split())

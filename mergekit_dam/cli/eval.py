@@ -12,7 +12,16 @@ import click
 import torch
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
-from mergekit_dam.cli.common import existing_folder, hush, json_option, lm_eval_option, quiet_option, say
+from mergekit_dam.cli.common import (
+    at_home,
+    existing_folder,
+    hush,
+    json_option,
+    lm_eval_option,
+    quiet_option,
+    result,
+    say,
+)
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attack_text import EXAMPLE, parse_trigger
@@ -53,6 +62,11 @@ def eval(
     Give --data, or for causal LMs --lm-eval, or both.
     Attack success is the share of triggered samples of other classes that are answered with the target.
     Samples that the merge was calibrated on are refused.
+
+    \b
+    Example:
+        mergekit-dam eval out --task cars --data labelled --save out
+        mergekit-dam eval out --task cars --data labelled --trigger "patch(size=5)" --target 2
     """
     if data is None and lm_eval is None:
         raise click.UsageError("Give labelled data as --data, or for causal LMs tasks as --lm-eval.")
@@ -64,25 +78,29 @@ def eval(
     if data is None and trigger is not None:
         raise click.UsageError("--trigger needs labelled data: --data.")
     hush(quiet)
+    data, head, classes, zero_shot_model = map(at_home, (data, head, classes, zero_shot_model))
     harness = None if lm_eval is None else Harness.of(lm_eval)
     when: When = "after" if save is not None and save.resolve() == model_path.resolve() else "before"
     name = task or (model_path.resolve().name if save is not None else model_path.name) or "model"
-    result: dict[str, Any] = {"model": str(model_path)}
+    measured: dict[str, Any] = {"model": str(model_path)}
     lines: list[str] = []
     if data is not None:
         how = Reading(classes, head, zero_shot_model)
         source = Source(data, split, column, label_column, num_samples, seed)
         attack = None if trigger is None or target is None else (trigger, target)
-        result |= _measured(model_path, task, name, source, how, attack, device=device_of(device), quiet=quiet)
-        lines += _lines(result)
+        measured |= _measured(model_path, task, name, source, how, attack, device=device_of(device), quiet=quiet)
+        lines += _lines(measured)
     if harness is not None:
         found = harness.measure(model_path, device=device_of(device), limit=num_samples, seed=seed)
-        result["harness"] = {MERGE if when == "after" else name: found}
+        measured["harness"] = {MERGE if when == "after" else name: found}
         lines += told(found)
     if save is not None:
-        add_measurement(save / "dam", when, result)
+        add_measurement(save / "dam", when, measured)
         say(f"added to {save / 'dam'}; `mergekit-dam report {save}` shows it", quiet=quiet)
-    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+    if as_json:
+        click.echo(json.dumps(measured, indent=2))
+    else:
+        result("\n".join(lines), quiet=quiet)
 
 
 def _measured(

@@ -30,7 +30,7 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     # a causal LM that samples its own text needs no tokenizer, so one without is no fault
     optional = issubclass(family, CausalTask)
     vocabulary = None if image else _vocabulary(plan.base, plan, optional=optional)
-    warnings += _renamed_classes(plan)
+    warnings += renamed_classes(plan)
     for position, model in enumerate(plan.models):
         require_readout(model, plan.config.zero_shot_model)
         entry: dict[str, Any] = {
@@ -48,6 +48,7 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             if not image:
                 tokenizer = tokenizer_of((model.path, plan.base.path), model.name)
                 encoded = tokenizer(list(data.samples), truncation=True, max_length=plan.config.max_length)["input_ids"]
+                entry["tokens"] = round(sum(map(len, encoded)) / max(1, len(encoded)))
                 require_rows(encoded, int(model.config.get_text_config().vocab_size), tokenizer, model.name)
             if len(set(data.digests)) < len(data.digests):
                 warnings.append(f"{model.name}: {len(data.digests) - len(set(data.digests))} samples are there twice")
@@ -102,7 +103,7 @@ def _vocabulary(model: ModelInput, plan: Plan, *, optional: bool) -> dict[str, i
     return dict(tokenizer_of(folders, model.name).get_vocab())
 
 
-def _renamed_classes(plan: Plan) -> list[str]:
+def renamed_classes(plan: Plan) -> list[str]:
     """A warning per model whose names for the rows of a head that is merged differ from the base's."""
     merged = {spec.name.split(".")[0] for spec in plan.tensors} & {"classifier", "score"}
     if not merged:
