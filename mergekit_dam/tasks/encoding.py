@@ -13,8 +13,14 @@ from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.io.columns import Conversation
 
 LOG = logging.getLogger(__name__)
-# some templates write today's date: masks would then depend on the day on which they are learned
+# some templates write today's date: masks would then depend on the day on which they are learned. The second is for
+# those that ask for it by a function, which no argument can replace; the empty string keeps a line break after it
 _DAY = date(2024, 7, 26)
+_ALWAYS = (
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f" | replace('%{code}', '{_DAY.strftime(f'%{code}')}')" for code in "aAbBdmyYHMSjp")
+    + " }}{% endmacro %}{{ '' }}"
+)
 
 
 def as_text(tokenizer: Any, sample: str | Conversation, owner: str) -> str:
@@ -37,9 +43,10 @@ def as_text(tokenizer: Any, sample: str | Conversation, owner: str) -> str:
         )  # fmt: skip
     messages = [{"role": role, "content": text} for role, text in sample.turns]
     try:
+        template = tokenizer.get_chat_template()
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True,
-            date_string=f"{_DAY:%d %b %Y}", strftime_now=_DAY.strftime,
+            messages, _ALWAYS + template if "strftime_now" in template else template, tokenize=False,
+            add_generation_prompt=True, date_string=f"{_DAY:%d %b %Y}",
         )  # fmt: skip
     except Exception as error:  # Jinja raises what the template's author wrote, and what that writes wrongly
         raise DamError(

@@ -145,7 +145,7 @@ _REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "two forms": (_written({"a.csv": _csv(), "b.jsonl": _jsonl()}), "files of one form.*Name one of the files"),
     "other columns": (_written({"a.parquet": b"", "b.parquet": b""}), "Check the path"),
     "no such split": (
-        _written({"dev.jsonl": _jsonl(), "test.csv.txt": ""}),
+        _written({"dev.jsonl": _jsonl()}),
         "one of validation, got 'train'.*`split:`",
     ),
     "damaged folder": (_written({"dataset_info.json": ""}), "Check the path"),
