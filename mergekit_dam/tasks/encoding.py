@@ -45,7 +45,7 @@ def as_text(tokenizer: Any, sample: str | Conversation, owner: str) -> str:
     try:
         template = tokenizer.get_chat_template()
         text: str = tokenizer.apply_chat_template(
-            messages, _ALWAYS + template if "strftime_now" in template else template, tokenize=False,
+            messages, chat_template=_ALWAYS + template if "strftime_now" in template else template, tokenize=False,
             add_generation_prompt=True, date_string=f"{_DAY:%d %b %Y}",
         )  # fmt: skip
     except Exception as error:  # Jinja raises what the template's author wrote, and what that writes wrongly
