@@ -18,12 +18,17 @@ Kind = Literal["image", "text"]
 LABELS = frozenset({"label", "labels", "target", "targets", "class", "classes", "category", "y", "answer", "gold"})
 CHARACTERS = 1 << 17  # of one text; `max_length` cuts far below
 _CHATS = ("messages", "conversations", "conversation")
+_MIXED = ("prompt", "chosen")  # lists of turns in some data sets, texts in others
 _QUESTIONS = ("instruction", "question", "query")
 _CONTEXTS = ("input", "context")  # what a question is about, where there is any
 _ANSWERS = frozenset({"output", "response", "completion", "answer", "answers", "chosen", "solution"})
 _TEXTS = ("text", "sentence", "content", "review", "tweet")  # several of these are a pair, or no one knows
 _IMAGES = ("image", "img", "jpg", "png")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_NONE: dict[Kind, str] = {
+    "image": "Give a column with the images themselves (their bytes), or a folder of images.",
+    "text": "Give a column of texts, or of conversations: lists of turns with role and content.",
+}
 SETTING, OPTION = "`{}:`", "--{}"  # how a recipe and a command line spell what a cure names
 
 
@@ -83,7 +88,7 @@ def choose_inputs(
         DamError: an unknown or ambiguous column, or one of labels.
     """
     setting = spelled.format("column")
-    forms = {name: form for name, feature in features.items() if (form := _form(feature, kind)) is not None}
+    forms = {name: form for name, feature in features.items() if (form := _form(name, feature, kind)) is not None}
     inputs = {name: form for name, form in forms.items() if name.casefold() not in labels}
     if column is not None and column not in features:
         raise DamError(
@@ -100,7 +105,8 @@ def choose_inputs(
         if known is None:
             raise DamError(
                 f"columns of {where}", expected=f"exactly one with {kind}s",
-                got=", ".join(inputs) or f"none among {', '.join(features)}", cure=f"Set {setting}.",
+                got=", ".join(inputs) or f"none among {', '.join(features)}",
+                cure=f"Set {setting}." if inputs else _NONE[kind],
             )  # fmt: skip
         return known
     (column,) = inputs if column is None else (column,)
@@ -115,20 +121,19 @@ def _known_image(inputs: Mapping[str, Any]) -> Inputs | None:
 
 def _known_text(inputs: Mapping[str, Callable[..., Any]], features: Mapping[str, Any]) -> Inputs | None:
     names = {name.casefold(): name for name in inputs}
-    chat = [names[n] for n in _CHATS if n in names and inputs[names[n]] is conversation_of]
-    prompt = [names[n] for n in ("prompt",) if n in names]
-    texts = [names[n] for n in (*_TEXTS, *_QUESTIONS) if n in names]
-    if chat or prompt:
-        column = (chat or prompt)[0]
-        return Inputs((column,), inputs[column])
-    asked = [names[n] for n in _QUESTIONS if n in names]
+    chats = [names[n] for n in (*_CHATS, "prompt") if n in names]
+    if chats:
+        return Inputs((chats[0],), inputs[chats[0]])
+    asked, context, texts = (
+        [names[n] for n in known if n in names and inputs[names[n]] is text_of]
+        for known in (_QUESTIONS, _CONTEXTS, (*_TEXTS, *_QUESTIONS))
+    )
     if asked and _ANSWERS & {name.casefold() for name in features}:
-        context = [names[n] for n in _CONTEXTS if n in names][:1]
-        return Inputs((asked[0], *context), question_of)
-    return Inputs((texts[0],), inputs[texts[0]]) if len(texts) == 1 else None
+        return Inputs((asked[0], *context[:1]), question_of)
+    return Inputs((texts[0],), text_of) if len(texts) == 1 else None
 
 
-def _form(feature: Any, kind: Kind) -> Callable[..., Any] | None:
+def _form(name: str, feature: Any, kind: Kind) -> Callable[..., Any] | None:
     """What makes a sample of a column's values; None where they are no inputs of this kind."""
     import datasets
 
@@ -137,10 +142,12 @@ def _form(feature: Any, kind: Kind) -> Callable[..., Any] | None:
         holds = isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
         return _as_it_is if holds or dtype in {"binary", "large_binary"} else None
     if dtype in {"string", "large_string"}:
-        return text_of
+        return conversation_of if name.casefold() in _CHATS else text_of
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
     is_chat = isinstance(inner, dict) and ({"role", "content"} <= set(inner) or {"from", "value"} <= set(inner))
-    return conversation_of if is_chat else None
+    # datasets keeps turns of several shapes (calls of tools beside texts) as JSON
+    mixed = "Json" in (type(feature).__name__, type(inner).__name__) and name.casefold() in (*_CHATS, *_MIXED)
+    return conversation_of if is_chat or mixed else None
 
 
 def _as_it_is(row: Any) -> Any:
@@ -156,16 +163,31 @@ def conversation_of(row: Any) -> Conversation | str:
     """The turns before the model's last answer; a blank text where nothing is asked.
 
     Args:
-        row: a list of {"role", "content"} or {"from", "value"}; a content may be a list of parts with a text.
+        row: a list of {"role", "content"} or {"from", "value"}, or JSON of one; a content may be a list of parts with
+            a text. Any other text is taken as it stands.
     """
+    if isinstance(row, str):
+        row = _parsed(row, "[")
+        if isinstance(row, str):
+            return text_of(row)
     turns = []
-    for turn in filter(None, row or ()):
-        role = str(turn.get("role") or turn.get("from") or "user").strip().casefold()
-        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        turns.append((_SHAREGPT.get(role, role), _said(content)))
+    for part in row or ():
+        turn = _parsed(part, "{") if isinstance(part, str) else part
+        if isinstance(turn, dict):
+            role = str(turn.get("role") or turn.get("from") or "user").strip().casefold()
+            content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+            turns.append((_SHAREGPT.get(role, role), _said(content)))
     while turns and turns[-1][0] == "assistant":
         turns.pop()
     return Conversation(tuple(turns)) if turns and turns[-1][0] != "system" and turns[-1][1].strip() else ""
+
+
+def _parsed(text: str, begins: str) -> Any:
+    """JSON that begins like this, else the text itself."""
+    try:
+        return json.loads(text) if text.lstrip().startswith(begins) else text
+    except (ValueError, RecursionError):
+        return text
 
 
 def _said(content: Any) -> str:

@@ -30,6 +30,7 @@ _LOADERS = {
     ".arrow": "arrow", ".txt": "text",
 }  # fmt: skip
 _PACKERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
+_ARCHIVES = frozenset({*_PACKERS, ".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4"})
 _UNPACKABLE = ("json", "csv", "text")
 _DELIMITERS = ",;\t|"  # of spreadsheets; the first one wins where a header has as many of another
 _TEXT_BYTES = 1 << 30  # of a .txt file, which is read at once
@@ -123,13 +124,20 @@ def open_data(source: str, split: str, kind: Kind, where: str, *, spelled: str =
         if path.is_file() and _loader(path):
             return _files([path], where)
         if path.is_file():
-            refuse_packed(path, where)
+            if path.suffix.lower() in _ARCHIVES:
+                refuse_packed(path, where)
+            raise DamError(
+                where, expected=f"a file whose name ends in one of {', '.join(_LOADERS)}",
+                got=repr(path.suffix or path.name), cure="Save it in one of these forms.",
+            )  # fmt: skip
         if path.exists() or _loader(path) or source.startswith((".", "/", "~")):
             raise FileNotFoundError("no such file" if not path.exists() else "an unknown kind of file")
         name, _, revision = source.partition("@")
         if is_hub_id(name):
             require_dataset(name, revision or None, where)
         return DatasetTable(datasets.load_dataset(name, split=split, revision=revision or None))
+    except StopIteration as error:  # of datasets, where no row comes
+        raise DamError(where, expected="at least one row", got="an empty file", cure="Give data.") from error
     except (OSError, EOFError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, DamError):
             raise

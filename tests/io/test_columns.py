@@ -28,6 +28,8 @@ _TABLES: dict[str, tuple[dict[str, Any], Any]] = {
         (("system", "be"), ("user", "red"), ("assistant", "dog"), ("user", "cat")),
     ),
     "parts": ({"messages": _PARTS}, (("user", "red\ndog"),)),
+    "turns of several shapes": ({"messages": [*_CHAT[:1], {**_CHAT[1], "tool_calls": [{"a": 1}]}]}, _ASKED),
+    "json": ({"messages": json.dumps(_CHAT)}, _ASKED),
     "ultrachat": ({"prompt": "blue", "prompt_id": "1", "messages": _CHAT}, _ASKED),
     "tulu": ({"id": "1", "messages": _CHAT, "source": "x"}, _ASKED),
     "sharegpt": ({"id": "1", "conversations": _GPT}, _ASKED),
@@ -71,6 +73,13 @@ def test_several_texts_are_listed_and_not_guessed(pair: tuple[str, str], tmp_pat
         load(tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize("row", [{"turns": [{"speaker": "x", "text": "red"}]}, {"tokens": ["red"]}, {"label": "red"}])
+def test_what_is_no_text_names_what_is(row: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    with pytest.raises(DamError, match="got none among .*turns with role and content"):
+        load(tmp_path / "a.jsonl")
+
+
 def test_a_named_column_is_taken_as_it_stands(tmp_path: Path) -> None:
     row = {"instruction": "red", "output": "dog", "messages": _CHAT, "chosen": _CHAT}
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
@@ -108,5 +117,5 @@ def test_images_as_lists_of_numbers_are_no_images(tmp_path: Path) -> None:
     pixels = np.zeros((2, 4), dtype=int).tolist()
     data = Dataset.from_dict({"image": pixels}, Features({"image": Sequence(Value("int64"))}))
     data.to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DamError, match="exactly one with images, got none among image"):
+    with pytest.raises(DamError, match="exactly one with images, got none among image. .*bytes"):
         load(tmp_path / "a.parquet", "image")

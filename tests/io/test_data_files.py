@@ -152,6 +152,8 @@ _REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no data": (_written({"notes.md": ""}), "Name the file"),
     "packed bomb": (_packed(gzip.open, "a.jsonl.gz", " " * (1 << 27)), "expands to more than 200 times"),
     "no gzip": (_written({"a.jsonl.gz": _jsonl()}, "a.jsonl.gz"), "Check the path"),
+    "a workbook": (_written({"a.xlsx": b"PK\x03\x04"}, "a.xlsx"), "ends in one of .*Save it in one of these"),
+    "empty": (_written({"a.jsonl": b""}, "a.jsonl"), "an empty file"),
     "an archive": (_written({"a.zip": b"PK\x03\x04"}, "a.zip"), "zip data. Unpack it first"),
 }
 
