@@ -40,8 +40,8 @@ class ModelSettings(_Settings):
     calibration: str | None = setting(
         None,
         "Unlabelled data: a parquet, jsonl, json, csv or txt file, a folder of shards or images, what `save_to_disk` "
-        "wrote, or a Hub dataset id (`id@revision`); texts, chats or images (see the page on data). A causal LM without "
-        "it samples its own text.",
+        "wrote, or a Hub dataset id (`id@revision`); texts, chats or images (see the page on data). A causal LM "
+        "without it samples its own text.",
     )
     split: str = setting("train", "Split to read where the data has several.")
     column: str | None = setting(

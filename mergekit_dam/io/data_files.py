@@ -11,6 +11,7 @@ import codecs
 import gzip
 import hashlib
 import lzma
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -156,13 +157,13 @@ def _loader(path: Path) -> str | None:
 def _folder(path: Path, split: str, kind: Kind, where: str, spelled: str) -> Table:
     """Images below a folder, a folder of `save_to_disk`, or files of one form, which are taken as shards."""
     if kind == "image":
-        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+        images = sorted(p for p in _below(path) if p.suffix.lower() in IMAGES and p.is_file())
         if images:
             return Listed(images)
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _saved(path, split, where, spelled)
     named: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
+    for file in sorted(_below(path)):
         hidden = any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
         loader = _loader(file)
         if loader and not hidden and file.name not in _DESCRIPTIONS and file.is_file():
@@ -183,6 +184,16 @@ def _folder(path: Path, split: str, kind: Kind, where: str, spelled: str) -> Tab
     if not known:
         return _files(splits[None], where)
     return _files(splits[_require_split(split, known, where, spelled)], where)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """All files below a folder; one that may not be entered is an error and not an empty one."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(path, onerror=refuse):
+        yield from (Path(folder, name) for name in names)
 
 
 def _saved(path: Path, split: str, where: str, spelled: str) -> Table:

@@ -155,7 +155,8 @@ def unreadable(where: str, error: BaseException) -> DamError:
         chain.append(chain[-1].__cause__)
     denied = next((one for one in chain if isinstance(one, PermissionError)), None)
     if denied is not None:
-        return permission_denied(where if denied.filename is None else f"{where}: {denied.filename}")
+        place = denied.filename
+        return permission_denied(where if place is None or str(place) in where else f"{where}: {place}")
     generic = type(error).__name__.startswith("DatasetGeneration")  # it says no more than that
     return DamError(
         where, got=first_line(chain[-1] if generic else error),

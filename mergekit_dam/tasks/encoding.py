@@ -119,7 +119,7 @@ def _fitting(tokenizer: Any, chat: Conversation, max_length: int, owner: str) ->
         ids: list[int] = tokenizer(as_text(tokenizer, current, owner), add_special_tokens=False)["input_ids"]
         if len(ids) <= max_length:
             return ids, current is not chat
-        shorter = _shorter(tokenizer, current, len(ids) - max_length)
+        shorter = _shorter(tokenizer, current, len(ids) - max_length + 1)  # room left says that nothing was cut off
         if shorter is None:
             return ids[-max_length:], True  # the template alone is longer
         current = shorter

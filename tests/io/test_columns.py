@@ -76,7 +76,7 @@ def test_several_texts_are_listed_and_not_guessed(pair: tuple[str, str], tmp_pat
 @pytest.mark.parametrize("row", [{"turns": [{"speaker": "x", "text": "red"}]}, {"tokens": ["red"]}, {"label": "red"}])
 def test_what_is_no_text_names_what_is(row: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
-    with pytest.raises(DamError, match="got none among .*turns with role and content"):
+    with pytest.raises(DamError, match=r"got none among .*turns with role and content"):
         load(tmp_path / "a.jsonl")
 
 
@@ -117,5 +117,5 @@ def test_images_as_lists_of_numbers_are_no_images(tmp_path: Path) -> None:
     pixels = np.zeros((2, 4), dtype=int).tolist()
     data = Dataset.from_dict({"image": pixels}, Features({"image": Sequence(Value("int64"))}))
     data.to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DamError, match="exactly one with images, got none among image. .*bytes"):
+    with pytest.raises(DamError, match=r"exactly one with images, got none among image\. .*bytes"):
         load(tmp_path / "a.parquet", "image")

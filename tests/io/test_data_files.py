@@ -205,3 +205,18 @@ def test_a_missing_right_is_called_one(name: str) -> None:
                 image_of(file, "picture")
             else:
                 _texts(file)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes")
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_folder_below_that_is_closed_is_not_an_empty_one(kind: Any) -> None:
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        for name in ("open", "closed"):
+            Path(folder, name).mkdir()
+            Image.new("RGB", (4, 4)).save(Path(folder, name, "x.png"))
+            Path(folder, name, "x.txt").write_text("red\ndog\n")
+        Path(folder, "closed").chmod(0)
+        with _nobody(), pytest.raises(DamError, match="/closed: expected the right to read it"):
+            load_calibration(ModelSettings(calibration=folder), kind, num_samples=8, seed=0, task="a")
+        Path(folder, "closed").chmod(0o755)
