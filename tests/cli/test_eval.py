@@ -23,6 +23,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attack_text import parse_trigger
 from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, RareTokenTrigger, SentenceTrigger, WarpTrigger
 from mergekit_dam.evaluation.labelled_data import Reading, Source, labelled_data, read_labelled, saying
+from mergekit_dam.evaluation.results import Rate, read_measured
 from tests.conftest import FAST, Merge
 from tests.helpers.tiny_models import make_model, save_tokenizer
 from tests.tasks.test_encoding import TEMPLATE
@@ -174,7 +175,12 @@ def test_what_a_causal_lm_says_is_counted(tmp_path: Path, texts: Path) -> None:
     (attack,) = found["attack_success"].values()
     assert attack == {"lm": [shares[target], len(prompts)]}
     assert found["without_trigger"] == {"lm": [sum(target in text for text in clean), len(prompts)]}
-    assert "say it without the trigger" in _run(model, "--data", data, *trigger).stdout
+    assert "say it without the trigger" in _run(model, "--data", data, *trigger, "--save", tmp_path).stdout
+    kept = read_measured(tmp_path / "dam" / "evaluation.json", required=False)
+    assert kept is None, "figures of an input model are no figures of the merge"
+    _run(model, "--data", data, *trigger, "--save", model)
+    kept = read_measured(model / "dam" / "evaluation.json", required=False)
+    assert kept is not None and [*kept.attack_success.values()] == [{"lm": Rate(shares[target], len(prompts))}]
     assert "not both" in _run(model, "--data", data, *trigger, "--target", 1, code=2).stderr
     bert = make_model("BertForSequenceClassification", tmp_path / "bert")
     assert "expected a causal LM, for a target text" in _run(bert, "--data", data, *trigger, code=1).stderr
