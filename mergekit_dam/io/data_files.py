@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol
 
 from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.io.columns import CHARACTERS, SETTING, Kind
-from mergekit_dam.io.files import file_digest
+from mergekit_dam.io.digests import file_digest
 from mergekit_dam.io.hub_client import is_hub_id
 from mergekit_dam.io.hub_download import require_dataset
 from mergekit_dam.io.image_files import IMAGES

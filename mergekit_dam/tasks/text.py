@@ -17,7 +17,7 @@ from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.bounds import Bounds, Perturb
 from mergekit_dam.tasks.encoding import encoded
-from mergekit_dam.tasks.readout import Readout, linear_head, logits_of, require_rows, tokenizer_of
+from mergekit_dam.tasks.readout import Readout, linear_head, own_head, require_rows, tokenizer_of
 
 _NEAREST = 3  # words shown per recovered token
 
@@ -93,7 +93,7 @@ class TextTask(Task):
         """The class's own logits, or a linear head."""
         settings, kind = self.input.settings, type(self.module).__name__
         if kind.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel")):
-            return logits_of
+            return own_head()
         if settings.head is not None:
             return linear_head(settings.head, int(self.input.config.hidden_size), self.name, self.device)
         raise DamError(
@@ -120,6 +120,9 @@ class TextTask(Task):
     def _room(self) -> int:
         """Tokens that a calibration sample may have."""
         return self._max_length
+
+    def read_tensors(self) -> Sequence[Tensor]:
+        return [*self._sequences, self.special_tokens, *self._read.tensors]
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         return self._padded([self._sequences[int(i)] for i in indices])
