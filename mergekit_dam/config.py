@@ -47,11 +47,16 @@ class ModelSettings(_Settings):
 
     calibration: str | None = setting(
         None,
-        "Unlabelled data: a parquet, jsonl, json, csv or txt file, a folder of images, or a Hub dataset id "
-        "(`id@revision`). A causal LM without it samples its own text.",
+        "Unlabelled data: a parquet, jsonl, json, csv or txt file, a folder of shards or images, what `save_to_disk` "
+        "wrote, or a Hub dataset id (`id@revision`); texts, chats or images (see the page on data). A causal LM "
+        "without it samples its own text.",
     )
     split: str = setting("train", "Split to read where the data has several.")
-    column: str | None = setting(None, "Column with the image or the text; default: the only one there is.")
+    column: str | None = setting(
+        None,
+        "Column with the image, text or chat; default: the only one there is, else the first known name "
+        "(`messages`, `prompt`, `instruction`, `text`, `image`, ...: see the page on data).",
+    )
     classes: str | None = setting(
         None, "CLIP: class names for the zero-shot head, separated by commas, or a file with one per line."
     )

@@ -104,7 +104,6 @@ class Prepared:
         """See `merge`; no report is written. Returns the masks that were applied, None of other methods than `dam`."""
         refuse_launcher()
         config, options = self.inputs.config, self.inputs.options
-        require_chat_template(config)
         options = _tokenizer_if_any(config, options)
         # the plan refuses what cannot be merged before mergekit starts
         handing = register_dam().handing(config, options, self.plan) if config.merge_method == "dam" else nullcontext()
@@ -219,7 +218,9 @@ def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, Merge
             content["parameters"] = {**(content.get("parameters") or {}), **changed}
             source = yaml.safe_dump(content, sort_keys=False)
         require_known_keys(content)
-        return source, MergeConfiguration.model_validate(content)
+        config = MergeConfiguration.model_validate(content)
+        require_chat_template(config)
+        return source, config
     except (OSError, yaml.YAMLError, ValueError, RuntimeError, TypeError, RecursionError) as error:
         if isinstance(error, DamError):
             raise

@@ -21,7 +21,7 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 from transformers import PretrainedConfig
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, permission_denied
 from mergekit_dam.io.adapters import merged_adapter, require_mergeable
 from mergekit_dam.io.files import write_whole
 from mergekit_dam.io.hub_client import is_hub_id, patiently
@@ -216,10 +216,7 @@ def require_readable(folder: Path) -> None:
             folder = denied
     except PermissionError:
         pass  # a folder on the way to it, or the folder itself
-    raise DamError(
-        f"{folder}", expected="the right to read it", got="permission denied for this user",
-        cure="Ask its owner for the right (chmod a+rX), or copy it to a folder of yours.",
-    )  # fmt: skip
+    raise permission_denied(str(folder))
 
 
 def require_dataset(name: str, revision: str | None, subject: str) -> None:
