@@ -27,15 +27,16 @@ from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.hub_download import Inputs, localise, record_inputs
 from mergekit_dam.io.untrusted import load_yaml, read_utf8
-from mergekit_dam.learn.run import learn_masks as learn
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.plan import Plan, model_input
 from mergekit_dam.models.verify import verify_output
 from mergekit_dam.plugin.method import register_dam
 from mergekit_dam.plugin.options import refuse_launcher, require_options
-from mergekit_dam.plugin.output import cannot_write, has_tokenizer_files, replaced_whole
+from mergekit_dam.plugin.output import cannot_write, replaced_whole
 from mergekit_dam.plugin.planner import plan_of, require_chat_template
 from mergekit_dam.plugin.recipe_keys import require_known_keys
 from mergekit_dam.tasks.preflight import renamed_classes
+from mergekit_dam.tasks.readout import has_tokenizer
 
 LOG = logging.getLogger(__name__)
 Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
@@ -143,7 +144,7 @@ class Prepared:
             joined(device=config.device, timeout=config.worker_timeout) as (shards, device),
             _learning_cache(resume=resume, shards=shards),
         ):
-            folder, _ = learn(plan, quiet=self.inputs.options.quiet, shards=shards, device=device)
+            folder, _ = find_or_learn(plan, quiet=self.inputs.options.quiet, shards=shards, device=device)
             if out is None:
                 return folder / MASKS_FILE
             if shards.rank == 0:
@@ -167,7 +168,7 @@ def _tokenizer_if_any(config: MergeConfiguration, options: MergeOptions) -> Merg
         cache_dir=options.lora_merge_cache, trust_remote_code=options.trust_remote_code,
         lora_merge_dtype=options.lora_merge_dtype,
     )  # fmt: skip
-    if has_tokenizer_files(Path(merged.local_path(cache_dir=options.transformers_cache))):
+    if has_tokenizer([Path(merged.local_path(cache_dir=options.transformers_cache))]):
         return options
     return options.model_copy(update={"copy_tokenizer": False})
 

@@ -67,7 +67,7 @@ class Estimate:
 
 
 def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = None) -> Estimate:
-    """Memory and work of `learn_masks` for a plan; one suspect class per model is assumed.
+    """Memory and work of `find_or_learn` for a plan; one suspect class per model is assumed.
 
     Args:
         speed: of the device (`measured_speed`).

@@ -43,7 +43,7 @@ LOG = logging.getLogger(__name__)
 _OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
 
 
-def learn_masks(
+def find_or_learn(
     plan: Plan, *, quiet: bool = False, shards: Shards = ALONE, device: torch.device | None = None
 ) -> tuple[Path, LearnedMasks]:
     """Masks for a plan: given ones verified, cached ones loaded, or new ones learned.

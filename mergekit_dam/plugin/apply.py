@@ -12,7 +12,7 @@ from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.merging.rule import merge
 from mergekit_dam.models.plan import Plan
@@ -38,7 +38,7 @@ class Applied:
     def __init__(self, plan: Plan, models: Sequence[ModelReference], context: Context | None) -> None:
         # learning needs gradients although mergekit's own arithmetic runs without
         with torch.enable_grad():
-            folder, self.masks = learn_masks(plan, quiet=context is not None and context.options.quiet)
+            folder, self.masks = find_or_learn(plan, quiet=context is not None and context.options.quiet)
         self.order = tuple(models)
         self.written = context and dtype_from_name(context.config.out_dtype)
         self.vectors = TaskVectors(plan)

@@ -34,7 +34,7 @@ from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, unknown_cure, u
 from mergekit_dam.errors import DamError
 from mergekit_dam.plugin.exit_check import compare_at_exit
 from mergekit_dam.plugin.options import refuse_launcher, require_options
-from mergekit_dam.plugin.output import OutputLocks, expect_no_tokenizer, has_tokenizer_files
+from mergekit_dam.plugin.output import OutputLocks, expect_no_tokenizer
 from mergekit_dam.plugin.planner import (
     Context,
     Handed,
@@ -46,6 +46,7 @@ from mergekit_dam.plugin.planner import (
     refuse_moved_layers,
     require_chat_template,
 )
+from mergekit_dam.tasks.readout import has_tokenizer
 
 LOG = logging.getLogger(__name__)
 Values = tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]  # raw settings: shared, and per model
@@ -165,7 +166,7 @@ class DAM(GroupMergeMethod):
                 inputs = [model.path for model in (run.plan.base, *run.plan.models)]
                 self._outputs.claim(Path(context.out_path), inputs, until=planner_of(context).out_model_config)
                 compare_at_exit(context.out_path, run.plan, context.config)
-                if not context.config.chat_template and not has_tokenizer_files(run.plan.base.path):
+                if not context.config.chat_template and not has_tokenizer([run.plan.base.path]):
                     expect_no_tokenizer(planner_of(context).out_model_config)
         with self._lock:
             self._runs = [run, *self._runs][:_KEPT_RUNS]

@@ -34,18 +34,6 @@ _BESIDE = re.compile(
 )
 
 
-# one of these is in every folder that a tokenizer can be loaded from
-_TOKENIZER_FILES = (
-    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-    "sentencepiece.bpe.model",
-)  # fmt: skip
-
-
-def has_tokenizer_files(folder: Path) -> bool:
-    """Whether a tokenizer can be loaded from a model's folder: image models have none."""
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
 def expect_no_tokenizer(until: Any) -> None:
     """Let mergekit not report, with a traceback, that it could not copy a tokenizer that is known not to be there.
 

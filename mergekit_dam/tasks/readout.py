@@ -24,7 +24,11 @@ from mergekit_dam.io.untrusted import read_utf8
 from mergekit_dam.merging.checks import require_finite
 
 PROMPT = "a photo of a {}."
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+# one of these is in every folder that a tokenizer can be loaded from
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from mergekit_dam.engine.streamed_weights import StreamedWeights
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.learn.losses import entropy
 from mergekit_dam.learn.masks import combined, logits_of, masks_in_use
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.merging.mask_bytes import STEPS, to_probabilities
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.seeds import generator
@@ -159,7 +159,7 @@ def _learned(shards: Shards, plan: Plan, stop: int, cache: str) -> LearnedMasks 
 
     Snapshots.write = counted  # type: ignore[method-assign]
     try:
-        return learn_masks(plan, quiet=True, shards=shards, device=CPU)[1]
+        return find_or_learn(plan, quiet=True, shards=shards, device=CPU)[1]
     except InterruptedError:
         return None
     finally:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.merging.mask_bytes import to_bytes
 from mergekit_dam.models.plan import Plan, build_plan
 from tests.conftest import FAST
@@ -98,7 +98,7 @@ def _learn_together(shards: Shards, plan: Plan, cache: str) -> Learned:
     os.environ["MERGEKIT_DAM_CACHE"] = cache
     torch.set_num_threads(1)  # more of them sum in another order
     try:
-        _, masks = learn_masks(plan, quiet=True, shards=shards, device=CPU)
+        _, masks = find_or_learn(plan, quiet=True, shards=shards, device=CPU)
     finally:
         torch.set_num_threads(threads)
         os.environ.pop("MERGEKIT_DAM_CACHE")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from mergekit_dam.artifact.masks_file import LearnedMasks
 from mergekit_dam.artifact.triggers_file import load_triggers
 from mergekit_dam.learn import run
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.plan import build_plan
 from tests.conftest import FAST
 from tests.helpers.tiny_models import make_model
@@ -28,7 +28,7 @@ def _learned(folders: list[Path], data: Path, objective: str = "inversion", **pe
     base, *models = (ModelReference.parse(str(folder)) for folder in folders)
     shared = {**FAST, "num_samples": 6, "calibration": str(data), **SETTINGS[objective]}
     plan = build_plan(base, models, shared=shared, per_model={models[0]: per_model})
-    return learn_masks(plan, quiet=True)
+    return find_or_learn(plan, quiet=True)
 
 
 def _copied(folders: list[Path], names: list[str], root: Path) -> list[Path]:
@@ -133,7 +133,7 @@ def test_other_content_under_the_same_name_is_learned_anew(
         base, *refs = (ModelReference.parse(str(folder)) for folder in folders)
         shared = {**FAST, "steps": 0, "scan_steps": 2, "num_samples": 4, "calibration": str(images)}
         heads = {refs[0]: {"head": str(head)}, refs[1]: {"head": str(other)}}
-        return learn_masks(build_plan(base, refs, shared=shared, per_model=heads), quiet=True)[0]
+        return find_or_learn(build_plan(base, refs, shared=shared, per_model=heads), quiet=True)[0]
 
     before = place()
     assert place() == before

@@ -27,7 +27,7 @@ from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.evaluation.attacks import PatchTrigger
 from mergekit_dam.evaluation.metrics import LabelledData, attack_success_rate
 from mergekit_dam.learn.inversion_search import InversionSearch
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.learn.teacher import OwnAnswers
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.models.plan import Plan, build_plan
@@ -142,7 +142,7 @@ def test_each_model_has_a_detection_mask_where_it_needs_one(
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path))
     if not suspicious:
         monkeypatch.setattr("mergekit_dam.learn.inversion_search.suspects", lambda findings, threshold: [])
-    _, masks = learn_masks(plan(suspicion=0.0, **settings), quiet=True)
+    _, masks = find_or_learn(plan(suspicion=0.0, **settings), quiet=True)
     assert any(found["suspect"] for found in masks.metadata["audit"]) == suspicious
     assert masks.metadata["own_masks"] == ([BACKDOOR_DETECTION] if per_model else [])
     for name in masks.metadata["tensors"]:
@@ -230,7 +230,7 @@ def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
     rates = {}
     for name, shared in (("undefended", {"mask": "m1"}), ("defended", {"scan_others": False})):
         plan = build_plan(refs[0], refs[1:], shared={"steps": 40, **shared}, per_model=own)
-        artefact, masks = learn_masks(plan, quiet=True)
+        artefact, masks = find_or_learn(plan, quiet=True)
         model = MergedModel(TaskVectors(plan), survey(TaskVectors(plan)).changed, CPU)
         merged = model.weights(
             {k: m for k in model.mask_names if (m := masks.product(k)) is not None}, masks.coefficients

@@ -16,7 +16,7 @@ from mergekit_dam.config import DamConfig, ModelSettings
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.learn.losses import entropy
 from mergekit_dam.learn.paper_search import PaperSearch
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.merging.mask_bytes import to_probabilities
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.models.plan import Plan, build_plan
@@ -100,7 +100,7 @@ def test_mask_gradients_through_the_model_are_autograds(plan: Any) -> None:
 @pytest.mark.parametrize("granularity", ["element", "row", "tensor"])
 @pytest.mark.parametrize("coefficients", ["task", "layer"])
 def test_every_ablation_learns(mask: str, granularity: str, coefficients: str, plan: Any) -> None:
-    folder, masks = learn_masks(plan(mask=mask, granularity=granularity, coefficients=coefficients), quiet=True)
+    folder, masks = find_or_learn(plan(mask=mask, granularity=granularity, coefficients=coefficients), quiet=True)
     used = {name for name, values in masks.probabilities.items() if values}
     assert used == {"dual": {TASK_SHARED, BACKDOOR_DETECTION}, "m1": {TASK_SHARED}, "m2": {BACKDOOR_DETECTION}}[mask]
     assert masks.coefficients.shape == (2, 1 if coefficients == "task" else len(masks.metadata["tensors"]))
@@ -120,7 +120,7 @@ def test_the_saved_mask_is_the_probability_not_a_sample(plan: Any) -> None:
 
 
 def test_calibration_samples_are_recorded_to_keep_evaluation_apart(plan: Any) -> None:
-    _, masks = learn_masks(plan(), quiet=True)
+    _, masks = find_or_learn(plan(), quiet=True)
     for model in masks.metadata["models"]:
         assert len(model["samples"]) == FAST["num_samples"] == len(set(model["samples"]))
 
@@ -133,23 +133,23 @@ CHANGED = {
 
 @pytest.mark.parametrize("case", CHANGED)
 def test_ready_masks_with_another_setting_are_refused(case: str, plan: Any) -> None:
-    folder, _ = learn_masks(plan(), quiet=True)
+    folder, _ = find_or_learn(plan(), quiet=True)
     settings, message = CHANGED[case]
     with pytest.raises(ValueError, match=message):
-        learn_masks(plan(masks=str(folder / MASKS_FILE), **settings), quiet=True)
+        find_or_learn(plan(masks=str(folder / MASKS_FILE), **settings), quiet=True)
 
 
 def test_ready_masks_of_other_models_are_refused(plan: Any, vit: Path) -> None:
-    folder, _ = learn_masks(plan(), quiet=True)
+    folder, _ = find_or_learn(plan(), quiet=True)
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "b", "a")]
     swapped = build_plan(refs[0], refs[1:], shared={"masks": str(folder / MASKS_FILE)}, per_model={})
     with pytest.raises(ValueError, match="with the recorded content"):
-        learn_masks(swapped, quiet=True)
+        find_or_learn(swapped, quiet=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "no metadata"])
 def test_damaged_masks_are_refused(damage: str, plan: Any, tmp_path: Path) -> None:
-    folder, _ = learn_masks(plan(), quiet=True)
+    folder, _ = find_or_learn(plan(), quiet=True)
     data = (folder / MASKS_FILE).read_bytes()
     bad = {"cut": data[: len(data) // 2], "garbage": b"\xff" * 100, "no metadata": b"\x02" + b"\0" * 7 + b"{}"}[damage]
     (tmp_path / MASKS_FILE).write_bytes(bad)

@@ -26,7 +26,7 @@ from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.errors import DamError
 from mergekit_dam.io import cache
 from mergekit_dam.io.cache import cache_folder
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.tasks import content
 from tests.conftest import FAST
@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 KILLED = """
 import os, pickle, signal, sys
 from mergekit_dam.engine.snapshots import Snapshots
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 write, replace, written = Snapshots.write, Snapshots._replace, []
 def counted(self, state):
     written.append(state)
@@ -56,7 +56,7 @@ def killed(self, temporary):
         os.kill(os.getpid(), signal.SIGKILL)  # everything is written, nothing is in its place
     replace(self, temporary)
 Snapshots.write, Snapshots._replace = counted, killed
-learn_masks(pickle.load(open(sys.argv[1], "rb")), quiet=True)
+find_or_learn(pickle.load(open(sys.argv[1], "rb")), quiet=True)
 """
 
 
@@ -111,17 +111,17 @@ def test_stopped_after_units_of_every_phase(
     plan = _plan(vit, images, objective)
     with monkeypatch.context() as patch:
         written = _stop_at(patch, -1)
-        expected = _results(learn_masks(plan, quiet=True)[0])
+        expected = _results(find_or_learn(plan, quiet=True)[0])
     assert len(written) == {"inversion": 2 + 5, "paper": 3 + 3}[objective]
     for number in {"inversion": (1, 2, 5), "paper": (2, 3, 5)}[objective]:
         another_cache(f"stopped-{number}")
         with monkeypatch.context() as patch:
             _stop_at(patch, number)
             with pytest.raises(Stopped):
-                learn_masks(plan, quiet=True)
+                find_or_learn(plan, quiet=True)
         with monkeypatch.context() as patch:
             rest = _stop_at(patch, -1)
-            folder = learn_masks(plan, quiet=True)[0]
+            folder = find_or_learn(plan, quiet=True)[0]
         assert len(rest) == len(written) - number, "work that was done is not done again"
         assert _results(folder) == expected, f"stopped after unit {number}"
         assert not list((folder / "run").glob("*")), "nothing is left behind"
@@ -132,7 +132,7 @@ def test_kill_9_while_a_snapshot_is_written(
     objective: str, number: int, vit: Path, images: Path, another_cache: Any, tmp_path: Path
 ) -> None:
     plan = _plan(vit, images, objective)
-    expected = _results(learn_masks(plan, quiet=True)[0])
+    expected = _results(find_or_learn(plan, quiet=True)[0])
     another_cache("killed")
     (tmp_path / "plan").write_bytes(pickle.dumps(plan))
     command = [sys.executable, "-c", KILLED, str(tmp_path / "plan"), str(number)]
@@ -146,13 +146,13 @@ def test_kill_9_while_a_snapshot_is_written(
     # the lines after the snapshot are lost with the process, or are on the disk and must not come twice
     with (run.parent / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"half": ')
-    assert _results(learn_masks(plan, quiet=True)[0]) == expected
+    assert _results(find_or_learn(plan, quiet=True)[0]) == expected
 
 
 def test_snapshots_are_safetensors_and_json(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _stop_at(monkeypatch, 4)
     with pytest.raises(Stopped):
-        learn_masks(_plan(vit, images, "inversion"), quiet=True)
+        find_or_learn(_plan(vit, images, "inversion"), quiet=True)
     (snapshot,) = cache_folder().glob("*/run/snapshot")
     names = sorted(path.name for path in snapshot.iterdir())
     assert [name.rpartition(".")[2] for name in names] == ["json", "safetensors"]
@@ -167,23 +167,23 @@ def test_a_damaged_snapshot_is_named_and_resume_false_starts_anew(
     with monkeypatch.context() as patch:
         _stop_at(patch, 3)
         with pytest.raises(Stopped):
-            learn_masks(_plan(vit, images, "paper"), quiet=True)
+            find_or_learn(_plan(vit, images, "paper"), quiet=True)
     (file,) = cache_folder().glob("*/run/snapshot/*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DamError, match=r"snapshot .* learn anew with resume: false"):
-        learn_masks(_plan(vit, images, "paper"), quiet=True)
+        find_or_learn(_plan(vit, images, "paper"), quiet=True)
     with monkeypatch.context() as patch:
         written = _stop_at(patch, -1)
-        learn_masks(_plan(vit, images, "paper", resume=False), quiet=True)
+        find_or_learn(_plan(vit, images, "paper", resume=False), quiet=True)
     assert len(written) == 6
 
 
 def test_masks_of_other_code_are_learned_again(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = _plan(vit, images, "paper")
-    first, _ = learn_masks(plan, quiet=True)
-    assert learn_masks(plan, quiet=True)[0] == first
+    first, _ = find_or_learn(plan, quiet=True)
+    assert find_or_learn(plan, quiet=True)[0] == first
     monkeypatch.setattr(content, "code_digest", lambda: "another working copy")
-    second, _ = learn_masks(plan, quiet=True)
+    second, _ = find_or_learn(plan, quiet=True)
     assert second != first and _results(second) == _results(first)
 
 

@@ -14,7 +14,7 @@ from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.learn import students
 from mergekit_dam.learn.inversion_search import InversionSearch
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.plan import Plan, build_plan
 from tests.conftest import FAST
 
@@ -47,16 +47,16 @@ def test_times_are_summed_over_the_parts_of_a_run(vit: Path, images: Path, monke
     monkeypatch.setattr(Snapshots, "write", stopped)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            learn_masks(plan, quiet=True)
+            find_or_learn(plan, quiet=True)
     first, later = facts[1], facts[3]
     assert set(first["seconds"]) == {"scan"} and later["seconds"]["scan"] >= first["seconds"]["scan"] > 0
     assert first["started"] == later["started"]
-    learn_masks(plan, quiet=True)
+    find_or_learn(plan, quiet=True)
     told = _run_file()
     assert told["started"] == first["started"] and set(told["seconds"]) == {"scan", "masks"}
     assert later["seconds"]["masks"] >= 2 * PAUSE
     assert told["seconds"]["masks"] >= later["seconds"]["masks"] + 3 * PAUSE
-    learn_masks(plan, quiet=True)
+    find_or_learn(plan, quiet=True)
     assert _run_file() == told, "masks from the cache have the times of their learning"
 
 
@@ -72,8 +72,8 @@ def test_students_that_were_taught_before_count(bert: Path, texts: Path, monkeyp
 
     monkeypatch.setattr(students, "teach", once)
     with pytest.raises(KeyboardInterrupt):
-        learn_masks(plan, quiet=True)
-    learn_masks(plan, quiet=True)
+        find_or_learn(plan, quiet=True)
+    find_or_learn(plan, quiet=True)
     seconds = _run_file()["seconds"]
     assert taught == ["m1", "m2", "m2"]
     assert {"student of m1", "student of m2"} < set(seconds)

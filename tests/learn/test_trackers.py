@@ -12,7 +12,7 @@ from accelerate.utils import LoggerType
 from mergekit.common import ModelReference
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn.run import learn_masks
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.plan import Plan, build_plan
 from tests.conftest import FAST
 
@@ -28,7 +28,7 @@ def test_tensorboard_gets_the_numbers_of_every_step(
 ) -> None:
     pytest.importorskip("tensorboardX")
     monkeypatch.chdir(tmp_path)
-    folder, _ = learn_masks(_plan(vit, images, "tensorboard"), quiet=True)
+    folder, _ = find_or_learn(_plan(vit, images, "tensorboard"), quiet=True)
     (file,) = (tmp_path / "runs" / "mergekit-dam").glob("events.*")
     written = file.read_bytes()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -40,7 +40,7 @@ def test_tensorboard_gets_the_numbers_of_every_step(
 def test_a_missing_tracker_names_the_extra(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     with pytest.raises(DamError, match=r"tracker trackio: .*pip install 'mergekit-dam\[trackio\]'"):
-        learn_masks(_plan(vit, images, "trackio"), quiet=True)
+        find_or_learn(_plan(vit, images, "trackio"), quiet=True)
 
 
 def test_trackio_gets_settings_numbers_and_an_end(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_trackio_gets_settings_numbers_and_an_end(vit: Path, images: Path, monke
     trackio.init = lambda project: projects.append(project) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType("trackio")])
-    folder, _ = learn_masks(_plan(vit, images, "trackio"), quiet=True)
+    folder, _ = find_or_learn(_plan(vit, images, "trackio"), quiet=True)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "step" in record]
     wanted = [
@@ -74,7 +74,7 @@ def test_other_trackers_get_a_run_without_network(
     for key, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(key, value)
     pytest.importorskip(name)  # they read their folders when they are imported
-    folder, _ = learn_masks(_plan(vit, images, name), quiet=True)
+    folder, _ = find_or_learn(_plan(vit, images, name), quiet=True)
     assert (folder / "metrics.jsonl").is_file()
     (run,) = tmp_path.rglob(left)
     assert run.stat().st_size > 0
