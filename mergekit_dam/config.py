@@ -21,10 +21,12 @@ ADAMERGING = "Yang et al., arXiv 2310.02575"
 CLEANSE = "Wang et al., Neural Cleanse, IEEE S&P 2019"
 HINTON = "Hinton et al., arXiv 1503.02531"
 UNIVERSAL = "Moosavi-Dezfooli et al., arXiv 1610.08401"
-Settings = TypeVar("Settings", bound="_Settings")
+Settings = TypeVar("Settings", bound="StrictSettings")
 
 
-class _Settings(BaseModel):
+class StrictSettings(BaseModel):
+    """Frozen, and no name is taken that it does not know."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -34,7 +36,7 @@ def setting(default: Any, description: str, *, unit: str = "-", source: str = "-
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
 
-class ModelSettings(_Settings):
+class ModelSettings(StrictSettings):
     """Settings of one fine-tuned model."""
 
     calibration: str | None = setting(
@@ -53,7 +55,7 @@ class ModelSettings(_Settings):
     weight: float = setting(0.3, "Initial merging coefficient.", source=DAM, ge=0.0, le=2.0)
 
 
-class DamConfig(_Settings):
+class DamConfig(StrictSettings):
     """Settings shared by all models of one merge."""
 
     objective: Literal["inversion", "paper"] = setting(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -20,7 +20,6 @@ _UNDEFENDED = (
     "dam: model %s is a text encoder, whose backdoors the scan does not find: a low score says nothing. What protects "
     "is to merge students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
 )
-Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
 def scan(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,6 +61,12 @@ class ImageTask(Task):
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         return {"pixels": self._pixels[indices].to(self.device).float() / 255}
+
+    def samples(self, indices: Tensor) -> list[Tensor]:
+        return list(self._pixels[indices].float() / 255)
+
+    def batch(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {"pixels": torch.stack(list(samples)).to(self.device)}
 
     def logits(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None

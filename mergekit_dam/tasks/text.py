@@ -116,7 +116,23 @@ class TextTask(Task):
         return [torch.tensor(ids) for ids in found]
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        return self._padded([self._sequences[int(i)] for i in indices])
+        return self._padded(self.samples(indices))
+
+    def samples(self, indices: Tensor) -> list[Tensor]:
+        return [self._sequences[int(i)] for i in indices]
+
+    def batch(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        return self._padded(samples)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a text may have, whatever is put into it."""
+        return self._max_length
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own, or the base's."""
+        return tokenizer_of(self._folders, self.name)
 
     def _padded(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
         config = self.input.config.get_text_config()
