@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import peft
 import torch
@@ -14,6 +16,43 @@ from transformers.pytorch_utils import Conv1D
 
 _ADAPTER = "default"
 _LORA_SCALE = 2.0  # alpha over rank
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """A low-rank change of one matrix.
+
+    Attributes:
+        module: name of the linear layer in the model.
+        a: (rank, in), float32.
+        b: (out, rank), float32, scaled: what is added is their product.
+        transposed: whether the layer keeps its matrix as (in, out), as GPT-2's do.
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+    transposed: bool = False
+
+    def dense(self) -> Tensor:
+        """The change in the shape of the layer's matrix."""
+        return (self.b @ self.a).T if self.transposed else self.b @ self.a
+
+
+class AddedWeights(Mapping[str, Tensor]):
+    """Matrices with low-rank changes, by output name, float32: each is formed when it is asked for."""
+
+    def __init__(self, stored: Mapping[str, Tensor], additions: Mapping[str, Addition]) -> None:
+        self._stored, self.additions = stored, additions
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name].detach().cpu().float() + self.additions[name].dense()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.additions)
+
+    def __len__(self) -> int:
+        return len(self.additions)
 
 
 class TrainedModule(Mapping[str, Tensor]):
@@ -57,7 +96,7 @@ class TrainedModule(Mapping[str, Tensor]):
         module.requires_grad_(False)
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
-        self._layers = {n: m for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)}
+        self._layers: dict[str, Any] = {n: m for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)}
 
     def _add_loras(self, wanted: Iterable[str], rank: int) -> None:
         """Put a LoRA beside every linear layer whose matrix is among `wanted`; at first they change nothing."""
@@ -90,15 +129,9 @@ class TrainedModule(Mapping[str, Tensor]):
         layers = {f"{name}.weight" for name in self._layers}
         return frozenset(name for name, target in self._targets.items() if target in layers)
 
-    @torch.no_grad()
-    def addition(self, name: str) -> Tensor:
-        """What the LoRA of an output name adds to its matrix, float32."""
-        layer = self._layers[self._targets[name].removesuffix(".weight")]
-        return torch.as_tensor(layer.get_delta_weight(_ADAPTER)).float()  # type: ignore[operator]
-
     def squared_additions(self) -> Tensor:
         """Sum of the squares of all that the LoRAs add, differentiable and without their products."""
-        pairs = [(m.lora_A[_ADAPTER].weight, m.lora_B[_ADAPTER].weight) for m in self._layers.values()]  # type: ignore[index,union-attr]
+        pairs = [(m.lora_A[_ADAPTER].weight, m.lora_B[_ADAPTER].weight) for m in self._layers.values()]
         found = torch.stack([((a @ a.T) * (b.T @ b)).sum() for a, b in pairs]).sum()
         return _LORA_SCALE**2 * found
 
@@ -111,22 +144,22 @@ class TrainedModule(Mapping[str, Tensor]):
             elif "lora_B" in name:
                 parameter.mul_(share)
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per layer the two matrices A (rank, in) and B (out, rank) of its LoRA, and B already scaled."""
-        return {
-            name: (
-                layer.lora_A[_ADAPTER].weight.detach(),  # type: ignore[index,union-attr]
-                layer.lora_B[_ADAPTER].weight.detach() * _LORA_SCALE,  # type: ignore[index,union-attr]
-            )
-            for name, layer in self._layers.items()
-        }
+    def additions(self) -> dict[str, Addition]:
+        """What the LoRAs add, by output name; copies on the CPU."""
+        names = {target: name for name, target in self._targets.items()}
+        return {names[f"{owner}.weight"]: self._addition(owner) for owner in self._layers}
+
+    def _addition(self, owner: str) -> Addition:
+        layer = self._layers[owner]
+        a, b = (pair[_ADAPTER].weight.detach().float().cpu().clone() for pair in (layer.lora_A, layer.lora_B))
+        return Addition(owner, a, b * _LORA_SCALE, transposed=isinstance(layer.get_base_layer(), Conv1D))
 
     def __getitem__(self, name: str) -> Tensor:
         target = self._targets[name]
         owner, _, leaf = target.rpartition(".")
         if owner in self._layers:
             base: Tensor = getattr(self._layers[owner].get_base_layer(), leaf).detach()
-            return base if leaf != "weight" else base + self.addition(name).to(base.dtype)
+            return base if leaf != "weight" else base + self._addition(owner).dense().to(base)
         holder = self.module.get_submodule(owner)
         found = holder._parameters.get(leaf)
         tensor = found if found is not None else holder._buffers[leaf]

@@ -40,6 +40,7 @@ class Task(ABC):
         bounds: valid box of what a perturbation acts on.
         head: tensors of model t that the base lacks, by name in t's checkpoint.
         targets: output name -> parameter name of the module.
+        sources: output name -> its name in model t's checkpoint.
         block_of: parameter name -> the block that it lives in, see engine/streamed_weights.py.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
         defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md); where they
@@ -63,8 +64,8 @@ class Task(ABC):
         self.checkpoint = Checkpoint.open(model.path)
         own = module_names(self.module, self.checkpoint.names)
         sources = {spec.name: spec.sources[index] for spec in plan.tensors}
-        self._sources = {name: source for name, source in sources.items() if source in own}
-        self.targets = {name: own[source] for name, source in self._sources.items()}
+        self.sources = {name: source for name, source in sources.items() if source in own}
+        self.targets = {name: own[source] for name, source in self.sources.items()}
         covered = set(self.targets.values())
         self.head = {
             name: self.checkpoint.tensor(name).to(device) for name, target in own.items() if target not in covered
@@ -127,7 +128,7 @@ class Task(ABC):
 
     def own_weights(self) -> dict[str, Tensor]:
         """Model t's tensors by output name, as stored."""
-        return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self._sources.items()}
+        return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self.sources.items()}
 
     @cached_property
     def body(self) -> frozenset[str]:
@@ -145,7 +146,7 @@ class Task(ABC):
 
     def own_tensor(self, name: str) -> Tensor | None:
         """One of `own_weights`; None if model t lacks it."""
-        source = self._sources.get(name)
+        source = self.sources.get(name)
         return None if source is None else self.checkpoint.tensor(source).to(self.device)
 
     def parameters(self, weights: Mapping[str, Tensor]) -> Parameters:

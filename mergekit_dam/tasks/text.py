@@ -34,7 +34,7 @@ class TextTask(Task):
         output_name = next(name for name, target in self.targets.items() if target == self._embedding)
         table = TaskVectors(plan).base(output_name).float()
         self._max_length = plan.config.max_length
-        self._table, self._folders = self._sources[output_name], (self.input.path, plan.base.path)
+        self._table, self._folders = self.sources[output_name], (self.input.path, plan.base.path)
         self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
         self.perturbation_shape = (plan.config.perturbation_tokens, table.shape[1])
         self._sequences = self._calibrate(plan)

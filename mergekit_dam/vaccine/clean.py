@@ -25,9 +25,8 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.engine.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.engine.streamed_weights import Weights
-from mergekit_dam.engine.trained_module import TrainedModule
+from mergekit_dam.engine.trained_module import AddedWeights, TrainedModule
 from mergekit_dam.errors import DamError
-from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.models.parameter_names import meta_model
 from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.base import Progress
@@ -40,6 +39,7 @@ from mergekit_dam.vaccine.triggers import Surroundings, in_turn, kinds_of, requi
 
 LOG = logging.getLogger(__name__)
 _START, _END = "start", "end"
+_TRIED = 3  # steps; the first ones take longer than the others
 _WORKS = 0.5  # mean success of planted triggers below which planting has failed
 
 
@@ -48,13 +48,11 @@ class VaccineResult:
     """A cleaned model.
 
     Attributes:
-        weights: tensors that changed, by output name, float32, on the CPU.
-        factors: of LoRAs, per layer A (rank, in) and B (out, rank), whose product is what was added; else empty.
+        weights: tensors that changed, by output name, float32, on the CPU; of LoRAs an `AddedWeights`.
         facts: JSON: `planted`, `held_out` (mean excess before and after), `agreement`, `rounds`, `settings`, `seconds`.
     """
 
     weights: Mapping[str, Tensor]
-    factors: Mapping[str, tuple[Tensor, Tensor]]
     facts: Mapping[str, Any]
 
 
@@ -71,7 +69,7 @@ def vaccinate(
         progress: wraps steps in a progress bar with a title.
         folder: where snapshots are kept, to go on from; None keeps none.
         resume: whether a snapshot that is found there is used.
-        identity: of `start` where it is given; a snapshot of another one, or of other settings or data, is not used.
+        identity: what else the result depends on, such as `start` or a head; a snapshot of another one is not used.
 
     Raises:
         DamError: too few samples, unknown names to leave out, or weights that diverged.
@@ -96,17 +94,15 @@ def vaccinate(
     result = vaccination.run()
     if snapshots is not None:
         snapshots.clear()
-    return VaccineResult(
-        result.weights, result.factors, {**result.facts, "seconds": round(time.perf_counter() - begun, 1)}
-    )
+    return VaccineResult(result.weights, {**result.facts, "seconds": round(time.perf_counter() - begun, 1)})
 
 
-def identity_of(task: Task, settings: VaccineSettings, start: str = "") -> str:
+def identity_of(task: Task, settings: VaccineSettings, more: str = "") -> str:
     """A digest of all that the result depends on: weights, samples and settings, no name or path."""
     learned = settings.model_dump(exclude=set(NOT_LEARNED))
     parts = (
         sorted(learned.items()), task.checkpoint.digest(), task.index, task.sample_digests, str(task.dtype),
-        sorted(task.head), start,
+        more,
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -120,7 +116,7 @@ class Vaccination(Resumable):
         start: weights by output name to begin with.
         teacher: those whose answers are kept.
         progress: see `vaccinate`.
-        identity: of `start`.
+        identity: see `vaccinate`.
 
     Attributes:
         triggers: of all rounds, in the order in which they are planted.
@@ -202,6 +198,22 @@ class Vaccination(Resumable):
                 cure="Lower learning_rate.",
             )  # fmt: skip
 
+    def seconds_of_all(self) -> float:
+        """About how long all rounds take, from a few steps that change no weight, and one measurement."""
+        settings = self.settings
+        assert settings.plant_steps is not None and settings.unlearn_steps is not None
+        spent = []
+        for step in range(_TRIED):
+            begun = time.perf_counter()
+            generator = seeds.generator(settings.seed, "vaccine", "try", step)
+            self.lessons.loss(self.trained, self.triggers, wrong=True, generator=generator).backward()
+            self._optimiser.zero_grad()
+            spent.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        self.lessons.success(self.trained, self.triggers[0])
+        measured = (time.perf_counter() - begun) * len(self.triggers) * 3
+        return settings.rounds * (settings.plant_steps + settings.unlearn_steps) * min(spent) + measured
+
     def _after(self, kind: str, round_: int) -> str:
         """Measure what a phase did, and say which one comes next."""
         if kind == "plant":
@@ -255,14 +267,11 @@ class Vaccination(Resumable):
             self.trained.towards(self._begun, settings.beta)
         agreement = self._measured["agreement"]
         agreement["after"] = self.lessons.agreement(self.trained)
-        weights = {}
-        for name in sorted(self.trained.changed):
-            if settings.lora_rank:
-                weights[name] = self._stored[name].detach().cpu().float() + self.trained.addition(name).cpu()
-            else:
-                weights[name] = self.trained[name].cpu().clone()
-            require_finite(weights[name], f"tensor {name}", f"the cleaned {self.task.name}", "Lower learning_rate.")
-        factors = {n: (a.cpu(), b.cpu()) for n, (a, b) in self.trained.factors().items()} if settings.lora_rank else {}
+        weights: Mapping[str, Tensor]
+        if settings.lora_rank:
+            weights = AddedWeights(self._stored, self.trained.additions())
+        else:
+            weights = {name: self.trained[name].cpu().clone() for name in sorted(self.trained.changed)}
         held_out = [trigger for trigger in self.triggers if trigger.held_out]
         others = [t for t in self.triggers if not t.held_out and t.round <= self._measured["rounds"]]
         facts = {
@@ -281,7 +290,7 @@ class Vaccination(Resumable):
             ],
             "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.model_dump().items()},
         }  # fmt: skip
-        return VaccineResult(weights, factors, facts)
+        return VaccineResult(weights, facts)
 
     def state(self, phase: str, done: int) -> State:
         names = list(self.trained.trained)

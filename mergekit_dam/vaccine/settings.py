@@ -65,7 +65,7 @@ class VaccineSettings(StrictSettings):
 
 # benchmarks with small models: see docs/vaccine.md
 _IMAGES = {
-    "triggers": 18, "plant_steps": 150, "unlearn_steps": 150, "batch_size": 56, "learning_rate": 2e-4, "checks": 64,
+    "triggers": 18, "plant_steps": 300, "unlearn_steps": 150, "batch_size": 56, "learning_rate": 2e-4, "checks": 64,
 }  # fmt: skip
 _TEXTS = {
     "triggers": 8, "plant_steps": 80, "unlearn_steps": 80, "batch_size": 32, "learning_rate": 1e-4, "checks": 64,
