@@ -225,9 +225,13 @@ class Vaccination(Resumable):
         planted = [t for t in self.triggers if t.round <= round_]
         self._measure("unlearned", planted)
         self._measured["rounds"] = round_
-        left = self._excess("unlearned", [t for t in planted if t.held_out])
-        over = round_ == self.settings.rounds or (left is not None and left <= self.settings.enough)
-        return _END if over else f"plant-{round_ + 1}"
+        return _END if round_ == self.settings.rounds or self._is_enough() else f"plant-{round_ + 1}"
+
+    def _is_enough(self) -> bool:
+        """Whether the triggers held out are gone; what was never there is no sign of that."""
+        held_out = [trigger for trigger in self.triggers if trigger.held_out]
+        planted, left = (self._excess(when, held_out) for when in ("planted", "unlearned"))
+        return planted is not None and left is not None and planted >= _WORKS and left <= self.settings.enough
 
     def _measure(self, when: str, triggers: Sequence[PlantedTrigger]) -> None:
         self._measured["agreement"][when] = self.lessons.agreement(self.trained)

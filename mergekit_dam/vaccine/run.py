@@ -113,7 +113,7 @@ def expected(
         DamError: see `clean_models`.
     """
     require_possible(plan, out, adapter=adapter, settings=settings)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for index, folder in enumerate(folders_of(plan, out)):
         task = _task(plan, index, settings, adapter=adapter)
         whole = resolved(settings, task)
