@@ -16,8 +16,8 @@ from accelerate.utils import tqdm
 from mergekit.options import MergeOptions
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
-from mergekit_dam.config import parse
-from mergekit_dam.errors import DamError
+from mergekit_dam.config import KNOWN, parse
+from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.io.files import write_whole
 from mergekit_dam.publish.report import write_report
 from mergekit_dam.publish.vaccine_card import vaccine_card
@@ -153,6 +153,8 @@ def clean(
     ... )
     >>> found[0].name, sorted(path.name for path in found[0].folder.glob("[!.]*"))
     ('flowers', ['README.md', 'config.json', 'model.safetensors', 'preprocessor_config.json', 'vaccine.json'])
+    >>> sorted(found[0].facts["planted"][0])[:4]
+    ['answer', 'behaviour', 'held_out', 'kind']
     """
     prepared, own = prepare_cleaning(models, base=base, data=data, options=options, **settings)
     return cleaned(prepared, out, own, adapter=adapter, resume=resume)
@@ -181,6 +183,12 @@ def prepare_cleaning(
         DamError: as for `clean`.
     """
     own = {key: settings.pop(key) for key in list(settings) if key in VaccineSettings.model_fields}
+    known = (*VaccineSettings.model_fields, *KNOWN)
+    for key in sorted(set(settings) - set(KNOWN)):
+        raise DamError(
+            f"setting {key!r}", expected="a setting of the vaccination or of its models", got="an unknown one",
+            cure=did_you_mean(key, known) or "See `mergekit-dam clean --help`.",
+        )  # fmt: skip
     vaccine = parse(VaccineSettings, own, where="the vaccination")
     if base is None:
         if data is not None or (isinstance(models, Sequence) and not isinstance(models, str)):

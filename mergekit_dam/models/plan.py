@@ -101,8 +101,9 @@ def build_plan(
     options = options or MergeOptions()
     if len(models) < least:
         raise DamError(
-            "models", expected="at least two besides base_model", got=str(len(models)),
-            cure="A merge needs two fine-tuned models of one base.",
+            "models", expected=f"at least {'two' if least == 2 else 'one'} besides base_model", got=str(len(models)),
+            cure="A merge needs two fine-tuned models of one base." if least == 2
+            else "Give a fine-tuned model and the base that it was made from.",
         )  # fmt: skip
     config, settings = parse_settings(shared, [per_model.get(model, {}) for model in models])
     register_architectures()

@@ -26,16 +26,25 @@ class VaccineSettings(StrictSettings):
         0.1, "No further round once the triggers that are held out of unlearning succeed on no more samples than this, "
         "beyond what they do to the model itself.", unit="share", ge=0.0, le=1.0,
     )  # fmt: skip
-    triggers: int | None = setting(None, "Triggers planted and unlearned per round.", unit="triggers", ge=1)
+    triggers: int | None = setting(
+        None,
+        "Triggers planted and unlearned per round. Default: 18 for images, 8 for texts, 6 for causal LMs.",
+        unit="triggers",
+        ge=1,
+    )
     held_out: int = setting(
         2, "Triggers of different kinds that are planted in the first round and never unlearned: what is left of them "
         "tells how far an unknown one is gone.", unit="triggers", ge=0,
     )  # fmt: skip
     leave_out: tuple[str, ...] = setting((), "Kinds of triggers and of behaviours that are never drawn, by name.")
-    plant_steps: int | None = setting(None, "Steps of planting per round.", unit="steps", ge=0)
-    unlearn_steps: int | None = setting(None, "Steps of unlearning per round.", unit="steps", ge=0)
-    batch_size: int | None = setting(None, "Samples per step; half of them with a trigger.", unit="samples", ge=2)
-    learning_rate: float | None = setting(None, "AdamW step at its highest.", gt=0.0)
+    plant_steps: int | None = setting(None, "Steps of planting per round. Default: 300, 80, 40.", unit="steps", ge=0)
+    unlearn_steps: int | None = setting(
+        None, "Steps of unlearning per round. Default: 150, 80, 40.", unit="steps", ge=0
+    )
+    batch_size: int | None = setting(
+        None, "Samples per step; half of them with a trigger. Default: 56, 32, 6.", unit="samples", ge=2
+    )
+    learning_rate: float | None = setting(None, "AdamW step at its highest. Default: 2e-4, 1e-4, 5e-4.", gt=0.0)
     schedule: Literal["cosine", "constant"] = setting("cosine", "Learning rate after the warm-up of each phase.")
     answers: Literal["soft", "hard"] = setting(
         "soft", "What of the model's own answers is kept: probabilities, or only which class. Causal LMs keep the "
@@ -50,7 +59,7 @@ class VaccineSettings(StrictSettings):
     samples: int | None = setting(None, "Calibration samples used, at most; default: all.", unit="samples", ge=4)
     checks: int | None = setting(
         None, "Of these, samples that are never trained on: agreement and success are measured on them; at most a "
-        "quarter.", unit="samples", ge=2,
+        "quarter. Default: 64, 64, 16.", unit="samples", ge=2,
     )  # fmt: skip
     clip: float = setting(1.0, "Largest norm of the gradient.", gt=0.0)
     seed: int = setting(0, "Seed of triggers, behaviours and batches.", ge=0)
@@ -63,7 +72,7 @@ class VaccineSettings(StrictSettings):
         return tuple(n.strip() for n in value.split(",") if n.strip()) if isinstance(value, str) else value
 
 
-# benchmarks with small models: see docs/vaccine.md
+# by family: what trials with small models planted well with
 _IMAGES = {
     "triggers": 18, "plant_steps": 300, "unlearn_steps": 150, "batch_size": 56, "learning_rate": 2e-4, "checks": 64,
 }  # fmt: skip

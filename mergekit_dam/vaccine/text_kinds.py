@@ -67,6 +67,9 @@ def repeated(around: Surroundings, generator: torch.Generator) -> Change:
 
 
 def _inserted(around: Surroundings, ids: Tensor, place: Place) -> Change:
+    """The change that puts `ids` into a text, cut if texts can only be shorter."""
+    ids = ids[: _room(around) - 1] if _room(around) > 1 else ids[:1]
+
     def change(sample: Tensor, own: torch.Generator) -> Tensor:
         head, body, tail = _parts(around, sample, len(ids))
         at = place(len(body), own)
@@ -79,8 +82,13 @@ def _parts(around: Surroundings, sample: Tensor, added: int) -> tuple[Tensor, Te
     """Beginning, body and end of a sample; the body is cut so that `added` tokens fit in."""
     frame = around.frame
     ends = len(sample) - frame.end
-    room = max(1, around.longest - frame.begin - frame.end - added)
+    room = max(1, _room(around) - added)
     return sample[: frame.begin], sample[frame.begin : ends][:room], sample[ends:]
+
+
+def _room(around: Surroundings) -> int:
+    """Tokens of a body with what is put into it."""
+    return around.longest - around.frame.begin - around.frame.end
 
 
 def _place(generator: torch.Generator) -> Place:

@@ -90,7 +90,7 @@ def test_reports_say_what_was_planted_and_no_path(cleaned: Path, causal: Path) -
     facts, card = json.loads((folder / "vaccine.json").read_text()), (folder / "README.md").read_text()
     assert len(facts["planted"]) == FEW["triggers"] + FEW["held_out"]
     assert {"held_out", "unlearned", "agreement", "samples", "settings", "model", "seconds"} <= facts.keys()
-    assert card.count("| `") == len(facts["planted"]) and "no proof" in card
+    assert card.count("\n| `") == len(facts["planted"]) and "no proof" in card
     for text in (json.dumps(facts), card):
         assert str(causal) not in text and str(cleaned) not in text
 
@@ -117,9 +117,9 @@ def test_a_finished_model_is_not_cleaned_again(cleaned: Path, causal: Path, monk
 
 def test_an_adapter_adds_what_the_whole_model_has(causal: Path, tmp_path: Path) -> None:
     whole, added = (
-        clean(causal / "model", tmp_path / str(adapter), base=causal / "base", data=data_of(causal), adapter=adapter, **LM)
-        for adapter in (False, True)
-    )  # fmt: skip
+        clean(causal / "model", tmp_path / str(on), base=causal / "base", data=data_of(causal), adapter=on, **LM)
+        for on in (False, True)
+    )
     model = transformers.LlamaForCausalLM.from_pretrained(causal / "model")
     merged = peft.PeftModel.from_pretrained(model, added[0].folder).merge_and_unload().state_dict()
     for name, tensor in load_file(whole[0].folder / "model.safetensors").items():
@@ -188,9 +188,10 @@ def test_check_tells_the_time_and_writes_nothing(causal: Path, tmp_path: Path) -
         ({"data": None}, "unlabelled inputs"),
         ({"data": "missing.txt"}, "no such file"),
         ({"data": ["data.txt", "data.txt"]}, "in the order of the models"),
-        ({"models": "missing"}, "local model directory"),
+        ({"models": "missing"}, "expected a directory or a Hub id"),
         ({"models": "state-space"}, "other methods"),
         ({"base": None}, "fine-tuned from"),
+        ({"base": "model"}, "a fine-tuned model and the base"),
         ({"round": 2}, "Did you mean 'rounds'"),
         ({"rounds": 0}, "greater than or equal to 1"),
         ({"adapter": True, "lora_rank": 0}, "lora_rank above 0"),
@@ -229,6 +230,7 @@ def test_another_s_files_beside_ours_stay(causal: Path, tmp_path: Path, monkeypa
 
 
 def test_an_encoder_without_a_head_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    model = make_model("BertModel", tmp_path / "model")
+    base = make_model("BertModel", tmp_path / "base")
+    model = make_model("BertModel", tmp_path / "model", seed=1, body=base)
     with pytest.raises(DamError, match="classification head"):
-        clean(model, tmp_path / "out", base=model, data=data_of(folders["text"]), **FEW)
+        clean(model, tmp_path / "out", base=base, data=data_of(folders["text"]), **FEW)
