@@ -66,8 +66,12 @@ def _fill(target: int, source: int) -> None:
 
 def write_run(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     """`run.json`: what differs between runs on equal inputs, and hence is no part of the masks' metadata."""
-    revisions = {model.name: revision_of(model) for model in (plan.base, *plan.models)}
-    write_whole(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions}, indent=1))
+    write_whole(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions_of(plan)}, indent=1))
+
+
+def revisions_of(plan: Plan) -> dict[str, str | None]:
+    """Hub commit per model name, None for a local folder; theta_0 is called `base`."""
+    return {model.name: revision_of(model) for model in (plan.base, *plan.models)}
 
 
 def save_heads(tasks: Iterable[Task], folder: Path) -> None:

@@ -120,7 +120,7 @@ class LearnedMasks:
 
 
 def describe(plan: Plan, digests: Mapping[str, str], samples: Mapping[str, list[str]]) -> dict[str, Any]:
-    """What the masks depend on, as JSON: settings, base, models, seed. The cache key is its hash.
+    """What the masks depend on, as JSON: settings, base, models.
 
     Args:
         digests: model name (`base` for theta_0) -> content hash of its weight files.

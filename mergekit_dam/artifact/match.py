@@ -11,6 +11,7 @@ from mergekit_dam.artifact.masks_file import LearnedMasks, load
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError
 from mergekit_dam.models.plan import Plan
+from mergekit_dam.tasks.content import BY_CONTENT
 
 LOG = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
         for name, tensor in student.items():
             if written.get(name) != tuple(tensor.shape):
                 raise refuse(f"student's {name}", written.get(name, "no such tensor"), tuple(tensor.shape))
-    for key in sorted(plan.config.model_fields_set - NOT_LEARNED):
+    for key in sorted(plan.config.model_fields_set - NOT_LEARNED - BY_CONTENT):
         if recorded["settings"].get(key) != getattr(plan.config, key):
             raise refuse(f"setting {key}", recorded["settings"].get(key), getattr(plan.config, key))
 

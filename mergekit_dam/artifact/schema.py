@@ -22,6 +22,7 @@ from pydantic import (
 )
 from torch import Tensor
 
+from mergekit_dam.io.digests import tensor_digest
 from mergekit_dam.merging.mask_bytes import STEPS
 from mergekit_dam.merging.mask_keys import own_key, owned_name
 
@@ -159,7 +160,7 @@ def checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     names = sorted(tensors)
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets go of Python's lock
-        for name, part in zip(names, pool.map(lambda name: _bytes_digest(tensors[name]), names), strict=True):
+        for name, part in zip(names, pool.map(lambda name: tensor_digest(tensors[name]), names), strict=True):
             digest.update(repr((name, str(tensors[name].dtype), tuple(tensors[name].shape), part)).encode())
     return digest.hexdigest()
 
@@ -178,8 +179,3 @@ def check_content(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
             raise ValueError(f"no {CHECKSUM}, but {unknown[0][:80]!r}")
     elif metadata[CHECKSUM] != checksum(metadata, tensors):
         raise ValueError("content that does not match its checksum")
-
-
-def _bytes_digest(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -12,7 +12,7 @@ Kept are all suspects, and of every model the class that came nearest. Legend: C
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,16 @@ def save_triggers(
         tensors |= {f"{i}.{name}": tensor.contiguous().cpu() for name, tensor in parts.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"dam_triggers": json.dumps(entries)})
+
+
+def rename_entries(path: Path, rename: Callable[[list[Any]], list[Any]]) -> None:
+    """Change the JSON entries of the file, if there is one; tensors stay as they are."""
+    if path.is_file():
+        with safe_open(str(path), framework="pt") as file:
+            entries = rename(json.loads((file.metadata() or {})["dam_triggers"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator there)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"dam_triggers": json.dumps(entries)})
 
 
 def load_triggers(path: Path) -> list[Recovered]:

@@ -1,4 +1,4 @@
-"""The device that a setting names."""
+"""The device that a setting or an option names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from mergekit_dam.errors import DamError
 CPU = torch.device("cpu")
 
 
-def device_of(name: str) -> torch.device:
-    """`auto` is accelerate's choice."""
+def device_of(name: str, what: str = "setting 'device'") -> torch.device:
+    """The device called `name`; `auto` is accelerate's choice.
+
+    Args:
+        what: where the name was given, for the error.
+
+    Raises:
+        DamError: this machine has none of that name.
+    """
     if name == "auto":
         chosen: torch.device = Accelerator().device
         return chosen
@@ -19,6 +26,6 @@ def device_of(name: str) -> torch.device:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise DamError(
-            "setting 'device'", expected="auto, cpu or an accelerator of this machine", got=name,
-            cure="Leave it out to let accelerate pick.",
+            what, expected="cpu or an accelerator of this machine", got=f"{name}, which is not here",
+            cure="Leave it out, or run where there is one.",
         ) from error  # fmt: skip

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.files import file_digest, flush
+from mergekit_dam.io.digests import file_digest
+from mergekit_dam.io.files import flush
 
 _FACTS = "facts.json"
 _NAME = "snapshot"

@@ -103,7 +103,7 @@ class StudentVectors(TaskVectors):
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         super().__init__(plan)
-        self._files = [safe_open(student_file(folder, model.name), framework="pt") for model in plan.models]
+        self._files = [safe_open(student_file(folder, t), framework="pt") for t in range(len(plan.models))]
         self._taught = [frozenset(file.keys()) for file in self._files]
         names = [model.name for model in plan.models]
         self.agreement = {n: float(f.metadata()[AGREEMENT]) for n, f in zip(names, self._files, strict=True)}
@@ -120,5 +120,6 @@ class StudentVectors(TaskVectors):
         return tuple({name: file.get_tensor(name) for name in file.keys()} for file in self._files)  # noqa: SIM118
 
 
-def student_file(folder: Path, name: str) -> Path:
-    return folder / STUDENTS_FOLDER / f"{name}.safetensors"
+def student_file(folder: Path, index: int) -> Path:
+    """Where the student of the model at this position is: a run that goes on may call the model otherwise."""
+    return folder / STUDENTS_FOLDER / f"{index}.safetensors"

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mergekit_dam.errors import DamError, did_you_mean, first_line
-from mergekit_dam.io.files import file_digest
+from mergekit_dam.io.digests import file_digest
 
 Kind = Literal["image", "text"]
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})

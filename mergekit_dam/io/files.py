@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import tempfile
@@ -15,7 +14,6 @@ from filelock import FileLock
 from mergekit_dam.errors import DamError
 
 _LOCK = ".report.lock"
-_HASH_CHUNK = 1 << 24  # bytes read at a time: large enough that hashing, not the call, takes the time
 
 
 @contextmanager
@@ -61,15 +59,6 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file (hex)."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def writing_facts(folder: Path) -> FileLock:

@@ -66,10 +66,10 @@ class PaperSearch(MaskSearch):
         state = mask_state(self.masks, self.optimisers, {"phase": phase, "done": done})
         state.tensors |= {"coefficients": self.coefficients}
         state.tensors |= adam_state(self.coefficient_optimiser, "adam", ["coefficients"])
-        for index, task in enumerate(self.tasks):
+        for index in range(len(self.tasks)):
             if self.shards.owns(index):
-                state.tensors |= {f"perturbation/{task.name}": self.perturbations[index].delta}
-                state.tensors |= adam_state(self.ascents[index], "adam/perturbation", [task.name])
+                state.tensors |= {f"perturbation/{index}": self.perturbations[index].delta}
+                state.tensors |= adam_state(self.ascents[index], "adam/perturbation", [str(index)])
         return state
 
     def lay_out(self, facts: Mapping[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from filelock import FileLock
 from mergekit_dam.artifact.folder import METRICS_FILE, TRIGGERS_FILE, save_heads, write_run
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, describe, load, save
 from mergekit_dam.artifact.match import load_cached, verify
+from mergekit_dam.artifact.relabel import relabel
 from mergekit_dam.artifact.triggers_file import save_triggers
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.device import CPU, device_of
@@ -27,7 +26,7 @@ from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.cache import cache_folder, code_digest, library_versions
+from mergekit_dam.io.cache import cache_folder, library_versions
 from mergekit_dam.io.files import require_own
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.journal import Recorder, Tracker, open_journal
@@ -38,6 +37,7 @@ from mergekit_dam.merging.triton_merge import warn_without_kernels
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks import Task, build_tasks
+from mergekit_dam.tasks.content import content_key
 
 LOG = logging.getLogger(__name__)
 _OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
@@ -75,9 +75,7 @@ def learn_masks(
     place = CPU if count > 1 else device or device_of(plan.config.device)
     tasks = build_tasks(plan, place)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
-    facts = [description, library_versions(), code_digest()]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_folder() / key
+    folder = cache_folder() / content_key(plan, tasks, digests)
     if first:
         _make(folder)
     # a second run on the same inputs waits and then finds the masks
@@ -86,6 +84,7 @@ def learn_masks(
         if shards.union({"there": cached is not None} if first else {})["there"]:
             masks = cached or load(folder / MASKS_FILE)
             if first:
+                masks = relabel(folder, masks, description, plan)
                 LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
                 _warn(masks)
             return folder, masks

@@ -71,10 +71,10 @@ def teach_all(
     shards.barrier()
     for index, task in enumerate(tasks):
         assert isinstance(task, TextTask), "other tasks are defended"
-        if shards.owns(index) and not student_file(folder, task.name).is_file():
+        if shards.owns(index) and not student_file(folder, index).is_file():
             base = {spec.name: vectors.base(spec.name).to(task.device) for spec in plan.tensors}
             student, agreement = teach(task, base, plan.config, progress)
-            with replacing(student_file(folder, task.name)) as temporary:
+            with replacing(student_file(folder, index)) as temporary:
                 kept = {name: tensor.contiguous().cpu() for name, tensor in student.items()}
                 save_file(kept, temporary, metadata={AGREEMENT: f"{agreement:.4f}"})
     shards.barrier()

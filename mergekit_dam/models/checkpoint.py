@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import file_state, found_out
-from mergekit_dam.io.files import file_digest
+from mergekit_dam.io.digests import file_digest
 from mergekit_dam.io.untrusted import load_json
 
 _INDEX = "model.safetensors.index.json"

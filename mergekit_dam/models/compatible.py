@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.models.checkpoint import Checkpoint
+from mergekit_dam.models.parameter_names import meta_model, module_names
 
 _PACKED = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 _SCALES = (
@@ -78,13 +79,18 @@ def _layers(config: PretrainedConfig) -> int | None:
 def missing_tensor(model: Model, weight: WeightInfo, checkpoint: Checkpoint) -> DamError:
     """What to say of a model that lacks a tensor that mergekit requires."""
     prefix = next((n[: -len(weight.name)] for n in checkpoint.names if n.endswith(f".{weight.name}")), None)
+    if prefix:
+        got = f"none of that name among {len(checkpoint.names)}; its names begin with {prefix!r}"
+        cure = "Save the model again without the wrapper that renames its tensors."
+    elif not module_names(meta_model(model.config, torch.device("cpu")), [weight.name]):
+        got = "none, and its config asks for none"
+        cure = "mergekit's definition of this architecture is of another variant: mergekit cannot merge this one."
+    else:
+        got = f"none of that name among {len(checkpoint.names)} (such as {checkpoint.names[0]})"
+        cure = "Download or save the model again; it lacks weights."
     return DamError(
-        f"model {model.name}", expected=f"the tensor {weight.name}, as its architecture has it",
-        got=f"none of that name among {len(checkpoint.names)}"
-        + (f"; its names begin with {prefix!r}" if prefix else f" (such as {checkpoint.names[0]})"),
-        cure="Save the model again without the wrapper that renames its tensors." if prefix
-        else "Download or save the model again; it lacks weights.",
-    )  # fmt: skip
+        f"model {model.name}", expected=f"the tensor {weight.name}, as its architecture has it", got=got, cure=cure
+    )
 
 
 def require_equal_tying(base: Model, model: Model, weight: WeightInfo) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import os
+import re
 import threading
 import warnings
 from typing import Any
@@ -27,6 +28,12 @@ from transformers import PretrainedConfig
 
 _LOCK = threading.Lock()
 _LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+# what mergekit asks of every model of a class: buffers that new files of GPT-NeoX do not hold and that are computed,
+# and norms that only some sizes of Command R have
+_VARIANTS: dict[str, tuple[str, str | None]] = {
+    "GPTNeoXForCausalLM": (r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$", None),
+    "CohereForCausalLM": (r"\.self_attn\.[qk]_norm\.weight$", "use_qk_norm"),
+}
 _SINGLE = ("vit", "bert", "roberta", "distilbert", "clip_vision")
 
 
@@ -124,6 +131,40 @@ class EncoderArchitecture(ModuleArchitecture, BaseModel, frozen=True):
         )
 
 
+class VariantArchitecture(ModuleArchitecture, BaseModel, frozen=True, arbitrary_types_allowed=True):
+    """mergekit's own definition without tensors that only some models of the class have.
+
+    Args:
+        original: the definition.
+        left_out: pattern of the names.
+        kept_if: entry of config.json with which a model has them; None: no model needs them.
+    """
+
+    original: ModuleArchitecture
+    left_out: str
+    kept_if: str | None
+
+    def name(self) -> str:
+        return str(getattr(self.original, "name", lambda: "")())
+
+    def num_layers_config_key(self) -> str:
+        return str(self.original.num_layers_config_key())
+
+    def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        return self._of_variant(self.original.pre_weights(config), config)
+
+    def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
+        return self._of_variant(self.original.layer_weights(index, config) or [], config)
+
+    def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        return self._of_variant(self.original.post_weights(config), config)
+
+    def _of_variant(self, weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInfo]:
+        if self.kept_if is not None and getattr(config, self.kept_if, False):
+            return weights
+        return [weight for weight in weights if not re.search(self.left_out, weight.name)]
+
+
 def _class_name(config: PretrainedConfig) -> str:
     return str((config.architectures or [""])[0])
 
@@ -185,6 +226,14 @@ def _model(
     )  # fmt: skip
 
 
+def _by_variant(known: ModelArchitecture, left_out: str, kept_if: str | None) -> ModelArchitecture:
+    modules = {}
+    for key, part in known.modules.items():
+        variant = VariantArchitecture(original=part.architecture, left_out=left_out, kept_if=kept_if)
+        modules[key] = part.model_copy(update={"architecture": variant})
+    return known.model_copy(update={"modules": modules})
+
+
 def register_family(tensors: EncoderTensors) -> None:
     """Make mergekit know the classes of one more family; what it knew of them before is replaced."""
     from mergekit.architecture import json_definitions
@@ -204,6 +253,8 @@ def register_architectures() -> None:
             if not _is_ours(table.get("BertModel")):
                 for name, architecture in _architectures().items():
                     table[name] = [architecture]
+                for name, variant in _VARIANTS.items():
+                    table[name] = [_by_variant(known, *variant) for known in table.get(name, [])]
     except Exception as error:
         warnings.warn(f"mergekit-dam: model families not registered: {error!r}", stacklevel=2)
 

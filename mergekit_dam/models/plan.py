@@ -45,6 +45,7 @@ class TensorSpec:
         base_source: its name in the base's checkpoint.
         sources: per model its name there, or None where the model lacks it (task vector 0).
         mask_name: whose mask applies; tied tensors share one.
+        vocabulary_axis: axis with a row per token; None of other tensors.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TensorSpec:
     base_source: str
     sources: tuple[str | None, ...]
     mask_name: str
+    vocabulary_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,15 @@ def _tensor_specs(
             if source is not None and own.shape(source) != shape:
                 raise _shape_error(weight, base, shape, model, own.shape(source))
         mask_name = weight.tied_names[0] if tied and weight.tied_names else weight.name
-        yield TensorSpec(weight.name, shape, checkpoint.dtype(base_source), base_source, tuple(sources), mask_name)
+        yield TensorSpec(
+            weight.name,
+            shape,
+            checkpoint.dtype(base_source),
+            base_source,
+            tuple(sources),
+            mask_name,
+            weight.vocabulary_axis,
+        )
 
 
 def _source(spellings: Sequence[str], tied: Sequence[str] | None, checkpoint: Checkpoint) -> str | None:

@@ -41,7 +41,10 @@ def check_coverage(weights: Iterable[WeightInfo], base_names: Iterable[str], *, 
 def verify_output(
     output: Path, base: Path, *, dtype: torch.dtype | None = None, base_config: PretrainedConfig | None = None
 ) -> None:
-    """Compare a merged directory with its base by names, shapes and types, from the headers alone.
+    """Compare a merged directory with its own config.json and its base by names, shapes and types, from headers alone.
+
+    The sizes are those of the output's config, since a recipe may change vocabulary and depth; what the base's own
+    files lack, the output need not have.
 
     Args:
         output: what mergekit wrote.
@@ -53,29 +56,32 @@ def verify_output(
         DamError: tensors missing, added, or of another shape or type.
     """
     wanted, written = Checkpoint.open(base), Checkpoint.open(output)
-    model = meta_model(base_config or AutoConfig.from_pretrained(base, trust_remote_code=False), torch.device("cpu"))
-    expected, got = _by_parameter(model, wanted), _by_parameter(model, written)
-    taken = model.state_dict()
+    cpu, config = torch.device("cpu"), base_config or AutoConfig.from_pretrained(base, trust_remote_code=False)
+    model = meta_model(config, cpu)
+    expected, taken = _by_parameter(model, wanted), model.state_dict()
+    own = AutoConfig.from_pretrained(output, trust_remote_code=False) if (output / "config.json").is_file() else config
+    own.architectures = config.architectures
+    merged = model if own.to_dict() == config.to_dict() else meta_model(own, cpu)
+    got, tied = _by_parameter(merged, written), tied_names(merged)
+    parameters = {name: tensor for name, tensor in merged.state_dict().items() if name not in tied}
     # a tensor that this class does not load, like an old position_ids buffer, may be kept or dropped
-    missing = [name for key, name in expected.items() if key in taken and key not in got]
-    extra = [name for key, name in got.items() if key not in expected]
+    missing = sorted(expected.get(n, n) for n in parameters if n not in got and (n in expected or n not in taken))
+    extra = [name for key, name in got.items() if key not in parameters and key not in expected]
     if missing or extra:
         raise DamError(
-            f"output {output}", expected=f"the {len(expected)} tensors of the base",
+            f"output {output}", expected=f"the {len(parameters)} tensors of its config.json",
             got=f"{len(missing)} missing ({_list(missing)}), {len(extra)} unknown ({_list(extra)})",
             cure="Do not use this output; report the architecture.",
         )  # fmt: skip
     for key, name in got.items():
-        source = expected[key]
-        shape, kind = written.shape(name), written.dtype(name)
-        floating = wanted.dtype(source).is_floating_point
-        if (
-            shape != wanted.shape(source)
-            or floating != kind.is_floating_point
-            or (dtype and floating and kind != dtype)
-        ):
+        source, shape, kind = expected.get(key), written.shape(name), written.dtype(name)
+        of_config = key in parameters and (key not in taken or parameters[key].shape != taken[key].shape)
+        size = tuple(parameters[key].shape) if of_config or source is None else wanted.shape(source)
+        like = parameters[key].dtype if source is None else wanted.dtype(source)
+        floating = like.is_floating_point
+        if shape != size or floating != kind.is_floating_point or (dtype and floating and kind != dtype):
             raise DamError(
-                f"tensor {name} of {output}", expected=f"{wanted.shape(source)} {dtype or wanted.dtype(source)}",
+                f"tensor {name} of {output}", expected=f"{size} {dtype or like}",
                 got=f"{shape} {kind}", cure="Do not use this output; report the architecture.",
             )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.merging.rule import merge
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.plugin.output import keep
-from mergekit_dam.plugin.planner import Context
+from mergekit_dam.plugin.planner import Context, kept_tokens
 
 _OVERFLOW = "Lower the models' weight, leave out a model with a huge task vector, or write bfloat16 or float32."
 _PROBES = 8  # places compared to tell whether mergekit handed over the planned tensor, and elements at each
@@ -41,6 +42,7 @@ class Applied:
         self.order = tuple(models)
         self.written = context and dtype_from_name(context.config.out_dtype)
         self.vectors = TaskVectors(plan)
+        self.kept = None if context is None else kept_tokens(context.config, plan)
         if context is not None and context.out_path is not None:
             keep(folder, Path(context.out_path))
 
@@ -55,23 +57,60 @@ class Applied:
                 cure="Use `models:` (slices that move or repeat layers cannot be masked).",
             )  # fmt: skip
         by_ref = {entry.id: entry.tensor for entry in group.non_base}
-        models = [by_ref.get(ref) for ref in self.order]
-        for planned, given in zip(
-            [self.vectors.base(name), *self.vectors.models(name)], [group.base.tensor, *models], strict=True
-        ):
-            if planned is not None and given is not None:
-                _require_same(name, planned, given)
         base: torch.Tensor = group.base.tensor
+        models = [by_ref.get(ref) for ref in self.order]
+        planned = [self.vectors.base(name), *self.vectors.models(name)]
+        rows = None
+        if self.kept is not None and spec.vocabulary_axis is not None:
+            rows = _Rows(spec.vocabulary_axis, self.kept, base.shape[spec.vocabulary_axis])
+        for there, given in zip(planned, [base, *models], strict=True):
+            if there is not None and given is not None:
+                pair = (there, given) if rows is None else (rows.of_tokens(there), rows.of_tokens(given))
+                _require_same(name, *pair)
         if not self.masks.has(spec.mask_name):
             return base.clone()
+        dtype, device = base.dtype, base.device
+        if rows is not None:  # masks are of the rows that the models have
+            base, models = (
+                self.vectors.base(name).to(device),
+                [None if one is None else one.to(device) for one in planned[1:]],
+            )
         if self.masks.students:
             found = (student.get(name) for student in self.masks.students)
-            models = [None if tensor is None else tensor.to(base.device) for tensor in found]
-        coefficients = self.masks.coefficients_of(spec.mask_name).to(base.device)
-        merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, base.device))
-        written = self.written or base.dtype
+            models = [None if tensor is None else tensor.to(device) for tensor in found]
+        coefficients = self.masks.coefficients_of(spec.mask_name).to(device)
+        merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, device))
+        if rows is not None:
+            merged = rows.resized(merged)
+        written = self.written or dtype
         require_finite(merged.to(written), f"merged tensor {name} in {written}", "the merge", _OVERFLOW)
-        return merged.to(base.dtype)
+        return merged.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How mergekit changes the vocabulary of a tensor: it keeps the rows of all tokens, and cuts or adds others.
+
+    Attributes:
+        axis: with a row per token.
+        tokens: rows that stay in their places.
+        total: rows of the output.
+    """
+
+    axis: int
+    tokens: int
+    total: int
+
+    def of_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows that stay."""
+        return tensor.narrow(self.axis, 0, self.tokens)
+
+    def resized(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows that stay, and their mean in each that is added, as mergekit fills them."""
+        kept = self.of_tokens(tensor)
+        count = self.total - self.tokens
+        mean = kept.mean(self.axis, keepdim=True).repeat_interleave(count, self.axis)
+        return torch.cat([kept, mean], self.axis)
 
 
 def _require_same(name: str, planned: torch.Tensor, given: torch.Tensor) -> None:

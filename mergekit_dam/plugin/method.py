@@ -40,9 +40,9 @@ from mergekit_dam.plugin.planner import (
     Handed,
     configured,
     forget_planners,
+    kept_tokens,
     planner_context,
     planner_of,
-    refuse_changed_vocabulary,
     refuse_moved_layers,
     require_chat_template,
 )
@@ -158,7 +158,7 @@ class DAM(GroupMergeMethod):
                 run.plan = run.handed.plan  # `plan_of` compared the vocabularies
             else:
                 run.plan = _build_plan(run)
-                refuse_changed_vocabulary(context.config, run.plan)
+                kept_tokens(context.config, run.plan)
             if context.out_path is not None:
                 inputs = [model.path for model in (run.plan.base, *run.plan.models)]
                 self._outputs.claim(Path(context.out_path), inputs, until=planner_of(context).out_model_config)

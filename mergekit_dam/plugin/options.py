@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-import torch
 from mergekit.options import MergeOptions
 
+from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 
 
@@ -22,15 +22,7 @@ def require_options(options: MergeOptions) -> None:
             cure="Leave it out: pickle can run code, and an output in it cannot be compared with its base.",
         )  # fmt: skip
     device = str(options.device or "cpu")
-    if device == "cpu":
-        return
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DamError(
-            f"option {'--cuda' if device == 'cuda' else '--device'}", expected="an accelerator of this machine",
-            got=f"{device}, which is not here", cure="Leave it out, or run where there is one.",
-        ) from error  # fmt: skip
+    device_of(device, f"option {'--cuda' if device == 'cuda' else '--device'}")
 
 
 def refuse_launcher() -> None:

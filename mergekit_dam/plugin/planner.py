@@ -179,7 +179,7 @@ def plan_of(config: Any, options: MergeOptions, *, least: int = 2) -> Plan:
     refs = [ref for ref in own if ref != config.base_model]
     shared = dict(config.parameters or {})
     plan = build_plan(config.base_model, refs, shared=shared, per_model=own, options=options, least=least)
-    refuse_changed_vocabulary(config, plan)
+    kept_tokens(config, plan)
     return plan
 
 
@@ -193,23 +193,34 @@ def _entries(config: Any) -> Iterator[Any]:
             yield from output.sources
 
 
-def refuse_changed_vocabulary(config: Any, plan: Plan) -> None:
-    """Refuse a tokenizer setting that makes mergekit change the rows that masks are learned on.
+def kept_tokens(config: Any, plan: Plan) -> int | None:
+    """Rows of embedding and head that mergekit keeps where a tokenizer setting makes it cut or add rows.
+
+    Masks are learned on the rows that the models have. A row that no token stands for can be cut, and rows can be added
+    after the last token; tokens that move or have another source cannot be masked.
+
+    Returns:
+        N: the first N rows stay in their places; None without such a setting.
 
     Raises:
-        DamError: embeddings with more or fewer rows than there are tokens, or tokenizers that differ.
+        DamError: tokenizers that differ, tokens without a row, or sources of single tokens.
     """
     if not (config.tokenizer_source or config.tokenizer):
-        return
+        return None
     which = "tokenizer_source" if config.tokenizer_source else "tokenizer"
     cure = f"Leave out {which} (the output gets the base's tokenizer), or apply it in a stage of its own."
     folders = [model.path for model in (plan.base, *plan.models)]
     words = tokenizer_of(folders, "base").get_vocab()
     rows = int(plan.base.config.get_text_config().vocab_size)
-    if rows != len(words):
+    if sorted(words.values()) != list(range(len(words))) or len(words) > rows:
         raise DamError(
-            f"setting {which}", expected=f"as many tokens as the embedding has rows ({rows})",
-            got=f"{len(words)} tokens: mergekit would change the rows", cure=cure,
+            f"setting {which}", expected=f"tokens 0 to at most {rows - 1}, the rows of the embedding, without a gap",
+            got=f"{len(words)} tokens up to {max(words.values())}: mergekit would move rows", cure=cure,
+        )  # fmt: skip
+    if config.tokenizer is not None and config.tokenizer.tokens:
+        raise DamError(
+            f"setting {which}.tokens", expected="none for dam", got=", ".join(list(config.tokenizer.tokens)[:3]),
+            cure="Give tokens another source in a stage of its own (mergekit-multi), and merge its output with dam.",
         )  # fmt: skip
     for model in plan.models:
         own = tokenizer_of((model.path, plan.base.path), model.name).get_vocab()
@@ -218,3 +229,4 @@ def refuse_changed_vocabulary(config: Any, plan: Plan) -> None:
                 f"setting {which}", expected="one vocabulary in all models",
                 got=f"another in {model.name}: mergekit would move rows", cure=cure,
             )  # fmt: skip
+    return len(words)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from mergekit_dam.engine.recomputed import recomputed_blocks
 from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, slots_of, streamed_blocks, swapped
 from mergekit_dam.engine.trained_module import TrainedModule
+from mergekit_dam.io.digests import tensor_digest
 from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.parameter_names import meta_model, module_names, tied_names
@@ -23,6 +26,7 @@ from mergekit_dam.tasks.bounds import Bounds, Perturb
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]  # wraps steps in a progress bar with a title
 _ZERO_SHOT = ("text_model.", "text_projection.", "logit_scale")  # of a full CLIP: what makes its head
+_NO_CONTENT = ("_name_or_path", "transformers_version")  # of configs
 Target = int | tuple[int, ...]  # what a backdoor makes a model answer: a class, or the tokens of a continuation
 
 
@@ -77,6 +81,21 @@ class Task(ABC):
         self.block_of = blocks_of(self.module)
         tied = {*self._tied, *self._tied.values()}
         self._slots = slots_of(self.module, {*self.targets.values(), *self._head_targets, *tied})
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that the answers depend on beside the weights: class, config, samples, heads.
+
+        Names of folders and files do not enter; their content does.
+        """
+        known = [type(self.module).__name__, _without_names(self.input.config.to_dict())]
+        found = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+        for tensor in self.read_tensors():
+            found.update(repr((str(tensor.dtype), tuple(tensor.shape), tensor_digest(tensor))).encode())
+        return found.hexdigest()
+
+    @abstractmethod
+    def read_tensors(self) -> Sequence[Tensor]:
+        """What was read beside the model's weights: samples as the model sees them, prompts, a head's file."""
 
     @abstractmethod
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
@@ -224,6 +243,13 @@ class Task(ABC):
             if target in self.block_of:
                 found.setdefault(self.block_of[target], {})[target] = name
         return found
+
+
+def _without_names(config: Any) -> Any:
+    """A config without what says where it came from, at any depth."""
+    if isinstance(config, dict):
+        return {str(key): _without_names(value) for key, value in config.items() if key not in _NO_CONTENT}
+    return [_without_names(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
 class Parameters(dict[str, Tensor]):

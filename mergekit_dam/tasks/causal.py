@@ -88,6 +88,11 @@ class CausalTask(TextTask):
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         return self._padded([self._answered[int(i)] for i in indices])
 
+    def read_tensors(self) -> Sequence[Tensor]:
+        # text that the model samples itself follows from its weights, the seed and the settings
+        texts = () if self.input.settings.calibration is None else self._sequences
+        return [*texts, self.special_tokens, self._ends]
+
     def prompts(self, indices: Tensor) -> dict[str, Tensor]:
         return super().inputs(indices)
 

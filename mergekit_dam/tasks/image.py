@@ -14,7 +14,15 @@ from mergekit_dam.io.images import Preprocessing
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.bounds import Bounds, Perturb
-from mergekit_dam.tasks.readout import Readout, class_names, linear_head, logits_of, prompts, zero_shot_head
+from mergekit_dam.tasks.readout import (
+    Readout,
+    class_names,
+    image_text_head,
+    linear_head,
+    own_head,
+    prompts,
+    zero_shot_head,
+)
 
 
 class ImageTask(Task):
@@ -43,14 +51,14 @@ class ImageTask(Task):
         """The class's own logits, a linear head, or a zero-shot head."""
         settings, kind = self.input.settings, type(self.module).__name__
         if kind.endswith("ForImageClassification"):
-            return logits_of
+            return own_head()
         if settings.head is not None:
             return linear_head(settings.head, _width(self.input.config, kind), self.name, self.device)
         if settings.classes is not None and kind == "CLIPModel":
             names = class_names(settings.classes, self.name)
             tokens = prompts(names, (self.input.path, plan.base.path), self.name)
             self._prompts = {key: tensor.to(self.device) for key, tensor in tokens.items()}
-            return lambda output: torch.as_tensor(output.logits_per_image).float()
+            return image_text_head()
         if settings.classes is not None and plan.config.zero_shot_model is not None:
             names = class_names(settings.classes, self.name)
             return zero_shot_head(names, plan.config.zero_shot_model, self.name, self.device)
@@ -58,6 +66,10 @@ class ImageTask(Task):
             f"model {self.name}", expected="a classification head, `head:`, or for CLIP `classes:`", got=kind,
             cure="CLIP vision models need `zero_shot_model:` beside `classes:`.",
         )  # fmt: skip
+
+    def read_tensors(self) -> Sequence[Tensor]:
+        scale = torch.tensor([self.preprocessing.mean, self.preprocessing.std])
+        return [self._pixels, scale, *self._prompts.values(), *self._read.tensors]
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         return {"pixels": self._pixels[indices].to(self.device).float() / 255}

@@ -6,6 +6,7 @@ A linear head from a file, or CLIP's zero-shot head from class names (arXiv 2103
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,23 @@ from mergekit_dam.io.hub_download import fetch
 from mergekit_dam.merging.checks import require_finite
 
 PROMPT = "a photo of a {}."
-Readout = Callable[[Any], Tensor]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """From an encoder's output to logits_BK.
+
+    Attributes:
+        read: the function.
+        tensors: what it multiplies with, from files beside the model.
+    """
+
+    read: Callable[[Any], Tensor]
+    tensors: tuple[Tensor, ...] = ()
+
+    def __call__(self, output: Any) -> Tensor:
+        return self.read(output)
 
 
 def has_tokenizer(folders: Sequence[Path]) -> bool:
@@ -55,10 +71,14 @@ def encoded(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[
     return [ids[1:] if len(ids) > 1 and ids[0] == ids[1] and ids[0] in first else ids for ids in found]
 
 
-def logits_of(output: Any) -> Tensor:
+def own_head() -> Readout:
     """The logits of a class with a head of its own."""
-    logits: Tensor = output.logits.float()
-    return logits
+    return Readout(lambda output: torch.as_tensor(output.logits).float())
+
+
+def image_text_head() -> Readout:
+    """The logits of a full CLIP, whose text tower is merged, too."""
+    return Readout(lambda output: torch.as_tensor(output.logits_per_image).float())
 
 
 def pooled(output: Any) -> Tensor:
@@ -95,7 +115,8 @@ def linear_head(source: str, width: int, owner: str, device: torch.device) -> Re
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             require_finite(tensor, name, f"head of {owner} ({source})")
-    return lambda output: F.linear(pooled(output), weight, bias)
+    given = (weight,) if bias is None else (weight, bias)
+    return Readout(lambda output: F.linear(pooled(output), weight, bias), given)
 
 
 def require_rows(encoded: Sequence[Sequence[int]], rows: int, tokenizer: Any, owner: str) -> None:
@@ -160,4 +181,4 @@ def zero_shot_head(names: Sequence[str], clip_path: str, owner: str, device: tor
         logits: Tensor = scale * F.normalize(embedded, dim=-1) @ features_KD.T
         return logits
 
-    return read
+    return Readout(read, (features_KD, projection, scale))

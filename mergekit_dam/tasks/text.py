@@ -16,7 +16,7 @@ from mergekit_dam.io.calibration import load_calibration
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.bounds import Bounds, Perturb
-from mergekit_dam.tasks.readout import Readout, encoded, linear_head, logits_of, require_rows, tokenizer_of
+from mergekit_dam.tasks.readout import Readout, encoded, linear_head, own_head, require_rows, tokenizer_of
 
 _NEAREST = 3  # words shown per recovered token
 
@@ -92,7 +92,7 @@ class TextTask(Task):
         """The class's own logits, or a linear head."""
         settings, kind = self.input.settings, type(self.module).__name__
         if kind.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel")):
-            return logits_of
+            return own_head()
         if settings.head is not None:
             return linear_head(settings.head, int(self.input.config.hidden_size), self.name, self.device)
         raise DamError(
@@ -114,6 +114,9 @@ class TextTask(Task):
         found = encoded(tokenizer, data.samples, plan.config.max_length)
         require_rows(found, self.num_words, tokenizer, self.name)
         return [torch.tensor(ids) for ids in found]
+
+    def read_tensors(self) -> Sequence[Tensor]:
+        return [*self._sequences, self.special_tokens, *self._read.tensors]
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         return self._padded(self.samples(indices))

@@ -27,6 +27,7 @@ from mergekit_dam.engine.snapshots import Resumable, Snapshots, State, adam_stat
 from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.engine.trained_module import AddedWeights, TrainedModule
 from mergekit_dam.errors import DamError
+from mergekit_dam.io.cache import code_digest
 from mergekit_dam.models.parameter_names import meta_model
 from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.base import Progress
@@ -69,7 +70,7 @@ def vaccinate(
         progress: wraps steps in a progress bar with a title.
         folder: where snapshots are kept, to go on from; None keeps none.
         resume: whether a snapshot that is found there is used.
-        identity: what else the result depends on, such as `start` or a head; a snapshot of another one is not used.
+        identity: of `start`, where it is given; a snapshot of another one is not used.
 
     Raises:
         DamError: too few samples, unknown names to leave out, or weights that diverged.
@@ -97,12 +98,13 @@ def vaccinate(
     return VaccineResult(result.weights, {**result.facts, "seconds": round(time.perf_counter() - begun, 1)})
 
 
-def identity_of(task: Task, settings: VaccineSettings, more: str = "") -> str:
-    """A digest of all that the result depends on: weights, samples and settings, no name or path."""
+def identity_of(task: Task, settings: VaccineSettings, start: str = "") -> str:
+    """A digest of all that the result depends on: weights, inputs, heads and settings by content, no name or path."""
     learned = settings.model_dump(exclude=set(NOT_LEARNED))
+    lengths = (getattr(task, "longest", 0), getattr(task, "answer_length", 0))
     parts = (
-        sorted(learned.items()), task.checkpoint.digest(), task.index, task.sample_digests, str(task.dtype),
-        more,
+        sorted(learned.items()), task.checkpoint.digest(), task.fingerprint(), task.index, str(task.dtype), lengths,
+        code_digest(), start,
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -15,11 +15,9 @@ from typing import Any
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import library_versions
-from mergekit_dam.io.files import file_digest
 from mergekit_dam.models.plan import ModelInput, Plan, revision_of
 from mergekit_dam.tasks import Task, family_of
 from mergekit_dam.tasks.base import Progress
-from mergekit_dam.tasks.readout import class_names
 from mergekit_dam.vaccine.behaviours import BEHAVIOURS
 from mergekit_dam.vaccine.clean import Vaccination, identity_of, vaccinate
 from mergekit_dam.vaccine.folder import WORK, claimed, finished, require_free, write_cleaned
@@ -86,13 +84,10 @@ def clean_models(
     for index, folder in enumerate(folders_of(plan, out)):
         task = _task(plan, index, settings, adapter=adapter)
         with claimed(folder):
-            more = _readout(plan, plan.models[index])
-            identity = identity_of(task, resolved(settings, task), more)
+            identity = identity_of(task, resolved(settings, task))
             facts = finished(folder, identity, adapter=adapter) if resume else None
             if facts is None:
-                result = vaccinate(
-                    task, settings, progress=progress, folder=folder / WORK, resume=resume, identity=more
-                )
+                result = vaccinate(task, settings, progress=progress, folder=folder / WORK, resume=resume)
                 facts = _facts(plan, plan.models[index], task, result.facts)
                 write_cleaned(folder, task, result.weights, facts, adapter=adapter)
             else:
@@ -150,14 +145,6 @@ def _task(plan: Plan, index: int, settings: VaccineSettings, *, adapter: bool) -
             cure="Set lora_rank, e.g. to 8.",
         )  # fmt: skip
     return task
-
-
-def _readout(plan: Plan, model: ModelInput) -> str:
-    """What makes answers of a model's output and inputs of its samples, besides its checkpoint; by content."""
-    own, config = model.settings, plan.config
-    head = None if own.head is None else file_digest(Path(own.head))
-    classes = None if own.classes is None else class_names(own.classes, model.name)
-    return repr((head, classes, config.zero_shot_model, config.max_length, config.answer_tokens))
 
 
 def _facts(plan: Plan, model: ModelInput, task: Task, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ViT": _IMAGE, "DeiT": _IMAGE, "CLIPVision": _IMAGE, "CLIP": _CLIP,
     "Bert": _TEXT, "Roberta": _TEXT, "DistilBert": _DISTIL,
     "Llama": _LM, "Qwen2": _LM, "Qwen3": {**_LM, "head_dim": 8}, "Mistral": _LM, "GPT2": _GPT2,
+    "GPTNeoX": _TEXT, "Cohere": _LM,
 }  # fmt: skip
 
 

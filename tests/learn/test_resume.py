@@ -26,9 +26,9 @@ from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.errors import DamError
 from mergekit_dam.io import cache
 from mergekit_dam.io.cache import cache_folder
-from mergekit_dam.learn import run
 from mergekit_dam.learn.run import learn_masks
 from mergekit_dam.models.plan import build_plan
+from mergekit_dam.tasks import content
 from tests.conftest import FAST
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -182,7 +182,7 @@ def test_masks_of_other_code_are_learned_again(vit: Path, images: Path, monkeypa
     plan = _plan(vit, images, "paper")
     first, _ = learn_masks(plan, quiet=True)
     assert learn_masks(plan, quiet=True)[0] == first
-    monkeypatch.setattr(run, "code_digest", lambda: "another working copy")
+    monkeypatch.setattr(content, "code_digest", lambda: "another working copy")
     second, _ = learn_masks(plan, quiet=True)
     assert second != first and _results(second) == _results(first)
 

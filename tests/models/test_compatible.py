@@ -150,16 +150,37 @@ def test_a_token_without_a_row(tmp_path: Path, texts: Path) -> None:
         preflight(_plan(paths, calibration=str(data)))
 
 
-def test_a_tokenizer_setting_that_moves_rows(tmp_path: Path) -> None:
-    def config(paths: list[Path]) -> MergeConfiguration:
-        return MergeConfiguration(
-            merge_method="dam", base_model=str(paths[0]), models=[{"model": str(path)} for path in paths[1:]],
-            tokenizer_source="base",
-        )  # fmt: skip
+def _config(paths: list[Path], **tokenizer: Any) -> MergeConfiguration:
+    models = [{"model": str(path)} for path in paths[1:]]
+    return MergeConfiguration(merge_method="dam", base_model=str(paths[0]), models=models, **tokenizer)
 
-    with pytest.raises(DamError, match="tokenizer_source"):
-        plan_of(config(_models(tmp_path / "padded")), MergeOptions())
-    assert plan_of(config(_models(tmp_path / "exact", vocab_size=ROWS)), MergeOptions()).tensors
+
+def _rename_a_token(paths: list[Path]) -> dict[str, Any]:
+    file = paths[1] / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["another"] = content["model"]["vocab"].pop(max(content["model"]["vocab"]))
+    file.write_text(json.dumps(content))
+    return {"tokenizer_source": "base"}
+
+
+def _leave_a_gap(paths: list[Path]) -> dict[str, Any]:
+    for path in paths:
+        content = json.loads((path / "tokenizer.json").read_text())
+        content["model"]["vocab"]["late"] = 39
+        (path / "tokenizer.json").write_text(json.dumps(content))
+    return {"tokenizer": {"source": "union"}}
+
+
+def _give_a_source(paths: list[Path]) -> dict[str, Any]:
+    return {"tokenizer": {"source": "base", "tokens": {"red": {"source": str(paths[1]), "force": True}}}}
+
+
+@pytest.mark.parametrize("change", [_rename_a_token, _leave_a_gap, _give_a_source])
+def test_a_tokenizer_setting_that_moves_rows(change: Callable[[list[Path]], dict[str, Any]], tmp_path: Path) -> None:
+    paths = _models(tmp_path)
+    assert plan_of(_config(paths, tokenizer_source="base"), MergeOptions()).tensors
+    with pytest.raises(DamError, match="setting tokenizer"):
+        plan_of(_config(paths, **change(paths)), MergeOptions())
 
 
 def test_slices_and_modules_are_models_too(tmp_path: Path, texts: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mergekit_dam.models.verify import verify_output
-from tests.conftest import Merge
+from tests.conftest import FAST, Merge
 from tests.helpers.merging import (
     WEIGHTS,
     Tensors,
@@ -92,3 +92,42 @@ def test_the_layout_of_gpt2_on_the_hub(merge: Merge, tmp_path: Path) -> None:
     out = run(merge, base, models)
     verify_output(out, base, dtype=torch.float32)
     assert loads_completely(out, "GPT2LMHeadModel")
+
+
+def _with_masks(tensors: Tensors) -> Tensors:
+    """The buffers of old GPT-NeoX files."""
+    found = dict(tensors)
+    for layer in range(2):
+        at = f"gpt_neox.layers.{layer}.attention."
+        found |= {f"{at}bias": torch.ones(1, 1, 4, 4, dtype=torch.bool), f"{at}masked_bias": torch.tensor(-1e9)}
+        found[f"{at}rotary_emb.inv_freq"] = torch.arange(2.0)
+    return found
+
+
+@pytest.mark.parametrize("holder", ["none", "base", "model", "all"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "dam"])
+def test_gpt_neox_with_and_without_its_old_buffers(
+    holder: str, method: str, merge: Merge, tmp_path: Path, texts: Path
+) -> None:
+    base = make_model("GPTNeoXForCausalLM", tmp_path / "base")
+    models = fine_tunes("GPTNeoXForCausalLM", tmp_path, base)
+    for path in {"none": [], "base": [base], "model": [models[1]], "all": [base, *models]}[holder]:
+        rewrite(path, _with_masks)
+    if method == "dam":
+        out = merge(base, models, parameters={**FAST, "scan_steps": 2, "calibration": str(texts)})
+    else:
+        out = run(merge, base, models)
+    verify_output(out, base)
+    assert loads_completely(out, "GPTNeoXForCausalLM") and len(tensors_of(out)) == 28
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_command_r_with_and_without_norms(norms: bool, merge: Merge, tmp_path: Path) -> None:
+    base = make_model("CohereForCausalLM", tmp_path / "base", use_qk_norm=norms)
+    models = fine_tunes("CohereForCausalLM", tmp_path, base, use_qk_norm=norms)
+    out = run(merge, base, models)
+    theta, tuned, merged = (tensors_of(path) for path in (base, models[0], out))
+    assert set(merged) == set(theta) and any("q_norm" in name for name in merged) == norms
+    name = "model.layers.1.mlp.down_proj.weight"
+    change = WEIGHTS[0] * (tuned[name] - theta[name]) + WEIGHTS[1] * (tensors_of(models[1])[name] - theta[name])
+    torch.testing.assert_close(merged[name], theta[name] + change)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.errors import DamError
+from mergekit_dam.models.verify import verify_output
 from tests.conftest import FAST, Merge
 from tests.helpers.tiny_models import make_model
 
@@ -30,6 +32,30 @@ def test_tokenizer_options_with_equal_vocabularies(
     first, second = load_file(plain / "model.safetensors"), load_file(aligned / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (aligned / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("rows", "padding", "written"), [(40, None, 27), (40, 8, 32), (27, 8, 32), (32, 16, 32), (27, None, 27)]
+)
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_rows_without_a_token_are_cut_or_added(
+    kind: str, rows: int, padding: int | None, written: int, merge: Merge, tmp_path: Path, texts: Path
+) -> None:
+    """mergekit writes as many rows as there are tokens, or a multiple; dam masks those that the models have."""
+    base = make_model(kind, tmp_path / "base", vocab_size=rows)
+    models = [make_model(kind, tmp_path / f"m{i}", seed=i, body=base, vocab_size=rows) for i in (1, 2)]
+    recipe = {"parameters": {**FAST, "scan_steps": 2, "calibration": str(texts)}, "dtype": "float32"}
+    plain = load_file(merge(base, models, out="plain", **recipe) / "model.safetensors")
+    tokenizer = {"source": "base", **({"pad_to_multiple_of": padding} if padding else {})}
+    out = merge(base, models, out="aligned", tokenizer=tokenizer, **recipe)
+    verify_output(out, base, dtype=torch.float32)
+    for name, tensor in load_file(out / "model.safetensors").items():
+        if name.removeprefix("transformer.") not in ("model.embed_tokens.weight", "lm_head.weight", "wte.weight"):
+            assert torch.equal(tensor, plain[name]), name
+            continue
+        assert torch.equal(tensor[:27], plain[name][:27]) and len(tensor) == written
+        assert torch.allclose(tensor[27:], tensor[:27].mean(0).expand(written - 27, -1), atol=1e-6)
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == written
 
 
 def test_many_threads_learn_once_and_agree(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
