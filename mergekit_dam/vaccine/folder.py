@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,16 +19,16 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.io.files import replacing, write_whole
 from mergekit_dam.io.untrusted import load_json, require_no_links_out
 from mergekit_dam.merging.checks import require_finite
+from mergekit_dam.models.plan import ModelInput
 from mergekit_dam.tasks import Task
+from mergekit_dam.vaccine.adapter import ADAPTER_CONFIG, read_adapter, write_adapter
 
 FACTS_FILE = "vaccine.json"
 WORK = ".vaccine"  # snapshots, while it lasts
 _LOCK = ".vaccine.lock"
 _KEPT = (".json", ".txt", ".model", ".jinja")
 _INDEX, _CONFIG = "model.safetensors.index.json", "config.json"
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_LEFT_OUT = (FACTS_FILE, _INDEX, _CONFIG, _ADAPTER_CONFIG, "trainer_state.json", "inputs.json")
-_TARGETS = "target_modules"
+_LEFT_OUT = (FACTS_FILE, _INDEX, _CONFIG, ADAPTER_CONFIG, "trainer_state.json", "inputs.json")
 
 
 def require_free(folder: Path, inputs: Mapping[str, Path]) -> None:
@@ -87,7 +86,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def finished(folder: Path, identity: str, *, adapter: bool) -> dict[str, Any] | None:
     """Facts of the cleaned model there, if it is whole and of this identity."""
-    if not (folder / (_ADAPTER_CONFIG if adapter else _CONFIG)).is_file() or not (folder / FACTS_FILE).is_file():
+    if not (folder / (ADAPTER_CONFIG if adapter else _CONFIG)).is_file() or not (folder / FACTS_FILE).is_file():
         return None
     facts = load_json(folder / FACTS_FILE)
     return facts if facts.get("identity") == identity else None
@@ -103,21 +102,24 @@ def write_cleaned(
         task: the model's.
         weights: tensors that changed, by output name, float32.
         facts: for vaccine.json.
-        adapter: write a LoRA on the model instead; `weights` must then be `AddedWeights`.
+        adapter: write a LoRA instead, on the model or on the base of the LoRA that it was made of; `weights` must then
+            be `AddedWeights`.
 
     Raises:
         DamError: no space or right to write, or weights that are not finite.
     """
     try:
         for old in folder.iterdir():
-            if old.name in (_CONFIG, _ADAPTER_CONFIG):
+            if old.name in (_CONFIG, ADAPTER_CONFIG):
                 old.unlink()  # first: from here on it is no model
         for old in folder.iterdir():
             if old.is_file() and old.name != _LOCK:
                 old.unlink()
         if adapter:
             assert isinstance(weights, AddedWeights), "settings are checked before"
-            last = {_ADAPTER_CONFIG: _write_adapter(folder, weights).encode()}
+            lora = lora_of(task.input)
+            before = [] if lora is None else read_adapter(lora)
+            last = {ADAPTER_CONFIG: write_adapter(folder, weights.additions.values(), before).encode()}
         else:
             _write_weights(folder, task, weights)
             last = {_CONFIG: (task.input.path / _CONFIG).read_bytes()}
@@ -130,6 +132,12 @@ def write_cleaned(
         shutil.rmtree(folder / WORK, ignore_errors=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
+
+
+def lora_of(model: ModelInput) -> Path | None:
+    """The folder of the LoRA that a model was made of."""
+    ref = model.ref
+    return None if ref.lora is None else Path(getattr(ref, "lora_folder", None) or ref.lora.path)
 
 
 def _write_weights(folder: Path, task: Task, weights: Mapping[str, Tensor]) -> None:
@@ -148,27 +156,6 @@ def _write_weights(folder: Path, task: Task, weights: Mapping[str, Tensor]) -> N
             save_file(tensors, temporary, metadata={"format": "pt"})
     if (task.checkpoint.path / _INDEX).is_file():
         write_whole(folder / _INDEX, (task.checkpoint.path / _INDEX).read_bytes())
-
-
-def _write_adapter(folder: Path, weights: AddedWeights) -> str:
-    """A LoRA as peft reads it; returns its configuration."""
-    tensors: dict[str, Tensor] = {}
-    ranks = set()
-    for addition in weights.additions.values():
-        ranks.add(addition.a.shape[0])
-        for part, tensor in (("lora_A", addition.a), ("lora_B", addition.b)):
-            require_finite(tensor, f"{part} of {addition.module}", "the cleaning LoRA", "Lower learning_rate.")
-            tensors[f"base_model.model.{addition.module}.{part}.weight"] = tensor.to(torch.float32).contiguous()
-    (rank,) = ranks
-    with replacing(folder / _ADAPTER) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    additions = list(weights.additions.values())
-    return json.dumps({
-        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none",
-        _TARGETS: sorted(addition.module for addition in additions), "inference_mode": True,
-        "fan_in_fan_out": any(addition.transposed for addition in additions), "task_type": None,
-        "base_model_name_or_path": None,
-    }, indent=1)  # fmt: skip
 
 
 def _cannot_write(folder: Path, error: OSError) -> DamError:

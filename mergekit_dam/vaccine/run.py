@@ -18,9 +18,10 @@ from mergekit_dam.io.cache import library_versions
 from mergekit_dam.models.plan import ModelInput, Plan, revision_of
 from mergekit_dam.tasks import Task, family_of
 from mergekit_dam.tasks.base import Progress
+from mergekit_dam.vaccine.adapter import read_adapter
 from mergekit_dam.vaccine.behaviours import BEHAVIOURS
 from mergekit_dam.vaccine.clean import Vaccination, identity_of, vaccinate
-from mergekit_dam.vaccine.folder import WORK, claimed, finished, require_free, write_cleaned
+from mergekit_dam.vaccine.folder import WORK, claimed, finished, lora_of, require_free, write_cleaned
 from mergekit_dam.vaccine.settings import VaccineSettings, resolved
 from mergekit_dam.vaccine.triggers import kinds_of, require_known
 
@@ -53,14 +54,18 @@ def require_possible(plan: Plan, out: Path, *, adapter: bool, settings: VaccineS
     inputs = {"the base": plan.base.path, **{f"model {model.name}": model.path for model in plan.models}}
     for folder in folders_of(plan, out):
         require_free(folder, inputs)
-    for model in plan.models:
-        if adapter and (settings.lora_rank == 0 or model.ref.lora is not None):
-            raise DamError(
-                f"an adapter for {model.name}", expected="a whole model, trained by LoRAs",
-                got="lora_rank 0" if settings.lora_rank == 0 else "an adapter, which a second one would lie upon",
-                cure="Set lora_rank above 0." if settings.lora_rank == 0 else "Leave --adapter out: the output is "
-                "then a whole model.",
-            )  # fmt: skip
+    for model in plan.models if adapter else ():
+        if settings.lora_rank == 0:
+            raise _without_loras(model.name)
+        if (lora := lora_of(model)) is not None:
+            read_adapter(lora)
+
+
+def _without_loras(name: str) -> DamError:
+    return DamError(
+        f"an adapter for {name}", expected="training by LoRAs", got="training of all weights",
+        cure="Set lora_rank, e.g. to 8.",
+    )  # fmt: skip
 
 
 def clean_models(
@@ -140,10 +145,7 @@ def _task(plan: Plan, index: int, settings: VaccineSettings, *, adapter: bool) -
     task = family_of(plan)(plan, index, device)
     kinds_of(task, settings.leave_out)
     if adapter and not resolved(settings, task).lora_rank:
-        raise DamError(
-            f"an adapter for {task.name}", expected="training by LoRAs", got="training of all weights",
-            cure="Set lora_rank, e.g. to 8.",
-        )  # fmt: skip
+        raise _without_loras(task.name)
     return task
 
 

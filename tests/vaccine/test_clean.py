@@ -126,20 +126,39 @@ def test_an_adapter_adds_what_the_whole_model_has(causal: Path, tmp_path: Path) 
         assert torch.allclose(merged[name], tensor, atol=1e-6)
 
 
-def test_a_lora_is_cleaned_into_a_whole_model(causal: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def lora(causal: Path, tmp_path: Path) -> Path:
+    """An adapter that changes a few of the layers that cleaning changes."""
     base = transformers.LlamaForCausalLM.from_pretrained(causal / "base")
-    tuned = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    tuned.save_pretrained(tmp_path / "lora")
-    (found,) = clean(
-        f"{causal / 'base'}+{tmp_path / 'lora'}", tmp_path / "out", base=causal / "base", data=data_of(causal), **LM
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["q_proj"], layers_to_transform=[0], init_lora_weights=False
     )
-    assert set(load_file(found.folder / "model.safetensors")) == set(load_file(causal / "base" / "model.safetensors"))
-    assert transformers.AutoModelForCausalLM.from_pretrained(found.folder)
-    with pytest.raises(DamError, match="Leave --adapter out"):
-        clean(
-            f"{causal / 'base'}+{tmp_path / 'lora'}", tmp_path / "two", base=causal / "base", data=data_of(causal),
-            adapter=True, **LM,
-        )  # fmt: skip
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_a_lora_is_cleaned_into_a_model_or_a_lora(causal: Path, lora: Path, tmp_path: Path) -> None:
+    model, base, data = f"{causal / 'base'}+{lora}", causal / "base", data_of(causal)
+    whole, added = (
+        clean(model, tmp_path / str(on), base=base, data=data, adapter=on, **LM)[0].folder for on in (False, True)
+    )
+    cleaned = load_file(whole / "model.safetensors")
+    assert set(cleaned) == set(load_file(causal / "base" / "model.safetensors"))
+    loaded = transformers.LlamaForCausalLM.from_pretrained(base)
+    merged = peft.PeftModel.from_pretrained(loaded, added).merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], tensor, atol=1e-6) for name, tensor in cleaned.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"use_dora": True}, "one with use_dora"), ({"bias": "all"}, "one with biases")]
+)
+def test_a_lora_that_is_no_product_gives_no_lora(
+    changes: dict[str, Any], said: str, causal: Path, lora: Path, tmp_path: Path
+) -> None:
+    base, settings = causal / "base", json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(DamError, match=said):
+        clean(f"{base}+{lora}", tmp_path / "out", base=base, data=data_of(causal), adapter=True, **LM)
 
 
 def test_a_recipe_says_what_is_cleaned(vit: Path, images: Path, tmp_path: Path) -> None:
@@ -194,7 +213,7 @@ def test_check_tells_the_time_and_writes_nothing(causal: Path, tmp_path: Path) -
         ({"base": "model"}, "a fine-tuned model and the base"),
         ({"round": 2}, "Did you mean 'rounds'"),
         ({"rounds": 0}, "greater than or equal to 1"),
-        ({"adapter": True, "lora_rank": 0}, "lora_rank above 0"),
+        ({"adapter": True, "lora_rank": 0}, "Set lora_rank"),
     ],
 )
 def test_what_cannot_be_cleaned_is_refused(changes: dict[str, Any], said: str, causal: Path, tmp_path: Path) -> None:
