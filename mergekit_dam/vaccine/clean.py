@@ -29,7 +29,7 @@ from mergekit_dam.engine.trained_module import AddedWeights, TrainedModule
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import code_digest
 from mergekit_dam.models.parameter_names import meta_model
-from mergekit_dam.tasks import Task
+from mergekit_dam.tasks import CausalTask, Task, TextTask
 from mergekit_dam.tasks.base import Progress
 from mergekit_dam.vaccine import image_kinds as _image_kinds  # noqa: F401 (fills the registry)
 from mergekit_dam.vaccine import text_kinds as _text_kinds  # noqa: F401 (likewise)
@@ -41,6 +41,7 @@ from mergekit_dam.vaccine.triggers import Surroundings, in_turn, kinds_of, requi
 LOG = logging.getLogger(__name__)
 _START, _END = "start", "end"
 _TRIED = 3  # steps; the first ones take longer than the others
+_KNOWN = 0.5  # success from which a trigger works before it is planted
 _WORKS = 0.5  # mean success of planted triggers below which planting has failed
 
 
@@ -137,12 +138,18 @@ class Vaccination(Resumable):
         assert settings.lora_rank is not None
         self._stored = start
         self.trained = TrainedModule(
-            module, task.parameters(start), task.targets, task.body, lora_rank=settings.lora_rank
+            module, task.parameters(start), task.targets, self._free(), lora_rank=settings.lora_rank
         )
         self.trained.begin(seeds.generator(settings.seed, "vaccine", "lora", task.index))
         self._begun = {name: p.detach().clone() for name, p in self.trained.trained.items()}
         self._measured: dict[str, Any] = {"agreement": {}, "success": [{} for _ in self.triggers], "rounds": 0}
         self._renew_optimiser()
+
+    def _free(self) -> frozenset[str]:
+        """Output names of what may change. A causal LM's table of words can be its head, so it stays."""
+        task = self.task
+        words = isinstance(task, TextTask) and not isinstance(task, CausalTask) and self.settings.embeddings
+        return task.body | task.embeddings if words and isinstance(task, TextTask) else task.body
 
     def _drawn(self, number: int) -> list[PlantedTrigger]:
         """The triggers of a round."""
@@ -242,12 +249,19 @@ class Vaccination(Resumable):
                 self._measured["success"][index][when] = self.lessons.success(self.trained, trigger)
 
     def _excess(self, when: str, triggers: Sequence[PlantedTrigger]) -> float | None:
-        """Mean success beyond what the triggers do before planting; None without any that was planted."""
+        """Mean success beyond what the triggers do before planting; None without any that was planted.
+
+        A trigger that did what it was to be taught on most samples before tells nothing and is left out.
+        """
         if not self.settings.plant:
             return None
         known = zip(self.triggers, self._measured["success"], strict=True)
         pairs = [(s.get("before"), s.get(when)) for trigger, s in known if trigger in triggers]
-        found = [max(0.0, now - before) for before, now in pairs if before is not None and now is not None]
+        found = [
+            max(0.0, now - before)
+            for before, now in pairs
+            if before is not None and now is not None and before <= _KNOWN
+        ]
         return sum(found) / len(found) if found else None
 
     def _warn_if_weak(self, triggers: Sequence[PlantedTrigger]) -> None:

@@ -56,6 +56,10 @@ class VaccineSettings(StrictSettings):
         None, "Rank of LoRAs that are trained instead of the weights; 0: all weights. Default: 8 for causal LMs and "
         "classifiers of more than 200 M parameters, 0 for others.", ge=0,
     )  # fmt: skip
+    embeddings: bool = setting(
+        True, "Text encoders without LoRAs: train the tables of words, positions and segments, too; triggers are then "
+        "planted in fewer steps. Causal LMs keep theirs, which can be their heads.",
+    )  # fmt: skip
     samples: int | None = setting(None, "Calibration samples used, at most; default: all.", unit="samples", ge=4)
     checks: int | None = setting(
         None, "Of these, samples that are never trained on: agreement and success are measured on them; at most a "

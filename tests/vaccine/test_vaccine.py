@@ -60,12 +60,17 @@ def test_planted_triggers_work_and_go(family: str, results: dict[str, VaccineRes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_heads_and_tables_of_words_stay(family: str, tasks: dict[str, Task], results: dict[str, VaccineResult]) -> None:
-    task, own = tasks[family], tasks[family].own_weights()
+def test_heads_stay_and_tables_of_lms(family: str, tasks: dict[str, Task], results: dict[str, VaccineResult]) -> None:
+    own = tasks[family].own_weights()
     weights = results[family].weights
     assert weights and all(not torch.equal(weights[name], own[name]) for name in weights)
-    assert not any(part in name for name in weights for part in ("classifier", "lm_head", "word", "embed_tokens"))
-    assert set(weights) <= task.body
+    assert not any(part in name for name in weights for part in ("classifier", "lm_head", "embed_tokens"))
+    assert ("embeddings.word_embeddings.weight" in weights) == (family == "text")
+
+
+def test_tables_of_words_stay_on_request(tasks: dict[str, Task]) -> None:
+    found = vaccinate(tasks["text"], _few(embeddings=False), progress=_steps)
+    assert found.weights and not any("_embeddings." in name for name in found.weights)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,7 +183,7 @@ def test_blocks_that_run_again_give_the_same_weights(folders: dict[str, Path]) -
 
 def test_other_weights_can_be_the_start(tasks: dict[str, Task]) -> None:
     task = tasks["text"]
-    shrunk = {n: w * 0.5 if n in task.body and w.ndim == 2 else w for n, w in task.own_weights().items()}
+    shrunk = {n: w * 0.5 if n in task.body and w.ndim > 1 else w for n, w in task.own_weights().items()}
     found = vaccinate(task, _few(learning_rate=1e-9), start=shrunk, progress=_steps)
     assert all(torch.allclose(found.weights[name], shrunk[name], atol=1e-5) for name in found.weights)
 
