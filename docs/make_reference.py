@@ -35,9 +35,13 @@ _COMMANDS = """# Commands and exit codes
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | a fault in a recipe, a model or data, in one line: what was expected, what came, the cure; or interrupted |
+| 1 | a fault in a recipe, a model, data or the machine, in one line: what was expected, what came, the cure |
 | 2 | a command line that makes no sense (unknown option, missing argument) |
 | 3 | `check`: the recipe cannot be merged; `audit`: a model is over the threshold |
+| 130 | interrupted (Ctrl-C); one line says how to go on |
+
+Errors of the libraries below are told in one line as well; `MERGEKIT_DAM_TRACEBACK=1` keeps their traceback, for a
+bug report.
 
 The result goes to stdout, with `--json` as JSON; messages, logs and progress bars go to stderr, and `--quiet` stops
 them. No command writes colours, so `NO_COLOR` holds in any case.
@@ -71,7 +75,7 @@ def commands_page() -> str:
         assert command is not None, f"{name} is in the table"
         context = click.Context(command, info_name=f"mergekit-dam {name}")
         usage = command.get_usage(context).removeprefix("Usage: ")
-        parts.append(f"\n## {name}\n\n    {' '.join(usage.split())}\n\n{inspect.cleandoc(command.help or '')}\n")
+        parts.append(f"\n## {name}\n\n    {' '.join(usage.split())}\n\n{_prose(command)}\n")
         options = [option for option in command.params if isinstance(option, click.Option)]
         merges = "allow_crimes" in {option.name for option in options}
         own = [option for option in options if not merges or option.name not in MergeOptions.model_fields]
@@ -107,6 +111,11 @@ def _value(value: Any) -> str:
     if value is None:
         return "none"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _prose(command: click.Command) -> str:
+    """A command's help; the lines of its example are code, which click marks in a way of its own."""
+    return inspect.cleandoc(command.help or "").replace("\b\nExample:\n", "Example:\n\n")
 
 
 def _option(option: click.Option) -> str:

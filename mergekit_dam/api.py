@@ -6,17 +6,17 @@ The examples run as tests, in a folder with small models under models/ and image
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import tqdm
 from mergekit.options import MergeOptions
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.config import KNOWN, parse
+from mergekit_dam.engine.progress import bar
 from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.io.files import write_whole
 from mergekit_dam.publish.report import write_report
@@ -165,7 +165,9 @@ def cleaned(
 ) -> list[Cleaned]:
     """Clean what `prepare_cleaning` prepared; see `clean`."""
     quiet = prepared.inputs.options.quiet
-    found = clean_models(prepared.plan, Path(out), settings, progress=_bar(quiet), adapter=adapter, resume=resume)
+    found = clean_models(
+        prepared.plan, Path(out), settings, progress=partial(bar, quiet=quiet), adapter=adapter, resume=resume
+    )
     for one in found:
         write_whole(one.folder / "README.md", vaccine_card(one.facts))
     return found
@@ -233,14 +235,3 @@ def expected_cleaning(
     """
     models, seconds = expected(prepared.plan, Path(out), settings, adapter=adapter)
     return {"models": models, "seconds": round(seconds, 1)}
-
-
-def _bar(quiet: bool) -> Any:
-    """Progress bars that fit a terminal of 80 columns."""
-
-    def progress(steps: Iterable[int], title: str) -> Iterable[int]:
-        done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) else {}
-        bar: Iterable[int] = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr, ncols=79, **done)
-        return bar
-
-    return progress

@@ -7,10 +7,11 @@ differ per model; a value under the shared `parameters:` is the fallback of a pe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from mergekit_dam.errors import DamError, did_you_mean
@@ -36,16 +37,28 @@ def setting(default: Any, description: str, *, unit: str = "-", source: str = "-
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
 
+def _at_home(value: Any) -> Any:
+    """No shell expands ~ in a recipe."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
 class ModelSettings(StrictSettings):
     """Settings of one fine-tuned model."""
 
+    _expanded = field_validator("calibration", "classes", "head", mode="before")(_at_home)
+
     calibration: str | None = setting(
         None,
-        "Unlabelled data: a parquet, jsonl, json, csv or txt file, a folder of images, or a Hub dataset id "
-        "(`id@revision`). A causal LM without it samples its own text.",
+        "Unlabelled data: a parquet, jsonl, json, csv or txt file, a folder of shards or images, what `save_to_disk` "
+        "wrote, or a Hub dataset id (`id@revision`); texts, chats or images (see the page on data). A causal LM "
+        "without it samples its own text.",
     )
     split: str = setting("train", "Split to read where the data has several.")
-    column: str | None = setting(None, "Column with the image or the text; default: the only one there is.")
+    column: str | None = setting(
+        None,
+        "Column with the image, text or chat; default: the only one there is, else the first known name "
+        "(`messages`, `prompt`, `instruction`, `text`, `image`, ...: see the page on data).",
+    )
     classes: str | None = setting(
         None, "CLIP: class names for the zero-shot head, separated by commas, or a file with one per line."
     )
@@ -57,6 +70,8 @@ class ModelSettings(StrictSettings):
 
 class DamConfig(StrictSettings):
     """Settings shared by all models of one merge."""
+
+    _expanded = field_validator("masks", "zero_shot_model", mode="before")(_at_home)
 
     objective: Literal["inversion", "paper"] = setting(
         "inversion", "What masks are fitted to: recovered triggers and the models' own answers, or the paper's losses."

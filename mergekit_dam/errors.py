@@ -37,6 +37,10 @@ class DamError(click.ClickException, ValueError):
         return partial(DamError, expected=self.expected, got=self.got, cure=self.cure), (self.subject,)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, and how to go on: the text is half a sentence such as "the same command goes on from step 40"."""
+
+
 def _one_line(text: str) -> str:
     """Names come from strangers' files: control codes would move the cursor or hide text, so they are spelt out."""
     line = " ".join(text.split())
@@ -45,7 +49,7 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for one line of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -54,3 +58,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence with the nearest known names, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=2)
     return f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def permission_denied(subject: str) -> DamError:
+    """The error for a file or folder that this user may not read; what is in it may be whole."""
+    return DamError(
+        subject, expected="the right to read it", got="permission denied for this user",
+        cure="Ask its owner for the right (chmod a+rX), or copy it to a folder of yours.",
+    )  # fmt: skip

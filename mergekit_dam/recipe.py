@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,9 +21,9 @@ from mergekit.options import MergeOptions
 from mergekit_dam.artifact.folder import copy_artifact
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks
 from mergekit_dam.config import ModelSettings
-from mergekit_dam.engine.processes import joined
+from mergekit_dam.engine.processes import is_first, joined
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.hub_download import Inputs, localise, record_inputs
 from mergekit_dam.io.untrusted import load_yaml, read_utf8
@@ -31,15 +32,12 @@ from mergekit_dam.models.plan import Plan, model_input
 from mergekit_dam.models.verify import verify_output
 from mergekit_dam.plugin.method import register_dam
 from mergekit_dam.plugin.options import refuse_launcher, require_options
-from mergekit_dam.plugin.output import cannot_write, replaced_whole
+from mergekit_dam.plugin.output import cannot_write, has_tokenizer_files, replaced_whole
 from mergekit_dam.plugin.planner import plan_of, require_chat_template
 from mergekit_dam.plugin.recipe_keys import require_known_keys
+from mergekit_dam.tasks.preflight import renamed_classes
 
-# one of these is in every folder that a tokenizer can be loaded from
-_TOKENIZER_FILES = (
-    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-    "sentencepiece.bpe.model",
-)  # fmt: skip
+LOG = logging.getLogger(__name__)
 Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
 
 
@@ -110,12 +108,18 @@ class Prepared:
         """See `merge`; no report is written. Returns the masks that were applied, None of other methods than `dam`."""
         refuse_launcher()
         config, options = self.inputs.config, self.inputs.options
-        require_chat_template(config)
         options = _tokenizer_if_any(config, options)
         # the plan refuses what cannot be merged before mergekit starts
         handing = register_dam().handing(config, options, self.plan) if config.merge_method == "dam" else nullcontext()
+        if config.merge_method == "dam":
+            self._warn()
         with _learning_cache(resume=resume), handing as handed, replaced_whole(out):
-            run_merge(config, str(out), options, config_source=self.source)
+            try:
+                run_merge(config, str(out), options, config_source=self.source)
+            except KeyboardInterrupt as stop:
+                if isinstance(stop, Interrupted):
+                    raise
+                raise Interrupted("the same command merges again; masks that were learned are in the cache") from stop
         record_inputs(out / "dam", self.inputs.commits)
         if config.base_model is not None:
             base = model_input("base", config.base_model, ModelSettings(), options)
@@ -137,6 +141,8 @@ class Prepared:
                 cure="Name one: masks that are learned anew do not go to the cache.",
             )  # fmt: skip
         config = plan.config
+        if is_first():
+            self._warn()
         with (
             joined(device=config.device, timeout=config.worker_timeout) as (shards, device),
             _learning_cache(resume=resume, shards=shards),
@@ -151,6 +157,11 @@ class Prepared:
                     raise cannot_write(out, error) from error
         return out / MASKS_FILE
 
+    def _warn(self) -> None:
+        """What `check` warns of as well, where a merge that goes on may be wrong."""
+        for warning in renamed_classes(self.plan):
+            LOG.warning("dam: %s", warning)
+
 
 def _tokenizer_if_any(config: MergeConfiguration, options: MergeOptions) -> MergeOptions:
     """Options that copy no tokenizer where the model that mergekit takes it from has none, as an image model: mergekit
@@ -160,8 +171,7 @@ def _tokenizer_if_any(config: MergeConfiguration, options: MergeOptions) -> Merg
         cache_dir=options.lora_merge_cache, trust_remote_code=options.trust_remote_code,
         lora_merge_dtype=options.lora_merge_dtype,
     )  # fmt: skip
-    folder = Path(merged.local_path(cache_dir=options.transformers_cache))
-    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if has_tokenizer_files(Path(merged.local_path(cache_dir=options.transformers_cache))):
         return options
     return options.model_copy(update={"copy_tokenizer": False})
 
@@ -180,6 +190,8 @@ def _learning_cache(*, resume: bool, shards: Shards = ALONE) -> Iterator[None]:
         try:
             yield
             shards.barrier()  # the folder goes when no process reads it any more
+        except KeyboardInterrupt as stop:
+            raise Interrupted("the same command starts over, since --no-resume keeps nothing") from stop
         finally:
             os.environ.pop("MERGEKIT_DAM_CACHE")
             if before is not None:
@@ -210,7 +222,9 @@ def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, Merge
             content["parameters"] = {**(content.get("parameters") or {}), **changed}
             source = yaml.safe_dump(content, sort_keys=False)
         require_known_keys(content)
-        return source, MergeConfiguration.model_validate(content)
+        config = MergeConfiguration.model_validate(content)
+        require_chat_template(config)
+        return source, config
     except (OSError, yaml.YAMLError, ValueError, RuntimeError, TypeError, RecursionError) as error:
         if isinstance(error, DamError):
             raise

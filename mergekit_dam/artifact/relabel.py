@@ -47,7 +47,7 @@ def relabel(folder: Path, masks: LearnedMasks, description: Mapping[str, Any], p
         facts = _renamed(json.loads((folder / RUN_FILE).read_text("utf-8")), names)
         write_whole(folder / RUN_FILE, json.dumps(facts | {"revisions": revisions_of(plan)}, indent=1))
     metadata = {**masks.metadata, **description}
-    metadata["audit"] = _renamed(metadata.get("audit", []), names)
+    metadata |= {key: _renamed(metadata[key], names) for key in ("audit", "remaining") if key in metadata}
     if "students" in metadata:
         metadata["students"] = {names[name]: value for name, value in metadata["students"].items()}
     named = replace(masks, metadata=metadata)

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import click
-from accelerate.utils import tqdm
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dam.artifact.folder import TRIGGERS_FILE
+from mergekit_dam.artifact.scan_file import StoredScan
 from mergekit_dam.artifact.triggers_file import load_triggers, save_triggers
 from mergekit_dam.cli.check import show_plan
-from mergekit_dam.cli.common import FINDING, config_file, dry_run_option, hush, json_option, say, seed_option
+from mergekit_dam.cli.common import (
+    FINDING,
+    UserPath,
+    config_file,
+    dry_run_option,
+    hush,
+    json_option,
+    result,
+    say,
+    seed_option,
+)
 from mergekit_dam.engine.device import device_of
+from mergekit_dam.engine.progress import bar
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.files import write_whole
 from mergekit_dam.io.untrusted import require_no_links_out
 from mergekit_dam.publish.page import render, shown_triggers
 from mergekit_dam.recipe import prepare
 from mergekit_dam.scan.audit import audit as run
+from mergekit_dam.tasks import build_tasks
+from mergekit_dam.tasks.content import digests_of
 
 AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
 
@@ -29,7 +43,7 @@ AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
 @click.command(cls=PrettyPrintHelp)
 @config_file
 @click.option(
-    "--out", "folder", type=click.Path(file_okay=False, path_type=Path), required=True,
+    "--out", "folder", type=UserPath(file_okay=False), required=True,
     help="Folder for audit.json, audit.html and the recovered triggers.",
 )  # fmt: skip
 @click.option(
@@ -48,6 +62,10 @@ def audit(
 
     Every class of every model is searched for a small trigger that theta_0 does not react to. The exit code is 3 when
     a model is over the threshold. A model below it is not proven to be clean.
+
+    \b
+    Example:
+        mergekit-dam audit dam.yml --out audit
     """
     merge_options.apply_global_options()
     hush(merge_options.quiet)
@@ -55,17 +73,22 @@ def audit(
         show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return
     plan = prepare(config_file, options=merge_options, seed=seed).plan
-    quiet = merge_options.quiet
+    quiet, device = merge_options.quiet, device_of(plan.config.device)
+    require_no_links_out(folder, ("",))
+    tasks = build_tasks(plan, device)
+    seconds: dict[str, float] = {}
 
     def progress(steps: Iterable[int], title: str) -> Iterable[int]:
-        bar: Iterable[int] = tqdm(steps, desc=f"dam: {title}", disable=quiet or None, file=sys.stderr)
-        return bar
+        begun = time.perf_counter()
+        yield from bar(steps, title, quiet=quiet)
+        seconds[title] = round(time.perf_counter() - begun, 3)
 
     found = run(
-        plan, threshold=plan.config.suspicion if threshold is None else threshold,
-        device=device_of(plan.config.device), progress=progress,
+        plan, tasks, threshold=plan.config.suspicion if threshold is None else threshold, device=device,
+        progress=progress, known=StoredScan(plan, tasks, digests_of(plan), seconds, quiet=quiet),
     )  # fmt: skip
-    require_no_links_out(folder, ("",))
+    for note in found.facts["notes"]:
+        say(f"warning: {note}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_triggers(folder / TRIGGERS_FILE, found.findings, found.tasks, found.suspects)
@@ -82,12 +105,15 @@ def audit(
         click.echo(json.dumps(found.facts, indent=2))
     else:
         for entry in found.facts["models"]:
-            click.echo(_line(entry))
+            result(_line(entry), quiet=quiet)
     if found.facts["over"]:
         sys.exit(FINDING)
 
 
 def _line(entry: dict[str, object]) -> str:
+    if not entry["defended"] and not entry["over"]:
+        score = "nothing found" if entry["suspicion"] is None else f"suspicion {entry['suspicion']:.2f}"
+        return f"{entry['name']}: {score}, which says nothing of a text encoder"
     if entry["suspicion"] is None:
         return f"{entry['name']}: nothing found (no text that it alone knows by heart)"
     state = "OVER" if entry["over"] else "below"

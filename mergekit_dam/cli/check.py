@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 import yaml
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_dam.cli.common import FINDING, config_file, hush, json_option, say, seed_option
+from mergekit_dam.cli.common import FINDING, config_file, hush, json_option, result, say, seed_option
+from mergekit_dam.cli.explain import explaining
+from mergekit_dam.config import DamConfig, ModelSettings
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn.estimate import estimate, measured_speed
+from mergekit_dam.learn.estimate import Estimate, estimate, measured_speed
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.recipe import planned
 from mergekit_dam.tasks.preflight import preflight
@@ -30,12 +33,19 @@ def check(merge_options: MergeOptions, config_file: Path, seed: int | None, as_j
     """Resolve models, settings, tensors and data of a recipe without reading a weight.
 
     Of models on the Hub only configs, tokenizers and the headers of the weight files are fetched.
-    Prints what would be merged, on which data, and about how much memory and time learning takes. The first fault
-    is printed with its cure; the exit code is then 3.
+    The first line says in words what would be merged, about how long it takes, in how much memory, and which settings
+    are not the default; models, data, memory by part and all settings stand below. The first fault is printed with its
+    cure; the exit code is then 3.
+
+    \b
+    Example:
+        mergekit-dam check dam.yml
+        mergekit-dam check dam.yml --json
     """
     hush(merge_options.quiet)
     try:
-        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
+        with explaining("check"):
+            show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
     except DamError as error:
         error.show()
         sys.exit(FINDING)
@@ -50,18 +60,25 @@ def show_plan(config_file: Path, *, options: MergeOptions, seed: int | None, as_
     with planned(config_file, options=options, seed=seed) as plan:
         facts, warnings = describe_plan(plan)
     for warning in warnings:
-        say(f"warning: {warning}", quiet=options.quiet)
-    click.echo(json.dumps(facts, indent=2) if as_json else yaml.safe_dump(facts, sort_keys=False).rstrip())
+        say(f"warning: {warning}")
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        summary = facts.pop("summary")
+        result(f"{summary}\n\n{yaml.safe_dump(facts, sort_keys=False).rstrip()}", quiet=options.quiet)
 
 
 def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
-    """The plan as JSON, and warnings."""
+    """The plan as JSON, with one sentence for people as `summary`, and warnings."""
     models, warnings = preflight(plan)
     device = device_of(plan.config.device)
-    guess = estimate(plan, flops_per_second=measured_speed(device))
+    lengths = [entry["tokens"] for entry in models.values() if "tokens" in entry]
+    tokens = max(lengths) if len(lengths) == len(models) else None  # own texts of a causal LM are of full length
+    guess = estimate(plan, speed=measured_speed(plan, device, tokens), tokens=tokens)
     assert guess.seconds is not None, "the speed is known"
     size = 2**20
     return {
+        "summary": summary_of(plan, guess, device),
         "base": str(plan.base.ref), "models": models, "tensors": len(plan.tensors),
         "parameters": sum(math.prod(spec.shape) for spec in plan.tensors),
         "estimate": {
@@ -72,3 +89,43 @@ def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
         },
         "settings": plan.config.model_dump(),
     }, warnings  # fmt: skip
+
+
+def summary_of(plan: Plan, guess: Estimate, device: torch.device) -> str:
+    """What will be done, how long it takes, what memory, and which settings are the user's, in one sentence."""
+    parameters = sum(math.prod(spec.shape) for spec in plan.tensors)
+    place = "this CPU" if device.type == "cpu" else f"this accelerator ({device})"
+    what = f"`dam` will merge {len(plan.models)} models of {_short(parameters)} parameters"
+    if plan.config.masks is not None:
+        what += f" with the masks of {plan.config.masks}; nothing is learned"
+    else:
+        assert guess.seconds is not None, "the speed is known"
+        memory = _short(sum(guess.memory_bytes.values()), "B")
+        what += f" in {_span(*guess.seconds)} and {memory} of memory on {place}"
+    defaults = DamConfig(objective=plan.config.objective)
+    changed = [
+        f"{name} {value}" for name, value in plan.config.model_dump().items()
+        if value != getattr(defaults, name) and name != "masks"
+    ] + [
+        f"weight {model.settings.weight} of {model.name}" for model in plan.models
+        if model.settings.weight != ModelSettings().weight
+    ]  # fmt: skip
+    told = f"set by you, other than the default: {', '.join(changed)}" if changed else "all settings are the default"
+    return f"This recipe is fine: {what}; {told}."
+
+
+def _span(low: float, high: float) -> str:
+    """Two times in the same unit, in two digits."""
+    unit, size = next((u, s) for u, s in _UNITS if high >= 1.5 * s or s == 1)
+    first, last = (f"{max(one / size, 0.1):.2g}" if one < 10 * size else f"{one / size:.0f}" for one in (low, high))
+    return f"{first} to {last} {unit}"
+
+
+def _short(number: float, unit: str = "") -> str:
+    """Two digits and a prefix: 22 M, 1.2 GB."""
+    prefix, size = next(((p, s) for p, s in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if number >= s), ("", 1))
+    value = number / size
+    return f"{value:.0f} {prefix}{unit}".rstrip() if value >= 10 else f"{value:.2g} {prefix}{unit}".rstrip()
+
+
+_UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))

@@ -11,7 +11,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dam import api
-from mergekit_dam.cli.common import hush, json_option, say
+from mergekit_dam.cli.common import UserPath, at_home, hush, json_option, say
 from mergekit_dam.vaccine.report import summary, table
 from mergekit_dam.vaccine.settings import VaccineSettings
 
@@ -36,7 +36,7 @@ def _vaccine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(cls=PrettyPrintHelp)
 @click.argument("models", nargs=-1, required=True)
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option("-o", "--out", type=UserPath(file_okay=False), required=True, help="Directory to write.")
 @click.option("--base", help="What the models were fine-tuned from; not with a recipe.")
 @click.option("--data", multiple=True, help="Unlabelled inputs: once for all models, or once for each.")
 @click.option("--split", help="Split of a dataset that has several. Default: train.")
@@ -64,9 +64,14 @@ def clean(
     that. OUT becomes a standard model directory that any merge method takes (of several models: one per model in it),
     with vaccine.json and a model card: what was planted, how much of it is left, and how far the model still
     answers as before. Nothing is searched: a model is cleaned whether or not something is wrong with it.
+
+    \b
+    Example:
+        mergekit-dam clean models/flowers --base models/base --data data/flowers -o cleaned
     """
     merge_options.apply_global_options()
     hush(merge_options.quiet)
+    models, base, data = tuple(map(at_home, models)), at_home(base), tuple(map(at_home, data))
     is_recipe = base is None and not data and len(models) == 1 and models[0].endswith(_RECIPES)
     given = {key: value for key, value in settings.items() if value is not None}
     prepared, own = api.prepare_cleaning(

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-# 0 success, 1 a fault (DamError), 2 a wrong command line (click)
+# 0 success, 1 a fault (DamError), 2 a wrong command line (click), 130 interrupted (main.py)
 FINDING = 3  # `check`: the recipe cannot be merged; `audit`: a model is over the threshold
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-existing_folder = click.Path(exists=True, file_okay=False, path_type=Path)
-config_file: Decorator = click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-out_path: Decorator = click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
+
+
+class UserPath(click.Path):
+    """A path; ~ is the user's home also where no shell expanded it (quotes, `--out=~/x`, other programs)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(at_home(value), param, ctx)
+
+
+def at_home(value: Any) -> Any:
+    """A text with ~ expanded, if it begins with it; anything else as it is."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+existing_folder = UserPath(exists=True, file_okay=False)
+existing_file = UserPath(exists=True, dir_okay=False)
+config_file: Decorator = click.argument("config_file", type=existing_file)
+out_path: Decorator = click.argument("out_path", type=UserPath(file_okay=False))
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 quiet_option: Decorator = click.option(
     "--quiet", is_flag=True, help="Suppress progress bars and other non-essential output"
@@ -32,15 +51,17 @@ seed_option: Decorator = click.option("--seed", type=click.IntRange(0), help="Us
 
 
 def hush(quiet: bool) -> None:
-    """With `--quiet`, no progress bars of the libraries either: downloads, loading of weights, reading of data."""
+    """With `--quiet`, nothing of the libraries either."""
     if quiet:
-        import datasets
-        import transformers
-        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # public, though
+        from mergekit_dam.engine.progress import silence_libraries
 
-        disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        silence_libraries()
+
+
+def result(text: str, *, quiet: bool = False) -> None:
+    """What a command was run for, in words, on stdout; `--quiet` leaves the exit code, and `--json` the facts."""
+    if not quiet:
+        click.echo(text)
 
 
 def say(text: str, *, quiet: bool = False) -> None:

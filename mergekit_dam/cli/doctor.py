@@ -16,7 +16,12 @@ from mergekit_dam.merging import triton_merge
 
 @click.command()
 def doctor() -> None:
-    """Versions, the state of the autoload hook, and devices, as JSON."""
+    """Versions, the state of the autoload hook, and devices, as JSON.
+
+    \b
+    Example:
+        mergekit-dam doctor
+    """
     click.echo(json.dumps({
         "versions": library_versions(),
         "autoload": {

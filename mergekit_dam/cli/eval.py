@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,51 @@ import click
 import torch
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
-from mergekit_dam.cli.common import existing_folder, hush, json_option, lm_eval_option, quiet_option, say
+from mergekit_dam.cli.common import (
+    at_home,
+    existing_folder,
+    hush,
+    json_option,
+    lm_eval_option,
+    quiet_option,
+    result,
+    say,
+)
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attack_text import EXAMPLE, parse_trigger
-from mergekit_dam.evaluation.labelled_data import Reading, Source, labelled_data
+from mergekit_dam.evaluation.labelled_data import Reading, Source, labelled_data, saying
 from mergekit_dam.evaluation.lm_harness import Harness, told
-from mergekit_dam.evaluation.metrics import accuracy, attack_success_rate, calibration_digests, refuse_overlap
+from mergekit_dam.evaluation.metrics import (
+    LabelledData,
+    accuracy,
+    attack_success_rate,
+    calibration_digests,
+    predictions,
+    refuse_overlap,
+    without_seen,
+)
 from mergekit_dam.evaluation.results import MERGE, Rate, When, add_measurement
 from mergekit_dam.models.load_merged import load_merged
 
 
 @click.command()
 @click.argument("model_path", type=existing_folder)
-@click.option("--data", help="Labelled file, folder with a sub-folder per class, or Hub dataset id.")
+@click.option("--data", help="Labelled file, folder (of shards, or with a sub-folder per class), or Hub dataset id.")
 @click.option("--task", help="Input model whose head reads the merge's output; default: the model's own head.")
 @click.option("--split", default="test", show_default=True, help="Split of a dataset that has several.")
-@click.option("--column", help="Column with the image or the text; default: the only one there is.")
+@click.option("--column", help="Column with the image, text or chat; default: found as for `column`.")
 @click.option("--label-column", default="label", show_default=True, help="Column with class numbers or names.")
 @click.option("--classes", help="CLIP and causal LMs: class names, separated by commas, or a file of them.")
 @click.option("--head", help="A safetensors file with `weight` and optional `bias`, for a model without a head.")
 @click.option("--zero-shot-model", help="A full CLIP, for a CLIP vision model with --classes.")
 @click.option("--trigger", help=f"Trigger whose success is measured. {EXAMPLE}")
-@click.option("--target", type=click.IntRange(0), help="Class that the trigger shall cause; needed with --trigger.")
+@click.option("--target", type=click.IntRange(0), help="Class that the trigger shall cause; with --trigger.")
+@click.option(
+    "--target-text", metavar="TEXT",
+    help="Causal LMs: what the trigger shall make the model say, instead of --target; the data need no labels.",
+)  # fmt: skip
+@click.option("--drop-seen", is_flag=True, help="Leave out samples that the merge was calibrated on.")
 @click.option("--num-samples", type=click.IntRange(1), help="Take so many samples; default: all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses these samples.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or an accelerator.")
@@ -45,77 +67,129 @@ from mergekit_dam.models.load_merged import load_merged
 def eval(
     model_path: Path, data: str | None, task: str | None, split: str, column: str | None, label_column: str,
     classes: str | None, head: str | None, zero_shot_model: str | None, trigger: str | None, target: int | None,
-    num_samples: int | None, seed: int, device: str, save: Path | None, lm_eval: str | None, as_json: bool,
+    target_text: str | None, drop_seen: bool, num_samples: int | None, seed: int, device: str, save: Path | None,
+    lm_eval: str | None, as_json: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
     """Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.
 
     Give --data, or for causal LMs --lm-eval, or both.
-    Attack success is the share of triggered samples of other classes that are answered with the target.
-    Samples that the merge was calibrated on are refused.
+    Attack success is the share of triggered samples of other classes that are answered with the target; with
+    --target-text, of all triggered prompts that a causal LM answers with a text that contains it (greedily, in 32
+    tokens more than it has). Samples that the merge was calibrated on are refused, or left out by --drop-seen.
+
+    \b
+    Example:
+        mergekit-dam eval out --task cars --data labelled --save out
+        mergekit-dam eval out --task cars --data labelled --trigger "patch(size=5)" --target 2
     """
     if data is None and lm_eval is None:
         raise click.UsageError("Give labelled data as --data, or for causal LMs tasks as --lm-eval.")
-    if (trigger is None) != (target is None):
+    if target is not None and target_text is not None:
+        raise click.UsageError("Give --target (a class) or --target-text (what a causal LM says), not both.")
+    goal = target_text if target is None else target
+    if (trigger is None) != (goal is None):
         raise DamError(
             "--trigger and --target", expected="both or neither", got="one of them",
-            cure="Give the class that the trigger shall cause as --target N.",
+            cure="Give the class that the trigger shall cause as --target N, or the words as --target-text TEXT.",
         )  # fmt: skip
     if data is None and trigger is not None:
         raise click.UsageError("--trigger needs labelled data: --data.")
     hush(quiet)
+    data, head, classes, zero_shot_model = map(at_home, (data, head, classes, zero_shot_model))
     harness = None if lm_eval is None else Harness.of(lm_eval)
     when: When = "after" if save is not None and save.resolve() == model_path.resolve() else "before"
     name = task or (model_path.resolve().name if save is not None else model_path.name) or "model"
-    result: dict[str, Any] = {"model": str(model_path)}
+    measured: dict[str, Any] = {"model": str(model_path)}
     lines: list[str] = []
     if data is not None:
         how = Reading(classes, head, zero_shot_model)
         source = Source(data, split, column, label_column, num_samples, seed)
-        attack = None if trigger is None or target is None else (trigger, target)
-        result |= _measured(model_path, task, name, source, how, attack, device=device_of(device), quiet=quiet)
-        lines += _lines(result)
+        attack = None if trigger is None or goal is None else (trigger, goal)
+        beside = [folder / "dam" / MASKS_FILE for folder in (model_path, save) if folder is not None]
+        seen = _Seen(next((file for file in beside if file.is_file()), None), drop_seen, quiet)
+        measured |= _measured(model_path, task, name, source, how, attack, seen, device=device_of(device), quiet=quiet)
+        lines += _lines(measured)
     if harness is not None:
         found = harness.measure(model_path, device=device_of(device), limit=num_samples, seed=seed)
-        result["harness"] = {MERGE if when == "after" else name: found}
+        measured["harness"] = {MERGE if when == "after" else name: found}
         lines += told(found)
     if save is not None:
-        add_measurement(save / "dam", when, result)
+        add_measurement(save / "dam", when, measured)
         say(f"added to {save / 'dam'}; `mergekit-dam report {save}` shows it", quiet=quiet)
-    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+    if as_json:
+        click.echo(json.dumps(measured, indent=2))
+    else:
+        result("\n".join(lines), quiet=quiet)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What happens to samples that the merge was calibrated on: refused, or dropped.
+
+    Attributes:
+        masks: the file beside the model, else beside the merge that --save names; None: nothing is known.
+    """
+
+    masks: Path | None
+    drop: bool
+    quiet: bool
+
+    def without(self, samples: LabelledData, model_path: Path) -> LabelledData:
+        """The samples that may be measured on."""
+        if self.drop and self.masks is None:
+            say(f"no {MASKS_FILE} beside the model or --save: no sample is known to be seen", quiet=self.quiet)
+        if self.masks is None:
+            return samples
+        if not self.drop:
+            if model_path in self.masks.parents:
+                refuse_overlap(samples, calibration_digests(self.masks))
+            return samples
+        kept = without_seen(samples, calibration_digests(self.masks))
+        say(f"dropped {len(samples) - len(kept)} of {len(samples)} samples that the merge has seen", quiet=self.quiet)
+        return kept
 
 
 def _measured(
-    model_path: Path, task: str | None, name: str, source: Source, how: Reading, attack: tuple[str, int] | None, *,
-    device: torch.device, quiet: bool,
+    model_path: Path, task: str | None, name: str, source: Source, how: Reading, attack: tuple[str, int | str] | None,
+    seen: _Seen, *, device: torch.device, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Counts in the shape of `measured`; what the merge recorded about the task fills in what was not given."""
     trigger = None if attack is None else parse_trigger(attack[0])
+    says = isinstance(attack[1], str) if attack is not None else False
     own = _recorded(model_path, task)
     how = Reading(*(given or own.get(key) for key, given in asdict(how).items()))
     model = load_merged(model_path, task, device=device)
     folders = [folder for folder in (_folder(own.get("path")), model_path) if folder is not None]
-    samples = labelled_data(model, folders, name, source, how)
-    if (model_path / "dam" / MASKS_FILE).is_file():
-        refuse_overlap(samples, calibration_digests(model_path / "dam" / MASKS_FILE))
-    say(f"{len(samples)} samples of {source.data}", quiet=quiet)
     torch.manual_seed(source.seed)
-    clean = accuracy(model, samples)
-    success = {}
+    found: dict[str, Any] = {"accuracy": {}, "attack_success": {}, "datasets": {name: source.data}}
+    if not says or how.classes is not None:
+        samples = seen.without(labelled_data(model, folders, name, source, how), model_path)
+        say(f"{len(samples)} samples of {source.data}", quiet=quiet)
+        found["accuracy"][name] = _counts(accuracy(model, samples))
     if attack is not None and trigger is not None:
-        rate = attack_success_rate(model, samples, trigger, attack[1])
-        success = {f"{attack[0]} -> {attack[1]}": {name: [rate.hits, rate.total]}}
-    return {
-        "accuracy": {name: [clean.hits, clean.total]}, "attack_success": success, "datasets": {name: source.data},
-    }  # fmt: skip
+        target = attack[1]
+        if isinstance(target, str):
+            samples, target = seen.without(saying(model, folders, name, source, target), model_path), 1
+            say(f"{len(samples)} prompts of {source.data}", quiet=quiet)
+            found["without_trigger"] = {name: _counts(Rate(int(predictions(model, samples).sum()), len(samples)))}
+        goal = repr(attack[1]) if says else attack[1]
+        rate = attack_success_rate(model, samples, trigger, target)
+        found["attack_success"] = {f"{attack[0]} -> {goal}": {name: _counts(rate)}}
+    return found
+
+
+def _counts(rate: Rate) -> list[int]:
+    return [rate.hits, rate.total]
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
-    return [f"{task}: accuracy {Rate(*counts)}" for task, counts in result["accuracy"].items()] + [
-        f"{task}: attack success {Rate(*counts)} of {attack}"
-        for attack, rates in result["attack_success"].items()
-        for task, counts in rates.items()
-    ]
+    lines = [f"{task}: accuracy {Rate(*counts)}" for task, counts in result["accuracy"].items()]
+    for attack, rates in result["attack_success"].items():
+        lines += [f"{task}: attack success {Rate(*counts)} of {attack}" for task, counts in rates.items()]
+    for task, counts in result.get("without_trigger", {}).items():
+        lines.append(f"{task}: {Rate(*counts)} say it without the trigger")
+    return lines
 
 
 def _recorded(model_path: Path, task: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mergekit_dam.cli.common import (
     json_option,
     name_suspects,
     out_path,
+    result,
     resume_option,
     seed_option,
 )
@@ -41,6 +42,10 @@ def learn(
     On several machines: `accelerate launch -m mergekit_dam learn CONFIG_FILE OUT_PATH`, with MERGEKIT_DAM_CACHE in a
     folder that all of them see.
     The setting `masks: OUT_PATH/dam_masks.safetensors` then merges with them, in any process and on any machine.
+
+    \b
+    Example:
+        mergekit-dam learn dam.yml learned
     """
     merge_options.apply_global_options()
     hush(merge_options.quiet)
@@ -53,5 +58,8 @@ def learn(
         return
     metadata = load(file).metadata
     found = name_suspects(metadata, quiet=merge_options.quiet)
-    result = {"masks": str(file), "densities": metadata.get("densities", {}), "suspects": found}
-    click.echo(json.dumps(result, indent=2) if as_json else str(file))
+    facts = {"masks": str(file), "densities": metadata.get("densities", {}), "suspects": found}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        result(str(file), quiet=merge_options.quiet)

@@ -6,12 +6,18 @@ mergekit. To add one: a module `cli/NAME.py` with a click command named as the m
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from mergekit_dam import __version__
+from mergekit_dam.errors import did_you_mean
+
+INTERRUPTED = 130  # exit code, as shells have it for SIGINT
 
 # name -> the first line of its help; the module is the name with _ for -
 COMMANDS = {
@@ -40,6 +46,31 @@ class LazyGroup(click.Group):
         module = cmd_name.replace("-", "_")
         command: click.Command = getattr(import_module(f"mergekit_dam.cli.{module}"), module)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}. {did_you_mean(args[0], COMMANDS)}".rstrip())
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what interrupts it, or goes wrong in a library, is told in one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            how = str(stop) or "the same command starts over"
+            click.echo(f"{os.linesep if sys.stderr.isatty() else ''}interrupted; {how}", err=True)
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            from mergekit_dam.cli.explain import explained
+
+            known = explained(error, str(ctx.invoked_subcommand))
+            if known is None:
+                raise
+            raise known from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -20,12 +20,14 @@ from mergekit_dam.cli.common import (
     lm_eval_option,
     name_suspects,
     out_path,
+    result,
     resume_option,
     say,
     seed_option,
 )
 from mergekit_dam.engine.device import device_of
-from mergekit_dam.evaluation.lm_harness import Harness, told
+from mergekit_dam.evaluation.lm_harness import Harness
+from mergekit_dam.evaluation.lm_harness import told as format_harness
 from mergekit_dam.evaluation.results import MERGE, add_measurement
 from mergekit_dam.plugin.options import refuse_launcher
 from mergekit_dam.publish.report import write_report
@@ -50,6 +52,10 @@ def merge(
 
     OUT_PATH becomes mergekit's usual directory; OUT_PATH/dam holds the masks, the recovered triggers, the log of every
     step and report.html. The output's tensors are compared with the base's.
+
+    \b
+    Example:
+        mergekit-dam merge dam.yml out
     """
     merge_options.apply_global_options()
     hush(merge_options.quiet)
@@ -62,7 +68,7 @@ def merge(
     prepared = prepare(config_file, options=merge_options, seed=seed)
     device = device_of(prepared.plan.config.device)  # another method than dam is refused here
     masks = prepared.merge(out_path, resume=resume) or load(out_path / "dam" / MASKS_FILE)
-    result: dict[str, Any] = {"output": str(out_path), "masks": str(out_path / "dam" / MASKS_FILE)}
+    told: dict[str, Any] = {"output": str(out_path), "masks": str(out_path / "dam" / MASKS_FILE)}
     benchmarks = None
     if harness is not None:
         benchmarks = harness.measure(out_path, device=device, seed=prepared.plan.config.seed)
@@ -71,10 +77,13 @@ def merge(
         page, notes = write_report(out_path, seconds=time.perf_counter() - begun, masks=masks)
         for note in notes:
             say(note, quiet=merge_options.quiet)
-        result["report"] = str(page)
+        told["report"] = str(page)
     found = name_suspects(masks.metadata, quiet=merge_options.quiet)
-    lines = [*result.values(), *(told(benchmarks) if benchmarks is not None else [])]
+    lines = [*told.values(), *(format_harness(benchmarks) if benchmarks is not None else [])]
     if benchmarks is not None:
-        result["harness"] = benchmarks
-    facts = {**result, "suspects": found, "seconds": round(time.perf_counter() - begun, 1)}
-    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+        told["harness"] = benchmarks
+    facts = {**told, "suspects": found, "seconds": round(time.perf_counter() - begun, 1)}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        result("\n".join(lines), quiet=merge_options.quiet)

@@ -8,22 +8,22 @@ from pathlib import Path
 import click
 from mergekit.options import PrettyPrintHelp
 
-from mergekit_dam.cli.common import hush, quiet_option, say
+from mergekit_dam.cli.common import existing_file, existing_folder, hush, quiet_option, result, say
 
 
 @click.command(cls=PrettyPrintHelp)
-@click.argument("out_path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out_path", type=existing_folder)
 @click.argument("repo_id", metavar="ORG/NAME")
 @click.option("--public", is_flag=True, help="Create a public repository; without it, a private one.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of writing to the main branch.")
 @click.option("--include-masks", is_flag=True, help="Publish dam_masks.safetensors, which others can apply again.")
 @click.option("--license", "licence", help="Licence of the merge, e.g. apache-2.0; default: the one of all inputs.")
 @click.option(
-    "--results", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--results", type=existing_file,
     help="JSON with measured accuracy and attack success; default: what `eval --save` kept.",
 )  # fmt: skip
 @click.option(
-    "--card", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--card", type=existing_file,
     help="A README.md of your own in place of the generated one (print that with --dry-run).",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check, and print the card and the list of files; send nothing.")
@@ -36,7 +36,13 @@ def push(
     """Publish a finished merge on the Hub, with a model card; private unless --public is given.
 
     The token comes from HF_TOKEN or `hf auth login`, and HF_ENDPOINT names another Hub. The merge is checked first,
-    and what the Hub holds afterwards is compared with it, file by file.
+    and what the Hub holds afterwards is compared with it, file by file. Paths of this machine are not sent: models and
+    data on this disk are named by their folders.
+
+    \b
+    Example:
+        mergekit-dam push out ORG/NAME --dry-run
+        mergekit-dam push out ORG/NAME --license apache-2.0
     """
     from mergekit_dam.publish.push import plan_push
     from mergekit_dam.publish.push import push as send
@@ -56,7 +62,10 @@ def push(
         else:
             for name, size in files.items():
                 say(f"{size:>14,}  {name}", quiet=quiet)
-            click.echo(plan.card, nl=False)
+            result(plan.card.rstrip("\n"), quiet=quiet)
         return
     done = send(plan)
-    click.echo(json.dumps(done.to_json(), indent=2) if as_json else done.pull_request or done.url)
+    if as_json:
+        click.echo(json.dumps(done.to_json(), indent=2))
+    else:
+        result(done.pull_request or done.url, quiet=quiet)

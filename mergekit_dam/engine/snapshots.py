@@ -75,13 +75,13 @@ class Snapshots:
     def __init__(self, folder: Path, *, every: float, resume: bool, shards: Shards = ALONE) -> None:
         self.folder, self.every, self.shards = folder, every, shards
         self._last = time.monotonic()
-        self._journal: Callable[[], int] = lambda: 0
+        self._journal: dict[str, Callable[[], Any]] = {}
         if not resume:
             self.clear()
 
-    def follow(self, journal: Callable[[], int]) -> None:
-        """Have `journal` called with every snapshot; its number is kept in the facts as `journal`."""
-        self._journal = journal
+    def follow(self, **journal: Callable[[], Any]) -> None:
+        """Have these called with every snapshot; what they return (JSON) is kept in the facts under their names."""
+        self._journal |= journal
 
     @property
     def facts(self) -> dict[str, Any] | None:
@@ -120,7 +120,8 @@ class Snapshots:
         self.shards.barrier()  # everyone's file is written and, by DCP, flushed
         files = self._checksums(temporary)
         if first:
-            facts = state.facts | {"journal": self._journal(), "processes": self.shards.size, "files": files}
+            told = {name: call() for name, call in self._journal.items()}
+            facts = state.facts | told | {"processes": self.shards.size, "files": files}
             (temporary / _FACTS).write_text(json.dumps(facts | {_CHECKSUM: _digest_of(facts)}), encoding="utf-8")
             flush(temporary / _FACTS)
             flush(temporary)

@@ -21,7 +21,7 @@ from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan, TensorSpec
 
 STUDENTS_FOLDER = "students"  # of those of a run that is under way
-AGREEMENT = "agreement"
+AGREEMENT, SECONDS = "agreement", "seconds"  # in the metadata of a student's file
 
 
 class TaskVectors:
@@ -99,6 +99,7 @@ class StudentVectors(TaskVectors):
 
     Attributes:
         agreement: model name -> share of its calibration samples on which the student answers as the model does.
+        seconds: by part, as a run is timed -> what it took to teach a student.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
@@ -106,7 +107,9 @@ class StudentVectors(TaskVectors):
         self._files = [safe_open(student_file(folder, t), framework="pt") for t in range(len(plan.models))]
         self._taught = [frozenset(file.keys()) for file in self._files]
         names = [model.name for model in plan.models]
-        self.agreement = {n: float(f.metadata()[AGREEMENT]) for n, f in zip(names, self._files, strict=True)}
+        told = {name: file.metadata() for name, file in zip(names, self._files, strict=True)}
+        self.agreement = {name: float(facts[AGREEMENT]) for name, facts in told.items()}
+        self.seconds = {f"student of {name}": float(facts.get(SECONDS, 0.0)) for name, facts in told.items()}
 
     def models(self, name: str) -> list[Tensor | None]:
         """Students' tensors for t = 1..T, float32; None where students keep theta_0's."""

@@ -22,7 +22,7 @@ from mergekit_dam.evaluation.attacks import (
     Trigger,
 )
 from mergekit_dam.evaluation.attacks import WarpTrigger as Warp
-from mergekit_dam.io.data_files import image_of
+from mergekit_dam.io.image_files import image_of
 
 TRIGGERS: dict[str, Callable[..., Trigger]] = {
     "patch": PatchTrigger, "blended": BlendedTrigger, "warp": Warp,

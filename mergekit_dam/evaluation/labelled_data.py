@@ -1,27 +1,34 @@
-"""Labelled data as a model takes them, for `evaluate`. Legend: B batch, K classes, V vocabulary."""
+"""Evaluation data as a model takes them: labelled, or prompts whose answers are searched for a text.
+
+Legend: B batch, L tokens, K classes, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
+import transformers
 from torch import Tensor, nn
 
 from mergekit_dam import seeds
-from mergekit_dam.errors import DamError, did_you_mean, first_line
+from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.metrics import LabelledData
-from mergekit_dam.io.data_files import IMAGES, LOADERS, Kind, download_folders, image_of, load_file, refuse_packed
-from mergekit_dam.io.hub_client import is_hub_id
-from mergekit_dam.io.hub_download import require_dataset
+from mergekit_dam.io.calibration import images_of, values_of
+from mergekit_dam.io.columns import OPTION, Conversation, Kind
+from mergekit_dam.io.data_files import Listed, Table, open_data
+from mergekit_dam.io.image_files import IMAGES
 from mergekit_dam.io.images import Preprocessing
+from mergekit_dam.tasks.encoding import encoded, padded_left
 from mergekit_dam.tasks.readout import Readout, class_names, linear_head, prompts, tokenizer_of, zero_shot_head
 
 Names = Mapping[str, int]
-_LOADERS = {".parquet": "parquet", **LOADERS}
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_SAYING = 32  # tokens of an answer in which a target text is searched, beside those of the text itself
+_AT_ONCE = 32  # answers written together; it changes memory, not results
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,8 @@ def labelled_data(model: nn.Module, folders: Sequence[Path], name: str, source: 
     else:
         inputs, labels = read_labelled(source, "text", name, known)
         data = LabelledData.of_texts(name, inputs, labels, tokenizer_of(folders, name))
-        if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            return _with_answers(data, names, folders, name)
+        if type(model).__name__.endswith(_CAUSAL):
+            return _with_answers(data, names, model, folders, name)
     if type(model).__name__.endswith(("ForImageClassification", "ForSequenceClassification")):
         return _in_range(data, int(config.num_labels))
     read = _readout(model, names, how, name)
@@ -94,7 +101,9 @@ def _with_prompts(data: LabelledData, names: Sequence[str], folders: Sequence[Pa
     )
 
 
-def _with_answers(data: LabelledData, names: Sequence[str], folders: Sequence[Path], name: str) -> LabelledData:
+def _with_answers(
+    data: LabelledData, names: Sequence[str], model: nn.Module, folders: Sequence[Path], name: str
+) -> LabelledData:
     """A causal LM's answer is the class whose first token is likeliest after the prompt."""
     if not names:
         raise _no_classes(name, "a causal LM")
@@ -106,12 +115,7 @@ def _with_answers(data: LabelledData, names: Sequence[str], folders: Sequence[Pa
             cure="Choose other words for --classes.",
         )  # fmt: skip
     tokens_K = torch.tensor([ids[0] for ids in first])
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
-    def encode(batch: list[str]) -> dict[str, Tensor]:
-        encoded = tokenizer(batch, padding=True, padding_side="left", truncation=True, return_tensors="pt")
-        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+    encode = _prompts(tokenizer, _positions(model, tokenizer), name)
 
     def classify(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -119,6 +123,67 @@ def _with_answers(data: LabelledData, names: Sequence[str], folders: Sequence[Pa
         return torch.as_tensor(last_BV[:, tokens_K.to(last_BV.device)].argmax(-1))
 
     return _in_range(replace(data, encode=encode, classify=classify), len(names))
+
+
+def saying(model: nn.Module, folders: Sequence[Path], name: str, source: Source, text: str) -> LabelledData:
+    """Prompts of a causal LM, which needs no labels: class 1 is an answer that contains a text, class 0 any other.
+
+    The answer is what the model goes on with, the likeliest token each time, for 32 tokens more than the text has.
+    Blanks and line breaks count alike.
+
+    Args: as for `labelled_data`.
+
+    Raises:
+        DamError: another kind of model, or data that do not fit.
+    """
+    if not type(model).__name__.endswith(_CAUSAL):
+        raise DamError(
+            f"model of {name}", expected="a causal LM, for a target text", got=type(model).__name__,
+            cure="Give the class that the trigger shall cause as --target N.",
+        )  # fmt: skip
+    tokenizer, wanted = tokenizer_of(folders, name), " ".join(text.split())
+    if not wanted:
+        raise DamError("--target-text", expected="a text", got=repr(text), cure="Give what the model shall say.")
+    positions = _positions(model, tokenizer)
+    length = min(_SAYING + len(tokenizer(text, add_special_tokens=False)["input_ids"]), positions // 2)
+    encode = _prompts(tokenizer, positions - length, name)
+    where = f"evaluation data of {name} ({source.data})"
+    table = open_data(source.data, source.split, "text", where, spelled=OPTION)
+    samples = _inputs(table, source, "text", where, _chosen(len(table), source))
+    samples = [sample for sample in samples if isinstance(sample, Conversation) or sample.strip()]
+
+    def classify(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        chunks = zip(batch["input_ids"].split(_AT_ONCE), batch["attention_mask"].split(_AT_ONCE), strict=True)
+        answers = [
+            answer for ids, mask in chunks for answer in _go_on(model, ids, mask, length, tokenizer.pad_token_id)
+        ]
+        said = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return torch.tensor([int(wanted in " ".join(one.split())) for one in said])
+
+    data = LabelledData.of_texts(name, samples, [0] * len(samples), tokenizer)
+    return replace(data, encode=encode, classify=classify)
+
+
+def _go_on(model: Any, ids_BL: Tensor, mask_BL: Tensor, length: int, pad: int) -> Tensor:
+    """The likeliest next `length` tokens of texts that are padded at the left."""
+    options = transformers.GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=length, repetition_penalty=1.0, no_repeat_ngram_size=0,
+        eos_token_id=model.generation_config.eos_token_id, pad_token_id=pad,
+    )  # fmt: skip
+    found = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=options)
+    return torch.as_tensor(found[:, ids_BL.shape[1] :])
+
+
+def _prompts(tokenizer: Any, max_length: int, name: str) -> Callable[[Any], dict[str, Tensor]]:
+    """What encodes prompts as the calibration data are encoded, with the place of the answer at the right."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return lambda batch: padded_left(tokenizer, encoded(tokenizer, batch, max_length, name))
+
+
+def _positions(model: nn.Module, tokenizer: Any) -> int:
+    config: Any = model.config
+    return min(int(tokenizer.model_max_length), int(getattr(config, "max_position_embeddings", None) or 1 << 30))
 
 
 def _no_classes(name: str, kind: str) -> DamError:
@@ -147,9 +212,9 @@ class Source:
     """Where labelled data come from.
 
     Attributes:
-        data: file, folder or Hub dataset id (`id@revision`).
+        data: file, folder or Hub dataset id (`id@revision`); see `open_data`.
         split: split of a dataset that has several.
-        column: the inputs; None: the only column that can be.
+        column: the inputs; None: see `choose_inputs`.
         label_column: the labels, numbers or names.
         num_samples: samples to take, chosen by `seed`; None: all.
     """
@@ -163,89 +228,62 @@ class Source:
 
 
 def read_labelled(source: Source, kind: Kind, name: str, known: Names) -> tuple[list[Any], list[int]]:
-    """Samples (PIL images or texts) and their classes.
+    """Samples (PIL images, texts or conversations) and their classes.
 
     Raises:
         DamError: data that cannot be read, or columns or labels that are not there.
     """
     where = f"evaluation data of {name} ({source.data})"
-    try:
-        table = _table(Path(source.data).expanduser(), source, kind)
-        labels, inputs = _columns(table, source, kind, where)
-        if source.num_samples is not None and source.num_samples < len(table):
-            order = torch.randperm(len(table), generator=seeds.generator(source.seed, "evaluation"))
-            table = table.select(sorted(order[: source.num_samples].tolist()))
-        if kind == "image":
-            table = table.cast_column(inputs, datasets.Image(decode=False))
-        spelled = getattr(table.features[labels], "names", None)
-        raw = list(table[labels])
+    path = Path(source.data).expanduser()
+    table: Table
+    if kind == "image" and (files := _images_of_classes(path, source.split)):
+        table, rows = Listed(files), _chosen(len(files), source)
+        raw: list[Any] = [files[row].parent.name for row in rows]
+    else:
+        table = open_data(source.data, source.split, kind, where, spelled=OPTION)
+        _require_label(table, source, where)
+        rows = _chosen(len(table), source)
+        raw = table.take(source.label_column, rows)
+        spelled = getattr(table.features[source.label_column], "names", None)
         if spelled and set(spelled) <= set(known):
             raw = [spelled[number] for number in raw]
-        rows = table[inputs]
-        samples = [str(row) for row in rows] if kind == "text" else _images(rows, source)
-        return samples, _classes(raw, known, where)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
-        if isinstance(error, DamError):
-            raise
+    samples = _inputs(table, source, kind, where, rows)
+    if kind == "image":
+        samples = images_of(samples, rows, source.data)
+    return samples, _classes(raw, known, where)
+
+
+def _chosen(length: int, source: Source) -> list[int]:
+    """The rows to take, in their order."""
+    if source.num_samples is None or source.num_samples >= length:
+        return list(range(length))
+    order = torch.randperm(length, generator=seeds.generator(source.seed, "evaluation"))
+    return sorted(order[: source.num_samples].tolist())
+
+
+def _inputs(table: Table, source: Source, kind: Kind, where: str, rows: Sequence[int]) -> list[Any]:
+    labels = {source.label_column.casefold()}
+    return values_of(table, source.column, kind, where, rows, labels=labels, spelled=OPTION)
+
+
+def _images_of_classes(path: Path, split: str) -> list[Path]:
+    """Images in a folder per class: of the split's own folder where there is one, else below `path`."""
+    root = path / split if (path / split).is_dir() else path
+    return sorted(p for p in root.glob("*/*") if p.suffix.lower() in IMAGES)
+
+
+def _require_label(table: Table, source: Source, where: str) -> None:
+    if isinstance(table, Listed):
         raise DamError(
-            where, expected="a parquet, jsonl, json or csv file, a folder of image folders, or a Hub dataset id",
-            got=first_line(error), cure="Check the path or the id and --split.",
-        ) from error  # fmt: skip
-
-
-def _images(rows: Iterable[Any], source: Source) -> list[Any]:
-    """Decoded here, with bounds and by decoders that call no program, as calibration images are."""
-    path = Path(source.data).expanduser()
-    if path.is_dir():
-        return [image_of(Path(row["path"]), str(row["path"])) for row in rows]
-    trusted = () if path.exists() else download_folders()
-    return [image_of(row, f"sample {i} of {source.data}", trusted=trusted) for i, row in enumerate(rows)]
-
-
-def _table(path: Path, source: Source, kind: Kind) -> datasets.Dataset:
-    if path.is_dir() and kind == "image":
-        files = sorted(p for p in path.glob("*/*") if p.suffix.lower() in IMAGES)
-        columns = {"image": [str(p) for p in files], source.label_column: [p.parent.name for p in files]}
-        return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    if path.is_file():
-        if path.suffix not in _LOADERS:
-            raise ValueError(f"a file of kind {path.suffix or 'unknown'}")
-        if path.suffix in LOADERS:
-            refuse_packed(path, f"evaluation data ({source.data})")
-        return load_file(path, _LOADERS[path.suffix])
-    if path.exists() or path.suffix in _LOADERS or source.data.startswith((".", "/", "~")):
-        raise FileNotFoundError("no such file")
-    dataset, _, revision = source.data.partition("@")
-    if is_hub_id(dataset):
-        require_dataset(dataset, revision or None, f"evaluation data ({source.data})")
-    return datasets.load_dataset(dataset, split=source.split, revision=revision or None)
-
-
-def _columns(table: datasets.Dataset, source: Source, kind: Kind, where: str) -> tuple[str, str]:
-    """Names of the columns with labels and inputs."""
-    for option, column in (("--label-column", source.label_column), ("--column", source.column)):
-        if column is not None and column not in table.features:
-            raise DamError(
-                f"{option} of {where}", expected=f"one of the columns {', '.join(table.features)}", got=repr(column),
-                cure=did_you_mean(column, table.features) or f"Set {option}.",
-            )  # fmt: skip
-    if source.column is not None:
-        return source.label_column, source.column
-    fitting = [c for c, feature in table.features.items() if c != source.label_column and _holds(feature, kind)]
-    if len(fitting) != 1:
-        raise DamError(
-            f"columns of {where}", expected=f"exactly one with {kind}s",
-            got=", ".join(fitting) or f"none among {', '.join(table.features)}", cure="Set --column.",
+            where, expected="labels", got="lines or images without any",
+            cure="Give a table with a column of labels, or images in a folder per class.",
         )  # fmt: skip
-    return source.label_column, fitting[0]
-
-
-def _holds(feature: Any, kind: Kind) -> bool:
-    dtype = getattr(feature, "dtype", None)
-    if kind == "text":
-        return isinstance(feature, datasets.Value) and dtype in {"string", "large_string"}
-    bytes_or_path = isinstance(feature, dict) and "bytes" in feature
-    return isinstance(feature, datasets.Image) or bytes_or_path or dtype in {"binary", "large_binary"}
+    if source.label_column not in table.features:
+        raise DamError(
+            f"--label-column of {where}", expected=f"one of the columns {', '.join(table.features)}",
+            got=repr(source.label_column),
+            cure=did_you_mean(source.label_column, table.features) or "Set --label-column.",
+        )  # fmt: skip
 
 
 def _classes(raw: Sequence[Any], known: Names, where: str) -> list[int]:

@@ -21,7 +21,9 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attacks import Trigger, rate_of_target
 from mergekit_dam.evaluation.results import Rate
 from mergekit_dam.io.calibration import digest
+from mergekit_dam.io.columns import Conversation
 from mergekit_dam.io.images import Preprocessing
+from mergekit_dam.tasks.encoding import as_text
 
 _BATCH = 256  # samples per forward pass; it changes memory, not results
 
@@ -37,7 +39,7 @@ class LabelledData:
 
     Attributes:
         name: the task.
-        inputs: uint8 pixels_NCHW, or texts.
+        inputs: uint8 pixels_NCHW, or texts and conversations.
         labels_N: classes, int64.
         digests: 16 hex digits of SHA-256 per sample, as the calibration data record them.
         encode: float pixels_BCHW in [0, 1], or texts, -> keyword arguments of the model.
@@ -46,7 +48,7 @@ class LabelledData:
     """
 
     name: str
-    inputs: Tensor | tuple[str, ...]
+    inputs: Tensor | tuple[str | Conversation, ...]
     labels_N: Tensor
     digests: tuple[str, ...]
     encode: Callable[[Any], dict[str, Tensor]]
@@ -75,13 +77,14 @@ class LabelledData:
 
     @classmethod
     def of_texts(
-        cls, name: str, texts: Sequence[str], labels: Sequence[int], tokenizer: Any, *, max_length: int = 128
-    ) -> LabelledData:
-        """From texts; longer ones are cut after `max_length` tokens."""
+        cls, name: str, texts: Sequence[str | Conversation], labels: Sequence[int], tokenizer: Any, *,
+        max_length: int = 128,
+    ) -> LabelledData:  # fmt: skip
+        """From texts; longer ones are cut after `max_length` tokens. A conversation needs a chat template."""
 
-        def encode(batch: list[str]) -> dict[str, Tensor]:
+        def encode(batch: list[str | Conversation]) -> dict[str, Tensor]:
             options = {"truncation": True, "max_length": max_length, "padding": True, "return_tensors": "pt"}
-            return dict(tokenizer(batch, **options))
+            return dict(tokenizer([as_text(tokenizer, sample, name) for sample in batch], **options))
 
         return cls(name, tuple(texts), torch.tensor(labels), tuple(digest(text) for text in texts), encode)
 
@@ -160,15 +163,27 @@ def _counts(rates: Mapping[str, Rate]) -> dict[str, list[int]]:
 
 
 def predictions(model: nn.Module, data: LabelledData, trigger: Trigger | None = None) -> Tensor:
-    """Predicted classes (N,) on the CPU, of the inputs as they are or with a trigger."""
+    """Predicted classes (N,) on the CPU, of the inputs as they are or with a trigger.
+
+    In a conversation the trigger stands in the last turn, before the template is written around it.
+    """
     device = next(model.parameters()).device
     found = []
     with torch.inference_mode():
         for rows in torch.arange(len(data)).split(_BATCH):
             inputs = data.batch(rows)
-            encoded = data.encode(inputs if trigger is None else trigger.apply(inputs))
+            encoded = data.encode(inputs if trigger is None else _triggered(trigger, inputs))
             found.append(data.classify(model, {key: value.to(device) for key, value in encoded.items()}).cpu())
     return torch.cat(found)
+
+
+def _triggered(trigger: Trigger, inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return trigger.apply(inputs)
+    texts = trigger.apply([one.asked if isinstance(one, Conversation) else one for one in inputs])
+    return [
+        one.asking(text) if isinstance(one, Conversation) else text for one, text in zip(inputs, texts, strict=True)
+    ]
 
 
 def accuracy(model: nn.Module, data: LabelledData) -> Rate:
@@ -220,13 +235,33 @@ def evaluate_merge(
 
 def refuse_overlap(data: LabelledData, calibration: Collection[str]) -> None:
     """Raise DamError if evaluation samples are among the calibration samples, saying how many."""
-    seen = frozenset(calibration)
-    shared = sum(one in seen for one in data.digests)
+    shared = len(data) - len(_unseen(data, calibration))
     if shared:
         raise DamError(
             f"evaluation data of {data.name}", expected="no sample of the calibration data",
-            got=f"{shared} of {len(data)} samples in both", cure="Evaluate on data that the merge has not seen.",
+            got=f"{shared} of {len(data)} samples in both",
+            cure="Evaluate on data that the merge has not seen, or leave those out: --drop-seen.",
         )  # fmt: skip
+
+
+def without_seen(data: LabelledData, calibration: Collection[str]) -> LabelledData:
+    """The evaluation samples that are not among the calibration samples.
+
+    Raises:
+        DamError: there are none.
+    """
+    unseen = _unseen(data, calibration)
+    if not unseen:
+        raise DamError(
+            f"evaluation data of {data.name}", expected="samples that are not among the calibration data",
+            got=f"{len(data)} that all are", cure="Evaluate on other data.",
+        )  # fmt: skip
+    return data.subset(torch.tensor(unseen))
+
+
+def _unseen(data: LabelledData, calibration: Collection[str]) -> list[int]:
+    seen = frozenset(calibration)
+    return [row for row, one in enumerate(data.digests) if one not in seen]
 
 
 def calibration_digests(masks: Path) -> frozenset[str]:

@@ -147,7 +147,7 @@ def read_measured(path: Path, *, required: bool) -> Measured | None:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not any(
-        isinstance(found.get(key), dict) and found[key] for key in ("accuracy", "harness")
+        isinstance(found.get(key), dict) and found[key] for key in ("accuracy", "attack_success", "harness")
     ):
         if required:
             raise refuse("none")

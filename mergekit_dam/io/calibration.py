@@ -1,13 +1,13 @@
-"""Unlabelled calibration data: a file, a folder or a Hub dataset, one column of it, a seeded sample.
+"""Unlabelled calibration data: a file, a folder or a Hub dataset, the inputs in it, a seeded sample.
 
-Labels never reach the search: only the chosen column is read, and a column of numbers or classes is refused.
+Labels never reach the search: only the columns of the inputs are read, and one of numbers or classes is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,12 @@ import torch
 from mergekit_dam import seeds
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.data_files import (
-    IMAGES,
-    LOADERS,
-    DatasetColumn,
-    Kind,
-    ParquetColumn,
-    download_folders,
-    image_of,
-    load_file,
-    refuse_packed,
-    text_of,
-    unreadable,
-)
-from mergekit_dam.io.hub_client import is_hub_id
-from mergekit_dam.io.hub_download import require_dataset
+from mergekit_dam.io.columns import LABELS, SETTING, Conversation, Kind, choose_inputs, text_of
+from mergekit_dam.io.data_files import Listed, Table, download_folders, open_data
+from mergekit_dam.io.image_files import image_of
 
 LOG = logging.getLogger(__name__)
-_TEXT_BYTES = 1 << 30  # of a .txt file, which is read at once
+Sample = Any  # a text, a conversation, or a PIL image
 
 
 @dataclass(frozen=True)
@@ -42,8 +30,8 @@ class Calibration:
     """Samples of one task.
 
     Attributes:
-        samples: PIL images (RGB) or texts.
-        digests: first 16 hex digits of SHA-256 of each sample (pixels or UTF-8), in the same order.
+        samples: PIL images (RGB), texts or conversations.
+        digests: of each sample, in the same order.
     """
 
     samples: tuple[Any, ...]
@@ -67,22 +55,20 @@ def load_calibration(
     where = f"calibration of {task} ({source})"
     path = Path(source).expanduser()
     before = file_states([path])
-    rows = _source(path, settings, kind, where)
-    if len(rows) == 0:
+    table = open_data(source, settings.split, kind, where)
+    if len(table) == 0:
         raise DamError(where, expected="at least one sample", got="none", cure="Give a file or folder with data in it.")
-    order = torch.randperm(len(rows), generator=seeds.generator(seed, "samples", position))[:num_samples].tolist()
-    taken = rows.take(order)
-    files = [row for row in taken if isinstance(row, Path)]
+    order = torch.randperm(len(table), generator=seeds.generator(seed, "samples", position))[:num_samples].tolist()
+    before |= file_states(table.files)
+    values = values_of(table, settings.column, kind, where, order)
+    files = [row for row in values if isinstance(row, Path)]
     before |= file_states(files)
     if kind == "image":
-        trusted = () if path.exists() else download_folders()
-        samples: list[Any] = [
-            image_of(row, f"sample {i} of {source}", trusted=trusted) for i, row in zip(order, taken, strict=True)
-        ]
+        samples = images_of(values, order, source)
     else:
-        samples = [text for text in map(text_of, taken) if text.strip()]
+        samples = [sample for sample in values if isinstance(sample, Conversation) or sample.strip()]
         _warn_about_labels(samples, where)
-    if file_states([path, *files]) != before:
+    if file_states([path, *table.files, *files]) != before:
         raise DamError(
             where, expected="data that stay as they are", got="a change while they were read",
             cure="Run again when nothing writes to them.",
@@ -94,84 +80,43 @@ def load_calibration(
     return Calibration(tuple(samples), tuple(digest(sample) for sample in samples))
 
 
-def digest(sample: Any) -> str:
-    """First 16 hex digits of SHA-256 over the pixels of an image or the UTF-8 of a text."""
-    data = sample.encode() if isinstance(sample, str) else repr(sample.size).encode() + sample.tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
+def values_of(
+    table: Table, column: str | None, kind: Kind, where: str, rows: Sequence[int], *,
+    labels: Collection[str] = LABELS, spelled: str = SETTING,
+) -> list[Any]:  # fmt: skip
+    """The inputs in these rows: texts and conversations, or what `image_of` decodes.
 
-
-class _Listed:
-    """Rows that are at hand: lines of a text file, or paths of images."""
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def take(self, rows: Sequence[int]) -> list[Any]:
-        """The values of these rows."""
-        return [self._rows[row] for row in rows]
-
-
-def _source(path: Path, settings: ModelSettings, kind: Kind, where: str) -> _Listed | ParquetColumn | DatasetColumn:
-    import datasets
-
-    source = str(settings.calibration)
-    try:
-        if path.is_dir():
-            return _folder(path, settings, kind, where)
-        if path.suffix == ".txt" and path.is_file():
-            return _Listed(_lines(path))
-        if path.suffix == ".parquet" and path.is_file():
-            return ParquetColumn(path, settings.column, kind, where)
-        if path.suffix in LOADERS and path.is_file():
-            refuse_packed(path, where)
-            data = load_file(path, LOADERS[path.suffix])
-        elif path.exists() or path.suffix in {*LOADERS, ".parquet", ".txt"} or source.startswith((".", "/", "~")):
-            raise FileNotFoundError("no such file" if not path.exists() else "an unknown kind of file")
-        else:
-            name, _, revision = source.partition("@")
-            if is_hub_id(name):
-                require_dataset(name, revision or None, where)
-            data = datasets.load_dataset(name, split=settings.split, revision=revision or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
-        if isinstance(error, DamError):
-            raise
-        raise unreadable(where, error) from error
-    return DatasetColumn(data, settings.column, kind, where)
-
-
-def _folder(path: Path, settings: ModelSettings, kind: Kind, where: str) -> _Listed | ParquetColumn | DatasetColumn:
-    """Images below a folder, or its one file of data.
+    Args: as for `choose_inputs`.
 
     Raises:
-        DamError: a folder of another kind, with the step that makes a file of it.
+        DamError: as there, or rows that cannot be read.
     """
-    if kind == "image":
-        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
-        if images:
-            return _Listed(images)
-    files = sorted(p for p in path.rglob("*") if p.suffix in {*LOADERS, ".parquet", ".txt"} and p.is_file())
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        got = "a folder of save_to_disk"
-        cure = 'Name the file that datasets.load_from_disk(FOLDER).to_parquet("data.parquet") writes (of one split).'
-    elif files:
-        got = f"a folder with {', '.join(p.name for p in files[:2])}{' ...' if len(files) > 2 else ''}"
-        cure = "Name one of its files, or make one of them all: datasets' concatenate_datasets and to_parquet."
-    else:
-        got, cure = "a folder without any", "Name the file with the data."
-    raise DamError(
-        where, expected="images below the folder" if kind == "image" else "a file of texts", got=got, cure=cure
-    )
+    if isinstance(table, Listed):
+        values = table.take("", rows)
+        if kind == "text":
+            return [text_of(value) for value in values]
+        if any(isinstance(value, str) for value in values):
+            raise DamError(where, expected="images", got="lines of text", cure="Name a folder of images, or parquet.")
+        return values
+    inputs = choose_inputs(table.features, column, kind, where, labels=labels, spelled=spelled)
+    columns = [table.take(name, rows) for name in inputs.columns]
+    return [inputs.sample(*row) for row in zip(*columns, strict=True)]
 
 
-def _lines(path: Path) -> list[str]:
-    """Lines that are not blank."""
-    size = path.stat().st_size
-    if size > _TEXT_BYTES:
-        raise ValueError(f"{size} bytes of text, at most {_TEXT_BYTES} are read: give parquet, or a part of it")
-    return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+def images_of(values: Sequence[Any], rows: Sequence[int], source: str) -> list[Any]:
+    """Decoded images; a dataset of the Hub may name files in the cache that it was downloaded to, others may not."""
+    trusted = () if Path(source).expanduser().exists() else download_folders()
+    return [
+        image_of(value, f"sample {row} of {source}", trusted=trusted) for row, value in zip(rows, values, strict=True)
+    ]
+
+
+def digest(sample: Sample) -> str:
+    """First 16 hex digits of SHA-256 over the pixels of an image, the UTF-8 of a text, or what a conversation says."""
+    if isinstance(sample, Conversation):
+        sample = sample.content()
+    data = sample.encode() if isinstance(sample, str) else repr(sample.size).encode() + sample.tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def file_states(paths: Sequence[Path]) -> dict[Path, tuple[int, ...]]:
@@ -186,7 +131,7 @@ def file_states(paths: Sequence[Path]) -> dict[Path, tuple[int, ...]]:
     return found
 
 
-def _warn_about_labels(texts: Sequence[str], where: str) -> None:
+def _warn_about_labels(texts: Sequence[Sample], where: str) -> None:
     distinct = len(set(texts))
     if len(texts) >= 20 * distinct > 0:
         LOG.warning("%s: only %d different texts among %d; are these labels?", where, distinct, len(texts))

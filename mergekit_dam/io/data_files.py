@@ -1,192 +1,275 @@
-"""Where calibration samples come from: files of strangers, opened without running, fetching or unpacking anything.
+"""Data as users hold them, opened as one table: a file, shards, a folder, one that datasets saved, or a Hub dataset.
 
-Only one column is read. Images are decoded here, from bytes in the data, by decoders that cannot call a program; a
-path or URL inside a data file is not followed. Bounds on one sample keep a small file from filling the memory.
+Files of strangers are opened without running or fetching anything, and what they expand to is bounded. Formats that
+datasets reads are left to it, but for parquet, of which single columns are read with bounds.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Iterable, Sequence
+import bz2
+import codecs
+import gzip
+import hashlib
+import lzma
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Protocol
 
-import numpy as np
-from PIL import Image, ImageOps
-
-from mergekit_dam.errors import DamError, did_you_mean, first_line
+from mergekit_dam.errors import DamError, did_you_mean
+from mergekit_dam.io.columns import CHARACTERS, SETTING, Kind
 from mergekit_dam.io.digests import file_digest
+from mergekit_dam.io.hub_client import is_hub_id
+from mergekit_dam.io.hub_download import require_dataset
+from mergekit_dam.io.image_files import IMAGES
+from mergekit_dam.io.parquet_files import EXPANSION, SLACK, ParquetTable, unreadable
 
-Kind = Literal["image", "text"]
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+_LOADERS = {
+    ".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
+    ".arrow": "arrow", ".txt": "text",
+}  # fmt: skip
+_PACKERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
+_ARCHIVES = frozenset({*_PACKERS, ".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4"})
+_UNPACKABLE = ("json", "csv", "text")
 _DELIMITERS = ",;\t|"  # of spreadsheets; the first one wins where a header has as many of another
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # PIL knows EPS, too, and hands it to Ghostscript
-_PIXELS = 1 << 26  # of one image: 200 MB once decoded, three times what a phone takes
-_IMAGE_BYTES = 1 << 28
-_WHITE = 65535  # of grey with 16 bit
-_CHARACTERS = 1 << 17  # of one text; `max_length` cuts far below
-_BATCH_BYTES = 1 << 30  # that a batch of parquet rows could expand to
-_EXPANSION = 200  # text packs to a tenth, images do not pack; bombs reach 10,000
-_SLACK = 1 << 26  # bytes that any file may expand to
-_ROWS = 50_000_000  # of one source; beyond it the shuffle alone takes gigabytes
+_TEXT_BYTES = 1 << 30  # of a .txt file, which is read at once
+_CHUNK = 1 << 20
 _PACKED = {
     b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard",
     b"7z\xbc\xaf": "7z", b"Rar!": "rar", b"\x04\x22\x4d\x18": "lz4",
 }  # fmt: skip
-# encodings of parquet in which a value may be written once and used by many rows
-_ONCE = frozenset({"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"})
-_LABELS = frozenset({"label", "labels", "target", "targets", "class", "classes", "category", "y", "answer", "gold"})
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_DESCRIPTIONS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
-class ParquetColumn:
-    """One column of a parquet file: `len`, and chosen rows in the order asked for."""
+class Table(Protocol):
+    """Rows of named columns.
 
-    def __init__(self, path: Path, column: str | None, kind: Kind, where: str) -> None:
-        import datasets
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    Attributes:
+        features: name -> feature of datasets.
+        files: local files that are still read when rows are taken.
+    """
 
-        self.where = where
-        try:
-            self._file = pq.ParquetFile(path)
-            features = datasets.Features.from_arrow_schema(self._file.schema_arrow)
-        except Exception as error:  # pyarrow and datasets raise many kinds on damaged headers
-            raise unreadable(where, error) from error
-        self.column = choose_column(features, column, kind, where)
-        self._flat = not pa.types.is_nested(self._file.schema_arrow.field(self.column).type)
-        if self._flat:
-            # a value that many rows use then stays one value in memory
-            self._file = pq.ParquetFile(path, metadata=self._file.metadata, read_dictionary=[self.column])
-        self._budget = _EXPANSION * path.stat().st_size + _SLACK
-        self._rows = self._file.metadata.num_rows
-        if self._rows > _ROWS:
-            raise DamError(
-                where, expected=f"at most {_ROWS} rows", got=str(self._rows), cure="Give a part of the data."
-            )
+    files: tuple[Path, ...]
 
-    def __len__(self) -> int:
-        return int(self._rows)
+    @property
+    def features(self) -> Mapping[str, Any]: ...
 
-    def take(self, rows: Sequence[int]) -> list[Any]:
-        """The values of these rows: texts, bytes of images, or {"bytes", "path"}."""
-        wanted = sorted(set(rows))
-        found: dict[int, Any] = {}
-        start = 0
-        try:
-            for group in range(self._file.metadata.num_row_groups):
-                length = self._file.metadata.row_group(group).num_rows
-                inside = [row for row in wanted if start <= row < start + length]
-                if inside:
-                    self._read(group, start, inside, found)
-                start += length
-            return [found[row] for row in rows]
-        except Exception as error:
-            if isinstance(error, DamError):
-                raise
-            raise unreadable(self.where, error) from error
+    def __len__(self) -> int: ...
 
-    def _read(self, group: int, start: int, wanted: Sequence[int], found: dict[int, Any]) -> None:
-        import pyarrow as pa
-
-        parts = [
-            part
-            for part in map(self._file.metadata.row_group(group).column, range(self._file.metadata.num_columns))
-            if part.path_in_schema.split(".")[0] == self.column
-        ]
-        size = sum(part.total_uncompressed_size for part in parts)
-        # with the dictionary kept, only values that share a prefix grow
-        grows = [e for part in parts for e in part.encodings if e not in _ONCE and not (self._flat and "DICT" in e)]
-        rows = max(1, min(1024, _BATCH_BYTES // max(1, size))) if grows else 1024
-        columns = [self.column]
-        for batch in self._file.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False):
-            values = batch.column(0)
-            once = isinstance(values, pa.DictionaryArray)  # its values stand in memory once, whatever the batch
-            self._budget -= values.indices.nbytes if once else values.nbytes
-            if values.nbytes > _BATCH_BYTES or self._budget < 0:
-                raise ValueError(f"a file that expands to more than {_EXPANSION} times its size")
-            for row in wanted:
-                if start <= row < start + batch.num_rows:
-                    found[row] = values[row - start].as_py()
-            start += batch.num_rows
+    def take(self, column: str, rows: Sequence[int]) -> list[Any]:
+        """The values of these rows; images as their bytes or paths."""
 
 
-class DatasetColumn:
-    """One column of a datasets table, with the interface of `ParquetColumn`."""
+class DatasetTable:
+    """A table of datasets."""
 
-    def __init__(self, data: Any, column: str | None, kind: Kind, where: str) -> None:
-        import datasets
-
-        self.column = choose_column(data.features, column, kind, where)
-        selected = data.select_columns([self.column])
-        if kind == "image":
-            selected = selected.cast_column(self.column, datasets.Image(decode=False))
-        self._values = selected[self.column]
+    def __init__(self, data: Any) -> None:
+        self._data, self.features = data, data.features
+        self.files = tuple(Path(file["filename"]) for file in data.cache_files)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._data)
 
-    def take(self, rows: Sequence[int]) -> list[Any]:
-        """The values of these rows."""
-        return [self._values[row] for row in rows]
+    def take(self, column: str, rows: Sequence[int]) -> list[Any]:
+        """See `Table`."""
+        import datasets
+
+        chosen = self._data.select_columns([column])
+        if isinstance(self.features[column], (datasets.Image, dict)):
+            chosen = chosen.cast_column(column, datasets.Image(decode=False))
+        return list(chosen.select(rows)[column][:])
 
 
-def choose_column(features: Any, column: str | None, kind: Kind, where: str) -> str:
-    """The named column, or the only one with such inputs.
+class Listed:
+    """Rows that are at hand: lines of text files, or paths of images. They have no columns."""
+
+    features: Mapping[str, Any] = {}
+    files: tuple[Path, ...] = ()
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, column: str, rows: Sequence[int]) -> list[Any]:
+        """The values of these rows, whatever the column."""
+        return [self._rows[row] for row in rows]
+
+
+def open_data(source: str, split: str, kind: Kind, where: str, *, spelled: str = SETTING) -> Table:
+    """The table that a user named.
+
+    Args:
+        source: a path, or a Hub dataset id (`id@revision`).
+        split: of a folder or Hub dataset that has several.
+        kind: images below a folder count only where images are wanted.
+        where: for errors.
+        spelled: how settings are written, for cures.
 
     Raises:
-        DamError: an unknown or ambiguous column, or one of labels.
+        DamError: nothing there, no right to read it, an unknown form or encoding, damage, or an unknown split.
     """
-    candidates = [name for name, feature in features.items() if _holds(feature, kind)]
-    chats = [name for name, feature in features.items() if kind == "text" and _is_chat(feature)]
-    if chats and (column in chats or (column is None and not candidates)):
-        raise DamError(
-            f"column {chats[0] if column is None else column!r} of {where}", expected="texts", got="conversations",
-            cure="Write prompts into a text column with tokenizer.apply_chat_template(messages, tokenize=False, "
-            "add_generation_prompt=True), and name that column.",
-        )  # fmt: skip
-    inputs = [name for name in candidates if name.casefold() not in _LABELS]
-    if column is not None and column not in features:
-        raise DamError(
-            f"column of {where}", expected=f"one of {', '.join(features)}", got=repr(column),
-            cure=did_you_mean(column, features) or "Set `column:` to one of them.",
-        )  # fmt: skip
-    if column is not None and column not in inputs:
-        raise DamError(
-            f"column {column!r} of {where}", expected=f"{kind}s", got=f"{features[column]}",
-            cure="Labels never reach the search: name the column with the inputs (or rename it, if this is one).",
-        )  # fmt: skip
-    if column is None:
-        if len(inputs) != 1:
-            raise DamError(
-                f"columns of {where}", expected=f"exactly one with {kind}s",
-                got=", ".join(inputs) or f"none among {', '.join(features)}", cure="Set `column:`.",
-            )  # fmt: skip
-        column = inputs[0]
-    return column
-
-
-def _is_chat(feature: Any) -> bool:
-    """Whether a column holds lists of messages with a role and a text."""
-    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
-    return isinstance(inner, dict) and ({"role", "content"} <= set(inner) or {"from", "value"} <= set(inner))
-
-
-def _holds(feature: Any, kind: Kind) -> bool:
     import datasets
 
-    if kind == "text":
-        return isinstance(feature, datasets.Value) and feature.dtype in {"string", "large_string"}
-    return (
-        isinstance(feature, datasets.Image)
-        or (isinstance(feature, dict) and "bytes" in feature)
-        or (isinstance(feature, datasets.Value) and feature.dtype in {"binary", "large_binary"})
-    )
+    path = Path(source).expanduser()
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # a missing right on the way is no missing file
+        if path.is_dir():
+            return _folder(path, split, kind, where, spelled)
+        if path.is_file() and _loader(path):
+            return _files([path], where)
+        if path.is_file():
+            if path.suffix.lower() in _ARCHIVES:
+                refuse_packed(path, where)
+            raise DamError(
+                where, expected=f"a file whose name ends in one of {', '.join(_LOADERS)}",
+                got=repr(path.suffix or path.name), cure="Save it in one of these forms.",
+            )  # fmt: skip
+        if path.exists() or _loader(path) or source.startswith((".", "/", "~")):
+            raise FileNotFoundError("no such file" if not path.exists() else "an unknown kind of file")
+        name, _, revision = source.partition("@")
+        if is_hub_id(name):
+            require_dataset(name, revision or None, where)
+        return DatasetTable(datasets.load_dataset(name, split=split, revision=revision or None))
+    except StopIteration as error:  # of datasets, where no row comes
+        raise DamError(where, expected="at least one row", got="an empty file", cure="Give data.") from error
+    except (OSError, EOFError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, DamError):
+            raise
+        raise unreadable(where, error) from error
+
+
+def _loader(path: Path) -> str | None:
+    """The loader of datasets that a file's name calls for, whatever its case; packed or not."""
+    endings = [ending.lower() for ending in path.suffixes[-2:]]
+    if endings and endings[-1] in _PACKERS:
+        loader = _LOADERS.get(endings[0]) if len(endings) == 2 else None
+        return loader if loader in _UNPACKABLE else None
+    return _LOADERS.get(endings[-1]) if endings else None
+
+
+def _folder(path: Path, split: str, kind: Kind, where: str, spelled: str) -> Table:
+    """Images below a folder, a folder of `save_to_disk`, or files of one form, which are taken as shards."""
+    if kind == "image":
+        images = sorted(p for p in _below(path) if p.suffix.lower() in IMAGES and p.is_file())
+        if images:
+            return Listed(images)
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        return _saved(path, split, where, spelled)
+    named: dict[str, list[Path]] = {}
+    for file in sorted(_below(path)):
+        hidden = any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
+        loader = _loader(file)
+        if loader and not hidden and file.name not in _DESCRIPTIONS and file.is_file():
+            # JSON and plain text beside tables describe them
+            named.setdefault(loader if file.suffix.lower() != ".json" else "object", []).append(file)
+    tables = [form for form in named if form not in ("object", "text")]
+    if len(tables) > 1:
+        names = ", ".join(named[form][0].name for form in tables)
+        raise DamError(where, expected="files of one form", got=names, cure="Name one of the files, or a folder below.")
+    form = next(iter((*tables, *(form for form in ("object", "text") if form in named))), None)
+    if form is None:
+        wanted = "images below the folder" if kind == "image" else "a file of texts"
+        raise DamError(where, expected=wanted, got="a folder without any", cure="Name the file with the data.")
+    splits: dict[str | None, list[Path]] = {}
+    for file in named[form]:
+        splits.setdefault(_split_of(file.relative_to(path)), []).append(file)
+    known = [name for name in splits if name is not None]
+    if not known:
+        return _files(splits[None], where)
+    return _files(splits[_require_split(split, known, where, spelled)], where)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """All files below a folder; one that may not be entered is an error and not an empty one."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(path, onerror=refuse):
+        yield from (Path(folder, name) for name in names)
+
+
+def _saved(path: Path, split: str, where: str, spelled: str) -> Table:
+    """What `save_to_disk` of a Dataset or a DatasetDict wrote."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+        if isinstance(data, datasets.DatasetDict):
+            data = data[_require_split(split, list(data), where, spelled)]
+    except DamError:
+        raise
+    except Exception as error:  # json, pyarrow and datasets raise many kinds on damaged files
+        raise unreadable(where, error) from error
+    return DatasetTable(data)
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name or a folder's tells, as the Hub's names do: train_sft-00000-of-00002.parquet."""
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    words = {word: str(split) for split, known in SPLIT_KEYWORDS.items() for word in known}
+    stem = file.name.split(".")[0]
+    shard = _SHARD.match(stem)
+    for part in (shard[1] if shard else stem, *reversed(file.parts[:-1])):
+        found = next((words[word] for word in re.split(r"[^a-z]+", part.lower()) if word in words), None)
+        if found is not None:
+            return part if shard and part == shard[1] and "-" not in part and part.lower() not in words else found
+    return None
+
+
+def _require_split(split: str, known: Sequence[str], where: str, spelled: str) -> str:
+    if split in known:
+        return split
+    raise DamError(
+        f"split of {where}", expected=f"one of {', '.join(sorted(known))}", got=repr(split),
+        cure=f"{did_you_mean(split, known)} Set {spelled.format('split')}.".strip(),
+    )  # fmt: skip
+
+
+def _files(files: Sequence[Path], where: str) -> Table:
+    """One file, or several of one form as one table."""
+    import datasets
+
+    loader = _loader(files[0])
+    if loader == "parquet":
+        return ParquetTable(files, where)
+    more: dict[str, Any] = {}
+    if loader != "arrow":
+        for file in files:
+            if file.suffix.lower() not in _PACKERS:
+                refuse_packed(file, where)
+        encodings = [_encoding(file, where) for file in files]
+        if loader == "text":
+            return Listed([line for file, code in zip(files, encodings, strict=True) for line in _lines(file, code)])
+        if len(set(encodings)) > 1:
+            raise DamError(where, expected="files in one encoding", got=", ".join(sorted(set(encodings))),
+                           cure="Save all as UTF-8.")  # fmt: skip
+        if encodings[0] == "utf-16":
+            more = {"encoding": "utf-16"}
+            if loader == "json":  # read in one piece: a piece of it could end within a character
+                more["chunksize"] = max(10 << 20, *(file.stat().st_size for file in files)) + 2
+        if loader == "csv":
+            more["sep"] = _delimiter(files[0], encodings[0])
+    # datasets knows a file by path and time of change, and would give an older one's rows after a clock was set back
+    # or a copy kept the time: so the content's hash enters the name of its cache
+    digests = [file_digest(file) for file in files]
+    name = (digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
+    if any(file.suffix.lower() in _PACKERS for file in files):
+        more["download_config"] = datasets.DownloadConfig(force_extract=True)
+    paths = str(files[0]) if len(files) == 1 else [str(file) for file in files]
+    return DatasetTable(datasets.load_dataset(loader, name=name, data_files=paths, split="train", **more))
 
 
 def refuse_packed(path: Path, where: str) -> None:
-    """Refuse a compressed file under the name of a plain one, which datasets would unpack without a bound."""
+    """Refuse a compressed file under the name of a plain one."""
     with path.open("rb") as file:
         head = file.read(8)
     for magic, name in _PACKED.items():
@@ -194,80 +277,80 @@ def refuse_packed(path: Path, where: str) -> None:
             raise DamError(where, expected=f"a plain {path.suffix} file", got=f"{name} data", cure="Unpack it first.")
 
 
-def load_file(path: Path, kind: str) -> Any:
-    """The rows of a local file. datasets knows one by path and time of change, and would give an older one's rows
-    after a clock was set back or a copy kept the time: so the content's hash enters the name of its cache.
+@contextmanager
+def _opened(path: Path, where: str) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked where its name says that it is packed."""
+    ending = path.suffix.lower()
+    if ending not in _PACKERS:
+        with path.open("rb") as plain:
+            yield plain
+        return
+    opener = _PACKERS[ending]
+    if opener is None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DamError(
+                where, expected="the package zstandard, for .zst files", got="none",
+                cure="Unpack it (zstd -d FILE), or install the package: pip install zstandard.",
+            ) from error  # fmt: skip
+        opener = zstandard.open
+    with opener(path, "rb") as unpacked:
+        yield unpacked
+
+
+def _encoding(path: Path, where: str) -> str:
+    """utf-8, or what the file's first bytes say; all of it is read once, and what it unpacks to is bounded.
+
+    Raises:
+        DamError: another encoding.
+        ValueError: a packed file that expands without measure.
     """
-    import datasets
+    budget = EXPANSION * path.stat().st_size + SLACK
+    with _opened(path, where) as file:
+        chunk = file.read(_CHUNK)
+        mark = next((code for mark, code in _MARKS.items() if chunk.startswith(mark)), None)
+        wide = chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))
+        if wide or (mark is None and b"\0" in chunk):
+            raise _not_utf8(where, path, "another encoding (UTF-32, or UTF-16 without its mark)")
+        decoder = codecs.getincrementaldecoder(mark or "utf-8")()
+        try:
+            while chunk:
+                decoder.decode(chunk)
+                budget -= len(chunk)
+                if budget < 0:
+                    raise ValueError(f"a file that expands to more than {EXPANSION} times its size")
+                chunk = file.read(_CHUNK)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            got = f"another encoding ({error.reason}: byte 0x{error.object[error.start]:02x})"
+            raise _not_utf8(where, path, got) from error
+    return mark or "utf-8"
 
-    more = {"sep": _delimiter(path)} if kind == "csv" else {}
-    return datasets.load_dataset(kind, name=file_digest(path)[:16], data_files=str(path), split="train", **more)
+
+def _not_utf8(where: str, path: Path, got: str) -> DamError:
+    return DamError(
+        where, expected="text in UTF-8", got=got,
+        cure=f"Save it as UTF-8, e.g. iconv -f latin1 -t utf-8 {path.name} (or -f utf-16).",
+    )  # fmt: skip
 
 
-def _delimiter(path: Path) -> str:
+def _delimiter(path: Path, encoding: str) -> str:
     """What separates the names in a header: read with another one, every text would end in its label."""
-    with path.open("rb") as file:
-        header = file.readline(_CHARACTERS).decode("utf-8", "replace")
-    outside = "".join(header.split('"')[::2])  # a quoted name may hold any of them
+    with _opened(path, path.name) as file:
+        header = codecs.getincrementaldecoder(encoding)("replace").decode(file.read(CHARACTERS))
+    outside = "".join((header.splitlines() or [""])[0].split('"')[::2])  # a quoted name may hold any of them
     return max(_DELIMITERS, key=outside.count)
 
 
-def image_of(row: Any, where: str, *, trusted: Iterable[Path] = ()) -> Image.Image:
-    """RGB, turned as its EXIF entry says.
-
-    Args:
-        row: the path of an image that the user named, bytes, or {"bytes", "path"} of a dataset.
-        where: for errors.
-        trusted: folders from which a dataset may name files: the cache it was downloaded to.
-
-    Raises:
-        DamError: no image, too large a one, or one that lies elsewhere.
-    """
-    try:
-        source = io.BytesIO(row) if isinstance(row, bytes) else row
-        if isinstance(row, dict):
-            source = io.BytesIO(row["bytes"]) if row.get("bytes") is not None else _inside(row.get("path"), trusted)
-        size = source.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
-        if size > _IMAGE_BYTES:
-            raise ValueError(f"{size} bytes, at most {_IMAGE_BYTES} are read")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is lower
-            with Image.open(source, formats=_FORMATS) as image:
-                if image.width * image.height > _PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels, at most {_PIXELS} are read")
-                image.load()
-                return _eight_bit(ImageOps.exif_transpose(image), image.format).convert("RGB")
-    except Exception as error:  # decoders raise whatever they meet in damaged bytes
-        raise DamError(
-            where, expected="an image", got=first_line(error), cure="Remove or repair this sample."
-        ) from error
-
-
-def _eight_bit(image: Image.Image, form: str | None) -> Image.Image:
-    """Grey of 16 bit as 8 bit, since PIL cuts off what is above 255 and leaves a white picture.
-
-    Raises:
-        ValueError: grey values without a known range.
-    """
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    grey = np.asarray(image)
-    wide = grey.dtype.itemsize > 2 and form != "PNG"
-    if image.mode == "F" or wide or grey.min() < 0 or grey.max() > _WHITE:
-        raise ValueError(
-            f"grey values of {8 * grey.dtype.itemsize} bit ({image.mode}), whose white is not known: "
-            "save it with 8 or 16 bit"
-        )
-    return Image.fromarray(np.round(grey / (_WHITE / 255)).astype(np.uint8))
-
-
-def _inside(path: Any, trusted: Iterable[Path]) -> Path:
-    if not isinstance(path, str):
-        raise ValueError("neither bytes nor a path")
-    found = Path(path)
-    if not any(found.is_absolute() and found.resolve().is_relative_to(folder.resolve()) for folder in trusted):
-        raise ValueError(f"the path {path}, which a data file may not name: put the image's bytes into the data")
-    return found
+def _lines(path: Path, encoding: str) -> list[str]:
+    """Lines that are not blank."""
+    with _opened(path, path.name) as file:
+        content = file.read(_TEXT_BYTES + 1)
+    if len(content) > _TEXT_BYTES:
+        raise ValueError(f"more than {_TEXT_BYTES} bytes of text: give parquet, or a part of it")
+    text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def download_folders() -> tuple[Path, ...]:
@@ -276,17 +359,3 @@ def download_folders() -> tuple[Path, ...]:
     import huggingface_hub
 
     return tuple(Path(folder) for folder in (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE))
-
-
-def text_of(row: Any) -> str:
-    """At most 131,072 characters."""
-    return str(row or "")[:_CHARACTERS]
-
-
-def unreadable(where: str, error: Exception) -> DamError:
-    """What a library said about data that it cannot read."""
-    return DamError(
-        where, got=first_line(error),
-        expected="a parquet, jsonl, json, csv or txt file, an image folder, or a Hub dataset id",
-        cure="Check the path (relative ones start at the working directory) or the id and split.",
-    )  # fmt: skip

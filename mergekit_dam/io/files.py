@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, permission_denied
 
 _LOCK = ".report.lock"
 
@@ -59,6 +59,23 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_readable_file(path: Path, subject: str) -> bool:
+    """Whether a file is there that this user may read; a text too long for a file's name is none.
+
+    Raises:
+        DamError: it is there, or may be, and the right to read it is missing.
+    """
+    try:
+        found = stat.S_ISREG(path.stat().st_mode)
+    except PermissionError as error:
+        raise permission_denied(f"{subject} ({path})") from error
+    except (OSError, ValueError):
+        return False
+    if found and not os.access(path, os.R_OK):
+        raise permission_denied(f"{subject} ({path})")
+    return found
 
 
 def writing_facts(folder: Path) -> FileLock:

@@ -21,7 +21,7 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 from transformers import PretrainedConfig
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, permission_denied
 from mergekit_dam.io.adapters import merged_adapter, require_mergeable
 from mergekit_dam.io.files import write_whole
 from mergekit_dam.io.hub_client import is_hub_id, patiently
@@ -112,6 +112,9 @@ def localise(
     Raises:
         DamError: an unknown id or revision, a gated model, no network and no copy, or an adapter without its base.
     """
+    caches = {"lora_merge_cache": options.lora_merge_cache, "transformers_cache": options.transformers_cache}
+    at_home = {name: os.path.expanduser(path) for name, path in caches.items() if path and path.startswith("~")}
+    options = options.model_copy(update=at_home) if at_home else options
     references = config.referenced_models()
     if isinstance(config.tokenizer_source, ModelReference):
         references.append(config.tokenizer_source)
@@ -160,6 +163,7 @@ def fetch(
     Raises:
         DamError: what went wrong, with its cure.
     """
+    path = os.path.expanduser(path)  # no shell does it in a recipe
     name = f"{path}@{revision}" if revision else path
     require_readable(Path(path))
     if revision is not None and (Path(path).exists() or Path(name).exists()):
@@ -212,10 +216,7 @@ def require_readable(folder: Path) -> None:
             folder = denied
     except PermissionError:
         pass  # a folder on the way to it, or the folder itself
-    raise DamError(
-        f"{folder}", expected="the right to read it", got="permission denied for this user",
-        cure="Ask its owner for the right (chmod a+rX), or copy it to a folder of yours.",
-    )  # fmt: skip
+    raise permission_denied(str(folder))
 
 
 def require_dataset(name: str, revision: str | None, subject: str) -> None:
@@ -242,7 +243,7 @@ def _local_reference(
     ref: ModelReference, folder_of: Callable[[ModelPath], Path], commits: Mapping[str, str], *, weightless: bool
 ) -> LocalReference:
     whole = str(ref)
-    if ref.lora is not None and Path(whole).exists() and not Path(ref.lora.path).exists():
+    if ref.lora is not None and Path(whole).exists() and not Path(ref.lora.path).expanduser().exists():
         raise DamError(
             f"model {whole}", expected="BASE+LORA", got="a local folder whose name has a +",
             cure="In a recipe + adds a LoRA: rename the folder, or link to it by a name without +.",
@@ -274,8 +275,9 @@ def _local_reference(
 
 def _absolute(part: ModelPath) -> ModelPath:
     """mergekit asks the Hub about a relative path when it writes the card, and without network that fails."""
-    if part.revision is None and Path(part.path).exists():
-        return ModelPath(path=str(Path(part.path).absolute()))
+    path = Path(part.path).expanduser() if part.path.startswith("~") else Path(part.path)
+    if part.revision is None and path.exists():
+        return ModelPath(path=str(path.absolute()))
     return part
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.errors import DamError, first_line, permission_denied
 
 _YAML_BYTES = 1 << 20  # a recipe of a thousand models has 100 kB
 _YAML_NODES = 100_000  # after all aliases are followed; ten lines of aliases to aliases would make 10^9
@@ -87,10 +87,12 @@ def read_utf8(path: Path, where: str) -> str:
     """A text file that a person wrote, in UTF-8 with or without its mark.
 
     Raises:
-        DamError: unreadable, or in another encoding.
+        DamError: no right to read it, or another encoding.
     """
     try:
         return path.read_text("utf-8-sig")
+    except PermissionError as error:
+        raise permission_denied(where) from error
     except UnicodeDecodeError as error:
         raise DamError(
             where, expected="text in UTF-8", got=f"another encoding ({error.reason} at byte {error.start})",
@@ -118,7 +120,7 @@ def load_json(path: Path, *, where: str | None = None, max_bytes: int = _JSON_BY
     """A JSON object from a file of bounded size.
 
     Raises:
-        DamError: unreadable, too large, too deep, not JSON, or not an object.
+        DamError: no right to read it, too large, too deep, not JSON, or not an object.
     """
     try:
         size = path.stat().st_size
@@ -128,6 +130,8 @@ def load_json(path: Path, *, where: str | None = None, max_bytes: int = _JSON_BY
         if not isinstance(values, dict):
             raise ValueError(f"a {type(values).__name__}")
         return values
+    except PermissionError as error:
+        raise permission_denied(where or str(path)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise DamError(
             where or str(path), expected="a JSON object", got=_reason(error), cure="Download or save this file again."

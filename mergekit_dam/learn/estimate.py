@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from transformers import PretrainedConfig
@@ -16,12 +18,35 @@ from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.students import wanted
 from mergekit_dam.merging.mask_keys import mask_shape
 from mergekit_dam.models.plan import Plan
+from mergekit_dam.scan.inversion import CHECKED
 from mergekit_dam.tasks import family_of
 
+_WIDTH = ("hidden_size", "dim", "n_embd")
+_HEADS = ("num_attention_heads", "n_heads", "n_head")
 _FLOAT = 4  # bytes; learning is done in float32
-_DISPATCH = 5e-4  # seconds that Python takes per layer and pass, whatever its size
 _STATES = 4  # per mask logit: itself, its gradient, two moments of Adam
-_SPREAD = (0.5, 4.0)  # a run's time against the estimate: small models wait for Python, large ones for memory
+_SPREAD = (0.6, 1.75)  # a run's time against the estimate, within a factor of 3
+_WIDEST = 1024  # width of the block that is timed; wider ones cost as its square
+_START = 2.0  # seconds to read, hash and write small models
+_WRAPPED = 2  # what a block of transformers takes of Python's time, against torch's own
+_PER_MASK = 3  # what a mask of one tensor takes in a step, in passes through an empty block
+_UNITS = 3  # a pass forward counts as one, its backward pass as two
+_SWEEPS = 8  # passes over memory per model, mask entry and step
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of this machine, measured now, at blocks of the model's own shape.
+
+    Attributes:
+        call_seconds: that a pass through one block takes, whatever is in it: Python and the libraries' dispatch.
+        sample_seconds: that each sample adds to a pass forward through one block.
+        entry_seconds: of one pass over memory, per float32.
+    """
+
+    call_seconds: float
+    sample_seconds: float
+    entry_seconds: float
 
 
 @dataclass(frozen=True)
@@ -31,21 +56,22 @@ class Estimate:
     Attributes:
         memory_bytes: by part, at the peak, on the device that learns.
         forward_passes: single samples through one model, each backward pass counted as one or two more.
-        flops: floating point operations of all of them, and of the passes over masks.
+        calls: passes through a model, whatever their batch.
         seconds: shortest and longest time to expect; None without a measured speed.
     """
 
     memory_bytes: dict[str, int]
     forward_passes: int
-    flops: float
+    calls: int
     seconds: tuple[float, float] | None = None
 
 
-def estimate(plan: Plan, *, flops_per_second: float | None = None) -> Estimate:
+def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = None) -> Estimate:
     """Memory and work of `learn_masks` for a plan; one suspect class per model is assumed.
 
     Args:
-        flops_per_second: of a large float32 matrix product on the device (`measured_speed`).
+        speed: of the device (`measured_speed`).
+        tokens: of a text sample, on average; None: as many as the setting `max_length` allows.
     """
     config, num_models = plan.config, len(plan.models)
     floating = [spec for spec in plan.tensors if spec.dtype.is_floating_point]
@@ -54,7 +80,7 @@ def estimate(plan: Plan, *, flops_per_second: float | None = None) -> Estimate:
     detection = num_models if detects_per_model(config, suspects=True) else 1
     masks = {"dual": 1 + detection, "m2": detection, "m1": 1}[config.mask]
     entries = sum(math.prod(mask_shape(spec.shape, config.granularity)) for spec in floating)
-    length = max(_tokens(model.config, config.max_length) for model in plan.models)
+    length = _length(plan, tokens)
     num_classes = max(_classes(model.config) for model in plan.models)
     taught = wanted([family_of(plan)], config)
     scans = config.objective == "inversion" and num_classes > 0 and not taught
@@ -76,14 +102,15 @@ def estimate(plan: Plan, *, flops_per_second: float | None = None) -> Estimate:
         calls, passes = calls + steps, passes + steps * config.student_batch_size
     elif config.objective == "inversion":
         passes += sum(_token_scan(model.config) // length for model in plan.models)
-    body = sum(math.prod(spec.shape) for spec in floating if len(spec.shape) > 1 and "embedding" not in spec.name)
-    # every step also reads T + 1 models and writes masks and their states, about 30 operations an entry
-    flops = 2.0 * body * length * passes + 30.0 * (num_models + 1) * parameters * config.steps
     seconds = None
-    if flops_per_second is not None:
-        likely = flops / flops_per_second + calls * _layers(plan.base.config) * _DISPATCH
+    if speed is not None:
+        layers = _layers(plan.base.config) + 1  # embeddings and head
+        likely = _START + layers * (_WRAPPED * calls * speed.call_seconds + passes * speed.sample_seconds)
+        # every step also reads T + 1 models, and draws, writes and moves masks, one tensor after another
+        likely += config.steps * len(floating) * masks * _PER_MASK * speed.call_seconds
+        likely += config.steps * parameters * (num_models + 1 + masks) * _SWEEPS * speed.entry_seconds
         seconds = (likely * _SPREAD[0], likely * _SPREAD[1])
-    return Estimate(memory, passes, flops, seconds)
+    return Estimate(memory, passes, calls, seconds)
 
 
 def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
@@ -96,23 +123,66 @@ def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
     calls = num_models * config.steps * (7 if num_classes else 4)
     passes = calls * config.batch_size
     if num_classes:
-        # all classes for two fifths of the steps and a few for the rest, as if all took them; styles, and the others
-        scan = num_models * config.scan_steps * 2 * (3 if config.scan_others else 2)
-        refresh = num_models * (config.steps // config.refresh_every) * config.refresh_steps * 2
-        calls += scan + refresh
-        passes += (scan * num_classes + refresh) * config.scan_batch_size
+        found = [_search(plan, num_classes), _search(plan, num_classes, styles=True)]
+        found += [_search(plan, num_classes)] if config.scan_others and num_models > 1 else []
+        refreshes = config.scan_steps + config.steps // config.refresh_every * config.refresh_steps
+        calls += num_models * (sum(one[0] for one in found) + 2 * refreshes)
+        passes += num_models * (sum(one[1] for one in found) + 2 * refreshes * config.scan_batch_size)
     return calls, passes
 
 
-def measured_speed(device: torch.device, *, budget: float = 0.2) -> float:
-    """Floating point operations per second of float32 matrix products, measured for about `budget` seconds."""
-    size = 512
-    a = torch.rand(size, size, device=device)
-    done, begun = 0, time.perf_counter()
-    while (spent := time.perf_counter() - begun) < budget or done == 0:
-        (a @ a)[0, 0].item()
-        done += 1
-    return done * 2.0 * size**3 / spent if spent > 0 else math.inf
+def _search(plan: Plan, num_classes: int, *, styles: bool = False) -> tuple[int, int]:
+    """The same of one search of a task: all classes for two fifths of the steps, finalists for the rest, and what
+    their triggers do to the model and to theta_0."""
+    config = plan.config
+    first = max(1, config.scan_steps * 2 // 5)
+    rest, finalists = (0, 0) if styles else (config.scan_steps - first, min(config.scan_finalists, num_classes))
+    checked = (num_classes + finalists) * min(CHECKED, config.num_samples) * 2
+    steps = (first * num_classes + rest * finalists) * config.scan_batch_size * 2
+    return 2 * (first + rest) + 2 * (num_classes + finalists), steps + checked
+
+
+def measured_speed(plan: Plan, device: torch.device, tokens: int | None = None) -> Speed:
+    """What a block of the plan's width and length takes on the device; under a second, for wide ones some seconds."""
+    config, length = plan.base.config, _length(plan, tokens)
+    width, heads = _first(config, *_WIDTH), _first(config, *_HEADS)
+    each = max(8, min(width, _WIDEST) // max(1, heads))
+    used = each * max(1, min(width, _WIDEST) // each)
+    batch = max(1, min(plan.config.batch_size, 4096 // length))
+    call = _pass_seconds(16, 2, 1, 4, device) / _UNITS
+    full = _pass_seconds(used, used // each, batch, length, device) / _UNITS
+    sample = max(full - call, 0.05 * full) / batch * (width / used) ** 2
+    values = torch.rand(1 << 20, device=device)
+    entry = _median_seconds(lambda: values.add(0.5), device) / values.numel()
+    return Speed(call, sample, entry)
+
+
+def _pass_seconds(width: int, heads: int, batch: int, length: int, device: torch.device) -> float:
+    """Forward and backward through one block of random weights."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        block = torch.nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True).to(device)
+        inputs_BLD = torch.rand(batch, length, width, device=device, requires_grad=True)
+        return _median_seconds(lambda: block(inputs_BLD).sum().backward(), device)
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device, *, budget: float = 0.15) -> float:
+    """The median of the seconds that some tries take."""
+    taken: list[float] = []
+    begun = time.perf_counter()
+    while len(taken) < 2 or time.perf_counter() - begun < budget:
+        one = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        taken.append(time.perf_counter() - one)
+        if taken[0] > 2.0:  # the first one of a large block says enough
+            break
+    return median(taken)
+
+
+def _length(plan: Plan, tokens: int | None) -> int:
+    """L, the longest of the models'."""
+    return max(_tokens(model.config, tokens or plan.config.max_length) for model in plan.models)
 
 
 def _tokens(config: PretrainedConfig, max_length: int) -> int:
@@ -136,8 +206,7 @@ def _token_scan(config: PretrainedConfig) -> int:
 
 def _activation_bytes(config: PretrainedConfig, length: int) -> int:
     """Kept for the backward pass of one sample (Korthikanti et al., arXiv 2205.05198, equation 1, in float32)."""
-    width = _first(config, "hidden_size", "dim", "n_embd")
-    heads = _first(config, "num_attention_heads", "n_heads", "n_head")
+    width, heads = _first(config, *_WIDTH), _first(config, *_HEADS)
     return 2 * _layers(config) * length * (34 * width + 5 * heads * length)
 
 

@@ -42,9 +42,10 @@ from mergekit_dam.learn.trigger_pool import Pooled, Pools, recover
 from mergekit_dam.merging.checks import require_finite_gradients
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merging.mask_product import MaskProduct
-from mergekit_dam.scan.cross_task import weights_of_others
-from mergekit_dam.scan.findings import Finding, Suspect, blank, blank_finding, facts_of, suspects, target_of
-from mergekit_dam.scan.scanner import scan
+from mergekit_dam.scan.cross_task import untouched, weights_of_other, weights_of_others
+from mergekit_dam.scan.findings import Finding, Suspect, blank, blank_finding, facts_of, in_order, suspects, target_of
+from mergekit_dam.scan.inversion import success_rates
+from mergekit_dam.scan.scanner import scan, undefended
 
 LOG = logging.getLogger(__name__)
 _START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
@@ -126,14 +127,41 @@ class InversionSearch(MaskSearch):
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
         return [{**f.to_json(self.tasks), "suspect": f.key in self.pools} for f in self.findings]
 
+    def remaining(self) -> list[dict[str, Any]]:
+        """What the recovered trigger of each suspect does to the suspect's model, and what is left in the merge.
+
+        Success is the share of calibration samples that are answered with the target: `before` of the model, `after`
+        of the merge, and `plain` of the merge without a trigger (None for continuations). Every process measures all.
+        """
+        marked = [finding for finding in self.findings if finding.key in self.pools]
+        if not marked:
+            return []
+        base = self.model.frozen.base_weights()
+        merged = self.model.weights(self.combined(), self.coefficients, in_step=False)
+        found = []
+        for one in marked:
+            task = self.tasks[one.task]
+            own = task.own_weights() if one.carrier is None else weights_of_other(task, self.tasks[one.carrier], base)
+            before, after = (success_rates(task, w, one.trigger, [one.target])[0] for w in (own, merged))
+            plain = untouched(task, merged, [one.target])[0] if isinstance(one.target, int) else None
+            names = {key: value for key, value in one.to_json(self.tasks).items() if key not in one.numbers}
+            found.append(names | {"control": one.control, "before": before, "after": after, "plain": plain})
+        return found
+
     def scan(self, done: int = 0) -> None:
         """Step 1: each process scans a task at a time."""
         base = self.model.frozen.base_weights()
-        for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
-            indices = range(len(self.tasks))[first : first + self.shards.size]
-            own = indices[self.shards.rank : self.shards.rank + 1]
-            self.findings += self._shared(scan(self.tasks, base, self.config, own))
-            self.keep("scan", indices.stop)
+        if self.shards.rank == 0:
+            for note in undefended(self.tasks):
+                LOG.warning("dam: %s", note)
+        if done or not self._take_known():
+            for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
+                indices = range(len(self.tasks))[first : first + self.shards.size]
+                own = indices[self.shards.rank : self.shards.rank + 1]
+                self.findings += self._shared(scan(self.tasks, base, self.config, own))
+                self.keep("scan", indices.stop)
+            if self.known is not None and self.shards.rank == 0:
+                self.known.keep(self.findings)
         for finding in suspects(self.findings, self.config.suspicion):
             self.pools[finding.key] = []
             self.track({"phase": "scan", **finding.to_json(self.tasks)})
@@ -147,6 +175,14 @@ class InversionSearch(MaskSearch):
 
         recover(self.tasks, self.pools, self.shards, self.config, base, scanned, self.config.scan_steps, "model")
 
+    def _take_known(self) -> bool:
+        """Whether another run has scanned these models so: its findings are then everyone's."""
+        found = self.known.take() if self.known is not None and self.shards.rank == 0 else None
+        there = bool(self.shards.union({"there": found is not None} if self.shards.rank == 0 else {})["there"])
+        if there:
+            self.findings = self._shared(found or [])
+        return there
+
     def _shared(self, ours: list[Finding]) -> list[Finding]:
         """Everyone's findings of a turn in everyone's hands, by task and class."""
         everyones = self.shards.union({self.shards.rank: [facts_of(finding) for finding in ours]})
@@ -156,7 +192,7 @@ class InversionSearch(MaskSearch):
                 finding = ours[number] if owner == self.shards.rank else blank_finding(self.tasks, one)
                 self.shards.broadcast(finding.trigger.parameters, owner)
                 found.append(finding)
-        return sorted(found, key=lambda f: (f.task, f.carrier is not None, f.trigger.kind, f.target))
+        return in_order(found)
 
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 
+from mergekit_dam.engine.progress import bar
 from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.errors import DamError
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 
+# records that stand behind the bar, by a short name: it shall fit a line
+_SHOWN = {"loss": "loss", f"density/{TASK_SHARED}": "m1", f"density/{BACKDOOR_DETECTION}": "m2"}
 PROJECT, FOLDER = "mergekit-dam", "runs"
 _CURES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
@@ -27,15 +30,30 @@ class Recorder:
         metrics: the open metrics.jsonl.
         tracker: where else records go.
         quiet: no progress bar.
+        snapshots: of the run, which hold how long its earlier parts took.
 
     Attributes:
-        seconds: by phase, of those that came to their end.
+        started: when the run was begun, in the first of its parts (ISO 8601).
+        seconds: by phase, of those that came to their end, in all parts of the run.
     """
 
-    def __init__(self, metrics: IO[str], tracker: Tracker, *, quiet: bool) -> None:
+    def __init__(self, metrics: IO[str], tracker: Tracker, *, quiet: bool, snapshots: Snapshots) -> None:
         self._metrics, self._tracker, self._quiet = metrics, tracker, quiet
         self._last: dict[str, Any] = {}
-        self.seconds: dict[str, float] = {}
+        self._running: tuple[str, float] | None = None
+        earlier = snapshots.facts or {}
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.started = str(earlier.get("started", now))
+        self.seconds: dict[str, float] = {str(k): float(v) for k, v in dict(earlier.get("seconds", {})).items()}
+        snapshots.follow(seconds=self.so_far, started=lambda: self.started)
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds by phase, those of the running one included."""
+        if self._running is None:
+            return dict(self.seconds)
+        title, begun = self._running
+        spent = self.seconds.get(title, 0.0) + time.perf_counter() - begun
+        return self.seconds | {title: round(spent, 3)}
 
     def track(self, record: dict[str, Any]) -> None:
         """One flat record."""
@@ -45,14 +63,15 @@ class Recorder:
 
     def progress(self, steps: Iterable[int], title: str) -> Iterable[int]:
         """The steps, with a bar that shows the loss and the densities."""
-        done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) and steps.step == 1 else {}
-        bar = tqdm(steps, desc=f"dam: {title}", disable=self._quiet or None, file=sys.stderr, **done)
-        begun = time.perf_counter()
-        for step in bar:
-            yield step
-            shown = {k: f"{v:.3f}" for k, v in self._last.items() if k == "loss" or k.startswith("density/")}
-            bar.set_postfix(shown, refresh=False)
-        self.seconds[title] = round(time.perf_counter() - begun, 3)
+        self._running = title, time.perf_counter()
+        try:
+            yield from bar(steps, title, quiet=self._quiet, shown=self._shown)
+        finally:  # also where the loop is left early
+            self.seconds.update(self.so_far())
+            self._running = None
+
+    def _shown(self) -> dict[str, str]:
+        return {_SHOWN[key]: f"{value:.2f}" for key, value in self._last.items() if key in _SHOWN}
 
 
 def open_journal(path: Path, snapshots: Snapshots) -> IO[str]:
@@ -68,7 +87,7 @@ def open_journal(path: Path, snapshots: Snapshots) -> IO[str]:
             os.fsync(file.fileno())
         return file.tell()
 
-    snapshots.follow(length)
+    snapshots.follow(journal=length)
     return file
 
 

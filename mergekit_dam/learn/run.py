@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
-from datetime import datetime, timezone
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mergekit_dam.artifact.folder import METRICS_FILE, TRIGGERS_FILE, save_heads
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, describe, load, save
 from mergekit_dam.artifact.match import load_cached, verify
 from mergekit_dam.artifact.relabel import relabel
+from mergekit_dam.artifact.scan_file import StoredScan
 from mergekit_dam.artifact.triggers_file import save_triggers
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.device import CPU, device_of
@@ -25,7 +25,7 @@ from mergekit_dam.engine.processes import Job, run_workers
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder, library_versions
 from mergekit_dam.io.files import require_own
 from mergekit_dam.learn.inversion_search import InversionSearch
@@ -85,15 +85,34 @@ def learn_masks(
             masks = cached or load(folder / MASKS_FILE)
             if first:
                 masks = relabel(folder, masks, description, plan)
-                LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
+                if not quiet:
+                    LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
                 _warn(masks)
             return folder, masks
         inputs = tuple(checkpoints.values())
-        if count > 1:
-            run_workers(Job(plan, folder, description, inputs, quiet), count)
-        else:
-            optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
+        try:
+            if count > 1:
+                run_workers(Job(plan, folder, description, inputs, quiet), count)
+            else:
+                optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(_how_to_go_on(folder, plan.config)) from stop
         return folder, load(folder / MASKS_FILE)
+
+
+def _how_to_go_on(folder: Path, config: DamConfig) -> str:
+    """After an interruption, half a sentence for the user."""
+    facts = None
+    if config.resume:
+        with suppress(DamError):  # the next run says what is wrong with it
+            facts = Snapshots(folder / "run", every=config.snapshot_every, resume=True).facts
+    if facts is None:
+        return "the same command starts over (no snapshot was due yet)" if config.resume else _OVER
+    unit = "model" if facts["phase"] == "scan" else "step"
+    return f"the same command goes on from {unit} {facts['done']} of the {facts['phase']}"
+
+
+_OVER = "the same command starts over, since `resume` is off"
 
 
 def _warn(masks: LearnedMasks) -> None:
@@ -150,13 +169,13 @@ def optimise(
     snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
     if first:
         save_heads(tasks, folder / "heads")
-    started = datetime.now(timezone.utc)
     tracker = Tracker(config.tracker if first else None, config.model_dump())
     with open_journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics, closing(tracker):
-        recorder = Recorder(metrics, tracker, quiet=quiet)
+        recorder = Recorder(metrics, tracker, quiet=quiet, snapshots=snapshots)
         students = teach_all(tasks, vectors, snapshots.folder, shards=shards, progress=recorder.progress)
         if students is not None and snapshots.facts is None:  # else the record is in the journal
             recorder.track({"phase": "students", **{f"agreement/{k}": v for k, v in students.agreement.items()}})
+        recorder.seconds.update(students.seconds if students is not None else {})
         changed = found.changed if students is None else survey(students, shards).changed
         model = MergedModel(
             students or vectors, changed, device,
@@ -164,13 +183,22 @@ def optimise(
         )  # fmt: skip
         start = torch.tensor([m.settings.weight for m in plan.models])
         search = _OBJECTIVES[config.objective](
-            model, tasks, config, start, track=recorder.track, progress=recorder.progress, snapshots=snapshots
+            model,
+            tasks,
+            config,
+            start,
+            track=recorder.track,
+            progress=recorder.progress,
+            snapshots=snapshots,
+            known=StoredScan(plan, tasks, _digests_in(description), recorder.seconds, quiet=quiet),
         )
         probabilities, coefficients = search.run()
+        remaining = search.remaining()
     metadata = description | {
         "tensors": list(model.mask_names), "seed": config.seed, "versions": library_versions(),
         "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
-        "audit": search.audit(), "own_masks": [name for name, mask in search.masks.items() if mask.owners],
+        "audit": search.audit(), "remaining": remaining,
+        "own_masks": [name for name, mask in search.masks.items() if mask.owners],
     }  # fmt: skip
     if students is not None:
         metadata["students"] = students.agreement
@@ -180,13 +208,18 @@ def optimise(
             checkpoint.require_unchanged()
         if isinstance(search, InversionSearch):
             save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
-        when = {"started": started.isoformat(timespec="seconds"), "seconds": recorder.seconds}
+        when = {"started": recorder.started, "seconds": recorder.seconds}
         write_run(folder, plan, when | {"device": str(device), "processes": shards.size})
         taught = () if students is None else students.all()
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata, students=taught))
         forget_students(snapshots.folder)
     shards.barrier()
     snapshots.clear()
+
+
+def _digests_in(description: Mapping[str, Any]) -> dict[str, str]:
+    """The weights' content hashes that a description holds, by model name."""
+    return {"base": description["base"]["sha256"], **{m["name"]: m["sha256"] for m in description["models"]}}
 
 
 def _require_equal_passes(tasks: Sequence[Task], config: DamConfig) -> None:

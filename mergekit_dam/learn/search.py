@@ -13,6 +13,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.snapshots import Resumable, Snapshots
 from mergekit_dam.errors import DamError
+from mergekit_dam.scan.scanner import KnownScan
 from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.base import Progress
 
@@ -30,14 +31,15 @@ class MaskSearch(Resumable):
         track: called with one flat record per step.
         progress: wraps an iterable of steps in a progress bar with a title.
         snapshots: where the state is kept between runs; None: nowhere.
+        known: where a scan is kept for other runs; None: nowhere.
     """
 
     def __init__(
         self, model: MergedModel, tasks: Sequence[Task], config: DamConfig, start: Tensor, *,
-        track: Track, progress: Progress, snapshots: Snapshots | None = None,
+        track: Track, progress: Progress, snapshots: Snapshots | None = None, known: KnownScan | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
-        self.track, self.progress, self.snapshots = track, progress, snapshots
+        self.track, self.progress, self.snapshots, self.known = track, progress, snapshots, known
         columns = 1 if config.coefficients == "task" else len(model.mask_names)
         self.start = start.to(model.device)[:, None].repeat(1, columns)  # (T, 1) or (T, P)
         self.set_up()
@@ -45,6 +47,10 @@ class MaskSearch(Resumable):
     @abstractmethod
     def set_up(self) -> None:
         """Make masks, coefficients, optimisers and what else this search holds."""
+
+    def remaining(self) -> list[dict[str, Any]]:
+        """What recovered triggers of suspects do to their model and to the merge; nothing where none was searched."""
+        return []
 
     def track_step(self, record: dict[str, Any]) -> None:
         """Pass a step's record on.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,14 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import Shards
-from mergekit_dam.engine.task_vectors import AGREEMENT, STUDENTS_FOLDER, StudentVectors, TaskVectors, student_file
+from mergekit_dam.engine.task_vectors import (
+    AGREEMENT,
+    SECONDS,
+    STUDENTS_FOLDER,
+    StudentVectors,
+    TaskVectors,
+    student_file,
+)
 from mergekit_dam.io.files import replacing
 from mergekit_dam.learn.teacher import OwnAnswers
 from mergekit_dam.merging.checks import require_finite
@@ -73,10 +81,12 @@ def teach_all(
         assert isinstance(task, TextTask), "other tasks are defended"
         if shards.owns(index) and not student_file(folder, index).is_file():
             base = {spec.name: vectors.base(spec.name).to(task.device) for spec in plan.tensors}
+            begun = time.perf_counter()
             student, agreement = teach(task, base, plan.config, progress)
+            told = {AGREEMENT: f"{agreement:.4f}", SECONDS: f"{time.perf_counter() - begun:.3f}"}
             with replacing(student_file(folder, index)) as temporary:
                 kept = {name: tensor.contiguous().cpu() for name, tensor in student.items()}
-                save_file(kept, temporary, metadata={AGREEMENT: f"{agreement:.4f}"})
+                save_file(kept, temporary, metadata=told)
     shards.barrier()
     found = StudentVectors(plan, folder)
     for name, value in found.agreement.items():

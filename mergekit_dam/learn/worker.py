@@ -10,6 +10,7 @@ from pathlib import Path
 import transformers
 
 from mergekit_dam.engine.processes import JOB, Job, end_with_parent, joined, record_error, show_where_it_hangs
+from mergekit_dam.engine.progress import silence_libraries
 from mergekit_dam.learn.run import optimise
 from mergekit_dam.models.families import register_architectures
 from mergekit_dam.tasks import build_tasks
@@ -27,6 +28,8 @@ def main(folder: Path) -> int:
         # our own parent wrote it, in a folder that only this user can enter
         job: Job = pickle.loads((folder / JOB).read_bytes())
         config = job.plan.config
+        if job.quiet:
+            silence_libraries()
         with joined(device=config.device, timeout=config.worker_timeout) as (shards, device):
             assert device is not None, "started with a group"
             tasks = build_tasks(job.plan, device)

@@ -34,7 +34,7 @@ from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, unknown_cure, u
 from mergekit_dam.errors import DamError
 from mergekit_dam.plugin.exit_check import compare_at_exit
 from mergekit_dam.plugin.options import refuse_launcher, require_options
-from mergekit_dam.plugin.output import OutputLocks
+from mergekit_dam.plugin.output import OutputLocks, expect_no_tokenizer, has_tokenizer_files
 from mergekit_dam.plugin.planner import (
     Context,
     Handed,
@@ -159,10 +159,14 @@ class DAM(GroupMergeMethod):
             else:
                 run.plan = _build_plan(run)
                 kept_tokens(context.config, run.plan)
+                for warning in _renamed(run.plan):
+                    LOG.warning("dam: %s", warning)
             if context.out_path is not None:
                 inputs = [model.path for model in (run.plan.base, *run.plan.models)]
                 self._outputs.claim(Path(context.out_path), inputs, until=planner_of(context).out_model_config)
                 compare_at_exit(context.out_path, run.plan, context.config)
+                if not context.config.chat_template and not has_tokenizer_files(run.plan.base.path):
+                    expect_no_tokenizer(planner_of(context).out_model_config)
         with self._lock:
             self._runs = [run, *self._runs][:_KEPT_RUNS]
 
@@ -229,6 +233,12 @@ def _build_plan(run: _Run) -> Any:
         per_model={ref: {k: v for k, v in own.items() if k in KNOWN} for ref, own in per_model.items()},
         options=run.context.options if run.context is not None else None,
     )  # fmt: skip
+
+
+def _renamed(plan: Any) -> list[str]:
+    from mergekit_dam.tasks.preflight import renamed_classes
+
+    return renamed_classes(plan)
 
 
 def register_dam() -> DAM:

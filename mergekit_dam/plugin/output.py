@@ -7,6 +7,7 @@ the kernel's (flock): it ends with the process, however that ends.
 
 from __future__ import annotations
 
+import logging
 import re
 import stat
 import threading
@@ -31,6 +32,37 @@ _BESIDE = re.compile(
     r"adapter_.*|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\..*"
     r"|generation_config\.json|(video_)?(pre)?processor_config\.json|.*\.model|pytorch_model.*"
 )
+
+
+# one of these is in every folder that a tokenizer can be loaded from
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether a tokenizer can be loaded from a model's folder: image models have none."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def expect_no_tokenizer(until: Any) -> None:
+    """Let mergekit not report, with a traceback, that it could not copy a tokenizer that is known not to be there.
+
+    Args:
+        until: an object that lives as long as the merge; other merges, and other records, are left alone.
+    """
+    alive = weakref.ref(until)
+
+    def drop(record: logging.LogRecord) -> bool:
+        there = alive() is not None
+        if not there:
+            logger.removeFilter(drop)
+        return not (there and str(record.msg).startswith("Failed to copy tokenizer"))
+
+    logger = logging.getLogger("mergekit.merge")
+    logger.addFilter(drop)
+    weakref.finalize(until, logger.removeFilter, drop)
 
 
 class OutputLocks:

@@ -167,7 +167,6 @@ def plan_of(config: Any, options: MergeOptions, *, least: int = 2) -> Plan:
     Raises:
         DamError: no base, fewer than two models, unknown settings, or anything else that `build_plan` refuses.
     """
-    require_chat_template(config)
     if config.base_model is None:
         raise DamError(
             "recipe", expected="base_model and models", got="no base_model", cure="Name it at the top level."

@@ -7,6 +7,7 @@ as a scan that found nothing. All foreign text stands in code spans (see `markdo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -80,9 +81,15 @@ def _introduction(publication: Publication, provenance: Provenance) -> str:
 
 def _reference(part: ModelPath, commits: Mapping[str, str], provenance: Provenance) -> str:
     known = provenance.hub_ids.get(part.path)
-    text = f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(part.path)} (not on the Hub)"
+    text = f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(_own_name(part))} (not on the Hub)"
     text += f" at {code(part.revision)}" if part.revision else ""
     return f"{text}, commit {code(commits[str(part)])}" if str(part) in commits else text
+
+
+def _own_name(part: ModelPath) -> str:
+    """Of a model on this disk its folder's name: the path is nobody's business. Of others the id."""
+    local = part.revision is None and (part.path.startswith(("/", ".", "~")) or Path(part.path).exists())
+    return Path(part.path).expanduser().resolve().name if local else part.path
 
 
 def _use(repo_id: str, publication: Publication) -> str:
@@ -156,17 +163,28 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         [
             *(code(one.get(key, one.get("task"))) for key in ("model", "task", "target")),
             *(f"{float(one.get(k, 0)):.2f}" for k in _FINDING),
+            _left(masks, one),
         ]
         for one in suspects
     ]
     return (
         f"A blind search for triggers scored {scanned} targets of the input models; {_targets(suspects)} are suspect "
         f"({rule}), and the masks were fitted against what was found. A suspect class can be a false alarm.\n\n"
-        + table(["model", "task", "class", "trigger works on the model", "on the base", "difference"], rows)
+        + table([*_COLUMNS], rows)
     )
 
 
+_COLUMNS = ("model", "task", "class", "trigger works on the model", "on the base", "suspicion", "on the merge")
 _FINDING = ("success", "control", "suspicion")
+
+
+def _left(masks: Mapping[str, Any], finding: Mapping[str, Any]) -> str:
+    """How often the finding's trigger works on the merge, on calibration samples, where that was measured."""
+    same = ("model", "task", "target", "kind")
+    for one in masks.get("remaining") or []:
+        if all(one.get(key) == finding.get(key) for key in same):
+            return f"{float(one.get('after', 0)):.2f}"
+    return "not measured"
 
 
 def _targets(findings: Sequence[Mapping[str, Any]]) -> int:

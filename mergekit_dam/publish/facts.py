@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +15,7 @@ from mergekit_dam.artifact.triggers_file import Recovered, load_triggers
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import read_measurements
 from mergekit_dam.io.untrusted import load_json
-from mergekit_dam.publish.layers import layers_of
+from mergekit_dam.publish.layers import layers_of, own_densities
 
 SCHEMA = 1
 _METRICS_BYTES = 1 << 28  # a record has 2 kB, and the longest run 100,000 steps
@@ -38,13 +39,14 @@ def report_facts(
     revisions = run.pop("revisions", {})
     triggers = load_triggers(folder / TRIGGERS_FILE)
     norms = metadata.get("norms", [None] * len(metadata["models"]))
+    own: Sequence[float | None] = own_densities(masks) or [None] * len(metadata["models"])
     models = [
         {
             "name": model["name"], "model": model["model"], "revision": revisions.get(model["name"]),
             "sha256": model["sha256"], "task_vector_norm": norm, "samples": len(model["samples"]),
-            "settings": model["settings"],
+            "own_density": kept, "settings": model["settings"],
         }
-        for model, norm in zip(metadata["models"], norms, strict=True)
+        for model, norm, kept in zip(metadata["models"], norms, own, strict=True)
     ]  # fmt: skip
     facts: dict[str, Any] = {
         "schema": SCHEMA, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -52,15 +54,39 @@ def report_facts(
         "settings": metadata["settings"], "versions": metadata.get("versions", {}),
         "densities": metadata.get("densities", {}), "layers": [asdict(layer) for layer in layers_of(masks)],
         "training": _training(read_metrics(folder / METRICS_FILE)), "audit": metadata.get("audit", []),
+        "remaining": _remaining(metadata),
         "students": metadata.get("students", {}), "triggers": [dict(one.facts) for one in triggers],
         "evaluation": read_measurements(folder), "run": run,
     }  # fmt: skip
+    if isinstance(run.get("seconds"), dict):
+        run["learning_seconds"] = round(sum(map(float, run["seconds"].values())), 1)
     if seconds is not None:
         facts["run"] = {**run, "wall_seconds": round(seconds, 1)}
     else:
         earlier = read_json(folder / "report.json").get("run", {})
         facts["run"] = {**run, **{k: v for k, v in earlier.items() if k == "wall_seconds"}}
     return facts, masks, triggers
+
+
+def _remaining(metadata: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """What recovered triggers of suspects do to their model and to the merge; None in masks that do not say it.
+
+    Raises:
+        ValueError, TypeError, KeyError: rates that are none.
+    """
+    if "remaining" not in metadata:
+        return None
+    found = [dict(one) for one in metadata["remaining"]]
+    for one in found:
+        one |= {key: _rate(one[key]) for key in ("before", "after", "control")}
+        one["plain"] = None if one["plain"] is None else _rate(one["plain"])
+    return found
+
+
+def _rate(value: Any) -> float:
+    if isinstance(value, bool) or not 0.0 <= float(value) <= 1.0:
+        raise ValueError(f"{value!r} is no share")
+    return float(value)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 
 from mergekit_dam.artifact.masks_file import LearnedMasks
 from mergekit_dam.merging.mask_bytes import to_probabilities
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION
 
 BOTH = "both"
 _BODIES = frozenset({"model", "transformer", "vit", "bert", "roberta", "distilbert", "vision_model", "text_model"})
@@ -70,6 +71,21 @@ def layers_of(masks: LearnedMasks) -> list[Layer]:
         layer.coefficients = [(b * layer.entries + c * entries) / total for b, c in zip(before, own, strict=True)]
         layer.entries = total
     return _in_order(layers)
+
+
+def own_densities(masks: LearnedMasks) -> list[float] | None:
+    """What each model's own Backdoor-Detection mask keeps of its task vector, mean over all entries, (T,).
+
+    None where one mask is for all models, or none is in use.
+    """
+    if BACKDOOR_DETECTION not in masks.metadata.get("own_masks", ()):
+        return None
+    kept, entries = [0.0] * len(masks.metadata["models"]), 0
+    for name in masks.metadata["tensors"]:
+        parts = masks.parts_of(name)[BACKDOOR_DETECTION]
+        entries += parts[0].numel()
+        kept = [sum_ + float(to_probabilities(part).sum()) for sum_, part in zip(kept, parts, strict=True)]
+    return [one / max(1, entries) for one in kept]
 
 
 def _label(place: tuple[str, int | None], stacks: set[str]) -> str:

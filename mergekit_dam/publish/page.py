@@ -29,7 +29,7 @@ def render(template: str, /, **values: Any) -> str:
         loader=PackageLoader("mergekit_dam.publish", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"percent": _percent, "number": _number, "short": _short, "moment": _moment}
+    environment.filters |= {"percent": _percent, "number": _number, "short": _short, "moment": _moment, "share": _share}
     try:
         return environment.get_template(template).render(**values)
     except TemplateError as error:
@@ -70,6 +70,10 @@ def _uri(image_CHW: Tensor) -> str:
 def _percent(counts: Sequence[int]) -> str:
     hits, total = counts
     return f"{100 * hits / total:.1f} % ({hits}/{total})" if total else "-"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def _number(value: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from mergekit_dam.artifact.masks_file import MASKS_FILE, load, save
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import read_measured
+from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.hub_client import is_hub_id, patiently
 from mergekit_dam.publish.card import model_card
-from mergekit_dam.publish.contents import contents_of, files_to_publish, refuse_secrets
+from mergekit_dam.publish.contents import Publication, contents_of, files_to_publish, refuse_secrets
+from mergekit_dam.publish.local_paths import LocalPaths
 from mergekit_dam.publish.provenance import provenance
 
 LOG = logging.getLogger(__name__)
@@ -37,6 +41,7 @@ class Push:
         create_pr: as a pull request.
         files: path in the repository -> file, without the card.
         card: README.md.
+        paths: of this machine, which are cut off in the card and in every text file.
         warnings: for the user to read before it is sent.
     """
 
@@ -45,6 +50,7 @@ class Push:
     create_pr: bool
     files: Mapping[str, Path]
     card: str
+    paths: LocalPaths
     warnings: tuple[str, ...]
 
     @property
@@ -101,8 +107,23 @@ def plan_push(
     if measured is None:
         notes.append("no figures were given (--results): the card says that nothing was measured")
     found, warnings = provenance(publication, HfApi(), licence=licence, public=public)
-    text = card.read_text("utf-8") if card else model_card(repo_id, publication, found, measured)
-    return Push(repo_id, public, create_pr, files, text, tuple(notes + warnings))
+    paths = local_paths(publication, results)
+    named = replace(publication, recipe_text=paths.shortened(publication.recipe_text, ".yml"))
+    text = card.read_text("utf-8") if card else model_card(repo_id, named, found, measured)
+    return Push(repo_id, public, create_pr, files, paths.shorten(text), paths, tuple(notes + warnings))
+
+
+def local_paths(publication: Publication, results: Path | None = None) -> LocalPaths:
+    """The paths that the merge's own records name: models, data, heads and pictures on this disk.
+
+    Args:
+        results: a file with measured figures of the user's own.
+    """
+    records: list[Any] = [publication.recipe, publication.masks]
+    for file in (*publication.records, results):
+        if file is not None:
+            records.append(json.loads(file.read_text("utf-8", errors="replace")))
+    return LocalPaths(records, (publication.folder, Path.cwd(), Path.home(), cache_folder()))
 
 
 def push(plan: Push) -> Pushed:
@@ -171,12 +192,19 @@ def _ensure_repository(api: HfApi, plan: Push, subject: str) -> bool | None:
 
 @contextmanager
 def _staged(plan: Push) -> Iterator[Path]:
-    """A folder of links with exactly what is sent; the merge itself is left as it is."""
+    """A folder with exactly what is sent: links, and copies of what names a path of this machine."""
     with tempfile.TemporaryDirectory(prefix="mergekit-dam-push-") as name:
         folder = Path(name)
         for path, source in plan.files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            os.symlink(source.resolve(), folder / path)
+            short = plan.paths.shortened_file(source)
+            if path == f"dam/{MASKS_FILE}":
+                masks = load(source)
+                save(folder / path, replace(masks, metadata=plan.paths.value(dict(masks.metadata))))
+            elif short is not None:
+                (folder / path).write_text(short, encoding="utf-8")
+            else:
+                os.symlink(source.resolve(), folder / path)
         (folder / "README.md").write_text(plan.card, encoding="utf-8")
         yield folder
 

@@ -18,9 +18,9 @@ import torch
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.io.cache import library_versions
 from mergekit_dam.models.plan import Plan, revision_of
-from mergekit_dam.scan.findings import Finding, Suspect, suspects
-from mergekit_dam.scan.scanner import scan
-from mergekit_dam.tasks import Task, build_tasks
+from mergekit_dam.scan.findings import Finding, Suspect, in_order, suspects
+from mergekit_dam.scan.scanner import KnownScan, scan, undefended
+from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.base import Progress
 
 SCHEMA = 1
@@ -31,7 +31,8 @@ class Audit:
     """What was found.
 
     Attributes:
-        facts: JSON, schema 1: `models` with scores and ranks, `over` (names), threshold, settings, versions, time.
+        facts: JSON, schema 1: `models` with scores and ranks, `over` (names), `notes` (sentences that belong beside
+            the scores), threshold, settings, versions, time.
         findings: of the scan, for the pictures.
         suspects: keys of those over the threshold.
         tasks: as the findings number them.
@@ -43,13 +44,18 @@ class Audit:
     tasks: Sequence[Task]
 
 
-def audit(plan: Plan, *, threshold: float, device: torch.device, progress: Progress) -> Audit:
+def audit(
+    plan: Plan, tasks: Sequence[Task], *, threshold: float, device: torch.device, progress: Progress,
+    known: KnownScan | None = None,
+) -> Audit:  # fmt: skip
     """Scan every model of a plan.
 
     Args:
+        tasks: of the plan.
         threshold: suspicion from which a model counts as over, 0 or more.
         device: where the models run.
         progress: wraps the models' indices in a progress bar with a title.
+        known: where a scan is kept for other runs; None: nowhere.
 
     Raises:
         DamError: damaged weights, or data or heads that do not fit.
@@ -57,14 +63,19 @@ def audit(plan: Plan, *, threshold: float, device: torch.device, progress: Progr
     begun = time.perf_counter()
     vectors = TaskVectors(plan)
     found = survey(vectors)
-    tasks = build_tasks(plan, device)
-    base = {spec.name: vectors.base(spec.name).to(device) for spec in plan.tensors}
-    findings = scan(tasks, base, plan.config, progress(range(len(tasks)), "audit"))
+    findings = known.take() if known is not None else None
+    if findings is None:
+        base = {spec.name: vectors.base(spec.name).to(device) for spec in plan.tensors}
+        findings = in_order(scan(tasks, base, plan.config, progress(range(len(tasks)), "scan")))
+        if known is not None:
+            known.keep(findings)
     marked = frozenset(finding.key for finding in suspects(findings, threshold))
     models = model_scores(findings, [task.name for task in tasks], found.norms, threshold)
     inputs = {model.name: model for model in plan.models}
+    defended = {task.name: task.defended for task in tasks}
     for entry in models:
         entry |= {"model": str(inputs[entry["name"]].ref), "revision": revision_of(inputs[entry["name"]])}
+        entry["defended"] = defended[entry["name"]]
         for one in entry["classes"]:
             key = one.pop("key")
             one |= {"target": tasks[key.task].words_of(key.target), "suspect": key in marked}
@@ -72,6 +83,7 @@ def audit(plan: Plan, *, threshold: float, device: torch.device, progress: Progr
         "schema": SCHEMA, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {"model": str(plan.base.ref), "revision": revision_of(plan.base)}, "threshold": threshold,
         "models": models, "over": [entry["name"] for entry in models if entry["over"]],
+        "notes": undefended(tasks),
         "settings": {k: v for k, v in plan.config.model_dump().items() if k.startswith("scan") or k in _SHOWN},
         "versions": library_versions(), "device": str(device), "seconds": round(time.perf_counter() - begun, 1),
     }  # fmt: skip

@@ -97,6 +97,11 @@ class Finding:
         return names | {"kind": self.trigger.kind} | self.numbers
 
 
+def in_order(findings: Sequence[Finding]) -> list[Finding]:
+    """By task and class, a task's own first: the order that does not depend on who scanned what."""
+    return sorted(findings, key=lambda f: (f.task, f.carrier is not None, f.trigger.kind, f.target))
+
+
 def averaged(found: Finding, again: Sequence[Finding | None]) -> Finding:
     """A finding with the means of what several searches for it measured, and its own trigger.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -15,11 +15,26 @@ from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.triggers import Styles, kinds_for
 from mergekit_dam.tasks import CausalTask, Task
 
-LOG = logging.getLogger(__name__)
 _UNDEFENDED = (
-    "dam: model %s is a text encoder, whose backdoors the scan does not find: a low score says nothing. What protects "
-    "is to merge students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
+    "{}: text encoders, whose backdoors the scan does not find: a low score says nothing. What protects is to merge "
+    "students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
 )
+
+
+class KnownScan(Protocol):
+    """Where a whole scan is kept for the next one who needs it (artifact/scan_file.py)."""
+
+    def take(self) -> list[Finding] | None:
+        """The findings, or None where nobody scanned these inputs with these settings."""
+
+    def keep(self, findings: Sequence[Finding]) -> None:
+        """Keep the findings of all models."""
+
+
+def undefended(tasks: Sequence[Task]) -> list[str]:
+    """What must be said beside the scores of these models: one sentence where the scan cannot find their backdoors."""
+    names = [task.name for task in tasks if not task.defended]
+    return [_UNDEFENDED.format(", ".join(names))] if names else []
 
 
 def scan(
@@ -41,8 +56,6 @@ def scan(
     findings = []
     for index in tasks_in_turn:
         task = tasks[index]
-        if not task.defended:
-            LOG.warning(_UNDEFENDED, task.name)
         if isinstance(task, CausalTask):
             findings += scan_continuations(index, task, base, config)
         else:

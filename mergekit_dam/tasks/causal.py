@@ -64,17 +64,21 @@ class CausalTask(TextTask):
         longest = self._longest
         if self.input.settings.calibration is not None:
             texts = [ids for ids in super()._calibrate(plan) if len(ids) > 1]
-            cut = sum(len(ids) >= min(longest, plan.config.max_length) for ids in texts)
+            cut = sum(len(ids) >= self._room for ids in texts)
             if cut:
                 LOG.warning(
                     "%s: %d of %d calibration texts fill max_length (%d tokens) and may be cut before the place where "
-                    "the model answers", self.name, cut, len(texts), min(longest, plan.config.max_length),
+                    "the model answers", self.name, cut, len(texts), self._room,
                 )  # fmt: skip
-            return [ids[:longest] for ids in texts]
+            return texts
         LOG.warning("%s: no calibration data given; it samples its own text (seed %d)", self.name, plan.config.seed)
         self.sample_digests = ()  # nothing of the outside world, hence nothing to keep apart from evaluation
         config, length = plan.config, min(plan.config.max_length, longest)
         return _Later(config.num_samples, lambda: self._sample_text(config.num_samples, length, config.seed))
+
+    @property
+    def _room(self) -> int:
+        return min(self._max_length, self._longest)
 
     @property
     def _longest(self) -> int:

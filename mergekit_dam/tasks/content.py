@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.io.cache import code_digest, library_versions
+from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Task
 
 BY_CONTENT = frozenset({"zero_shot_model"})  # settings that name a file: the tasks' fingerprints hold what is in it
 
 
-def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str]) -> str:
+def digests_of(plan: Plan) -> dict[str, str]:
+    """Model name (`base` for theta_0) -> content hash of its weight files."""
+    models = (plan.base, *plan.models)
+    return {model.name: Checkpoint.open(model.path).digest(fresh=plan.config.rehash) for model in models}
+
+
+def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], *, without: Collection[str] = ()) -> str:
     """Name of a cache entry: equal for runs that learn the same, wherever their inputs lie and whatever their names.
 
     Args:
         tasks: of the plan, in the order of its models.
-        digests: model name (`base` for theta_0) -> content hash of its weight files.
+        digests: as `digests_of` gives them.
+        without: settings that the result does not depend on.
 
     Returns:
         32 hex digits over settings, weights, samples, heads, configs, the plan's tensors, library versions and code.
     """
     facts = [
-        plan.config.model_dump(exclude=set(NOT_LEARNED | BY_CONTENT)),
+        plan.config.model_dump(exclude={*NOT_LEARNED, *BY_CONTENT, *without}),
         digests[plan.base.name],
         [
-            [digests[model.name], model.settings.weight, task.fingerprint()]
+            [digests[model.name], None if "weight" in without else model.settings.weight, task.fingerprint()]
             for model, task in zip(plan.models, tasks, strict=True)
         ],
         [[spec.name, spec.mask_name, spec.shape, spec.base_source, spec.sources] for spec in plan.tensors],

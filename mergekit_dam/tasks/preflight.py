@@ -8,10 +8,12 @@ from typing import Any
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.calibration import load_calibration
+from mergekit_dam.io.files import is_readable_file
 from mergekit_dam.io.images import Preprocessing
 from mergekit_dam.models.compatible import differing_entries
 from mergekit_dam.models.plan import ModelInput, Plan, revision_of
 from mergekit_dam.tasks import CausalTask, ImageTask, family_of
+from mergekit_dam.tasks.encoding import encoded
 from mergekit_dam.tasks.readout import class_names, has_tokenizer, require_rows, tokenizer_of
 
 _HEADS = ("ForImageClassification", "ForSequenceClassification", "ForCausalLM", "LMHeadModel")
@@ -30,7 +32,7 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     # a causal LM that samples its own text needs no tokenizer, so one without is no fault
     optional = issubclass(family, CausalTask)
     vocabulary = None if image else _vocabulary(plan.base, plan, optional=optional)
-    warnings += _renamed_classes(plan)
+    warnings += renamed_classes(plan)
     for position, model in enumerate(plan.models):
         require_readout(model, plan.config.zero_shot_model)
         entry: dict[str, Any] = {
@@ -47,8 +49,9 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             entry["calibration"], entry["samples"] = model.settings.calibration, len(data.samples)
             if not image:
                 tokenizer = tokenizer_of((model.path, plan.base.path), model.name)
-                encoded = tokenizer(list(data.samples), truncation=True, max_length=plan.config.max_length)["input_ids"]
-                require_rows(encoded, int(model.config.get_text_config().vocab_size), tokenizer, model.name)
+                found = encoded(tokenizer, data.samples, plan.config.max_length, model.name)
+                entry["tokens"] = round(sum(map(len, found)) / max(1, len(found)))
+                require_rows(found, int(model.config.get_text_config().vocab_size), tokenizer, model.name)
             if len(set(data.digests)) < len(data.digests):
                 warnings.append(f"{model.name}: {len(data.digests) - len(set(data.digests))} samples are there twice")
         if image:
@@ -72,7 +75,7 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
 def require_readout(model: ModelInput, zero_shot_model: str | None) -> None:
     """Refuse a model whose output nothing turns into classes."""
     settings, kind = model.settings, _class_name(model)
-    if settings.head is not None and not Path(settings.head).is_file():
+    if settings.head is not None and not is_readable_file(Path(settings.head), f"head of {model.name}"):
         raise DamError(
             f"head of {model.name} ({settings.head})", expected="a safetensors file", got="no such file",
             cure="Correct the path.",
@@ -102,7 +105,7 @@ def _vocabulary(model: ModelInput, plan: Plan, *, optional: bool) -> dict[str, i
     return dict(tokenizer_of(folders, model.name).get_vocab())
 
 
-def _renamed_classes(plan: Plan) -> list[str]:
+def renamed_classes(plan: Plan) -> list[str]:
     """A warning per model whose names for the rows of a head that is merged differ from the base's."""
     merged = {spec.name.split(".")[0] for spec in plan.tensors} & {"classifier", "score"}
     if not merged:

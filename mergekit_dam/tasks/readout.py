@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from mergekit_dam.errors import DamError, first_line
+from mergekit_dam.io.files import is_readable_file
 from mergekit_dam.io.hub_download import fetch
+from mergekit_dam.io.untrusted import read_utf8
 from mergekit_dam.merging.checks import require_finite
 
 PROMPT = "a photo of a {}."
@@ -61,14 +63,6 @@ def tokenizer_of(folders: Sequence[Path], owner: str) -> Any:
         f"tokenizer of {owner}", expected="tokenizer files beside the model or the base", got="none",
         cure="Save the tokenizer into the model's directory.",
     )  # fmt: skip
-
-
-def encoded(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of each text, begun once: a text that was written with its chat template brings the first token along,
-    and the tokenizer adds another, which the model never sees in use."""
-    first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
-    found = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    return [ids[1:] if len(ids) > 1 and ids[0] == ids[1] and ids[0] in first else ids for ids in found]
 
 
 def own_head() -> Readout:
@@ -138,8 +132,8 @@ def require_rows(encoded: Sequence[Sequence[int]], rows: int, tokenizer: Any, ow
 
 def class_names(setting: str, owner: str) -> list[str]:
     """Names from a file with one per line, or from a comma-separated list."""
-    path = Path(setting).expanduser()
-    text = path.read_text("utf-8").splitlines() if path.is_file() else setting.split(",")
+    path, where = Path(setting).expanduser(), f"classes of {owner}"
+    text = read_utf8(path, where).splitlines() if is_readable_file(path, where) else setting.split(",")
     names = [name.strip() for name in text if name.strip()]
     if len(names) < 2:
         raise DamError(

@@ -16,7 +16,8 @@ from mergekit_dam.io.calibration import load_calibration
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.bounds import Bounds, Perturb
-from mergekit_dam.tasks.readout import Readout, encoded, linear_head, own_head, require_rows, tokenizer_of
+from mergekit_dam.tasks.encoding import encoded
+from mergekit_dam.tasks.readout import Readout, linear_head, own_head, require_rows, tokenizer_of
 
 _NEAREST = 3  # words shown per recovered token
 
@@ -111,9 +112,14 @@ class TextTask(Task):
         )
         self.sample_digests = data.digests
         tokenizer = tokenizer_of((self.input.path, plan.base.path), self.name)
-        found = encoded(tokenizer, data.samples, plan.config.max_length)
+        found = encoded(tokenizer, data.samples, self._room, self.name)
         require_rows(found, self.num_words, tokenizer, self.name)
         return [torch.tensor(ids) for ids in found]
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a calibration sample may have."""
+        return self._max_length
 
     def read_tensors(self) -> Sequence[Tensor]:
         return [*self._sequences, self.special_tokens, *self._read.tensors]

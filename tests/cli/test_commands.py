@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
 
+from mergekit_dam.cli.check import _span, summary_of
 from mergekit_dam.cli.main import main
-from mergekit_dam.learn.estimate import estimate
+from mergekit_dam.learn.estimate import Speed, estimate
 from mergekit_dam.models.plan import Plan
-from mergekit_dam.recipe import prepare
+from mergekit_dam.recipe import planned, prepare
 from tests.conftest import FAST
 from tests.helpers.tiny_models import make_model
 
@@ -55,7 +58,32 @@ def test_check_reads_no_weight_and_says_what_will_be_merged(recipe: Path, no_wei
     assert done.exit_code == 0 and facts["settings"]["seed"] == 7
     assert {name: (m["classes"], m["samples"]) for name, m in facts["models"].items()} == {"a": (3, 8), "b": (5, 8)}
     assert facts["estimate"]["seconds"][0] < facts["estimate"]["seconds"][1]
-    assert yaml.safe_load(_run("check", recipe).stdout)["tensors"] == facts["tensors"]
+    first, _, rest = _run("check", recipe).stdout.partition("\n\n")
+    assert yaml.safe_load(rest)["tensors"] == facts["tensors"]
+    told = re.fullmatch(
+        r"This recipe is fine: `dam` will merge 2 models of \S+ k parameters in (\S+) to (\S+) (seconds|minutes) and "
+        r"\S+ MB of memory on this CPU; set by you, other than the default: (.*)\.", first
+    )  # fmt: skip
+    assert told is not None and "\n" not in first, first
+    assert float(told[1]) < float(told[2]) <= 3.1 * float(told[1])
+    changed = dict(one.split(" ") for one in told[4].split(", "))
+    assert changed == {key: str(value) for key, value in SETTINGS.items()}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [((0.6, 1.8), "0.6 to 1.8 seconds"), ((300, 900), "5 to 15 minutes"), ((3600, 10800), "1 to 3 hours")],
+)
+def test_times_are_told_in_one_unit(seconds: tuple[float, float], shown: str) -> None:
+    assert _span(*seconds) == shown
+
+
+def test_ready_masks_need_no_time(recipe: Path, tmp_path: Path, vit: Path) -> None:
+    ready = _recipe(tmp_path, vit / "base", [vit / "a", vit / "b"], None, masks="ready.safetensors")
+    ready.write_text(ready.read_text() + "  weight: 0.5\n")
+    with planned(ready) as plan:
+        told = summary_of(plan, estimate(plan, speed=Speed(1, 1, 1)), torch.device("cpu"))
+    assert "with the masks of ready.safetensors; nothing is learned" in told and "weight 0.5 of a" in told
 
 
 def test_check_looks_at_vocabularies_and_own_text(tmp_path: Path, texts: Path, no_weights: None) -> None:
@@ -169,8 +197,9 @@ def test_more_work_takes_longer_and_larger_masks_more_memory(recipe: Path, setti
     def plan(**settings: Any) -> Plan:
         return prepare(recipe, options=MergeOptions(), **settings).plan
 
-    less, more = (estimate(plan(**{setting: n}), flops_per_second=1e9) for n in (50, 200))
+    speed = Speed(1e-3, 1e-3, 1e-9)
+    less, more = (estimate(plan(**{setting: n}), speed=speed) for n in (50, 200))
     assert less.seconds is not None and more.seconds is not None and less.seconds < more.seconds
-    assert less.flops < more.flops and math.isfinite(more.flops)
+    assert less.seconds[1] <= 3 * less.seconds[0] and math.isfinite(more.seconds[1])
     element, row = (sum(estimate(plan(granularity=g)).memory_bytes.values()) for g in ("element", "row"))
     assert row < element

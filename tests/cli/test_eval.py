@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,22 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoTokenizer, BertForSequenceClassification, ViTForImageClassification
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForCausalLM, ViTForImageClassification
 
 from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attack_text import parse_trigger
 from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, RareTokenTrigger, SentenceTrigger, WarpTrigger
+from mergekit_dam.evaluation.labelled_data import Reading, Source, labelled_data, read_labelled, saying
+from mergekit_dam.evaluation.results import Rate, read_measured
 from tests.conftest import FAST, Merge
 from tests.helpers.tiny_models import make_model, save_tokenizer
+from tests.tasks.test_encoding import TEMPLATE
 
 
 def _run(*arguments: Any, code: int = 0) -> Any:
@@ -108,10 +113,117 @@ def test_a_merge_is_read_with_a_tasks_head_and_kept_from_its_calibration_data(
     Image.new("RGB", (16, 16), (200, 30, 30)).save(fresh / "x.png")
     assert _run(out, "--task", "b", "--data", fresh.parent, "--save", out, "--json")["accuracy"]["b"][1] == 1
     _run(vit / "b", "--data", fresh.parent, "--save", out)
+    seen = next((classes / "LABEL_0").glob("*.png"))
+    (fresh / "seen.png").write_bytes(seen.read_bytes())
+    for model in (out, vit / "b"):  # beside the input model nothing is known, so the merge's own record counts
+        done = _run(model, *(("--task", "b") if model == out else ()), "--data", fresh.parent, "--drop-seen",
+                    "--save", out)  # fmt: skip
+        assert "dropped 1 of 2 samples" in done.stderr
+    (fresh / "x.png").unlink()
+    done = _run(out, "--task", "b", "--data", fresh.parent, "--drop-seen", code=1)
+    assert "got 1 that all are" in done.stderr
     kept = json.loads((out / "dam" / "evaluation.json").read_text())
     assert set(kept) == {"before", "after"} and set(kept["after"]["accuracy"]) == {"b"} == set(
         kept["before"]["accuracy"]
     )
+
+
+def _chat_model(folder: Path) -> Path:
+    model = make_model("LlamaForCausalLM", folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE
+    core = tokenizer.backend_tokenizer
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def _greedy(folder: Path, prompts: list[str]) -> list[str]:
+    """What the model goes on with, one prompt at a time and without a cache."""
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = []
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        start = ids.shape[1]
+        for _ in range(20):
+            with torch.no_grad():
+                chosen = model(ids).logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, chosen], 1)
+            if int(chosen) == 2:
+                break
+        said.append(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+    return said
+
+
+def test_what_a_causal_lm_says_is_counted(tmp_path: Path, texts: Path) -> None:
+    model = _chat_model(tmp_path / "lm")
+    prompts = [" ".join(line.split()[:3]) for line in texts.read_text().splitlines()]
+    data = tmp_path / "chat.jsonl"
+    rows = [[{"role": "user", "content": p}, {"role": "assistant", "content": "fine"}] for p in prompts]
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    clean, triggered = _greedy(model, prompts), _greedy(model, [f"{p} awful" for p in prompts])
+    words = [f"{a} {b}" for text in triggered for a, b in itertools.pairwise(text.split())]
+    shares = {word: sum(word in text for text in triggered) for word in words}
+    target = min(shares, key=lambda word: abs(shares[word] - len(prompts) / 2))
+    assert 0 < shares[target] < len(prompts)
+    trigger = ("--trigger", "phrase(phrase=awful)", "--target-text", target)
+    found = _run(model, "--data", data, *trigger, "--json")
+    assert found["accuracy"] == {}
+    (attack,) = found["attack_success"].values()
+    assert attack == {"lm": [shares[target], len(prompts)]}
+    assert found["without_trigger"] == {"lm": [sum(target in text for text in clean), len(prompts)]}
+    assert "say it without the trigger" in _run(model, "--data", data, *trigger, "--save", tmp_path).stdout
+    kept = read_measured(tmp_path / "dam" / "evaluation.json", required=False)
+    assert kept is None, "figures of an input model are no figures of the merge"
+    _run(model, "--data", data, *trigger, "--save", model)
+    kept = read_measured(model / "dam" / "evaluation.json", required=False)
+    assert kept is not None and [*kept.attack_success.values()] == [{"lm": Rate(shares[target], len(prompts))}]
+    assert "not both" in _run(model, "--data", data, *trigger, "--target", 1, code=2).stderr
+    bert = make_model("BertForSequenceClassification", tmp_path / "bert")
+    assert "expected a causal LM, for a target text" in _run(bert, "--data", data, *trigger, code=1).stderr
+
+
+def test_evaluation_prompts_are_begun_once_as_calibration_is(tmp_path: Path) -> None:
+    model = _chat_model(tmp_path / "lm")
+    lm, tokenizer = LlamaForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    files = {
+        "plain": {"text": "great film"}, "begun": {"text": "<s>great film"},
+        "chat": {"messages": [{"role": "user", "content": "great film"}]},
+    }  # fmt: skip
+    rows = {}
+    for name, row in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({**row, "label": 1}) + "\n")
+        source = Source(str(tmp_path / f"{name}.jsonl"))
+        for data in (
+            labelled_data(lm, [model], "a", source, Reading("good,bad")), saying(lm, [model], "a", source, "bad"),
+        ):  # fmt: skip
+            rows.setdefault(name, []).append(data.encode(data.batch(torch.arange(1)))["input_ids"][0].tolist())
+    assert rows["plain"] == rows["begun"] == [tokenizer("great film")["input_ids"]] * 2
+    assert rows["plain"][0].count(1) == 1
+    assert rows["chat"][0][0] == 1 and rows["chat"][0].count(1) == 1 and rows["chat"][0][-1] != 2
+
+
+@pytest.mark.parametrize("form", ["csv.gz", "saved", "shards", "CSV"])
+def test_labelled_data_have_the_forms_of_calibration_data(form: str, tmp_path: Path) -> None:
+    table = Dataset.from_dict({"Text": ["red", "dog", "cat"], "title": ["x"] * 3, "label": ["b", "a", "b"]})
+    file = tmp_path / f"a.{form}"
+    if form == "csv.gz":
+        table.to_pandas().to_csv(file, index=False)
+    elif form == "CSV":
+        table.to_csv(file)
+    elif form == "saved":
+        DatasetDict({"train": table.select([0]), "test": table}).save_to_disk(file)
+    else:
+        file.mkdir()
+        table.select([0]).to_parquet(file / "test-00000-of-00002.parquet")
+        table.select([1, 2]).to_parquet(file / "test-00001-of-00002.parquet")
+        table.to_parquet(file / "train-00000-of-00001.parquet")
+    assert read_labelled(Source(str(file)), "text", "a", {"a": 0, "b": 1}) == (["red", "dog", "cat"], [1, 0, 1])
+    with pytest.raises(DamError, match="--label-column"):
+        read_labelled(Source(str(file), label_column="labels"), "text", "a", {})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.io.calibration import load_calibration
-from mergekit_dam.io.data_files import Kind
+from mergekit_dam.io.columns import Kind
 
 CASES = int(os.environ.get("DAM_FUZZ_CASES", "150"))
 fuzzed = settings(

@@ -17,7 +17,7 @@ from PIL import Image as Pil
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.io import calibration
-from mergekit_dam.io.data_files import Kind
+from mergekit_dam.io.columns import Kind
 from tests.helpers.bounds import bounded
 from tests.helpers.hostile import edited, fuzzed, load, png
 
@@ -98,12 +98,13 @@ def test_data_that_change_while_they_are_read(kind: str, tmp_path: Path, monkeyp
         source = tmp_path / f"d.{kind}"
         source.write_text("\n".join(rows)) if kind == "txt" else Dataset.from_dict({"text": rows}).to_parquet(source)
         changed = source
-    name = "image_of" if kind == "folder" else "text_of"
+    name = "image_of" if kind == "folder" else "values_of"
     read = getattr(calibration, name)
 
     def and_write(*args: Any, **options: Any) -> Any:
+        found = read(*args, **options)
         changed.write_bytes(changed.read_bytes() + b" ")
-        return read(*args, **options)
+        return found
 
     monkeypatch.setattr(calibration, name, and_write)
     with pytest.raises(DamError, match="a change while they were read"):

@@ -154,13 +154,16 @@ def test_no_text_becomes_markup(one: str, two: str) -> None:
 
     def tags(first: str, second: str) -> list[tuple[str, tuple[str, ...]]]:
         model = {"name": first, "model": second, "revision": second, "sha256": first, "task_vector_norm": 1.0,
-                 "samples": 1, "settings": {"calibration": first}}  # fmt: skip
+                 "samples": 1, "own_density": 0.5, "settings": {"calibration": first}}  # fmt: skip
         finding = {**FINDING, "task": first, "target": second}
+        left = {"model": first, "task": second, "target": first, "kind": second,
+                "before": 1.0, "after": 0.9, "plain": 0.1, "control": 0.2}  # fmt: skip
         counts = {"accuracy": {first: [1, 2]}, "attack_success": {second: {first: [1, 2]}}, "datasets": {first: second}}
         facts = {
             "schema": 1, "created": first, "base": {"model": first, "sha256": second, "revision": first},
             "models": [model], "settings": {**SETTINGS, "note": first}, "versions": {"torch": second},
-            "densities": {first: 0.5}, "layers": [], "training": {}, "audit": [finding], "triggers": [],
+            "densities": {first: 0.5}, "layers": [], "training": {}, "audit": [{**finding, "suspect": True}],
+            "remaining": [left], "triggers": [],
             "students": {first: 0.5}, "evaluation": {"after": counts},
             "run": {"device": first, "started": second},
         }  # fmt: skip

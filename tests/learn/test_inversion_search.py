@@ -180,7 +180,7 @@ def test_who_merges_text_encoders_is_told_that_they_are_not_defended(
     shared = {**FAST, "objective": "inversion", "calibration": str(calibration), "scan_steps": 2}
     new_search(InversionSearch, build_plan(base, models, shared=shared, per_model={})).scan()
     told = [record.getMessage() for record in caplog.records if "text encoder" in record.getMessage()]
-    assert [message.split()[2] for message in told] == said
+    assert [name for m in told for name in m.removeprefix("dam: ").partition(": ")[0].split(", ")] == said
 
 
 TRIGGER = PatchTrigger(4)
@@ -239,9 +239,12 @@ def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
         whole = demo.new_model(8).eval()
         whole.load_state_dict(task.parameters(merged))
         rates[name] = attack_success_rate(whole, evaluation, TRIGGER, 3).percent
-    audit = load(artefact / "dam_masks.safetensors").metadata["audit"]
+    metadata = load(artefact / "dam_masks.safetensors").metadata
+    audit, left = metadata["audit"], {(one["task"], one["target"], one["kind"]): one for one in metadata["remaining"]}
     worst = max((found for found in audit if found["task"] == "shapes"), key=lambda found: found["suspicion"])
     assert worst["target"] == 3 and worst["suspect"] and worst["control"] < 0.5, audit
+    told = left["shapes", 3, worst["kind"]]
+    assert told["after"] < told["before"] and told["before"] > 0.5, "what is reported of the merge, without labels"
     # how far it falls is the benchmark's business: these models are trained for seconds
     assert rates["defended"] < 0.9 * rates["undefended"]
 

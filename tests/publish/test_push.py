@@ -20,13 +20,16 @@ from tests.helpers.hub_server import TOKEN, HubServer
 @pytest.mark.parametrize("include_masks", [False, True])
 def test_what_arrives_is_what_was_merged(hub: HubServer, merged: Path, include_masks: bool) -> None:
     before = {p: p.read_bytes() for p in merged.rglob("*") if p.is_file()}
-    done = push(plan_push(merged, NAME, include_masks=include_masks))
+    plan = plan_push(merged, NAME, include_masks=include_masks)
+    done = push(plan)
     arrived = content(hub)
     sent = {p.relative_to(merged).as_posix() for p in before} - (
         {"dam/.lock"} if include_masks else {"dam/.lock", "dam/dam_masks.safetensors"}
     )
     assert set(arrived) == sent and "model.safetensors" in sent and "dam/heads/a.safetensors" in sent
-    for name in sent - {"README.md"}:
+    with_paths = {name for name in sent if plan.paths.shortened_file(merged / name) is not None}
+    assert with_paths <= {name for name in sent if name.endswith((".json", ".yml", ".md"))}
+    for name in sent - with_paths - {"README.md", "dam/dam_masks.safetensors"}:
         assert hashlib.sha256(arrived[name]).digest() == hashlib.sha256((merged / name).read_bytes()).digest(), name
     assert {p: p.read_bytes() for p in merged.rglob("*") if p.is_file()} == before, "the merge itself was changed"
     assert done.private is True and hub.repos["model", NAME].private

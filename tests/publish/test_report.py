@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load
 from mergekit_dam.artifact.triggers_file import load_triggers
 from mergekit_dam.cli.main import main
+from mergekit_dam.errors import DamError
 from mergekit_dam.merging.mask_bytes import to_probabilities
 from mergekit_dam.publish.layers import BOTH, layer_of, layers_of
 from mergekit_dam.publish.report import NO_FIGURES, write_report
@@ -80,8 +82,30 @@ def test_the_page_is_whole_and_says_what_the_artefact_says(images_merged: Path) 
     suspects = sum(one["suspect"] for one in facts["audit"])
     text = " ".join(" ".join(page.words).split())
     assert suspects > 0 and f"{suspects} suspect target" in text
+    assert facts["remaining"] == masks.metadata["remaining"] and len(facts["remaining"]) == suspects
+    assert "What is left of what was found" in text
+    for i, model in enumerate(facts["models"]):
+        own = [v for k, v in masks.probabilities["backdoor_detection"].items() if k.startswith(f"{i}.")]
+        kept = float(torch.cat([to_probabilities(values).flatten() for values in own]).mean())
+        assert math.isclose(model["own_density"], kept, rel_tol=1e-5) and f"{100 * kept:.0f} %" in text
+    assert math.isclose(facts["run"]["learning_seconds"], sum(facts["run"]["seconds"].values()), abs_tol=0.1)
     assert facts["training"]["masks"]["steps"] == FAST["steps"]
     assert facts["run"]["wall_seconds"] > 0 and set(facts["run"]["seconds"]) == {"scan", "masks"}
+
+
+@pytest.mark.parametrize(("before", "after", "shown"), [(1.0, 0.9, "bad"), (1.0, 0.05, "good")])
+def test_what_is_left_of_a_suspect_stands_out(
+    images_merged: Path, tmp_path: Path, before: float, after: float, shown: str
+) -> None:
+    out = Path(shutil.copytree(images_merged, tmp_path / "out"))
+    masks = load(out / "dam" / MASKS_FILE)
+    one = {**masks.metadata["remaining"][0], "before": before, "after": after, "plain": 0.1}
+    page, _ = write_report(out, masks=replace(masks, metadata={**masks.metadata, "remaining": [one]}), seconds=0.01)
+    text = page.read_text()
+    assert f'class="n {shown}">{100 * after:.0f} %' in text
+    assert "the masks came from an earlier one" in text, "this merge took less than the learning"
+    with pytest.raises(DamError):
+        write_report(out, masks=replace(masks, metadata={**masks.metadata, "remaining": [{**one, "after": "x"}]}))
 
 
 def test_figures_per_layer_are_weighted_means(images_merged: Path) -> None:

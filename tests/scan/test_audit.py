@@ -73,6 +73,18 @@ def test_causal_lms_without_a_finding_have_no_score(tmp_path: Path, texts: Path)
     assert done.exit_code == (3 if facts["over"] else 0)
 
 
+def test_text_encoders_are_said_to_be_undefended_everywhere(bert: Path, texts: Path, tmp_path: Path) -> None:
+    done = _audit(bert / "base", [bert / "m1", bert / "m2"], texts, tmp_path, "--threshold", "2")
+    facts = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    (note,) = facts["notes"]
+    assert note.startswith("m1, m2: text encoders") and "a low score says nothing" in note
+    assert done.stderr.count(note) == 1
+    assert note in (tmp_path / "audit" / "audit.html").read_text()
+    assert len(done.stdout.splitlines()) == 2
+    assert all("which says nothing of a text encoder" in line for line in done.stdout.splitlines())
+    assert not any(entry["defended"] for entry in facts["models"])
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1), st.floats(0, 1)), max_size=8),

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.recipe import planned
+from mergekit_dam.tasks.encoding import encoded
 from mergekit_dam.tasks.preflight import preflight
-from mergekit_dam.tasks.readout import encoded
 from tests.helpers.tiny_models import make_model, save_tokenizer
 
 
@@ -59,5 +59,5 @@ def test_a_text_with_its_first_token_is_begun_once(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    plain, template = encoded(tokenizer, ["red dog", "<s>red dog"], 16)
+    plain, template = encoded(tokenizer, ["red dog", "<s>red dog"], 16, "a")
     assert plain == template and plain[0] == 1
