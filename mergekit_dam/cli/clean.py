@@ -11,7 +11,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dam import api
-from mergekit_dam.cli.common import UserPath, at_home, hush, json_option, say
+from mergekit_dam.cli.common import UserPath, at_home, hush, json_option, result, say
 from mergekit_dam.vaccine.report import summary, table
 from mergekit_dam.vaccine.settings import VaccineSettings
 
@@ -79,7 +79,10 @@ def clean(
     )
     if check:
         facts = api.expected_cleaning(prepared, out, own, adapter=adapter)
-        click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_told(facts)))
+        if as_json:
+            click.echo(json.dumps(facts, indent=2))
+        else:
+            result("\n".join(_told(facts)), quiet=merge_options.quiet)
         return
     found = api.cleaned(prepared, out, own, adapter=adapter, resume=resume)
     if as_json:
@@ -87,7 +90,8 @@ def clean(
         return
     for one in found:
         say(f"{one.folder}", quiet=merge_options.quiet)
-        click.echo("\n".join([f"{one.name}:", *summary(one.facts), "", *table(one.facts), ""]))
+        lines = [f"{one.name}:", *summary(one.facts), "", *table(one.facts), ""]
+        result("\n".join(lines), quiet=merge_options.quiet)
 
 
 def _told(facts: dict[str, Any]) -> list[str]:
