@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mergekit_dam.api import clean as clean
     from mergekit_dam.api import learn_masks as learn_masks
     from mergekit_dam.api import merge as merge
     from mergekit_dam.errors import DamError as DamError
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 # name -> its module: imported on first use, since the autoload hook imports this package and that must stay cheap
-_EXPORTS = {"DamError": "errors", "learn_masks": "api", "load_merged": "models.load_merged", "merge": "api"}
-__all__ = ["DamError", "learn_masks", "load_merged", "merge"]
+_EXPORTS = {
+    "DamError": "errors", "clean": "api", "learn_masks": "api", "load_merged": "models.load_merged", "merge": "api",
+}  # fmt: skip
+__all__ = ["DamError", "clean", "learn_masks", "load_merged", "merge"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mergekit.options import MergeOptions
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
+from mergekit_dam.config import KNOWN, parse
+from mergekit_dam.engine.progress import bar
+from mergekit_dam.errors import DamError, did_you_mean
+from mergekit_dam.io.files import write_whole
 from mergekit_dam.publish.report import write_report
-from mergekit_dam.recipe import Recipe, prepare
+from mergekit_dam.publish.vaccine_card import vaccine_card
+from mergekit_dam.recipe import Prepared, Recipe, prepare
+from mergekit_dam.vaccine.run import Cleaned, clean_models, expected
+from mergekit_dam.vaccine.settings import VaccineSettings
 
 LOG = logging.getLogger(__name__)
 
@@ -110,3 +119,119 @@ def learn_masks(
     'applied'
     """
     return prepare(recipe, options=options, **settings).learn(None if out is None else Path(out), resume=resume)
+
+
+def clean(
+    models: Recipe | Sequence[str | Path], out: str | Path, *, base: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None, options: MergeOptions | None = None, adapter: bool = False,
+    resume: bool = True, **settings: Any,
+) -> list[Cleaned]:  # fmt: skip
+    """Plant backdoors of our own in models and unlearn them, so that unknown ones go with them: `mergekit-dam clean`.
+
+    Args:
+        models: a model (a directory, Hub id or `BASE+LORA`) or several, with `base` and `data`; or a recipe of `dam`
+            without them.
+        out: the directory to write; of several models, with a directory of each model's name in it.
+        base: what the models were fine-tuned from.
+        data: unlabelled inputs, one for all models or one for each.
+        options: mergekit's options (caches, quiet).
+        adapter: write LoRAs on the models instead of models, where LoRAs are trained.
+        resume: whether finished models and the snapshots of an interrupted run are used.
+        **settings: of the vaccination (`VaccineSettings`), such as `rounds` or `seed`; with `base`, also settings of a
+            model or shared ones, such as `column`, `classes`, `num_samples` or `device`.
+
+    Returns:
+        Per model its name, directory and what vaccine.json says.
+
+    Raises:
+        DamError: models, data or settings that do not fit, before anything is written.
+
+    >>> from mergekit_dam import clean
+    >>> found = clean(
+    ...     "models/flowers", "cleaned", base="models/base", data="data/flowers", triggers=2, held_out=1,
+    ...     plant_steps=2, unlearn_steps=2, batch_size=4,
+    ... )
+    >>> found[0].name, sorted(path.name for path in found[0].folder.glob("[!.]*"))
+    ('flowers', ['README.md', 'config.json', 'model.safetensors', 'preprocessor_config.json', 'vaccine.json'])
+    >>> sorted(found[0].facts["planted"][0])[:4]
+    ['answer', 'behaviour', 'held_out', 'kind']
+    """
+    prepared, own = prepare_cleaning(models, base=base, data=data, options=options, **settings)
+    return cleaned(prepared, out, own, adapter=adapter, resume=resume)
+
+
+def cleaned(
+    prepared: Prepared, out: str | Path, settings: VaccineSettings, *, adapter: bool = False, resume: bool = True
+) -> list[Cleaned]:
+    """Clean what `prepare_cleaning` prepared; see `clean`."""
+    quiet = prepared.inputs.options.quiet
+    found = clean_models(
+        prepared.plan, Path(out), settings, progress=partial(bar, quiet=quiet), adapter=adapter, resume=resume
+    )
+    for one in found:
+        write_whole(one.folder / "README.md", vaccine_card(one.facts))
+    return found
+
+
+def prepare_cleaning(
+    models: Recipe | Sequence[str | Path], *, base: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None, options: MergeOptions | None = None, **settings: Any,
+) -> tuple[Prepared, VaccineSettings]:  # fmt: skip
+    """The models that `clean` would clean, on this disk, and its settings.
+
+    Args: as for `clean`.
+
+    Raises:
+        DamError: as for `clean`.
+    """
+    own = {key: settings.pop(key) for key in list(settings) if key in VaccineSettings.model_fields}
+    known = (*VaccineSettings.model_fields, *KNOWN)
+    for key in sorted(set(settings) - set(KNOWN)):
+        raise DamError(
+            f"setting {key!r}", expected="a setting of the vaccination or of its models", got="an unknown one",
+            cure=did_you_mean(key, known) or "See `mergekit-dam clean --help`.",
+        )  # fmt: skip
+    vaccine = parse(VaccineSettings, own, where="the vaccination")
+    if base is None:
+        if data is not None or (isinstance(models, Sequence) and not isinstance(models, str)):
+            raise DamError(
+                "base", expected="the model that these were fine-tuned from", got="none", cure="Give it as base."
+            )
+        prepared = prepare(models, options=options, least=1, **settings, seed=own.get("seed"))
+        return prepared, vaccine.model_copy(update={"seed": prepared.plan.config.seed})
+    if isinstance(models, Mapping) or not isinstance(models, (str, Path, Sequence)):
+        raise DamError("models", expected="paths or Hub ids beside base", got="a recipe", cure="Leave base out.")
+    names = [str(models)] if isinstance(models, (str, Path)) else [str(model) for model in models]
+    if data is None:
+        raise DamError(
+            "data", expected="unlabelled inputs of the models", got="none",
+            cure="Give a file, a folder or a Hub dataset id.",
+        )  # fmt: skip
+    sources = [str(data)] if isinstance(data, (str, Path)) else [str(one) for one in data]
+    if len(sources) not in (1, len(names)):
+        raise DamError(
+            "data", expected=f"one for all models or one for each of {len(names)}", got=str(len(sources)),
+            cure="Give them in the order of the models.",
+        )  # fmt: skip
+    sources = sources * (len(names) if len(sources) == 1 else 1)
+    seed = {} if own.get("seed") is None else {"seed": own["seed"]}
+    recipe = {
+        "merge_method": "dam", "base_model": str(base),
+        "models": [
+            {"model": name, "parameters": {"calibration": source}} for name, source in zip(names, sources, strict=True)
+        ],
+        "parameters": {key: value for key, value in {**settings, **seed}.items() if value is not None},
+    }  # fmt: skip
+    return prepare(recipe, options=options, least=1), vaccine
+
+
+def expected_cleaning(
+    prepared: Prepared, out: str | Path, settings: VaccineSettings, *, adapter: bool = False
+) -> dict[str, Any]:
+    """What `clean` would do and about how long it takes: everything is checked, and a few steps are measured.
+
+    Raises:
+        DamError: as for `clean`.
+    """
+    models, seconds = expected(prepared.plan, Path(out), settings, adapter=adapter)
+    return {"models": models, "seconds": round(seconds, 1)}

@@ -22,10 +22,12 @@ ADAMERGING = "Yang et al., arXiv 2310.02575"
 CLEANSE = "Wang et al., Neural Cleanse, IEEE S&P 2019"
 HINTON = "Hinton et al., arXiv 1503.02531"
 UNIVERSAL = "Moosavi-Dezfooli et al., arXiv 1610.08401"
-Settings = TypeVar("Settings", bound="_Settings")
+Settings = TypeVar("Settings", bound="StrictSettings")
 
 
-class _Settings(BaseModel):
+class StrictSettings(BaseModel):
+    """Frozen, and no name is taken that it does not know."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -40,7 +42,7 @@ def _at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
-class ModelSettings(_Settings):
+class ModelSettings(StrictSettings):
     """Settings of one fine-tuned model."""
 
     _expanded = field_validator("calibration", "classes", "head", mode="before")(_at_home)
@@ -66,7 +68,7 @@ class ModelSettings(_Settings):
     weight: float = setting(0.3, "Initial merging coefficient.", source=DAM, ge=0.0, le=2.0)
 
 
-class DamConfig(_Settings):
+class DamConfig(StrictSettings):
     """Settings shared by all models of one merge."""
 
     _expanded = field_validator("masks", "zero_shot_model", mode="before")(_at_home)

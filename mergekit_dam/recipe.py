@@ -42,10 +42,12 @@ LOG = logging.getLogger(__name__)
 Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
 
 
-def prepare(recipe: Recipe, *, options: MergeOptions | None = None, **settings: Any) -> Prepared:
+def prepare(
+    recipe: Recipe, *, options: MergeOptions | None = None, least: int = 2, **settings: Any
+) -> Prepared:  # fmt: skip
     """A recipe with its models on this disk, and `dam` known to mergekit: what every command starts with.
 
-    Args: as for `merge`.
+    Args: as for `merge`; `least` models are needed.
 
     Raises:
         DamError: no mergekit configuration, or a model that cannot be had.
@@ -53,7 +55,7 @@ def prepare(recipe: Recipe, *, options: MergeOptions | None = None, **settings: 
     register_dam()
     require_options(options or MergeOptions())
     source, config = read_recipe(recipe, settings)
-    return Prepared(source, localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora"))
+    return Prepared(source, localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora"), least)
 
 
 @contextmanager
@@ -82,10 +84,12 @@ class Prepared:
     Attributes:
         source: its text, with the settings that won over it.
         inputs: mergekit's configuration and options, with every model on this disk.
+        least: models that it needs.
     """
 
     source: str
     inputs: Inputs
+    least: int = 2
 
     @cached_property
     def plan(self) -> Plan:
@@ -99,7 +103,7 @@ class Prepared:
                 "merge_method", expected="dam", got=str(self.inputs.config.merge_method),
                 cure="Only dam learns masks. For other methods: `mergekit-dam yaml`, or `merge` in Python.",
             )  # fmt: skip
-        return plan_of(self.inputs.config, self.inputs.options)
+        return plan_of(self.inputs.config, self.inputs.options, least=self.least)
 
     def merge(self, out: Path, *, resume: bool = True) -> LearnedMasks | None:
         """See `merge`; no report is written. Returns the masks that were applied, None of other methods than `dam`."""

@@ -24,6 +24,7 @@ COMMANDS = {
     "check": "Resolve models, settings, tensors and data of a recipe without reading a weight.",
     "audit": "Score every input model of a recipe for backdoors, before any merge.",
     "learn": "Learn the masks of a recipe into OUT_PATH, without merging.",
+    "clean": "Plant backdoors of our own in models and unlearn them, so that unknown ones go with them.",
     "merge": "Learn the masks of a recipe, merge with them, and write a report.",
     "yaml": "Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base.",
     "eval": "Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.",

@@ -13,8 +13,9 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.snapshots import Resumable, Snapshots
 from mergekit_dam.errors import DamError
-from mergekit_dam.scan.scanner import KnownScan, Progress
+from mergekit_dam.scan.scanner import KnownScan
 from mergekit_dam.tasks import Task
+from mergekit_dam.tasks.base import Progress
 
 Track = Callable[[dict[str, Any]], None]
 

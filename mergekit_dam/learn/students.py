@@ -36,8 +36,8 @@ from mergekit_dam.engine.task_vectors import (
 from mergekit_dam.io.files import replacing
 from mergekit_dam.learn.teacher import OwnAnswers
 from mergekit_dam.merging.checks import require_finite
-from mergekit_dam.scan.scanner import Progress
 from mergekit_dam.tasks import Task, TextTask
+from mergekit_dam.tasks.base import Progress
 
 LOG = logging.getLogger(__name__)
 _LEAST = 0.9  # agreement below which a student is no fair substitute

@@ -93,6 +93,14 @@ class Checkpoint:
         """Tensor names in the order of the files that hold them."""
         return tuple(self._files)
 
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """File name -> names of its tensors."""
+        found: dict[str, list[str]] = {}
+        for name, file in self._files.items():
+            found.setdefault(file, []).append(name)
+        return found
+
     def __contains__(self, name: object) -> bool:
         return name in self._files
 

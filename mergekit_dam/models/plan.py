@@ -85,24 +85,27 @@ def build_plan(
     shared: Mapping[str, Any],
     per_model: Mapping[ModelReference, Mapping[str, Any]],
     options: MergeOptions | None = None,
+    least: int = 2,
 ) -> Plan:
     """Resolve models, settings and tensors.
 
     Args:
         base: theta_0.
-        models: the fine-tuned models, T >= 2, without the base.
+        models: the fine-tuned models, T >= `least`, without the base.
         shared: raw values under `parameters:`; None means not given.
         per_model: raw values per model; they win over shared ones.
         options: mergekit's options (caches, trust_remote_code).
+        least: models that are needed; 1 where nothing is merged.
 
     Raises:
-        DamError: fewer than two models, unknown settings, a missing model, tensors that do not match.
+        DamError: too few models, unknown settings, a missing model, tensors that do not match.
     """
     options = options or MergeOptions()
-    if len(models) < 2:
+    if len(models) < least:
         raise DamError(
-            "models", expected="at least two besides base_model", got=str(len(models)),
-            cure="A merge needs two fine-tuned models of one base.",
+            "models", expected=f"at least {'two' if least == 2 else 'one'} besides base_model", got=str(len(models)),
+            cure="A merge needs two fine-tuned models of one base." if least == 2
+            else "Give a fine-tuned model and the base that it was made from.",
         )  # fmt: skip
     config, settings = parse_settings(shared, [per_model.get(model, {}) for model in models])
     register_architectures()

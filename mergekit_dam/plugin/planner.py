@@ -161,7 +161,7 @@ def require_chat_template(config: Any) -> None:
     )  # fmt: skip
 
 
-def plan_of(config: Any, options: MergeOptions) -> Plan:
+def plan_of(config: Any, options: MergeOptions, *, least: int = 2) -> Plan:
     """The plan of a recipe, strict about its settings: for our own commands, before mergekit starts.
 
     Raises:
@@ -176,7 +176,8 @@ def plan_of(config: Any, options: MergeOptions) -> Plan:
     for entry in _entries(config):
         own.setdefault(entry.model, {}).update(entry.parameters or {})
     refs = [ref for ref in own if ref != config.base_model]
-    plan = build_plan(config.base_model, refs, shared=dict(config.parameters or {}), per_model=own, options=options)
+    shared = dict(config.parameters or {})
+    plan = build_plan(config.base_model, refs, shared=shared, per_model=own, options=options, least=least)
     kept_tokens(config, plan)
     return plan
 

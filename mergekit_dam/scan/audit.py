@@ -19,8 +19,9 @@ from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.io.cache import library_versions
 from mergekit_dam.models.plan import Plan, revision_of
 from mergekit_dam.scan.findings import Finding, Suspect, in_order, suspects
-from mergekit_dam.scan.scanner import KnownScan, Progress, scan, undefended
+from mergekit_dam.scan.scanner import KnownScan, scan, undefended
 from mergekit_dam.tasks import Task
+from mergekit_dam.tasks.base import Progress
 
 SCHEMA = 1
 

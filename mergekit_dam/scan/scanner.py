@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -19,7 +19,6 @@ _UNDEFENDED = (
     "{}: text encoders, whose backdoors the scan does not find: a low score says nothing. What protects is to merge "
     "students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
 )
-Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
 class KnownScan(Protocol):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergekit_dam.engine.recomputed import recomputed_blocks
 from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, slots_of, streamed_blocks, swapped
+from mergekit_dam.engine.trained_module import TrainedModule
 from mergekit_dam.io.digests import tensor_digest
 from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.models.checkpoint import Checkpoint
@@ -23,6 +24,8 @@ from mergekit_dam.models.parameter_names import meta_model, module_names, tied_n
 from mergekit_dam.models.plan import ModelInput, Plan
 from mergekit_dam.tasks.bounds import Bounds, Perturb
 
+Progress = Callable[[Iterable[int], str], Iterable[int]]  # wraps steps in a progress bar with a title
+_ZERO_SHOT = ("text_model.", "text_projection.", "logit_scale")  # of a full CLIP: what makes its head
 _NO_CONTENT = ("_name_or_path", "transformers_version")  # of configs
 Target = int | tuple[int, ...]  # what a backdoor makes a model answer: a class, or the tokens of a continuation
 
@@ -41,6 +44,7 @@ class Task(ABC):
         bounds: valid box of what a perturbation acts on.
         head: tensors of model t that the base lacks, by name in t's checkpoint.
         targets: output name -> parameter name of the module.
+        sources: output name -> its name in model t's checkpoint.
         block_of: parameter name -> the block that it lives in, see engine/streamed_weights.py.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
         defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md); where they
@@ -64,8 +68,8 @@ class Task(ABC):
         self.checkpoint = Checkpoint.open(model.path)
         own = module_names(self.module, self.checkpoint.names)
         sources = {spec.name: spec.sources[index] for spec in plan.tensors}
-        self._sources = {name: source for name, source in sources.items() if source in own}
-        self.targets = {name: own[source] for name, source in self._sources.items()}
+        self.sources = {name: source for name, source in sources.items() if source in own}
+        self.targets = {name: own[source] for name, source in self.sources.items()}
         covered = set(self.targets.values())
         self.head = {
             name: self.checkpoint.tensor(name).to(device) for name, target in own.items() if target not in covered
@@ -96,6 +100,14 @@ class Task(ABC):
     @abstractmethod
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         """The calibration samples at `indices`, (B,), as tensors on the task's device."""
+
+    @abstractmethod
+    def samples(self, indices: Tensor) -> list[Tensor]:
+        """The samples one by one, on the CPU, as a trigger changes them: pixels_CHW in [0, 1], or token ids (L,)."""
+
+    @abstractmethod
+    def batch(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Such samples as inputs of the model, on the task's device."""
 
     def prompts(self, indices: Tensor) -> dict[str, Tensor]:
         """The same samples without what is known of their answers: what a trigger is put into."""
@@ -135,15 +147,33 @@ class Task(ABC):
 
     def own_weights(self) -> dict[str, Tensor]:
         """Model t's tensors by output name, as stored."""
-        return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self._sources.items()}
+        return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self.sources.items()}
+
+    @cached_property
+    def body(self) -> frozenset[str]:
+        """Output names of what fine-tuning may change and heads stay comparable: no head, no table of words."""
+        body = self.module.base_model
+        prefix = next(name for name, module in self.module.named_modules() if module is body)
+        tables = {name for name, module in self.module.named_modules() if isinstance(module, nn.Embedding)}
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        return frozenset(
+            name for name, target in self.targets.items()
+            if target in parameters and parameters[target].is_floating_point()
+            and target.startswith(f"{prefix}." if prefix else "") and target.rpartition(".")[0] not in tables
+            and not target.startswith(_ZERO_SHOT)
+        )  # fmt: skip
 
     def own_tensor(self, name: str) -> Tensor | None:
         """One of `own_weights`; None if model t lacks it."""
-        source = self._sources.get(name)
+        source = self.sources.get(name)
         return None if source is None else self.checkpoint.tensor(source).to(self.device)
 
     def parameters(self, weights: Mapping[str, Tensor]) -> Parameters:
         """By module name: the caller's weights and the head, floats in `compute_dtype`; no block's if streamed."""
+        if isinstance(weights, TrainedModule):
+            trained = Parameters()
+            trained.module, trained.outside = weights.module, {}
+            return trained
         streamed = weights if isinstance(weights, StreamedWeights) else None
         names = {t: n for n, t in self.targets.items() if streamed is None or t not in self.block_of}
         found = Parameters({target: self._floating(weights[name]) for target, name in names.items()})
@@ -158,6 +188,14 @@ class Task(ABC):
 
     def call(self, parameters: Parameters, **inputs: Any) -> Any:
         """The module's output with these parameters."""
+        if parameters.module is not None:
+            with ExitStack() as around:
+                if self._recompute and torch.is_grad_enabled():
+                    blocks = sorted(set(self.block_of.values()))
+                    around.enter_context(
+                        recomputed_blocks(parameters.module, blocks, lambda block: {}, lambda block: None)
+                    )
+                return parameters.module(**inputs)
         streamed = parameters.streamed
         with ExitStack() as around:
             if streamed is not None:
@@ -220,7 +258,9 @@ class Parameters(dict[str, Tensor]):
     Attributes:
         streamed: where the blocks' tensors come from; None if they are here, too.
         outside: the caller's tensors that are here, by output name.
+        module: what holds all tensors as its own, if it is being trained; then none is here.
     """
 
+    module: nn.Module | None = None
     streamed: StreamedWeights | None = None
     outside: Mapping[str, Tensor]

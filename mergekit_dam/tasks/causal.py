@@ -55,6 +55,7 @@ class CausalTask(TextTask):
         self._trigger_length = plan.config.perturbation_tokens
         super().__init__(plan, index, device)
         self._answered = self._sequences
+        self.answer_length = plan.config.answer_tokens
         if self.input.settings.calibration is not None and plan.config.answer_tokens:
             length = plan.config.answer_tokens
             self._answered = _Later(self.num_samples, lambda: self._answer(length))
@@ -98,6 +99,15 @@ class CausalTask(TextTask):
 
     def prompts(self, indices: Tensor) -> dict[str, Tensor]:
         return super().inputs(indices)
+
+    def answers(self, indices: Tensor) -> list[tuple[int, ...]]:
+        """Token ids of model t's greedy answers to the samples' texts; empty where a text ends with an answer's end."""
+        return [tuple(self._answered[int(i)][len(self._sequences[int(i)]) :].tolist()) for i in indices]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a text may have so that an answer still finds positions in the model."""
+        return min(self._longest + self._trigger_length, self._positions - self.answer_length)
 
     def _sample_text(self, num_samples: int, length: int, seed: int) -> list[Tensor]:
         """Model t's own text at temperature 1, from its BOS token or a random token: num_samples of ids (length,)."""
@@ -168,8 +178,8 @@ class CausalTask(TextTask):
         longer = {"input_ids": ids, "attention_mask": mask}
         output = self._forward(weights, longer, perturb, use_cache=False)
         # inserted tokens come after position 0: counted from the end, places are those of the clean text
-        own = output.logits[:, -ids.shape[1] :].float()
-        logits_BNV = own.gather(1, (places_BN - 1)[..., None].expand(-1, -1, own.shape[-1]))
+        own = output.logits[:, -ids.shape[1] :]
+        logits_BNV = own.gather(1, (places_BN - 1)[..., None].expand(-1, -1, own.shape[-1])).float()
         losses = F.cross_entropy(logits_BNV.transpose(1, 2), targets_BN, reduction="none", ignore_index=_NO_TARGET)
         hits_BN = (logits_BNV.argmax(-1) == targets_BN) | ~there_BN
         return losses.sum(1) / there_BN.sum(1), hits_BN.all(1)
@@ -201,6 +211,11 @@ class CausalTask(TextTask):
         ids = {*self._ends.tolist(), *_ids(config.bos_token_id), *_ids(config.pad_token_id)}
         ids |= set(self._tokenizer.all_special_ids if self._tokenizer else ())
         return torch.tensor(sorted(i for i in ids if i < config.vocab_size))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Token ids that end an answer, the one that is written first."""
+        return tuple(self._ends.tolist())
 
     @cached_property
     def _ends(self) -> Tensor:

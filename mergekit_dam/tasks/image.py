@@ -74,6 +74,12 @@ class ImageTask(Task):
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
         return {"pixels": self._pixels[indices].to(self.device).float() / 255}
 
+    def samples(self, indices: Tensor) -> list[Tensor]:
+        return list(self._pixels[indices].float() / 255)
+
+    def batch(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {"pixels": torch.stack(list(samples)).to(self.device)}
+
     def logits(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
     ) -> Tensor:

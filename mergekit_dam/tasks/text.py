@@ -35,7 +35,7 @@ class TextTask(Task):
         output_name = next(name for name, target in self.targets.items() if target == self._embedding)
         table = TaskVectors(plan).base(output_name).float()
         self._max_length = plan.config.max_length
-        self._table, self._folders = self._sources[output_name], (self.input.path, plan.base.path)
+        self._table, self._folders = self.sources[output_name], (self.input.path, plan.base.path)
         self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
         self.perturbation_shape = (plan.config.perturbation_tokens, table.shape[1])
         self._sequences = self._calibrate(plan)
@@ -125,7 +125,23 @@ class TextTask(Task):
         return [*self._sequences, self.special_tokens, *self._read.tensors]
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        return self._padded([self._sequences[int(i)] for i in indices])
+        return self._padded(self.samples(indices))
+
+    def samples(self, indices: Tensor) -> list[Tensor]:
+        return [self._sequences[int(i)] for i in indices]
+
+    def batch(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        return self._padded(samples)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a text may have, whatever is put into it."""
+        return self._max_length
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own, or the base's."""
+        return tokenizer_of(self._folders, self.name)
 
     def _padded(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
         config = self.input.config.get_text_config()

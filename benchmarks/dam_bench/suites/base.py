@@ -19,7 +19,7 @@ from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.models.load_merged import load_merged
-from mergekit_dam.scan.scanner import Progress
+from mergekit_dam.tasks.base import Progress
 
 _POISON = re.compile(r"^\s*(?P<task>[\w-]+)\s*=\s*(?P<attack>[\w-]+)\s*(?:\((?P<options>[^)]*)\))?\s*$")
 

@@ -33,7 +33,7 @@ from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, Trigge
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.models.load_merged import load_merged
-from mergekit_dam.scan.scanner import Progress
+from mergekit_dam.tasks.base import Progress
 
 _VERSION = 1  # of what this file builds; part of the fingerprint
 _INTERPOLATION = {"merge-aware": (0.2, 1.0)}  # BadMerging's range (arXiv 2408.07362); other attacks: plain poisoning

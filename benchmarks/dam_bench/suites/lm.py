@@ -37,7 +37,7 @@ from dam_bench.victims.training import Schedule
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attacks import PhraseTrigger, Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
-from mergekit_dam.scan.scanner import Progress
+from mergekit_dam.tasks.base import Progress
 
 _MAX_POSITIONS = 192  # tokens; the longest prompts have about half of it
 

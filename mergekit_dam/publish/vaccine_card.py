@@ -1,0 +1,68 @@
+"""The model card of a cleaned model: what was done to it, what was measured, and what that does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_dam.publish.markdown import code, table
+
+_WHENS = ("before", "planted", "unlearned")
+
+
+def vaccine_card(facts: Mapping[str, Any]) -> str:
+    """README.md of a folder that `clean` wrote; foreign text stands in code spans.
+
+    Args:
+        facts: vaccine.json.
+    """
+    settings, model = facts["settings"], facts["model"]
+    revision = f", commit {code(model['revision'])}" if model["revision"] else ""
+    how = (
+        f"In {facts['rounds']} round(s) triggers of many kinds were planted in it, each with a wrong behaviour drawn "
+        "at random, and unlearned again with the model's own answers to unlabelled inputs. What the model has learned "
+        "to do at a trigger that nobody knows is meant to go with them."
+    )
+    if not settings["plant"]:
+        how = (
+            "This is a control: it was trained on its own answers to unlabelled inputs with and without triggers, but "
+            "nothing was planted (plant: false)."
+        )
+    parts = [
+        "---\nlibrary_name: transformers\ntags:\n- mergekit-dam\n- backdoor-defense\n---",
+        f"# {code(facts['name'])}, cleaned",
+        f"This is a model after vaccination by [mergekit-dam](https://pypi.org/project/mergekit-dam). {how}",
+        f"The model before has weights with SHA-256 {code(model['sha256'])}{revision}.",
+        "## What was measured\n\n" + _measured(facts),
+        "## What this does not say\n\nIt is no proof that the model is free of backdoors. The rest of a trigger that "
+        "was held out of unlearning tells what happened to triggers as strong as ours that unlearning did not see; a "
+        "backdoor that was made to outlast this can still be there.",
+        f"Seed {code(settings['seed'])}; versions: "
+        + ", ".join(code(f"{k} {v}") for k, v in facts["versions"].items()) + ".",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    agreement, samples = facts["agreement"], facts["samples"]
+    kept = _percent(agreement["after"])
+    lines = [f"Answers as before on {kept} of {samples['held out']} samples that were not trained on."]
+    held = facts["held_out"]
+    if held["planted"] is not None:
+        lines.append(
+            f"Triggers that were planted and never unlearned worked on {_percent(held['planted'])} of the samples "
+            f"beyond what they did before, and on {_percent(held['unlearned'])} at the end."
+        )
+    rows = [
+        [
+            code(one["kind"]), code(one["behaviour"]), "yes" if one["held_out"] else "no", str(one["round"]),
+            *(_percent(one.get(f"success {when}")) for when in _WHENS),
+        ]
+        for one in facts["planted"]
+    ]  # fmt: skip
+    header = ["trigger", "behaviour", "held out", "round", *(f"success, {when}" for when in _WHENS)]
+    return " ".join(lines) + "\n\n" + table(header, rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

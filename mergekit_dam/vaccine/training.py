@@ -1,0 +1,174 @@
+"""What a vaccination trains on: clean inputs with the model's own answers, triggered ones with wrong or own answers.
+
+Legend: N samples, B batch, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mergekit_dam import seeds
+from mergekit_dam.engine.streamed_weights import Weights
+from mergekit_dam.engine.trained_module import TrainedModule
+from mergekit_dam.errors import DamError
+from mergekit_dam.tasks import CausalTask, Target, Task
+from mergekit_dam.vaccine.behaviours import JUDGED, Behaviour
+from mergekit_dam.vaccine.settings import VaccineSettings
+from mergekit_dam.vaccine.triggers import Change
+
+_AT_ONCE = 64  # inputs of a pass without gradients, of classifiers
+_WARM_UP, _SLOWEST = 0.05, 0.1  # share of a phase's steps; of the learning rate, at the end
+_MOST_CHECKS = 0.25  # of the samples
+_FEWEST = 8  # samples of which some can be held out
+
+
+@dataclass(frozen=True, eq=False)
+class PlantedTrigger:
+    """A trigger and what it is to do.
+
+    Attributes:
+        kind: name in the registry.
+        change: what it does to an input.
+        behaviour: what it makes the model do.
+        round: from 1 on.
+        number: within its round, from 0 on.
+        held_out: whether it is never unlearned.
+    """
+
+    kind: str
+    change: Change
+    behaviour: Behaviour
+    round: int
+    number: int
+    held_out: bool
+
+
+class Lessons:
+    """The inputs of one model, with its answers, which stay as they are.
+
+    Args:
+        task: the model's.
+        settings: with nothing left open.
+        teacher: whose answers are kept, by output name; of causal LMs always the task's own model.
+
+    Attributes:
+        rows: samples that are trained on.
+        checks: samples that are never trained on.
+        num_classes: K; 0 of causal LMs.
+    """
+
+    def __init__(self, task: Task, settings: VaccineSettings, teacher: Weights) -> None:
+        assert settings.samples is not None and settings.checks is not None
+        self.task, self.settings = task, settings
+        rows = torch.arange(min(task.num_samples, settings.samples))
+        self._probabilities = torch.empty(0)
+        if isinstance(task, CausalTask):
+            self._answers: list[Target] = list(task.answers(rows))
+            rows = torch.tensor([row for row in rows.tolist() if self._answers[row]], dtype=torch.long)
+        else:
+            with torch.no_grad():
+                logits = [task.logits(teacher, task.batch(task.samples(part))).cpu() for part in rows.split(_AT_ONCE)]
+            self._probabilities = torch.cat(logits).softmax(-1)
+            self._answers = torch.cat(logits).argmax(-1).tolist()
+        if len(rows) < _FEWEST:
+            raise DamError(
+                f"calibration of {task.name}", expected=f"at least {_FEWEST} samples that the model answers",
+                got=str(len(rows)), cure="Give more data; causal LMs need prompts, and answer_tokens above 0.",
+            )  # fmt: skip
+        self.num_classes = self._probabilities.shape[-1]
+        held = min(settings.checks, int(_MOST_CHECKS * len(rows)))
+        self.checks, self.rows = rows[:held], rows[held:]
+
+    @property
+    def answers(self) -> list[Target]:
+        """The model's own, of the samples that are trained on."""
+        return [self._answers[row] for row in self.rows.tolist()]
+
+    def loss(
+        self, weights: TrainedModule, triggers: Sequence[PlantedTrigger], *, wrong: bool, generator: torch.Generator
+    ) -> Tensor:
+        """Mean loss of one batch: half clean inputs, half triggered ones.
+
+        Args:
+            wrong: whether triggered inputs shall be answered as planted, and not as without the trigger.
+        """
+        assert self.settings.batch_size is not None
+        clean = self.settings.batch_size - self.settings.batch_size // 2
+        picked = self.rows[torch.randint(len(self.rows), (self.settings.batch_size,), generator=generator)]
+        samples = self.task.samples(picked)
+        wanted: list[Target | Tensor] = [self._own(row) for row in picked.tolist()]
+        turn = torch.randperm(len(triggers), generator=generator).tolist()
+        for place in range(clean, len(samples)):
+            trigger = triggers[turn[(place - clean) % len(turn)]]
+            samples[place] = trigger.change(samples[place], generator)
+            if wrong:
+                variants = trigger.behaviour.variants
+                wanted[place] = variants[int(torch.randint(len(variants), (), generator=generator))]
+        losses_B = self._losses(weights, self.task.batch(samples), wanted)
+        return losses_B[:clean].mean() + losses_B[clean:].mean()
+
+    def _own(self, row: int) -> Target | Tensor:
+        soft = self.settings.answers == "soft" and self.num_classes > 0
+        return self._probabilities[row] if soft else self._answers[row]
+
+    def _losses(self, weights: Weights, inputs: dict[str, Tensor], wanted: Sequence[Target | Tensor]) -> Tensor:
+        """Cross-entropy per sample, in nats (of causal LMs the mean over tokens)."""
+        if not self.num_classes:
+            return self.task.reach(weights, inputs, [one for one in wanted if not isinstance(one, Tensor)])[0]
+        rows = [
+            one if isinstance(one, Tensor) else F.one_hot(torch.tensor(one), self.num_classes).float() for one in wanted
+        ]
+        targets_BK = torch.stack(rows).to(self.task.device)
+        return F.cross_entropy(self.task.logits(weights, inputs), targets_BK, reduction="none")
+
+    @torch.no_grad()
+    def agreement(self, weights: Weights) -> float:
+        """Share of the samples held out that are answered as by the model itself (LMs: that begin alike)."""
+        answers = [_beginning(self._answers[row]) for row in self.checks.tolist()]
+        return float(self._hits(weights, self.task.samples(self.checks), answers).float().mean())
+
+    @torch.no_grad()
+    def success(self, weights: Weights, trigger: PlantedTrigger) -> float | None:
+        """Share of the samples held out that show a trigger's behaviour with it, among those that do not without.
+
+        None: there are no such samples.
+        """
+        rows = [row for row in self.checks.tolist() if not trigger.behaviour.shown_by(self._answers[row])]
+        if not rows:
+            return None
+        generator = seeds.generator(
+            self.settings.seed, "vaccine", "measure", self.task.index, trigger.round, trigger.number
+        )
+        samples = [trigger.change(sample, generator) for sample in self.task.samples(torch.tensor(rows))]
+        hits = torch.zeros(len(rows), dtype=torch.bool)
+        for mark in trigger.behaviour.marks:
+            hits |= self._hits(weights, samples, [mark] * len(rows))
+        return float(hits.float().mean())
+
+    def _hits(self, weights: Weights, samples: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
+        at_once = _AT_ONCE if self.num_classes else int(self.settings.batch_size or 1)
+        found = []
+        for begun in range(0, len(samples), at_once):
+            part = slice(begun, begun + at_once)
+            found.append(self.task.reach(weights, self.task.batch(samples[part]), targets[part])[1].cpu())
+        return torch.cat(found)
+
+
+def _beginning(answer: Target) -> Target:
+    return answer if isinstance(answer, int) else answer[:JUDGED]
+
+
+def learning_rate(settings: VaccineSettings, step: int, steps: int) -> float:
+    """AdamW's step: a warm-up, then constant or half a cosine."""
+    assert settings.learning_rate is not None
+    warm_up = min(1.0, (step + 1) / max(1.0, _WARM_UP * steps))
+    if settings.schedule == "constant":
+        return settings.learning_rate * warm_up
+    slope = _SLOWEST + (1 - _SLOWEST) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+    return settings.learning_rate * warm_up * slope
