@@ -18,7 +18,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 from mergekit_dam import seeds
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.engine.task_vectors import StudentVectors, TaskVectors
+from mergekit_dam.engine.task_vectors import StudentVectors, TaskVectors, student_file
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn.students import teach_all
 from mergekit_dam.models.plan import Plan, build_plan
@@ -158,7 +158,7 @@ def test_embeddings_and_heads_stay_and_all_else_is_taught(plan: Plan, folder: Pa
 
 def test_students_of_an_interrupted_run_are_taken_as_they_are(plan: Plan, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run")
-    lost = tmp_path / "run" / "students" / "clean.safetensors"
+    lost = student_file(tmp_path / "run", 1)
     before = load_file(lost)
     lost.unlink()
     assert group(_taught_together, 1, plan, tmp_path / "run") == [["student of clean"]]
@@ -172,8 +172,8 @@ def test_students_of_an_interrupted_run_are_taken_as_they_are(plan: Plan, folder
 
 def test_two_processes_share_the_students_out_and_teach_the_same(plan: Plan, folder: Path, tmp_path: Path) -> None:
     assert group(_taught_together, 2, plan, tmp_path) == [["student of victim"], ["student of clean"]]
-    for name in ("victim", "clean"):
-        one, two = (load_file(where / "students" / f"{name}.safetensors") for where in (folder, tmp_path))
+    for index in range(2):
+        one, two = (load_file(student_file(where, index)) for where in (folder, tmp_path))
         assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
 
 
