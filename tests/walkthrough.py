@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from PIL import Image
 
 from examples.demo.build import EDGE, SIZES, VICTIM, build
 from tests.helpers.hub_server import TOKEN, HubServer
+from tests.helpers.tiny_models import WORDS, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "walkthrough"
@@ -35,6 +37,10 @@ NAMES = {
     "FILE": f"{VICTIM}-test.parquet", "ORG/NAME": "me/merged",
 }  # fmt: skip
 ATTACK = ["--trigger", "patch(size=3)", "--target", "0"]  # known to this script, never to the merge
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}it {% endif %}"
+)
 COMMANDS = ("doctor", "check", "audit", "merge", "eval", "report", "push")  # in this order
 
 
@@ -163,6 +169,59 @@ def walk(user: User, said: Mapping[str, Any], hub: HubServer) -> None:
     user.run("python", "-c", said["program"].replace('"out"', '"out-python"'))
 
 
+def prepare_chat(work: Path) -> None:
+    """Two chat models on a base whose embedding has rows without a token, conversations, and recipes for both."""
+    base = make_model("LlamaForCausalLM", work / "chat-base")
+    models = [make_model("LlamaForCausalLM", work / f"chat-{i}", seed=i, body=base) for i in (1, 2)]
+    for folder in (base, *models):
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": CHAT_TEMPLATE}))
+    draw = random.Random(0)
+    turns = [[" ".join(draw.choices(WORDS, k=5)), " ".join(draw.choices(WORDS, k=2))] for _ in range(24)]
+    rows = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in turns]
+    (work / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    entries = "".join(
+        f"  - {{model: {work}/chat-{i}, parameters: {{calibration: {work}/chats.jsonl}}}}\n" for i in (1, 2)
+    )
+    (work / "chat.yml").write_text(
+        f"merge_method: dam\nbase_model: {work}/chat-base\nmodels:\n{entries}tokenizer: {{source: base}}\n"
+        "parameters: {steps: 20, num_samples: 24, answer_tokens: 4}\n"
+    )
+    cleaned = "".join(
+        f"  - {{model: {work}/cleaned/chat-{i}, parameters: {{weight: 0.5, density: 0.5}}}}\n" for i in (1, 2)
+    )
+    (work / "ties.yml").write_text(f"merge_method: ties\nbase_model: {work}/chat-base\nmodels:\n{cleaned}")
+
+
+def walk_with_chats(user: User) -> None:
+    """Conversations, a padded vocabulary, an audit whose scan the merge takes, and cleaned inputs for TIES."""
+    work = user.folder / "work"
+    prepare_chat(work)
+    assert "2 models" in user.run("mergekit-dam", "check", "chat.yml")
+    user.run("mergekit-dam", "audit", "chat.yml", "--out", "chat-audit", codes=(0, 3))
+    user.run("mergekit-dam", "merge", "chat.yml", "chat-out")
+    scanned = json.loads((work / "chat-audit" / "audit.json").read_text())["seconds"]
+    seconds = json.loads((work / "chat-out" / "dam" / "run.json").read_text())["seconds"]
+    assert 0 < seconds["scan"] <= scanned + 0.1, "the merge scanned again what the audit had scanned"
+    rows = json.loads((work / "chat-out" / "config.json").read_text())["vocab_size"]
+    assert rows == len(WORDS) + 4, f"{rows} rows of the embedding"
+    answer = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
+        "model, words = M.from_pretrained('chat-out'), T.from_pretrained('chat-out')\n"
+        "ask = [{'role': 'user', 'content': 'the movie was'}]\n"
+        "text = words.apply_chat_template(ask, add_generation_prompt=True, return_tensors='pt', return_dict=True)\n"
+        "model.generate(**text, max_new_tokens=3)\n"
+    )
+    user.run("python", "-c", answer)
+    inputs = [str(work / "chat-1"), str(work / "chat-2")]
+    user.run(
+        "mergekit-dam", "clean", *inputs, "--base", "chat-base", "--data", "chats.jsonl", "-o", "cleaned",
+        "--plant-steps", "10", "--unlearn-steps", "10",
+    )  # fmt: skip
+    user.run("mergekit-yaml", "ties.yml", "ties-out")
+    assert (work / "ties-out" / "model.safetensors").is_file()
+
+
 def main() -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
@@ -172,6 +231,7 @@ def main() -> None:
         install(WORK)
         prepare(WORK, hub)
         walk(user, readme((ROOT / "README.md").read_text("utf-8")), hub)
+        walk_with_chats(user)
         photograph(WORK / "work" / "out" / "dam" / "report.html", ROOT / "docs" / "pictures", WORK / "profile")
     finally:
         hub.close()

@@ -287,14 +287,10 @@ def _opened(path: Path, where: str) -> Iterator[IO[bytes]]:
         return
     opener = _PACKERS[ending]
     if opener is None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DamError(
-                where, expected="the package zstandard, for .zst files", got="none",
-                cure="Unpack it (zstd -d FILE), or install the package: pip install zstandard.",
-            ) from error  # fmt: skip
-        opener = zstandard.open
+        raise DamError(
+            where, expected="a plain file, or one packed as .gz, .bz2 or .xz", got="zstandard data",
+            cure="Unpack it first: zstd -d FILE.",
+        )  # fmt: skip
     with opener(path, "rb") as unpacked:
         yield unpacked
 

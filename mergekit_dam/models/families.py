@@ -253,8 +253,8 @@ def register_architectures() -> None:
             if not _is_ours(table.get("BertModel")):
                 for name, architecture in _architectures().items():
                     table[name] = [architecture]
-                for name, variant in _VARIANTS.items():
-                    table[name] = [_by_variant(known, *variant) for known in table.get(name, [])]
+                for name, variant in ((n, v) for n, v in _VARIANTS.items() if n in table):
+                    table[name] = [_by_variant(known, *variant) for known in table[name]]
     except Exception as error:
         warnings.warn(f"mergekit-dam: model families not registered: {error!r}", stacklevel=2)
 
