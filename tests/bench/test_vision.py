@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from dam_bench.cli import bench
+from dam_bench.runs import vaccine
 from dam_bench.suites import vision
 from dam_bench.suites.base import Poison, Scenario
 from dam_bench.suites.vision import PRESETS, VisionSuite
@@ -173,6 +174,27 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(
     strong = json.loads(CliRunner().invoke(bench, [*arguments, "--gates", "--json"]).stdout)
     assert strong["gates"] == [{"name": "gain", "passed": True, "measured": "12.0", "wanted": ">= 10.0"}]
     assert strong["results"] == facts["results"] and strong["runs_to_do"] == 0
+
+
+def test_single_models_are_vaccinated_and_measured_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = [part for name in ("plant_steps=2", "unlearn_steps=2", "triggers=2") for part in ("--set", name)]
+    arguments = ["vision", "--data", str(data), "--out", str(tmp_path), "--preset", "tiny", "--seeds", "0", *short]
+    done = CliRunner().invoke(vaccine.main, [*arguments, "--model", "letters=patch(target=1)", "--model", "letters"])
+    assert done.exit_code == 0, done.output
+    victim, clean = (json.loads(Path(line).read_text()) for line in done.stdout.splitlines())
+    for found in (victim, clean):
+        assert set(found["before"]["accuracy"]) == set(found["after"]["accuracy"]) == {"letters"}
+        assert found["vaccine"]["settings"]["plant_steps"] == 2 and "calibration" not in found["vaccine"]
+    assert victim["poison"] == "patch(target=1)" and set(victim["after"]["attack_success"]) == {"attack"}
+    assert clean["poison"] is None and not clean["after"]["attack_success"]
+    monkeypatch.setattr(vaccine, "run", _interrupted)  # what is there is not done again
+    again = CliRunner().invoke(vaccine.main, [*arguments, "--model", "letters=patch(target=1)"])
+    assert again.exit_code == 0 and again.stdout.splitlines() == done.stdout.splitlines()[:1]
+    shown = CliRunner().invoke(vaccine.main, ["--table", str(tmp_path / "vaccine")]).stdout.splitlines()
+    assert len(shown) == 4 and sum("letters=patch(target=1)" in line for line in shown) == 1
+    assert CliRunner().invoke(vaccine.main, ["vision", "--out", str(tmp_path)]).exit_code == 2
 
 
 def test_missing_data_name_the_cure() -> None:
