@@ -147,6 +147,32 @@ def merged_adapter(
     return ModelReference(model=ModelPath(path=str(target)))
 
 
+def require_merged_after(ref: ModelReference, merged: Path) -> None:
+    """Refuse a merged adapter of mergekit's own cache that is older than its parts: mergekit knows it by name alone.
+
+    Args:
+        ref: BASE+LORA.
+        merged: what mergekit takes for it.
+
+    Raises:
+        DamError: the adapter or its base was written later.
+    """
+    made = min((file.stat().st_mtime_ns for file in merged.glob("*.safetensors")), default=None)
+    if made is None:
+        return
+    parts = [Path(part.path) for part in (ref.model, ref.lora) if part is not None]
+    later = [
+        file for part in parts if part.is_dir() for file in part.iterdir()
+        if file.name.endswith((".safetensors", "adapter_config.json")) and file.stat().st_mtime_ns > made
+    ]  # fmt: skip
+    if later:
+        raise DamError(
+            f"adapter {ref}", expected="a merged model that is newer than adapter and base",
+            got=f"{merged}, which is older than {later[0]}",
+            cure="Remove that folder: mergekit would merge what the adapter was before.",
+        )  # fmt: skip
+
+
 def _merge(ref: ModelReference, target: Path, trust_remote_code: bool, dtype: str | None) -> None:
     workspace = tempfile.mkdtemp(prefix=".merging-", dir=target.parent)
     try:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, parse, unknown_keys, unknown_setting
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.io.adapters import require_mergeable
+from mergekit_dam.io.adapters import require_mergeable, require_merged_after
 from mergekit_dam.io.hub_client import hub_cause, hub_error
 from mergekit_dam.io.hub_download import LocalReference
 from mergekit_dam.io.untrusted import file_safe, require_plausible_config
@@ -210,6 +210,8 @@ def model_input(name: str, ref: ModelReference, settings: ModelSettings, options
         ) from error  # fmt: skip
     if path != Path(ref.model.path):
         require_plausible_config(path)
+        if ref.lora is not None and not isinstance(ref, LocalReference):
+            require_merged_after(ref, path)
     return ModelInput(name, ref, path, config, settings)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ import pytest
 import torch
 import transformers
 from mergekit.common import ModelPath, ModelReference
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
+from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.adapters import merged_adapter, require_mergeable
+from mergekit_dam.models.plan import model_input
 from tests.helpers.tiny_models import make_model
 
 
@@ -75,3 +80,19 @@ def test_a_failed_merge_leaves_nothing_and_a_new_adapter_is_merged_anew(tmp_path
         assert merged_adapter(ref, cache) == merged
         found.append(load_file(Path(merged.model.path) / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"])
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("part", ["base", "lora", None])
+def test_a_merged_adapter_of_mergekits_cache_that_is_stale(part: str | None, tmp_path: Path) -> None:
+    base = make_model("LlamaForCausalLM", tmp_path / "base")
+    folder = _adapter(base, tmp_path / "lora")
+    ref = ModelReference(model=ModelPath(path=str(base)), lora=ModelPath(path=str(folder)))
+    options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"))
+    model_input("m", ref, ModelSettings(), options)
+    if part is None:
+        assert model_input("m", ref, ModelSettings(), options).path.parent == tmp_path / "cache"
+        return
+    file = next((tmp_path / part).glob("*.safetensors"))
+    os.utime(file, (time.time() + 60, time.time() + 60))
+    with pytest.raises(DamError, match=f"older than .*{part}.* Remove that folder"):
+        model_input("m", ref, ModelSettings(), options)
