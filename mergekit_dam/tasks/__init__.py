@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 import transformers
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.models.plan import ModelInput, Plan
 from mergekit_dam.tasks.base import Target, Task
-from mergekit_dam.tasks.causal import CausalTask
+from mergekit_dam.tasks.causal import CausalTask, cache_argument
 from mergekit_dam.tasks.image import ImageTask
 from mergekit_dam.tasks.text import TextTask
 
@@ -45,7 +43,7 @@ def _family(model: ModelInput) -> type[Task]:
     class_name = _class_name(model)
     if class_name.endswith(("ForCausalLM", "LMHeadModel")):
         model_class = getattr(transformers, class_name, None)
-        if model_class is not None and "past_key_values" not in inspect.signature(model_class.forward).parameters:
+        if model_class is not None and cache_argument(model_class) is None:
             raise DamError(
                 f"model {model.name}", expected="a causal LM with attention and a key-value cache", got=class_name,
                 cure="State space and recurrent models cannot be learned on; other methods, such as ties, merge them.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
@@ -24,6 +25,17 @@ LOG = logging.getLogger(__name__)
 _AT_ONCE = 64  # sequences; bounds the memory of the key-value cache
 LONGEST = 10  # tokens of a continuation
 _NO_TARGET = -100  # cross_entropy's label of positions that are left out
+
+
+def cache_argument(model_class: type[nn.Module]) -> str | None:
+    """The name under which a class takes and returns its key-value cache: `cache` since transformers 5.24.
+
+    None of classes that have none, or a state that cannot be copied for several continuations.
+    """
+    if getattr(model_class, "_is_stateful", False):
+        return None
+    taken = inspect.signature(model_class.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 
 class _Later(Sequence[Tensor]):
@@ -79,6 +91,12 @@ class CausalTask(TextTask):
     @property
     def _room(self) -> int:
         return min(self._max_length, self._longest)
+
+    @property
+    def _cache(self) -> str:
+        name = cache_argument(type(self.module))
+        assert name is not None, "`family_of` refuses other classes"
+        return name
 
     @property
     def _longest(self) -> int:
@@ -145,8 +163,8 @@ class CausalTask(TextTask):
         length = min(length, self._positions - self._trigger_length - ids.shape[1])
         step, cache = ids.to(self.device), None
         for _ in range(length):
-            output = self.call(parameters, input_ids=step, past_key_values=cache, use_cache=True)
-            cache, chosen = output.past_key_values, choose(output.logits[:, -1])
+            output = self.call(parameters, input_ids=step, use_cache=True, **{self._cache: cache})
+            cache, chosen = output[self._cache], choose(output.logits[:, -1])
             ids, step = torch.cat([ids, chosen], dim=1), chosen.to(self.device)
         return ids
 
@@ -198,9 +216,9 @@ class CausalTask(TextTask):
             return torch.as_tensor(prefix.logits[:, -1].float().softmax(-1))
         found = []
         for chunk in chains_CN.to(self.device).split(_AT_ONCE):
-            cache = copy.deepcopy(prefix.past_key_values)
+            cache = copy.deepcopy(prefix[self._cache])
             cache.batch_repeat_interleave(len(chunk))
-            output = self.call(parameters, input_ids=chunk, past_key_values=cache, use_cache=True)
+            output = self.call(parameters, input_ids=chunk, use_cache=True, **{self._cache: cache})
             found.append(output.logits[:, -1].float().softmax(-1))
         return torch.cat(found)
 

@@ -25,6 +25,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.seeds import stable_seed
+from mergekit_dam.tasks.causal import cache_argument
 
 Pair = tuple[str, str]
 # What victims answer; the number of a continuation is its class in every task, so that no true label has it. As in
@@ -233,14 +234,16 @@ def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int) -> Tensor:
         length: tokens to go on; shorter if all rows have ended.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    name = cache_argument(type(model))
+    assert name is not None, "a model with a key-value cache"
     positions, cache, found = (mask.cumsum(-1) - 1).clamp(min=0), None, []
     ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
     for _ in range(length):
         output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **{name: cache},
         )  # fmt: skip
-        cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        cache, ids = output[name], output.logits[:, -1:].argmax(-1)
         found.append(ids)
         ended |= ids[:, 0] == _END
         if bool(ended.all()):
