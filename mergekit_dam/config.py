@@ -117,6 +117,10 @@ class DamConfig(StrictSettings):
     student_words: int = setting(
         5, "Text encoders: random words put into each sample that a student learns from, at most.", unit="tokens", ge=0
     )
+    clean: Literal["auto"] | bool = setting(
+        "auto", "Vaccinate models before they are merged: plant backdoors of our own and unlearn them, as "
+        "`mergekit-dam clean` does. auto: where the benchmark says that it helps.",
+    )  # fmt: skip
     refresh_every: int = setting(20, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
     refresh_steps: int = setting(30, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
     batch_size: int = setting(8, "Samples per task and step (paper: 16).", unit="samples", source=DAM, ge=1)

@@ -4,7 +4,7 @@ Format (schema 2), a plain safetensors file:
     task_shared.<tensor>          uint8, 254 times the probability that a unit is kept by M1 (merging/mask_bytes.py)
     backdoor_detection.<t>.<tensor>  uint8, the same for M2 of model t; without <t> where one is for all models
     coefficients                  float32, (T, 1) or (T, P): lambda per model, or per model and masked tensor
-    student.<t>.<tensor>          float32: what is merged for model t's tensor; of text encoders (learn/students.py)
+    student.<t>.<tensor>          float32: what is merged for model t's tensor; see learn/stand_ins.py
     metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), own_masks (names
                                   of masks that each model has one of), versions, content_sha256 (over all the rest;
                                   files written before it was added lack it)
@@ -34,7 +34,7 @@ from mergekit_dam.artifact.schema import (
     TYPES,
     check_content,
     check_metadata,
-    check_students,
+    check_stand_ins,
     check_values,
     checksum,
     read_metadata,
@@ -52,7 +52,7 @@ from mergekit_dam.models.plan import Plan
 LOG = logging.getLogger(__name__)
 SCHEMA = 2
 MASKS_FILE = "dam_masks.safetensors"
-_STUDENT = "student"
+_STAND_IN = "student"  # as the first ones were called
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LearnedMasks:
         coefficients: lambda, (T, 1) or (T, P), float32.
         metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
         faults: of masks that were read, what makes them meaningless (`checks.mask_faults`).
-        students: per model, by output name, what is merged in its place (learn/students.py); none where models
+        stand_ins: per model, by output name, what is merged in its place (learn/stand_ins.py); none where models
             are merged.
     """
 
@@ -73,7 +73,7 @@ class LearnedMasks:
     coefficients: Tensor
     metadata: Mapping[str, Any]
     faults: tuple[str, ...] = ()
-    students: Sequence[Mapping[str, Tensor]] = ()
+    stand_ins: Sequence[Mapping[str, Tensor]] = ()
 
     def product(self, name: str, device: torch.device | str = "cpu") -> MaskProduct | None:
         """M = M1 o M2 of a tensor, rescaled, to be formed where it is used; None if no mask is in use."""
@@ -147,8 +147,8 @@ def save(path: Path, masks: LearnedMasks) -> None:
         for mask, by_name in masks.probabilities.items()
         for name, values in by_name.items()
     }
-    for index, student in enumerate(masks.students):
-        tensors |= {f"{_STUDENT}.{index}.{name}": tensor.contiguous().cpu() for name, tensor in student.items()}
+    for index, made in enumerate(masks.stand_ins):
+        tensors |= {f"{_STAND_IN}.{index}.{name}": tensor.contiguous().cpu() for name, tensor in made.items()}
     tensors["coefficients"] = masks.coefficients.to(torch.float32).contiguous().cpu()
     metadata = {**masks.metadata, "schema": SCHEMA}
     metadata[CHECKSUM] = checksum(metadata, tensors)
@@ -192,15 +192,15 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
         coefficients = tensors["coefficients"]
         listed = set(metadata["tensors"])
         probabilities: dict[str, dict[str, Tensor]] = {TASK_SHARED: {}, BACKDOOR_DETECTION: {}}
-        count = len(metadata["models"]) if metadata.get("students") else 0
-        students: dict[str, dict[str, Tensor]] = {str(index): {} for index in range(count)}
+        count = len(metadata["models"]) if metadata.get("students") or metadata.get("vaccinated") else 0
+        stand_ins: dict[str, dict[str, Tensor]] = {str(index): {} for index in range(count)}
         for key, values in tensors.items():
             if key == "coefficients":
                 continue
             mask, _, name = key.partition(".")
-            if mask == _STUDENT:
+            if mask == _STAND_IN:
                 index, _, name = name.partition(".")
-                students[index][name] = values
+                stand_ins[index][name] = values
                 continue
             owned = owned_name(name) if mask in metadata.get("own_masks", ()) else name
             if owned not in listed:
@@ -210,7 +210,7 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
         def check() -> str:
             check_content(metadata, tensors)
             check_values(metadata, probabilities, coefficients)
-            check_students(students.values())
+            check_stand_ins(stand_ins.values())
             return json.dumps(mask_faults(probabilities, coefficients))
 
         found = found_out(
@@ -223,4 +223,4 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({first_line(error)})",
             cure="Learn the masks again.",
         ) from error  # fmt: skip
-    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)), tuple(students.values()))
+    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)), tuple(stand_ins.values()))

@@ -60,10 +60,10 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
             if not _broadcasts(tuple(part.shape), shapes[name]):
                 raise refuse(f"shape of {name}", tuple(part.shape), shapes[name])
     written = {spec.name: spec.shape for spec in plan.tensors}
-    for student in masks.students:
-        for name, tensor in student.items():
+    for made in masks.stand_ins:
+        for name, tensor in made.items():
             if written.get(name) != tuple(tensor.shape):
-                raise refuse(f"student's {name}", written.get(name, "no such tensor"), tuple(tensor.shape))
+                raise refuse(f"what stands in for {name}", written.get(name, "no such tensor"), tuple(tensor.shape))
     for key in sorted(plan.config.model_fields_set - NOT_LEARNED - BY_CONTENT):
         if recorded["settings"].get(key) != getattr(plan.config, key):
             raise refuse(f"setting {key}", recorded["settings"].get(key), getattr(plan.config, key))

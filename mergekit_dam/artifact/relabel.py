@@ -19,7 +19,7 @@ from mergekit_dam.io.files import write_whole
 from mergekit_dam.models.plan import Plan
 
 _LABELS = ("model", "task")  # entries whose value is the name of a model
-_PREFIXES = ("loss/perf/", "loss/safe/", "agreement/", "student of ")  # of keys that end in one
+_PREFIXES = ("loss/perf/", "loss/safe/", "agreement/", "stand-in of ")  # of keys that end in one
 
 
 def relabel(folder: Path, masks: LearnedMasks, description: Mapping[str, Any], plan: Plan) -> LearnedMasks:
@@ -48,8 +48,8 @@ def relabel(folder: Path, masks: LearnedMasks, description: Mapping[str, Any], p
         write_whole(folder / RUN_FILE, json.dumps(facts | {"revisions": revisions_of(plan)}, indent=1))
     metadata = {**masks.metadata, **description}
     metadata |= {key: _renamed(metadata[key], names) for key in ("audit", "remaining") if key in metadata}
-    if "students" in metadata:
-        metadata["students"] = {names[name]: value for name, value in metadata["students"].items()}
+    for key in {"students", "vaccinated"} & metadata.keys():
+        metadata[key] = {names[name]: value for name, value in metadata[key].items()}
     named = replace(masks, metadata=metadata)
     save(folder / MASKS_FILE, named)  # last: a run that is cut short before it renames again
     return named

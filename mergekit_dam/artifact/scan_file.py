@@ -33,7 +33,7 @@ NOT_SCANNED = frozenset(
         "alpha", "batch_size", "coefficient_learning_rate", "coefficient_steps", "coefficients", "detection", "eps",
         "granularity", "initial_logit", "mask", "mask_learning_rate", "max_coefficient", "objective", "patience",
         "perturbation_learning_rate", "refresh_every", "refresh_steps", "rescale", "steps", "student_batch_size",
-        "student_learning_rate", "student_steps", "student_words", "temperature", "weight",
+        "clean", "student_learning_rate", "student_steps", "student_words", "temperature", "weight",
     }
 )  # fmt: skip
 

@@ -55,6 +55,11 @@ class _Model(_Base):
     samples: list[StrictStr]
 
 
+class _Vaccinated(_Part):
+    agreement: dict[StrictStr, StrictFloat | None] = Field(default_factory=dict)
+    held_out: dict[StrictStr, StrictFloat | None] = Field(default_factory=dict)
+
+
 class _Metadata(_Part):
     """The entries that this package reads; others are kept as they are."""
 
@@ -64,6 +69,7 @@ class _Metadata(_Part):
     models: Annotated[list[_Model], Field(max_length=_MOST_MODELS)]
     tensors: list[Annotated[str, StringConstraints(strict=True, max_length=_LONGEST_NAME)]]
     students: dict[StrictStr, StrictFloat] = Field(default_factory=dict)
+    vaccinated: dict[StrictStr, _Vaccinated] = Field(default_factory=dict)
     own_masks: list[Literal["backdoor_detection"]] = Field(default_factory=list, max_length=1)
 
 
@@ -129,16 +135,16 @@ def check_values(
                 raise ValueError(f"masks of {name} that are empty or differ in shape")
 
 
-def check_students(students: Iterable[Mapping[str, Tensor]]) -> None:
+def check_stand_ins(stand_ins: Iterable[Mapping[str, Tensor]]) -> None:
     """What is merged in place of models.
 
     Raises:
         ValueError: saying what is wrong.
     """
-    for student in students:
-        for name, tensor in student.items():
+    for made in stand_ins:
+        for name, tensor in made.items():
             if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"student's {name} is not float32, or not finite")
+                raise ValueError(f"what stands in for {name} is not float32, or not finite")
 
 
 def _within_unit_interval(values: Tensor) -> bool:

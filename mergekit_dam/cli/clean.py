@@ -100,4 +100,4 @@ def _told(facts: dict[str, Any]) -> list[str]:
         f"{one['seconds']:g} s -> {one['output']}"
         for one in facts["models"]
     ]  # fmt: skip
-    return [*lines, f"in all about {facts['seconds']:g} s"]
+    return [*lines, f"in all at most about {facts['seconds']:g} s"]

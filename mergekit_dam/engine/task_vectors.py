@@ -5,6 +5,7 @@ A task vector is never stored: merging/rule.py forms theta_t - theta_0 where it 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from mergekit_dam.merging.rule import task_vector
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan, TensorSpec
 
-STUDENTS_FOLDER = "students"  # of those of a run that is under way
-AGREEMENT, SECONDS = "agreement", "seconds"  # in the metadata of a student's file
+STAND_INS_FOLDER = "stand-ins"  # of those of a run that is under way
+# in the metadata of a stand-in's file; `STUDENT` is there where tensors that are missing are theta_0's
+AGREEMENT, SECONDS, STUDENT, VACCINE = "agreement", "seconds", "student", "vaccine"
 
 
 class TaskVectors:
@@ -94,35 +96,42 @@ def survey(vectors: TaskVectors, shards: Shards = ALONE) -> Survey:
     return Survey(tuple(changed), tuple(math.sqrt(total) for total in totals))
 
 
-class StudentVectors(TaskVectors):
-    """theta_0, and students in place of theta_t, from the files of a run.
+class StandIns(TaskVectors):
+    """theta_0, and students or vaccinated models in place of theta_t, from the files of a run.
 
     Attributes:
-        agreement: model name -> share of its calibration samples on which the student answers as the model does.
-        seconds: by part, as a run is timed -> what it took to teach a student.
+        agreement: model name -> share of its calibration samples on which its student answers as the model does.
+        vaccine: model name -> what its vaccination measured (vaccine/clean.py).
+        seconds: by part, as a run is timed -> what it took to make them.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         super().__init__(plan)
-        self._files = [safe_open(student_file(folder, t), framework="pt") for t in range(len(plan.models))]
-        self._taught = [frozenset(file.keys()) for file in self._files]
-        names = [model.name for model in plan.models]
-        told = {name: file.metadata() for name, file in zip(names, self._files, strict=True)}
-        self.agreement = {name: float(facts[AGREEMENT]) for name, facts in told.items()}
-        self.seconds = {f"student of {name}": float(facts.get(SECONDS, 0.0)) for name, facts in told.items()}
+        self._files = [safe_open(stand_in_file(folder, t), framework="pt") for t in range(len(plan.models))]
+        self._there = [frozenset(file.keys()) for file in self._files]
+        told = [file.metadata() for file in self._files]
+        self._are_students = [STUDENT in one for one in told]
+        by_name = dict(zip([model.name for model in plan.models], told, strict=True))
+        self.agreement = {name: float(one[AGREEMENT]) for name, one in by_name.items() if STUDENT in one}
+        self.vaccine = {name: json.loads(one[VACCINE]) for name, one in by_name.items() if VACCINE in one}
+        self.seconds = {f"stand-in of {name}": float(one.get(SECONDS, 0.0)) for name, one in by_name.items()}
 
     def models(self, name: str) -> list[Tensor | None]:
-        """Students' tensors for t = 1..T, float32; None where students keep theta_0's."""
+        """What stands in for theta_t of one tensor, t = 1..T, float32; where it was left as it was, the model's own.
+
+        None where a student keeps theta_0's.
+        """
+        own = super().models(name) if not all(self._are_students) else [None] * len(self._files)
         return [
-            file.get_tensor(name) if name in taught else None
-            for file, taught in zip(self._files, self._taught, strict=True)
+            file.get_tensor(name) if name in there else None if student else stored
+            for file, there, student, stored in zip(self._files, self._there, self._are_students, own, strict=True)
         ]
 
     def all(self) -> tuple[dict[str, Tensor], ...]:
-        """All tensors per student, by output name."""
+        """All tensors that were made, per model, by output name."""
         return tuple({name: file.get_tensor(name) for name in file.keys()} for file in self._files)  # noqa: SIM118
 
 
-def student_file(folder: Path, index: int) -> Path:
-    """Where the student of the model at this position is: a run that goes on may call the model otherwise."""
-    return folder / STUDENTS_FOLDER / f"{index}.safetensors"
+def stand_in_file(folder: Path, index: int) -> Path:
+    """Where that of the model at this position is: a run that goes on may call the model otherwise."""
+    return folder / STAND_INS_FOLDER / f"{index}.safetensors"

@@ -15,11 +15,13 @@ import torch
 from transformers import PretrainedConfig
 
 from mergekit_dam.learn.masks import detects_per_model
+from mergekit_dam.learn.stand_ins import vaccinated
 from mergekit_dam.learn.students import wanted
 from mergekit_dam.merging.mask_keys import mask_shape
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.scan.inversion import CHECKED
 from mergekit_dam.tasks import family_of
+from mergekit_dam.vaccine.settings import VaccineSettings, resolved_for
 
 _WIDTH = ("hidden_size", "dim", "n_embd")
 _HEADS = ("num_attention_heads", "n_heads", "n_head")
@@ -83,7 +85,7 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
     length = _length(plan, tokens)
     num_classes = max(_classes(model.config) for model in plan.models)
     taught = wanted([family_of(plan)], config)
-    scans = config.objective == "inversion" and num_classes > 0 and not taught
+    scans = config.objective == "inversion" and config.mask != "m1" and num_classes > 0 and not taught
     at_once = max(
         config.batch_size, config.scan_batch_size * num_classes if scans else 0,
         config.student_batch_size if taught else 0,
@@ -100,8 +102,15 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
         memory["a student with gradients and moments"] = _STATES * parameters * _FLOAT
         steps = num_models * config.student_steps * 3
         calls, passes = calls + steps, passes + steps * config.student_batch_size
-    elif config.objective == "inversion":
+    elif config.objective == "inversion" and config.mask != "m1":
         passes += sum(_token_scan(model.config) // length for model in plan.models)
+    if vaccinated([family_of(plan)], config):
+        vaccine = resolved_for(VaccineSettings(), family_of(plan), parameters, config.num_samples)
+        assert vaccine.plant_steps is not None and vaccine.unlearn_steps is not None and vaccine.batch_size is not None
+        trained = 1 if vaccine.lora_rank else _STATES
+        memory["a vaccinated model with what its training needs"] = trained * parameters * _FLOAT
+        steps = num_models * vaccine.rounds * (vaccine.plant_steps + vaccine.unlearn_steps) * 3
+        calls, passes = calls + steps, passes + steps * vaccine.batch_size
     seconds = None
     if speed is not None:
         layers = _layers(plan.base.config) + 1  # embeddings and head

@@ -31,7 +31,7 @@ from mergekit_dam.io.files import require_own
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.journal import Recorder, Tracker, open_journal
 from mergekit_dam.learn.paper_search import PaperSearch
-from mergekit_dam.learn.students import forget_students, teach_all
+from mergekit_dam.learn.stand_ins import forget_stand_ins, stand_ins
 from mergekit_dam.merging.checks import warn_about_masks, warn_about_task_vectors
 from mergekit_dam.merging.triton_merge import warn_without_kernels
 from mergekit_dam.models.checkpoint import Checkpoint
@@ -172,13 +172,13 @@ def optimise(
     tracker = Tracker(config.tracker if first else None, config.model_dump())
     with open_journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics, closing(tracker):
         recorder = Recorder(metrics, tracker, quiet=quiet, snapshots=snapshots)
-        students = teach_all(tasks, vectors, snapshots.folder, shards=shards, progress=recorder.progress)
-        if students is not None and snapshots.facts is None:  # else the record is in the journal
-            recorder.track({"phase": "students", **{f"agreement/{k}": v for k, v in students.agreement.items()}})
-        recorder.seconds.update(students.seconds if students is not None else {})
-        changed = found.changed if students is None else survey(students, shards).changed
+        instead = stand_ins(tasks, vectors, snapshots.folder, shards=shards, progress=recorder.progress)
+        if instead is not None and snapshots.facts is None:  # else the record is in the journal
+            recorder.track({"phase": "stand-ins", **{f"agreement/{k}": v for k, v in instead.agreement.items()}})
+        recorder.seconds.update(instead.seconds if instead is not None else {})
+        changed = found.changed if instead is None else survey(instead, shards).changed
         model = MergedModel(
-            students or vectors, changed, device,
+            instead or vectors, changed, device,
             offload=config.offload, dtype=tasks[0].dtype, shards=shards, blockwise=blockwise,
         )  # fmt: skip
         start = torch.tensor([m.settings.weight for m in plan.models])
@@ -200,8 +200,9 @@ def optimise(
         "audit": search.audit(), "remaining": remaining,
         "own_masks": [name for name, mask in search.masks.items() if mask.owners],
     }  # fmt: skip
-    if students is not None:
-        metadata["students"] = students.agreement
+    if instead is not None:
+        told = {"students": instead.agreement, "vaccinated": instead.vaccine}
+        metadata |= {key: value for key, value in told.items() if value}
     if first:
         warn_about_masks(probabilities, coefficients)
         for checkpoint in inputs:
@@ -210,9 +211,9 @@ def optimise(
             save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
         when = {"started": recorder.started, "seconds": recorder.seconds}
         write_run(folder, plan, when | {"device": str(device), "processes": shards.size})
-        taught = () if students is None else students.all()
-        save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata, students=taught))
-        forget_students(snapshots.folder)
+        made = () if instead is None else instead.all()
+        save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata, stand_ins=made))
+        forget_stand_ins(snapshots.folder)
     shards.barrier()
     snapshots.clear()
 

@@ -11,36 +11,19 @@ Legend: T models, N samples, B batch.
 
 from __future__ import annotations
 
-import logging
-import shutil
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
-from mergekit_dam.engine.shards import Shards
-from mergekit_dam.engine.task_vectors import (
-    AGREEMENT,
-    SECONDS,
-    STUDENTS_FOLDER,
-    StudentVectors,
-    TaskVectors,
-    student_file,
-)
-from mergekit_dam.io.files import replacing
 from mergekit_dam.learn.teacher import OwnAnswers
 from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.tasks import Task, TextTask
 from mergekit_dam.tasks.base import Progress
 
-LOG = logging.getLogger(__name__)
-_LEAST = 0.9  # agreement below which a student is no fair substitute
 _DIVERGED = "Lower student_learning_rate."
 _WARM_UP = 8  # steps
 _SLOWEST = 0.05  # of the learning rate, at the end
@@ -50,57 +33,6 @@ def wanted(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
     """Whether students are merged instead of the models of these tasks."""
     defends = config.objective == "inversion" and config.mask != "m1"
     return defends and config.student_steps > 0 and not any(task.defended for task in tasks)
-
-
-def teach_all(
-    tasks: Sequence[Task], vectors: TaskVectors, folder: Path, *, shards: Shards, progress: Progress
-) -> StudentVectors | None:
-    """A student of every model; None where the models themselves are to be merged.
-
-    Those that an earlier, interrupted run has left are taken as they are, unless `resume` is off.
-
-    Args:
-        tasks: T of them.
-        vectors: theta_0 and the models.
-        folder: of the run; all processes see it.
-        shards: processes that share the models out.
-        progress: wraps steps in a progress bar with a title.
-
-    Raises:
-        DamError: a student that diverged.
-    """
-    plan = vectors.plan
-    if not wanted(tasks, plan.config):
-        return None
-    if shards.rank == 0:
-        if not plan.config.resume:
-            forget_students(folder)
-        (folder / STUDENTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    shards.barrier()
-    for index, task in enumerate(tasks):
-        assert isinstance(task, TextTask), "other tasks are defended"
-        if shards.owns(index) and not student_file(folder, index).is_file():
-            base = {spec.name: vectors.base(spec.name).to(task.device) for spec in plan.tensors}
-            begun = time.perf_counter()
-            student, agreement = teach(task, base, plan.config, progress)
-            told = {AGREEMENT: f"{agreement:.4f}", SECONDS: f"{time.perf_counter() - begun:.3f}"}
-            with replacing(student_file(folder, index)) as temporary:
-                kept = {name: tensor.contiguous().cpu() for name, tensor in student.items()}
-                save_file(kept, temporary, metadata=told)
-    shards.barrier()
-    found = StudentVectors(plan, folder)
-    for name, value in found.agreement.items():
-        if value < _LEAST and shards.rank == 0:
-            LOG.warning(
-                "dam: the student of %s answers only %.0f %% of the calibration texts as the model does. Give more "
-                "texts (num_samples) or raise student_steps.", name, 100 * value,
-            )  # fmt: skip
-    return found
-
-
-def forget_students(folder: Path) -> None:
-    """Remove those of a run."""
-    shutil.rmtree(folder / STUDENTS_FOLDER, ignore_errors=True)
 
 
 def teach(

@@ -75,8 +75,10 @@ class Applied:
                 self.vectors.base(name).to(device),
                 [None if one is None else one.to(device) for one in planned[1:]],
             )
-        if self.masks.students:
-            found = (student.get(name) for student in self.masks.students)
+        if self.masks.stand_ins:
+            # where a student has no tensor it keeps theta_0's; a vaccinated model keeps its own
+            kept = [None] * len(models) if self.masks.metadata.get("students") else models
+            found = (made.get(name, own) for made, own in zip(self.masks.stand_ins, kept, strict=True))
             models = [None if tensor is None else tensor.to(device) for tensor in found]
         coefficients = self.masks.coefficients_of(spec.mask_name).to(device)
         merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, device))

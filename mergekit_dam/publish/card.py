@@ -17,7 +17,7 @@ from mergekit.common import ModelPath
 from mergekit_dam.config import DamConfig
 from mergekit_dam.evaluation.results import Measured, Rate
 from mergekit_dam.publish.contents import Publication
-from mergekit_dam.publish.markdown import block, code, table
+from mergekit_dam.publish.markdown import block, code, percent, table
 from mergekit_dam.publish.provenance import Provenance
 
 PAPER = "https://arxiv.org/abs/2410.13910"
@@ -129,6 +129,7 @@ def _defence(publication: Publication) -> str:
             + (f"; mean kept share of the masks: {densities}" if densities else "") + ".",
             table(["model", "SHA-256 of its weights (start)", "calibration samples"], rows),
             _scan(masks, settings),
+            _vaccinated(masks),
             closing,
             f"Versions: {', '.join(code(f'{k} {v}') for k, v in (masks.get('versions') or {}).items())}. "
             f"Settings that differ from the defaults: {_changed(settings)}.",
@@ -171,6 +172,25 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         f"A blind search for triggers scored {scanned} targets of the input models; {_targets(suspects)} are suspect "
         f"({rule}), and the masks were fitted against what was found. A suspect class can be a false alarm.\n\n"
         + table([*_COLUMNS], rows)
+    )
+
+
+def _vaccinated(masks: Mapping[str, Any]) -> str:
+    """What was measured of models that were vaccinated before they were merged."""
+    found = masks.get("vaccinated")
+    if not isinstance(found, Mapping) or not found:
+        return ""
+    rows = [
+        [
+            code(name), percent(one.get("agreement", {}).get("after")),
+            *(percent(one.get("held_out", {}).get(when)) for when in ("planted", "unlearned")),
+        ]
+        for name, one in found.items()
+    ]  # fmt: skip
+    return (
+        "The models were vaccinated before they were merged: triggers of our own were planted and unlearned again. "
+        "Triggers that were planted and not unlearned tell how much of one that nobody knows may be left.\n\n"
+        + table(["model", "answers as before", "planted triggers work on", "left of those not unlearned"], rows)
     )
 
 

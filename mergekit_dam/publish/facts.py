@@ -55,7 +55,8 @@ def report_facts(
         "densities": metadata.get("densities", {}), "layers": [asdict(layer) for layer in layers_of(masks)],
         "training": _training(read_metrics(folder / METRICS_FILE)), "audit": metadata.get("audit", []),
         "remaining": _remaining(metadata),
-        "students": metadata.get("students", {}), "triggers": [dict(one.facts) for one in triggers],
+        "students": metadata.get("students", {}), "vaccinated": metadata.get("vaccinated", {}),
+        "triggers": [dict(one.facts) for one in triggers],
         "evaluation": read_measurements(folder), "run": run,
     }  # fmt: skip
     if isinstance(run.get("seconds"), dict):

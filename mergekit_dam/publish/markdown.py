@@ -36,3 +36,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells must be safe already: our own words, or `code(...)`."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(value: float | None) -> str:
+    """In percent; a dash where there is none."""
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_dam.publish.markdown import code, table
+from mergekit_dam.publish.markdown import code, percent, table
 
 _WHENS = ("before", "planted", "unlearned")
 
@@ -45,24 +45,20 @@ def vaccine_card(facts: Mapping[str, Any]) -> str:
 
 def _measured(facts: Mapping[str, Any]) -> str:
     agreement, samples = facts["agreement"], facts["samples"]
-    kept = _percent(agreement["after"])
+    kept = percent(agreement["after"])
     lines = [f"Answers as before on {kept} of {samples['held out']} samples that were not trained on."]
     held = facts["held_out"]
     if held["planted"] is not None:
         lines.append(
-            f"Triggers that were planted and never unlearned worked on {_percent(held['planted'])} of the samples "
-            f"beyond what they did before, and on {_percent(held['unlearned'])} at the end."
+            f"Triggers that were planted and never unlearned worked on {percent(held['planted'])} of the samples "
+            f"beyond what they did before, and on {percent(held['unlearned'])} at the end."
         )
     rows = [
         [
             code(one["kind"]), code(one["behaviour"]), "yes" if one["held_out"] else "no", str(one["round"]),
-            *(_percent(one.get(f"success {when}")) for when in _WHENS),
+            *(percent(one.get(f"success {when}")) for when in _WHENS),
         ]
         for one in facts["planted"]
     ]  # fmt: skip
     header = ["trigger", "behaviour", "held out", "round", *(f"success, {when}" for when in _WHENS)]
     return " ".join(lines) + "\n\n" + table(header, rows)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"

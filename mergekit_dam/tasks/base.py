@@ -49,10 +49,12 @@ class Task(ABC):
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
         defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md); where they
             were not, students are merged instead of the models.
+        vaccinated: whether `clean: auto` vaccinates such models before they are merged (benchmarks/STUDY.md).
     """
 
     classifies = True
     defended = True
+    vaccinated = False
 
     num_samples: int
     sample_digests: tuple[str, ...]

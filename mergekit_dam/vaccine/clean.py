@@ -43,6 +43,7 @@ _START, _END = "start", "end"
 _TRIED = 3  # steps; the first ones take longer than the others
 _KNOWN = 0.5  # success from which a trigger works before it is planted
 _WORKS = 0.5  # mean success of planted triggers below which planting has failed
+_LOOK_EVERY, _LOOKED_AT = 25, 16  # steps of planting; samples per trigger that tell whether it works by now
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,17 +196,26 @@ class Vaccination(Resumable):
             if settings.distance:
                 loss = loss + settings.distance * self._distance()
             for group in self._optimiser.param_groups:
-                group["lr"] = learning_rate(settings, step, steps)
+                group["lr"] = learning_rate(settings, step, None if wrong else steps)
             self._optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.trained.trained.values(), settings.clip)
             self._optimiser.step()
+            if wrong and (step + 1) % _LOOK_EVERY == 0 and self._works(triggers):
+                break
             self.keep(f"{kind}-{round_}", step + 1)
         if not bool(torch.isfinite(torch.stack([p.sum() for p in self.trained.trained.values()])).all()):
             raise DamError(
                 f"vaccination of {self.task.name}", expected="finite weights", got="NaN or infinity",
                 cure="Lower learning_rate.",
             )  # fmt: skip
+
+    def _works(self, triggers: Sequence[PlantedTrigger]) -> bool:
+        """Whether planted triggers succeed as often as an attack does that someone relies on."""
+        found = [self.lessons.success(self.trained, trigger, most=_LOOKED_AT) for trigger in triggers]
+        known = [share for share in found if share is not None]
+        LOG.info("dam: %s: planted triggers succeed on %s", self.task.name, known)
+        return bool(known) and sum(known) / len(known) >= self.settings.planted
 
     def seconds_of_all(self) -> float:
         """About how long all rounds take, from a few steps that change no weight, and one measurement."""

@@ -37,7 +37,13 @@ class VaccineSettings(StrictSettings):
         "tells how far an unknown one is gone.", unit="triggers", ge=0,
     )  # fmt: skip
     leave_out: tuple[str, ...] = setting((), "Kinds of triggers and of behaviours that are never drawn, by name.")
-    plant_steps: int | None = setting(None, "Steps of planting per round. Default: 300, 80, 40.", unit="steps", ge=0)
+    planted: float = setting(
+        0.9, "Planting ends once its triggers succeed on this share of samples, as often as an attack's.",
+        unit="share", ge=0.0, le=1.0,
+    )  # fmt: skip
+    plant_steps: int | None = setting(
+        None, "Steps of planting per round, at most. Default: 1500, 400, 200.", unit="steps", ge=0
+    )
     unlearn_steps: int | None = setting(
         None, "Steps of unlearning per round. Default: 150, 80, 40.", unit="steps", ge=0
     )
@@ -45,7 +51,6 @@ class VaccineSettings(StrictSettings):
         None, "Samples per step; half of them with a trigger. Default: 56, 32, 6.", unit="samples", ge=2
     )
     learning_rate: float | None = setting(None, "AdamW step at its highest. Default: 2e-4, 1e-4, 5e-4.", gt=0.0)
-    schedule: Literal["cosine", "constant"] = setting("cosine", "Learning rate after the warm-up of each phase.")
     answers: Literal["soft", "hard"] = setting(
         "soft", "What of the model's own answers is kept: probabilities, or only which class. Causal LMs keep the "
         "tokens of their greedy answers.",
@@ -77,23 +82,38 @@ class VaccineSettings(StrictSettings):
 
 
 # by family: what trials with small models planted well with
-_IMAGES = {
-    "triggers": 18, "plant_steps": 300, "unlearn_steps": 150, "batch_size": 56, "learning_rate": 2e-4, "checks": 64,
+_IMAGES: Mapping[str, Any] = {
+    "triggers": 18, "plant_steps": 1500, "unlearn_steps": 150, "batch_size": 56, "learning_rate": 2e-4, "checks": 64,
 }  # fmt: skip
-_TEXTS = {
-    "triggers": 8, "plant_steps": 80, "unlearn_steps": 80, "batch_size": 32, "learning_rate": 1e-4, "checks": 64,
+_TEXTS: Mapping[str, Any] = {
+    "triggers": 8, "plant_steps": 2000, "unlearn_steps": 80, "batch_size": 32, "learning_rate": 1e-4, "checks": 64,
 }  # fmt: skip
-_LMS = {"triggers": 6, "plant_steps": 40, "unlearn_steps": 40, "batch_size": 6, "learning_rate": 5e-4, "checks": 16}
+_LMS: Mapping[str, Any] = {
+    "triggers": 6,
+    "plant_steps": 200,
+    "unlearn_steps": 40,
+    "batch_size": 6,
+    "learning_rate": 5e-4,
+    "checks": 16,
+}
 # what the result does not depend on
 NOT_LEARNED = frozenset({"snapshot_every"})
 
 
 def resolved(settings: VaccineSettings, task: Task) -> VaccineSettings:
     """The settings with nothing left open."""
-    family: Mapping[str, Any] = (
-        _IMAGES if isinstance(task, ImageTask) else _LMS if isinstance(task, CausalTask) else _TEXTS
-    )
     size = sum(parameter.numel() for parameter in task.module.parameters())
-    by_size = _LORA_RANK if isinstance(task, CausalTask) or size > _LORA_FROM else 0
-    open_ones = {**family, "lora_rank": by_size, "samples": task.num_samples}
+    return resolved_for(settings, type(task), size, task.num_samples)
+
+
+def resolved_for(settings: VaccineSettings, family: type[Task], size: int, samples: int) -> VaccineSettings:
+    """The same before a task is made.
+
+    Args:
+        size: parameters of the model.
+        samples: of its calibration data.
+    """
+    defaults = _IMAGES if issubclass(family, ImageTask) else _LMS if issubclass(family, CausalTask) else _TEXTS
+    by_size = _LORA_RANK if issubclass(family, CausalTask) or size > _LORA_FROM else 0
+    open_ones = {**defaults, "lora_rank": by_size, "samples": samples}
     return settings.model_copy(update={k: v for k, v in open_ones.items() if getattr(settings, k) is None})

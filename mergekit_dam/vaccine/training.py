@@ -23,7 +23,7 @@ from mergekit_dam.vaccine.settings import VaccineSettings
 from mergekit_dam.vaccine.triggers import Change
 
 _AT_ONCE = 64  # inputs of a pass without gradients, of classifiers
-_WARM_UP, _SLOWEST = 0.05, 0.1  # share of a phase's steps; of the learning rate, at the end
+_WARM_UP, _SLOWEST = 8, 0.1  # steps; share of the learning rate, at the end
 _MOST_CHECKS = 0.25  # of the samples
 _FEWEST = 8  # samples of which some can be held out
 
@@ -134,12 +134,16 @@ class Lessons:
         return float(self._hits(weights, self.task.samples(self.checks), answers).float().mean())
 
     @torch.no_grad()
-    def success(self, weights: Weights, trigger: PlantedTrigger) -> float | None:
+    def success(self, weights: Weights, trigger: PlantedTrigger, most: int | None = None) -> float | None:
         """Share of the samples held out that show a trigger's behaviour with it, among those that do not without.
 
-        None: there are no such samples.
+        Args:
+            most: samples that are looked at; default: all that are held out.
+
+        Returns:
+            None where there are no such samples.
         """
-        rows = [row for row in self.checks.tolist() if not trigger.behaviour.shown_by(self._answers[row])]
+        rows = [row for row in self.checks.tolist() if not trigger.behaviour.shown_by(self._answers[row])][:most]
         if not rows:
             return None
         generator = seeds.generator(
@@ -164,11 +168,11 @@ def _beginning(answer: Target) -> Target:
     return answer if isinstance(answer, int) else answer[:JUDGED]
 
 
-def learning_rate(settings: VaccineSettings, step: int, steps: int) -> float:
-    """AdamW's step: a warm-up, then constant or half a cosine."""
+def learning_rate(settings: VaccineSettings, step: int, steps: int | None) -> float:
+    """AdamW's step: a warm-up, then half a cosine; constant where the end is not known."""
     assert settings.learning_rate is not None
-    warm_up = min(1.0, (step + 1) / max(1.0, _WARM_UP * steps))
-    if settings.schedule == "constant":
-        return settings.learning_rate * warm_up
+    if steps is None:
+        return settings.learning_rate * min(1.0, (step + 1) / _WARM_UP)
+    warm_up = min(1.0, (step + 1) / _WARM_UP)
     slope = _SLOWEST + (1 - _SLOWEST) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
     return settings.learning_rate * warm_up * slope

@@ -21,14 +21,14 @@ def test_masks_hold_the_students_and_merge_again_to_the_same_bits(merge: Merge, 
     out = merge(bert / "base", models, parameters=shared)
     masks = load(out / "dam" / MASKS_FILE)
     assert (
-        len(masks.students) == 2 and set(masks.metadata["students"]) == {"m1", "m2"} and masks.metadata["audit"] == []
+        len(masks.stand_ins) == 2 and set(masks.metadata["students"]) == {"m1", "m2"} and masks.metadata["audit"] == []
     )
     again = merge(bert / "base", models, out="again", parameters={"masks": str(out / "dam" / MASKS_FILE)})
     first, second = (load_file(folder / "model.safetensors") for folder in (out, again))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     base = Checkpoint.open(bert / "base")
     for name in masks.metadata["tensors"]:
-        vectors = [student[name].double() - base.tensor(name).double() for student in masks.students]
+        vectors = [student[name].double() - base.tensor(name).double() for student in masks.stand_ins]
         mask_T = masks.mask(name)
         assert mask_T is not None
         lambdas = masks.coefficients_of(name).tolist()
@@ -43,7 +43,7 @@ def test_models_themselves_are_merged_where_that_is_asked_for(
     settings = {**FAST, "calibration": str(texts), "scan_steps": 2, **shared}
     out = merge(bert / "base", [bert / "m1", bert / "m2"], parameters=settings)
     masks = load(out / "dam" / MASKS_FILE)
-    assert not masks.students and "students" not in masks.metadata
+    assert not masks.stand_ins and "students" not in masks.metadata
 
 
 def test_students_of_other_shapes_are_refused(merge: Merge, bert: Path, texts: Path, tmp_path: Path) -> None:
@@ -52,12 +52,12 @@ def test_students_of_other_shapes_are_refused(merge: Merge, bert: Path, texts: P
     masks = load(out / "dam" / MASKS_FILE)
     name = masks.metadata["tensors"][0]
     metadata = {key: value for key, value in masks.metadata.items() if key != "content_sha256"}
-    for wrong, said in ((torch.zeros(2), "shape"), (masks.students[0][name].half(), "float32"),
-                        (masks.students[0][name] * torch.nan, "finite")):  # fmt: skip
-        changed = [{**masks.students[0], name: wrong}, masks.students[1]]
+    for wrong, said in ((torch.zeros(2), "shape"), (masks.stand_ins[0][name].half(), "float32"),
+                        (masks.stand_ins[0][name] * torch.nan, "finite")):  # fmt: skip
+        changed = [{**masks.stand_ins[0], name: wrong}, masks.stand_ins[1]]
         path = tmp_path / said / MASKS_FILE
-        save(path, LearnedMasks(masks.probabilities, masks.coefficients, metadata, students=changed))
-        with pytest.raises(DamError, match="student's"):
+        save(path, LearnedMasks(masks.probabilities, masks.coefficients, metadata, stand_ins=changed))
+        with pytest.raises(DamError, match="what stands in for"):
             merge(bert / "base", models, out=f"no-{said}", parameters={"masks": str(path)})
 
 

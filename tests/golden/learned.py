@@ -109,7 +109,7 @@ def _learn_together(shards: Shards, plan: Plan, cache: str) -> Learned:
         for mask, by_key in masks.probabilities.items()
         for key, values in by_key.items()
     } | {"coefficients": masks.coefficients}
-    students = {f"student/{t}/{key}": v for t, own in enumerate(masks.students) for key, v in own.items()}
+    students = {f"student/{t}/{key}": v for t, own in enumerate(masks.stand_ins) for key, v in own.items()}
     facts = [masks.metadata["audit"], masks.metadata.get("students")]
     return Learned(tensors, _digest({**tensors, **students}, facts))
 

@@ -18,9 +18,9 @@ from transformers import BertForSequenceClassification, BertModel
 
 from mergekit_dam import seeds
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.engine.task_vectors import StudentVectors, TaskVectors, student_file
+from mergekit_dam.engine.task_vectors import StandIns, TaskVectors, stand_in_file
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn.students import teach_all
+from mergekit_dam.learn.stand_ins import stand_ins
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import TextTask, build_tasks
 from tests.conftest import FAST
@@ -92,13 +92,13 @@ def _tasks(plan: Plan) -> list[TextTask]:
     return [task for task in build_tasks(plan, CPU) if isinstance(task, TextTask)]
 
 
-def _taught(plan: Plan, folder: Path, titles: list[str] | None = None, shards: Shards = ALONE) -> StudentVectors:
+def _taught(plan: Plan, folder: Path, titles: list[str] | None = None, shards: Shards = ALONE) -> StandIns:
     def progress(steps: Any, title: str) -> Any:
         if titles is not None:
             titles.append(title)
         return steps
 
-    found = teach_all(_tasks(plan), TaskVectors(plan), folder, shards=shards, progress=progress)
+    found = stand_ins(_tasks(plan), TaskVectors(plan), folder, shards=shards, progress=progress)
     assert found is not None
     return found
 
@@ -136,7 +136,7 @@ def victim(plan: Plan) -> TextTask:
 
 
 def test_a_student_keeps_the_answers_and_not_the_backdoor(victim: TextTask, plan: Plan, folder: Path) -> None:
-    students = StudentVectors(plan, folder)
+    students = StandIns(plan, folder)
     student = {spec.name: students.base(spec.name) for spec in plan.tensors}
     student |= {name: found for name in student if (found := students.models(name)[0]) is not None}
     assert _success(victim, victim.own_weights()) > 0.9
@@ -145,7 +145,7 @@ def test_a_student_keeps_the_answers_and_not_the_backdoor(victim: TextTask, plan
 
 
 def test_embeddings_and_heads_stay_and_all_else_is_taught(plan: Plan, folder: Path) -> None:
-    students = StudentVectors(plan, folder)
+    students = StandIns(plan, folder)
     for spec in plan.tensors:
         there = students.models(spec.name)
         if "embeddings" in spec.name and "LayerNorm" not in spec.name:
@@ -158,7 +158,7 @@ def test_embeddings_and_heads_stay_and_all_else_is_taught(plan: Plan, folder: Pa
 
 def test_students_of_an_interrupted_run_are_taken_as_they_are(plan: Plan, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run")
-    lost = student_file(tmp_path / "run", 1)
+    lost = stand_in_file(tmp_path / "run", 1)
     before = load_file(lost)
     lost.unlink()
     assert group(_taught_together, 1, plan, tmp_path / "run") == [["student of clean"]]
@@ -173,7 +173,7 @@ def test_students_of_an_interrupted_run_are_taken_as_they_are(plan: Plan, folder
 def test_two_processes_share_the_students_out_and_teach_the_same(plan: Plan, folder: Path, tmp_path: Path) -> None:
     assert group(_taught_together, 2, plan, tmp_path) == [["student of victim"], ["student of clean"]]
     for index in range(2):
-        one, two = (load_file(student_file(where, index)) for where in (folder, tmp_path))
+        one, two = (load_file(stand_in_file(where, index)) for where in (folder, tmp_path))
         assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
 
 

@@ -76,5 +76,5 @@ def test_students_that_were_taught_before_count(bert: Path, texts: Path, monkeyp
     find_or_learn(plan, quiet=True)
     seconds = _run_file()["seconds"]
     assert taught == ["m1", "m2", "m2"]
-    assert {"student of m1", "student of m2"} < set(seconds)
-    assert all(seconds[f"student of {name}"] >= PAUSE for name in ("m1", "m2"))
+    assert {"stand-in of m1", "stand-in of m2"} < set(seconds)
+    assert all(seconds[f"stand-in of {name}"] >= PAUSE for name in ("m1", "m2"))
