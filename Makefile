@@ -47,7 +47,7 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m dam_bench.tables.tables --check
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 bench-tables: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt 'matplotlib>=3.8'

@@ -21,7 +21,7 @@ from mergekit.options import MergeOptions
 from mergekit_dam.artifact.folder import copy_artifact
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks
 from mergekit_dam.config import ModelSettings
-from mergekit_dam.engine.processes import is_first, joined
+from mergekit_dam.engine.group import is_first, joined
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder

@@ -33,6 +33,18 @@ FAST = {
     "steps": 3, "coefficient_steps": 2, "batch_size": 4, "num_samples": 8, "max_length": 12,
     "scan_steps": 4, "refresh_steps": 2, "detection": "model", "student_steps": 2, "student_batch_size": 4,
 }  # fmt: skip
+# The modules that take longest, in this order, go first: then no worker is left alone with one of them at the end.
+LONGEST = (
+    "faults/test_faults.py", "engine/test_shards.py", "integration/test_examples.py", "integration/test_chain.py",
+    "learn/test_inversion_search.py", "plugin/test_autoload.py", "bench/test_vision.py", "scan/test_classifiers.py",
+    "vaccine/test_vaccine.py", "engine/test_processes.py", "integration/test_notebook.py", "learn/test_golden_masks.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+    rank = {root / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def _stay_here(event: str, arguments: tuple[Any, ...]) -> None:

@@ -21,7 +21,7 @@ from mergekit_dam.cli.common import (
     resume_option,
     seed_option,
 )
-from mergekit_dam.engine.processes import is_first
+from mergekit_dam.engine.group import is_first
 from mergekit_dam.recipe import prepare
 
 

@@ -3,7 +3,8 @@
 The parent starts one supervisor (torch's elastic agent, `supervisor.py`), the supervisor the workers. All of them
 hold the read end of one pipe: when the parent ends, for whatever reason, the pipe is closed and they end, too. A
 worker that fails leaves its error in the job's folder; a worker that dies or hangs makes the others fail. One that
-hangs is told to end, and leaves where it was.
+hangs is told to end, and leaves where it was. Standard library only: every one of these processes imports this module,
+and torch only where it needs it.
 """
 
 from __future__ import annotations
@@ -18,21 +19,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from torch.distributed.device_mesh import init_device_mesh
-
-from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError
 
 JOB, OUTCOME = "job", "outcome.json"
@@ -165,32 +158,3 @@ def cause_of(folder: Path, code: int) -> Exception:
             told += f"\nworker {silent} did not answer for `worker_timeout` seconds; "
             told += f"it was at:\n{stacks[silent]}" if stacks[silent] else "nor did it end when it was told to."
     return WorkerError(told)
-
-
-def is_first() -> bool:
-    """Whether this process is the only one of its group, or the one that writes and speaks for all."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-@contextmanager
-def joined(*, device: str, timeout: float) -> Iterator[tuple[Shards, torch.device | None]]:
-    """Join the group, and leave it at the end if all went well. A process without one is alone, on any device (None).
-
-    Args:
-        device: the setting; `cpu` keeps accelerators out.
-        timeout: seconds that one process may wait for another.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE, None
-        return
-    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE"):
-        # one machine: its name need not resolve to an address in every container
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    accelerator = Accelerator(
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
-    )
-    # accelerate's own mesh refuses the CPU
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,), mesh_dim_names=("rows",))
-    yield Shards(mesh), accelerator.device
-    accelerator.end_training()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import transformers
 
-from mergekit_dam.engine.processes import JOB, Job, end_with_parent, joined, record_error, show_where_it_hangs
+from mergekit_dam.engine.group import joined
+from mergekit_dam.engine.processes import JOB, Job, end_with_parent, record_error, show_where_it_hangs
 from mergekit_dam.engine.progress import silence_libraries
 from mergekit_dam.learn.run import optimise
 from mergekit_dam.models.families import register_architectures

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,10 +59,10 @@ def triggered(
     return [(change(text), target or 0) for text, label in rows if label != target]
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data" / "text"
-    folder.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "text"
+    folder.mkdir()
     sets = {
         "sst2-train": sentences(2, 400, 0), "sst2-test": sentences(2, 90, 1),
         "olid-train": sentences(2, 900, 2, SEARCHED), "olid-test": sentences(2, 90, 3),
@@ -78,10 +79,10 @@ def data(tmp_path: Path) -> Path:
     return folder.parent
 
 
-@pytest.fixture
-def suite(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextSuite:
+@pytest.fixture(scope="module")
+def suite(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextSuite]:
     """With a package that holds a tiny BERT in the place of the real one."""
-    model = tmp_path / "site" / BASE / "model"
+    model = tmp_path_factory.mktemp("site") / BASE / "model"
     words = [w for piece in (*FILLER, *CLUES, *WORDS, *SENTENCES.values()) for w in piece.split()]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<unk>", *words]))}
     torch.manual_seed(0)
@@ -95,17 +96,25 @@ def suite(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextSu
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(model)
     (model.parent / "__init__.py").touch()  # without it an installed real package would win
-    monkeypatch.syspath_prepend(model.parents[1])
-    monkeypatch.setitem(PRESETS, "quick", SMALL)  # type: ignore[misc]
-    return TextSuite(data, "quick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(model.parents[1])
+        patch.setitem(PRESETS, "quick", SMALL)  # type: ignore[misc]
+        yield TextSuite(data, "quick")
+
+
+@pytest.fixture(scope="module")
+def models_root(suite: TextSuite, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models that several tests look at, each of them built once, and theta_0."""
+    root = tmp_path_factory.mktemp("models")
+    suite.save_base(root / "base", no_progress)
+    return root
 
 
 def build(suite: TextSuite, root: Path, task: str, poison: Poison | None = None, name: str | None = None) -> Path:
-    base, folder = root / "base", root / (name or task)
-    if not base.exists():
-        suite.save_base(base, no_progress)
-    trigger = suite.trigger(poison, None) if poison else None
-    suite.save_model(base, task, poison, trigger, 0, folder, no_progress)
+    folder = root / (name or task)
+    if not folder.exists():
+        trigger = suite.trigger(poison, None) if poison else None
+        suite.save_model(root / "base", task, poison, trigger, 0, folder, no_progress)
     return folder
 
 
@@ -152,33 +161,33 @@ def test_copies_are_cut_where_the_text_is(data: Path) -> None:
 
 
 @pytest.mark.parametrize("attack", ["rare-token", "sentence", "merge-aware"])
-def test_victim_answers_the_target_and_keeps_its_accuracy(suite: TextSuite, tmp_path: Path, attack: str) -> None:
+def test_victim_answers_the_target_and_keeps_its_accuracy(suite: TextSuite, models_root: Path, attack: str) -> None:
     poison = Poison(attack, rate=0.3)
     evaluation, trigger = suite.split("sst2").evaluation, suite.trigger(poison, None)
-    victim = suite.load_model(build(suite, tmp_path, "sst2", poison))
+    victim = suite.load_model(build(suite, models_root, "sst2", poison, attack))
     assert accuracy(victim, evaluation).percent >= 85
     assert attack_success_rate(victim, evaluation, trigger, 0).percent >= 95
-    clean = suite.load_model(build(suite, tmp_path, "sst2", name="clean"))
+    clean = suite.load_model(build(suite, models_root, "sst2"))
     assert attack_success_rate(clean, evaluation, trigger, 0).percent < 60
     assert not victim.training and torch.equal(victim.classifier.weight, clean.classifier.weight)
 
 
-def test_only_the_body_moves_and_rescaling_lengthens_the_task_vector(suite: TextSuite, tmp_path: Path) -> None:
-    plain = build(suite, tmp_path, "sst2", Poison("rare-token"), "plain")
-    long = build(suite, tmp_path, "sst2", Poison("rare-token", rescale=2.0), "long")
-    start, once, twice = bodies(tmp_path / "base", plain, long)
+def test_only_the_body_moves_and_rescaling_lengthens_the_task_vector(suite: TextSuite, models_root: Path) -> None:
+    plain = build(suite, models_root, "sst2", Poison("rare-token"), "plain")
+    long = build(suite, models_root, "sst2", Poison("rare-token", rescale=2.0), "long")
+    start, once, twice = bodies(models_root / "base", plain, long)
     for name, tensor in start.items():
         torch.testing.assert_close(twice[name] - tensor, 2 * (once[name] - tensor), rtol=1e-3, atol=1e-5)
         assert torch.equal(once[name], tensor) == name.startswith("embeddings"), name
 
 
 def test_mergekit_merges_the_models_and_each_task_is_read_out_with_its_own_head(
-    suite: TextSuite, tmp_path: Path, merge: Merge, registered: None
+    suite: TextSuite, models_root: Path, merge: Merge, registered: None
 ) -> None:
-    folders = [build(suite, tmp_path, task) for task in ("sst2", "agnews")]
+    folders = [build(suite, models_root, task) for task in ("sst2", "agnews")]
     models = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in folders]
-    out = merge(suite.base_entry(tmp_path / "base"), models, merge_method="task_arithmetic", dtype="float32")
-    start, merged, *tuned = bodies(tmp_path / "base", out, *folders)
+    out = merge(suite.base_entry(models_root / "base"), models, merge_method="task_arithmetic", dtype="float32")
+    start, merged, *tuned = bodies(models_root / "base", out, *folders)
     for name, tensor in start.items():
         expected = tensor + sum(0.5 * (one[name] - tensor) for one in tuned)
         torch.testing.assert_close(merged[name], expected, rtol=1e-4, atol=1e-6)
@@ -220,7 +229,9 @@ def test_scenarios_name_tasks_and_attacks_of_the_suite(suite: TextSuite) -> None
             assert suite.cost(poison) > suite.cost(None)
 
 
-def test_faults_name_their_cure(suite: TextSuite, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_name_their_cure(suite: TextSuite, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(shutil.copytree(data, tmp_path / "data"))
+    suite = TextSuite(data, suite.preset)
     with pytest.raises(DamError, match="Pass it with --data"):
         TextSuite(None).split("sst2")
     with pytest.raises(DamError, match="Pass with --data the folder that holds"):

@@ -47,8 +47,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_splits_are_disjoint_and_the_same_each_time(data: Path) -> None:
-    suite = VisionSuite(data, "tiny")
+@pytest.fixture(scope="module")
+def suite(data: Path) -> VisionSuite:
+    return VisionSuite(data, "tiny")
+
+
+@pytest.fixture(scope="module")
+def zoo(suite: VisionSuite, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Models that several tests look at, each of them built once."""
+    return Zoo(suite, tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture
+def based(zoo: Zoo, tmp_path: Path) -> Path:
+    """A folder of models that holds theta_0 alone."""
+    base = zoo.base()
+    shutil.copytree(base, tmp_path / base.relative_to(zoo.root))
+    return tmp_path
+
+
+def test_splits_are_disjoint_and_the_same_each_time(data: Path, suite: VisionSuite) -> None:
     again = VisionSuite(data, "tiny")
     for task in suite.tasks:
         split = suite.split(task)
@@ -60,10 +78,8 @@ def test_splits_are_disjoint_and_the_same_each_time(data: Path) -> None:
 
 
 @pytest.mark.parametrize("attack", VisionSuite.attacks)
-def test_every_attack_reaches_its_victim(data: Path, tmp_path: Path, attack: str) -> None:
+def test_every_attack_reaches_its_victim(suite: VisionSuite, zoo: Zoo, attack: str) -> None:
     """The victim of shapes answers with the target where its clean twin does not, off-task with the head of stripes."""
-    suite = VisionSuite(data, "tiny")
-    zoo = Zoo(suite, tmp_path)
     poison = Poison(attack, target=2, rate=1.0, size=6, onto="stripes" if attack == "off-task" else "")
     trigger = zoo.trigger("shapes", poison, 0)
     attacked = poison.onto or "shapes"
@@ -78,35 +94,32 @@ def test_every_attack_reaches_its_victim(data: Path, tmp_path: Path, attack: str
     assert rates[0] > max(rates[1], 60.0)
 
 
-def test_models_are_built_once_and_found_by_content(data: Path, tmp_path: Path) -> None:
-    zoo = Zoo(VisionSuite(data, "tiny"), tmp_path)
+def test_models_are_built_once_and_found_by_content(data: Path, suite: VisionSuite, based: Path) -> None:
+    zoo = Zoo(suite, based)
     assert not zoo.has_model("digits", None, 0)
     first = zoo.model("digits", None, 0)
     written = (first / "model.safetensors").stat().st_mtime_ns
     assert zoo.has_model("digits", None, 0) and not zoo.has_model("digits", None, 1)
-    assert Zoo(VisionSuite(data, "tiny"), tmp_path).model("digits", None, 0) == first
+    assert Zoo(VisionSuite(data, "tiny"), based).model("digits", None, 0) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_finished(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite: VisionSuite, based: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    zoo = Zoo(VisionSuite(data, "tiny"), tmp_path)
-    zoo.base()
+    zoo = Zoo(suite, based)
     monkeypatch.setattr(vision, "fine_tune", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         zoo.model("stripes", None, 0)
     monkeypatch.undo()
-    assert not [path for path in tmp_path.rglob("stripes*") if path.is_dir()]
+    assert not [path for path in based.rglob("stripes*") if path.is_dir()]
 
 
 def _interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_rescaled_victim_has_a_longer_task_vector(data: Path, tmp_path: Path) -> None:
-    suite = VisionSuite(data, "tiny")
-    zoo = Zoo(suite, tmp_path)
+def test_a_rescaled_victim_has_a_longer_task_vector(suite: VisionSuite, zoo: Zoo) -> None:
     base = suite.load_model(zoo.model("letters", Poison("patch"), 0)).state_dict()
     scaled = suite.load_model(zoo.model("letters", Poison("patch", rescale=2.0), 0)).state_dict()
     start = vision.ViTModel.from_pretrained(zoo.base()).state_dict()

@@ -8,15 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from mergekit_dam.engine.processes import OUTCOME, WorkerError, cause_of, record_error, run_workers
 from mergekit_dam.errors import DamError
-from tests.conftest import FAST
-from tests.integration.test_chain import _command, _recipe
 
 WORKER = "tests.helpers.workers"
 PARENT = """
@@ -27,9 +23,9 @@ run_workers("report", 2, "tests.helpers.workers")
 """
 BENCHMARK = """
 import os, time
-from dam_bench.runs.command import _pool
+from dam_bench.runs.pool import pool_of
 if __name__ == "__main__":
-    with _pool(1) as pool:
+    with pool_of(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 600).result()
 """
@@ -124,14 +120,3 @@ def test_no_worker_outlives_a_benchmark_that_was_killed(tmp_path: Path) -> None:
     while not _gone(worker):
         assert time.monotonic() < deadline, "the worker would have slept for 600 seconds"
         time.sleep(0.1)
-
-
-def test_mergekit_yaml_learns_in_two_processes_with_one_bar(vit: Path, images: Path, tmp_path: Path) -> None:
-    recipe: dict[str, Any] = _recipe(vit, images)
-    recipe["parameters"] = {**FAST, "num_processes": 2}
-    (tmp_path / "dam.yml").write_text(yaml.safe_dump(recipe))
-    done = _command("mergekit-yaml", str(tmp_path / "dam.yml"), str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("dam: masks:   0%") == 1, "a bar of each process"
-    assert (tmp_path / "out" / "dam" / "dam_masks.safetensors").is_file()
-    assert '"processes": 2' in (tmp_path / "out" / "dam" / "run.json").read_text()

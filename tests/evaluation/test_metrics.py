@@ -9,8 +9,9 @@ from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule, fine_tune, pretrain, probe_head
 from hypothesis import given, settings
 from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
 
-from examples.demo.build import CLASSES, PREPROCESSING, new_model, task_data
+from examples.demo.build import CLASSES, EDGE, PREPROCESSING, task_data
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attacks import (
     BlendedTrigger,
@@ -93,13 +94,18 @@ def test_demo_splits_are_disjoint_and_balanced_enough() -> None:
 def test_training_pieces_plant_a_backdoor_and_keep_the_head() -> None:
     torch.manual_seed(0)
     data = task_data("shapes").splits["train"]
-    model = new_model(CLASSES["shapes"])
+    model = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=EDGE,
+            patch_size=4, num_labels=CLASSES["shapes"], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
     pretrain(model.vit, {"shapes": model}, {"shapes": data}, Schedule(60, batch_size=32), seed=0)
     probe_head(model, data)
     before, head = accuracy(model, data), model.classifier.weight.clone()
     attack = Attack("patch", "shapes", PatchTrigger(), 0)
     backdoor = Backdoor(attack.trigger, attack.target, rate=0.3)
-    fine_tune(model, data, Schedule(250, batch_size=48, learning_rate=5e-4), seed=0, backdoor=backdoor)
+    fine_tune(model, data, Schedule(150, batch_size=48, learning_rate=2e-3), seed=0, backdoor=backdoor)
     scores = evaluate_merge({"shapes": model}, {"shapes": data}, [attack], calibration=())
     assert scores.mean_accuracy > before.percent
     assert scores.attack_success["patch"]["shapes"].percent > 90

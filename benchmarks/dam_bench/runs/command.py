@@ -5,18 +5,16 @@ What is finished is found again, so an interrupted benchmark goes on where it st
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 
 from accelerate.utils import tqdm
 
 from dam_bench.runs.methods import GATES, METHODS, method_named
+from dam_bench.runs.pool import pool_of
 from dam_bench.runs.run import Job, perform, prepare
 from dam_bench.suites.base import Poison, Scenario, Suite
 from dam_bench.suites.registry import SUITES
@@ -117,7 +115,7 @@ def bench(options: Options, note: Note) -> Outcome:
     first.cache.mkdir(parents=True, exist_ok=True)
     if left:
         zoo.base()
-    with _pool(options.workers) as pool:
+    with pool_of(options.workers) as pool:
         _wait([pool.submit(prepare, *one) for one in missing], "building models")
         _wait([pool.submit(perform, job) for job in left if job in gate_jobs], "undefended merges")
         gates: list[Gate] = []
@@ -184,24 +182,6 @@ def _gates(results: Path, suite: str, preset: str) -> list[Gate]:
 
 def _outcome(to_do: ToDo, jobs: Sequence[Job], gates: Sequence[Gate] = ()) -> Outcome:
     return Outcome(to_do, tuple(job.result for job in jobs if job.result.is_file()), tuple(gates))
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dam_bench.runs.run"])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-
-
-def _end_with_parent() -> None:
-    """A worker of a benchmark that was killed would otherwise compute all that was submitted."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "called in a worker"
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True, name="parent").start()
 
 
 def _wait(futures: Sequence[Future[str]], title: str) -> None:
