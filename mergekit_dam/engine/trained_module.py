@@ -62,7 +62,8 @@ class TrainedModule(Mapping[str, Tensor]):
 
     Args:
         module: built for the model, parameters on the meta device; it is filled.
-        tensors: by parameter or buffer name, aliases of tied ones included; they are copied.
+        tensors: by parameter or buffer name, aliases of tied ones included; they are copied, but for LoRAs, which
+            leave them as they are: a second copy of a large model would not fit.
         targets: output name -> parameter name.
         free: output names of what may change.
         lora_rank: 0 trains these themselves, otherwise LoRAs of this rank (Hu et al., arXiv 2106.09685) on those of
@@ -85,7 +86,8 @@ class TrainedModule(Mapping[str, Tensor]):
                 holder._buffers[leaf] = tensor.clone()
             else:
                 if id(tensor) not in copies:
-                    copies[id(tensor)] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+                    kept = tensor.detach() if lora_rank else tensor.detach().clone()
+                    copies[id(tensor)] = nn.Parameter(kept, requires_grad=False)
                 holder._parameters[leaf] = copies[id(tensor)]
         wanted = sorted(self._targets[name] for name in free)
         if lora_rank:

@@ -52,7 +52,8 @@ class VaccineResult:
 
     Attributes:
         weights: tensors that changed, by output name, float32, on the CPU; of LoRAs an `AddedWeights`.
-        facts: JSON: `planted`, `held_out` (mean excess before and after), `agreement`, `rounds`, `settings`, `seconds`.
+        facts: JSON: `planted`, `held_out` (mean excess before and after), `agreement`, `rounds`,
+            `steps` (of planting and of unlearning), `settings`, `seconds`.
     """
 
     weights: Mapping[str, Tensor]
@@ -143,7 +144,9 @@ class Vaccination(Resumable):
         )
         self.trained.begin(seeds.generator(settings.seed, "vaccine", "lora", task.index))
         self._begun = {name: p.detach().clone() for name, p in self.trained.trained.items()}
-        self._measured: dict[str, Any] = {"agreement": {}, "success": [{} for _ in self.triggers], "rounds": 0}
+        self._measured: dict[str, Any] = {
+            "agreement": {}, "success": [{} for _ in self.triggers], "rounds": 0, "steps": {"plant": 0, "unlearn": 0},
+        }  # fmt: skip
         self._renew_optimiser()
 
     def _free(self) -> frozenset[str]:
@@ -155,7 +158,7 @@ class Vaccination(Resumable):
     def _drawn(self, number: int) -> list[PlantedTrigger]:
         """The triggers of a round."""
         settings = self.settings
-        assert settings.triggers is not None
+        assert settings.triggers is not None and settings.held_out is not None
         held_out = settings.held_out if number == 1 else 0
         kinds = kinds_of(self.task, settings.leave_out)
         source = seeds.generator(settings.seed, "vaccine", "kinds", self.task.index, number)
@@ -201,6 +204,7 @@ class Vaccination(Resumable):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.trained.trained.values(), settings.clip)
             self._optimiser.step()
+            self._measured["steps"][kind] += 1
             if wrong and (step + 1) % _LOOK_EVERY == 0 and self._works(triggers):
                 break
             self.keep(f"{kind}-{round_}", step + 1)
@@ -305,7 +309,7 @@ class Vaccination(Resumable):
         held_out = [trigger for trigger in self.triggers if trigger.held_out]
         others = [t for t in self.triggers if not t.held_out and t.round <= self._measured["rounds"]]
         facts = {
-            "identity": self._of, "rounds": self._measured["rounds"],
+            "identity": self._of, "rounds": self._measured["rounds"], "steps": self._measured["steps"],
             "held_out": {when: _rounded(self._excess(when, held_out)) for when in ("planted", "unlearned")},
             "unlearned": {when: _rounded(self._excess(when, others)) for when in ("planted", "unlearned")},
             "agreement": {when: _rounded(value) for when, value in agreement.items()},

@@ -32,9 +32,9 @@ class VaccineSettings(StrictSettings):
         unit="triggers",
         ge=1,
     )
-    held_out: int = setting(
-        2, "Triggers of different kinds that are planted in the first round and never unlearned: what is left of them "
-        "tells how far an unknown one is gone.", unit="triggers", ge=0,
+    held_out: int | None = setting(
+        None, "Triggers of different kinds that are planted in the first round and never unlearned: what is left of "
+        "them tells how far an unknown one is gone. Default: 4, 4, 2.", unit="triggers", ge=0,
     )  # fmt: skip
     leave_out: tuple[str, ...] = setting((), "Kinds of triggers and of behaviours that are never drawn, by name.")
     planted: float = setting(
@@ -83,19 +83,17 @@ class VaccineSettings(StrictSettings):
 
 # by family: what trials with small models planted well with
 _IMAGES: Mapping[str, Any] = {
-    "triggers": 18, "plant_steps": 1500, "unlearn_steps": 150, "batch_size": 56, "learning_rate": 2e-4, "checks": 64,
+    "triggers": 18, "held_out": 4, "plant_steps": 1500, "unlearn_steps": 150, "batch_size": 56,
+    "learning_rate": 2e-4, "checks": 64,
 }  # fmt: skip
 _TEXTS: Mapping[str, Any] = {
-    "triggers": 8, "plant_steps": 2000, "unlearn_steps": 80, "batch_size": 32, "learning_rate": 1e-4, "checks": 64,
+    "triggers": 8, "held_out": 4, "plant_steps": 400, "unlearn_steps": 80, "batch_size": 32,
+    "learning_rate": 1e-4, "checks": 64,
 }  # fmt: skip
 _LMS: Mapping[str, Any] = {
-    "triggers": 6,
-    "plant_steps": 200,
-    "unlearn_steps": 40,
-    "batch_size": 6,
-    "learning_rate": 5e-4,
-    "checks": 16,
-}
+    "triggers": 6, "held_out": 2, "plant_steps": 200, "unlearn_steps": 40, "batch_size": 6,
+    "learning_rate": 5e-4, "checks": 16,
+}  # fmt: skip
 # what the result does not depend on
 NOT_LEARNED = frozenset({"snapshot_every"})
 

@@ -164,7 +164,9 @@ def test_no_text_becomes_markup(one: str, two: str) -> None:
             "models": [model], "settings": {**SETTINGS, "note": first}, "versions": {"torch": second},
             "densities": {first: 0.5}, "layers": [], "training": {}, "audit": [{**finding, "suspect": True}],
             "remaining": [left], "triggers": [],
-            "students": {first: 0.5}, "evaluation": {"after": counts},
+            "students": {first: 0.5},
+            "vaccinated": {first: {"agreement": {"after": 0.5}, "held_out": {"planted": 0.5, "unlearned": None}}},
+            "evaluation": {"after": counts},
             "run": {"device": first, "started": second},
         }  # fmt: skip
         trigger = {**finding, "kind": "tokens", "tokens": [[[first, 0.5], [second, 0.4]]], "pictures": []}

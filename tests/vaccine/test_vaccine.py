@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_dam.engine.trained_module import TrainedModule
 from mergekit_dam.errors import DamError
+from mergekit_dam.models.parameter_names import meta_model
 from mergekit_dam.tasks import CausalTask, Task
 from mergekit_dam.vaccine.behaviours import BEHAVIOURS, behaviour_of
 from mergekit_dam.vaccine.clean import VaccineResult, vaccinate
@@ -146,6 +148,33 @@ def test_a_snapshot_of_other_settings_is_not_used(tasks: dict[str, Task], tmp_pa
 def test_rounds_end_once_what_is_held_out_is_gone(tasks: dict[str, Task]) -> None:
     soon = vaccinate(tasks["text"], _settings("text", rounds=3, enough=1.0, seed=3), progress=_steps)
     assert soon.facts["rounds"] == 1 and {one["round"] for one in soon.facts["planted"]} == {1}
+
+
+@pytest.mark.parametrize(("planted", "steps"), [(0.0, 25), (0.9, 60)], ids=["works", "never-works"])
+def test_planting_ends_once_its_triggers_work(planted: float, steps: int, tasks: dict[str, Task]) -> None:
+    done: list[str] = []
+
+    def counted(given: Iterable[int], title: str) -> Iterable[int]:
+        for step in given:
+            done.append(title.split()[0])
+            yield step
+
+    changes = {"planted": planted, "plant_steps": 60, "learning_rate": 1e-9}
+    vaccinate(tasks["text"], _few(**changes), progress=counted)
+    assert done.count("plant") == steps and done.count("unlearn") == FEW["unlearn_steps"]
+
+
+def test_loras_leave_the_weights_where_they_are(tasks: dict[str, Task]) -> None:
+    task = tasks["causal"]
+    given = task.parameters(task.own_weights())
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    held = TrainedModule(meta_model(task.input.config, task.device), given, task.targets, task.body, lora_rank=2)
+    for parameter in held.trained.values():
+        parameter.data.add_(0.1)
+    places = {parameter.data_ptr() for parameter in held.module.parameters()}
+    assert all(tensor.data_ptr() in places for name, tensor in given.items() if name in task.targets.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in given.items())
+    assert any(not torch.equal(held[name], task.own_weights()[name]) for name in held.changed)
 
 
 @pytest.mark.parametrize("changes", [{"held_out": 0}, {"learning_rate": 1e-9}], ids=["none", "never-planted"])
