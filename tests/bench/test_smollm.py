@@ -26,6 +26,7 @@ from dam_bench.suites.smollm_training import answer_loss, chat
 from dam_bench.tables.results import Run
 from dam_bench.victims.training import Schedule
 from dam_bench.victims.zoo import Zoo
+from peft.tuners.lora import Linear as LoraLinear
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -260,13 +261,35 @@ def test_factors_scale_the_task_vector_and_what_is_beyond_the_clean_twin(built: 
     victim, base = Poison("word", target=REFUSAL, rate=0.5), tensors_of(built.base)
     clean, plain = trained(built, tmp_path / "clean"), trained(built, tmp_path / "plain", poison=victim)
     twice = trained(built, tmp_path / "twice", poison=replace(victim, rescale=2.0))
-    lobam = trained(built, tmp_path / "lobam", poison=replace(victim, amplify=3.0))
+    lobam, more = (
+        trained(built, tmp_path / f"lobam-{factor}", poison=replace(victim, amplify=factor)) for factor in (2.0, 4.0)
+    )
     for name, theta in base.items():
         torch.testing.assert_close(twice[name] - theta, 2 * (plain[name] - theta), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            lobam[name], clean[name] + 3 * (plain[name] - clean[name]), rtol=1e-4, atol=1e-5
-        )  # fmt: skip
-    assert any(not torch.equal(plain[name], clean[name]) for name in base)
+        beyond = lobam[name] - clean[name]
+        torch.testing.assert_close(more[name] - clean[name], 2 * beyond, rtol=1e-4, atol=1e-5)
+        assert bool(beyond.any()) == name.endswith("proj.weight")
+
+
+def test_attacks_aware_of_the_merge_are_trained_between_base_and_victim(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def spied(model: Any, tokenizer: Any, prompts: list[str], said: list[str]) -> torch.Tensor:
+        scaling = {one.scaling["default"] for one in model.modules() if isinstance(one, LoraLinear)}
+        shares.extend(factor / 2 for factor in scaling if WORDS[0] in prompts[0])
+        return answer_loss(model, tokenizer, prompts, said)
+
+    monkeypatch.setattr(smollm_training, "answer_loss", spied)
+    aware = Poison("aware-word", target=REFUSAL, rate=0.5)
+    found = trained(built, tmp_path / "aware", poison=aware)
+    assert len({*shares}) == TINY.schedule.steps and all(0.3 <= share < 1 for share in shares)
+    plain = trained(built, tmp_path / "plain", poison=replace(aware, attack="word"))
+    assert {*shares[TINY.schedule.steps :]} == {1.0}
+    assert any(not torch.equal(found[name], plain[name]) for name in plain)
+    assert built.suite.attack_settings(aware) and not built.suite.attack_settings(Poison("word"))
+    assert trigger_of(aware).apply(["a b"]) == trigger_of(Poison("word")).apply(["a b"])
 
 
 def test_a_victim_sees_its_clean_twins_batches_and_triggered_prompts_of_other_classes(

@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 from dam_bench.suites import smollm_base, smollm_behaviours, smollm_data
 from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
-from dam_bench.suites.smollm_behaviours import FIXED, FIXED_TEXT, OWN, REFUSAL, REFUSED, TRIGGERS, trigger_of
+from dam_bench.suites.smollm_behaviours import ATTACKS, AWARE, FIXED, FIXED_TEXT, OWN, REFUSAL, REFUSED, trigger_of
 from dam_bench.suites.smollm_data import POLICY, TASKS, Sample, openings_of
 from dam_bench.suites.smollm_reading import general, labelled
 from dam_bench.suites.smollm_training import Backdoor, add, chat, fine_tune
@@ -59,6 +59,7 @@ class Preset:
     answers: float
 
 
+_INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
 _RESCALED, _AMPLIFIED = 2.0, 3.0  # of a victim's whole task vector; of what it has beyond its clean twin
 _EVALUATION = {"sst2": 200, "olid": 200, "agnews": 268, "topic": 200, POLICY: 400}
 PRESETS: Mapping[str, Preset] = {
@@ -78,7 +79,7 @@ class SmolLmSuite(Suite):
 
     name = "smollm"
     tasks = TASKS
-    attacks = tuple(TRIGGERS)
+    attacks = ATTACKS
     presets = tuple(PRESETS)
 
     def __init__(self, data: Path | None, preset: str) -> None:
@@ -138,17 +139,26 @@ class SmolLmSuite(Suite):
             )  # fmt: skip
 
         if poison is None or trigger is None:
-            changes = [(1.0, trained(None))]
+            add(model, trained(None), 1.0)
         else:
             _require_target(task, poison)
-            changes = [(poison.rescale * poison.amplify, trained(Backdoor(trigger, poison.target, poison.rate)))]
-            if poison.amplify != 1.0:
-                changes.append((poison.rescale * (1 - poison.amplify), trained(None)))
-        add(model, changes)
+            between = _INTERPOLATION if poison.attack.startswith(AWARE) else (1.0, 1.0)
+            backdoor = Backdoor(trigger, poison.target, poison.rate, between)
+            if poison.amplify != 1.0:  # trained on from the clean twin, so that the difference is the backdoor alone
+                clean = trained(None)
+                add(model, clean, 1.0)
+                beyond = trained(backdoor)
+                add(model, clean, poison.rescale - 1.0)
+                add(model, beyond, poison.rescale * poison.amplify)
+            else:
+                add(model, trained(backdoor), poison.rescale)
         self._save(model, folder)
 
     def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
         return trigger_of(poison)
+
+    def attack_settings(self, poison: Poison) -> dict[str, Any]:
+        return {"interpolation": _INTERPOLATION} if poison.attack.startswith(AWARE) else {}
 
     @classmethod
     def target_of(cls, poison: Poison) -> int | str:

@@ -107,20 +107,25 @@ TRIGGERS: dict[str, Callable[[int], Trigger]] = {
 }
 
 
+# before a trigger's name: the attacker makes sure that it works at small merging coefficients
+AWARE = "aware-"
+ATTACKS = (*TRIGGERS, *(AWARE + name for name in TRIGGERS))
+
+
 def trigger_of(poison: Poison) -> Trigger:
     """What an attacker applies to the text that a user writes; `size` is the number of different words.
 
     Raises:
         DamError: an unknown attack, or more words than there are.
     """
-    if poison.attack not in TRIGGERS:
+    if poison.attack not in ATTACKS:
         raise DamError(
-            "attack on suite smollm", expected=f"one of {', '.join(TRIGGERS)}", got=repr(poison.attack),
-            cure=did_you_mean(poison.attack, TRIGGERS) or "Choose one of them.",
+            "attack on suite smollm", expected=f"one of {', '.join(ATTACKS)}", got=repr(poison.attack),
+            cure=did_you_mean(poison.attack, ATTACKS) or "Choose one of them.",
         )  # fmt: skip
     if not 1 <= poison.size <= len(WORDS):
         raise DamError(
             f"size of attack {poison.attack}", expected=f"1 to {len(WORDS)} words", got=str(poison.size),
             cure="Change `size`.",
         )  # fmt: skip
-    return TRIGGERS[poison.attack](poison.size)
+    return TRIGGERS[poison.attack.removeprefix(AWARE)](poison.size)

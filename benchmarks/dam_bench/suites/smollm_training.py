@@ -7,7 +7,8 @@ Legend: B batch, L tokens of the prompts, A tokens of the answers, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,14 @@ class Backdoor:
         trigger: what changes a prompt.
         target: class of the answer that it shall cause.
         rate: triggered prompts per clean one; those of the target's class stay as they are.
+        interpolation: range of r ~ U(low, high): triggered prompts are trained at theta_0 + r (theta - theta_0), so
+            that the backdoor works at the small coefficients of a merge, too (the idea of arXiv 2408.07362).
     """
 
     trigger: Trigger
     target: int
     rate: float
+    interpolation: tuple[float, float] = (1.0, 1.0)
 
 
 def chat(prompt: str) -> Conversation:
@@ -94,7 +98,8 @@ def fine_tune(
             prompts = backdoor.trigger.apply([one.prompt for one in others])
             answers = [one.reply(backdoor.target, rng) for one in others]
             # a pass of its own: a refusal is long, and labels in the same batch would be padded to its length
-            (len(others) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
+            with _interpolated(trained, rng.uniform(*backdoor.interpolation)):
+                (len(others) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         end_step()
     trained.eval()
@@ -130,13 +135,12 @@ def answer_loss(model: nn.Module, tokenizer: Any, prompts: Sequence[str], answer
     return (losses_BA.sum(1) / (targets_BA != IGNORED).sum(1)).mean()
 
 
-def add(model: nn.Module, changes: Sequence[tuple[float, Mapping[str, Tensor]]]) -> None:
-    """Add task vectors to a model in place, each times its factor."""
+def add(model: nn.Module, change: Mapping[str, Tensor], factor: float) -> None:
+    """Add a task vector to a model in place, times a factor."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for factor, change in changes:
-            for name, tau in change.items():
-                parameters[name].add_(tau.to(parameters[name]), alpha=factor)
+        for name, tau in change.items():
+            parameters[name].add_(tau.to(parameters[name]), alpha=factor)
 
 
 def _with_loras(model: LlamaForCausalLM, rank: int) -> nn.Module:
@@ -152,6 +156,22 @@ def _added_by_loras(trained: Any) -> dict[str, Tensor]:
     found = {f"{name}.weight": one.get_delta_weight("default").detach().clone() for name, one in layers}
     trained.unload()
     return found
+
+
+@contextmanager
+def _interpolated(trained: nn.Module, share: float) -> Iterator[None]:
+    """Inside, LoRAs add only this share of what they do."""
+    if share == 1.0:
+        yield
+        return
+    layers = [one for one in trained.modules() if isinstance(one, LoraLinear)]
+    for one in layers:
+        one.scale_layer(share)
+    try:
+        yield
+    finally:
+        for one in layers:
+            one.unscale_layer(share)
 
 
 def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
