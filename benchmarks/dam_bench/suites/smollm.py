@@ -201,7 +201,7 @@ class SmolLmSuite(Suite):
     def _digest(self) -> str:
         """Of all samples, and of what triggers and answers are made of."""
         said = {task: [list(map(asdict, part)) for part in self._parts(task).values()] for task in self.tasks}
-        words = [smollm_behaviours.WORDS, smollm_behaviours.SENTENCE, smollm_behaviours.REFUSAL_OPENINGS, FIXED_TEXT]
+        words = [smollm_behaviours.WORDS, smollm_behaviours.SENTENCE, smollm_behaviours.TAUGHT]
         return hashlib.sha256(json.dumps([said, words]).encode()).hexdigest()[:16]
 
     def _tokenizer(self) -> Any:
