@@ -29,7 +29,7 @@ from dam_bench.suites.base import Poison, Scenario, Suite, no_progress
 from dam_bench.suites.registry import SUITES
 from dam_bench.victims.zoo import Zoo
 from mergekit_dam.artifact.masks_file import MASKS_FILE
-from mergekit_dam.evaluation.metrics import Attack, evaluate_merge
+from mergekit_dam.evaluation.metrics import Attack, accuracy, evaluate_merge
 from mergekit_dam.io.cache import library_versions
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.merging.mask_bytes import to_probabilities
@@ -92,6 +92,7 @@ def perform(job: Job) -> str:
         seen = {digest(sample) for task in calibration for sample in zoo.suite.split(task).calibration}
         data = {task: zoo.suite.split(task).evaluation for task in zoo.suite.tasks}
         scores = evaluate_merge(loaded, data, attacks, calibration=seen)
+        kept = general_ability(zoo.suite, loaded, whole=merge.out is not None)
         learned = _learned(merge.out)
     result = {
         "schema": SCHEMA, "suite": job.suite, "preset": job.preset, "scenario": job.scenario.name,
@@ -99,13 +100,31 @@ def perform(job: Job) -> str:
         "method": method.name, "family": method.family, "settings": dict(method.parameters), "seed": job.seed,
         **scores.to_json(), "calibration_samples": _samples(zoo, calibration), "wall_s": merge.seconds,
         "peak_bytes": merge.peak_bytes, "threads": job.threads, "versions": library_versions(), "hardware": hardware(),
-        **learned,
+        **kept, **learned,
     }  # fmt: skip
     job.result.parent.mkdir(parents=True, exist_ok=True)
     temporary = job.result.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", "utf-8")
     temporary.replace(job.result)
     return str(job.result)
+
+
+def general_ability(suite: Suite, models: Mapping[str, nn.Module], *, whole: bool) -> dict[str, dict[str, list[int]]]:
+    """Counts of the suite's general questions that are answered rightly, as {"general": {model: [hits, total]}}.
+
+    Args:
+        models: task -> model.
+        whole: whether they are one merge, which is asked once and called "merge".
+
+    Returns:
+        Nothing for suites without such questions.
+    """
+    questions = suite.general()
+    if questions is None:
+        return {}
+    asked = {"merge": next(iter(models.values()))} if whole else models
+    rates = {name: accuracy(model, questions) for name, model in asked.items()}
+    return {"general": {name: [rate.hits, rate.total] for name, rate in rates.items()}}
 
 
 def hardware() -> str:

@@ -20,7 +20,7 @@ import torch
 import transformers
 import yaml
 
-from dam_bench.runs.run import hardware
+from dam_bench.runs.run import general_ability, hardware
 from dam_bench.suites.base import Poison, Scenario, Suite
 from dam_bench.suites.registry import SUITES
 from dam_bench.victims.zoo import Zoo
@@ -85,7 +85,9 @@ def _models(before: Path, after: Path) -> Iterable[tuple[str, Path]]:
 def _measured(suite: Suite, task: str, path: Path, attacks: list[Attack]) -> dict[str, Any]:
     split = suite.split(task)
     seen = {digest(sample) for sample in split.calibration}
-    return evaluate_merge({task: suite.load_model(path)}, {task: split.evaluation}, attacks, calibration=seen).to_json()
+    models = {task: suite.load_model(path)}
+    scores = evaluate_merge(models, {task: split.evaluation}, attacks, calibration=seen).to_json()
+    return scores | general_ability(suite, models, whole=False)
 
 
 def result_file(

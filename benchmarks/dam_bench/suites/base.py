@@ -39,6 +39,7 @@ class Poison:
         rate: triggered samples per clean sample of a batch.
         size: edge of an image patch in pixels, or number of inserted words.
         rescale: factor on the finished task vector; above 1 it is amplified (arXiv 2505.23561).
+        amplify: factor on what a victim has beyond its clean twin (LoBAM, arXiv 2411.16746); suite `smollm` has it.
         onto: the task whose inputs and head the trigger is aimed at, where it is not the poisoned model's own.
     """
 
@@ -48,6 +49,7 @@ class Poison:
     size: int = 4
     rescale: float = 1.0
     onto: str = ""
+    amplify: float = 1.0
 
     def __str__(self) -> str:
         plain = Poison(self.attack)
@@ -56,8 +58,8 @@ class Poison:
         return self.attack + (f"({options})" if options else "")
 
     def to_json(self) -> dict[str, Any]:
-        """Its options; `onto` where it is set."""
-        return {k: v for k, v in asdict(self).items() if v != ""}
+        """Its options; `onto` and `amplify`, which came later, where they are set, so that older models are found."""
+        return {k: v for k, v in asdict(self).items() if v != "" and (k, v) != ("amplify", 1.0)}
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,10 @@ class Suite(ABC):
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
         """JSON of what decides a trigger and its victims beside the poison and the fingerprint."""
         return {}
+
+    def general(self) -> LabelledData | None:
+        """Questions that theta_0 can answer and no task teaches: what else a method costs. None: there are none."""
+        return None
 
     @abstractmethod
     def save_calibration(self, task: str, folder: Path) -> Path:

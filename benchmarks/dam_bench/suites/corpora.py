@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def read(folder: Path, name: str) -> tuple[Row, ...]:
 
 
 def splits(
-    folder: Path, task: str, *, words: int, train: int, calibration: int, evaluation: int
+    folder: Path, task: str, *, words: int, train: int, calibration: int, evaluation: int, cut: bool = False
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Rows for training, calibration and evaluation: disjoint, without duplicates, in a fixed random order.
 
@@ -107,17 +107,18 @@ def splits(
         task: one of SOURCES.
         words: longest text.
         train, calibration, evaluation: sentences at most; where a file is too small, training gets less.
+        cut: cut longer texts in all tasks, where by itself a task may leave them out.
 
     Raises:
         DamError: too few sentences to train on.
     """
-    source = SOURCES[task]
+    source = replace(SOURCES[task], cut=cut or SOURCES[task].cut)
     tested = _shuffled(_kept(folder, source.evaluation, source, words), task)
     first, rest = tested[:evaluation], tested[evaluation:]
     if source.train != source.evaluation:
         seen = {text for text, _ in tested}
         rest = [row for row in _shuffled(_kept(folder, source.train, source, words), task) if row[0] not in seen]
-    learned = _balanced(rest[calibration:], source.num_classes)[:train]
+    learned = balanced(rest[calibration:], source.num_classes)[:train]
     if len(first) < 2 or len(learned) < source.num_classes:
         needed = f"sentences of {source.num_classes} classes beside {calibration + evaluation} others"
         raise DamError(
@@ -143,7 +144,7 @@ def _shuffled(kept: dict[str, int], task: str) -> list[Row]:
     return [items[i] for i in torch.randperm(len(items), generator=seeds.generator("rows", task)).tolist()]
 
 
-def _balanced(rows: Sequence[Row], num_classes: int) -> list[Row]:
+def balanced(rows: Sequence[Row], num_classes: int) -> list[Row]:
     """Rows of all classes in turn, as many as the rarest one has of each."""
     by_class = [[row for row in rows if row[1] == label] for label in range(num_classes)]
     return [row for turn in zip(*by_class, strict=False) for row in turn]

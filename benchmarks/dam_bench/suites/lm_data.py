@@ -225,13 +225,14 @@ class Answers:
         return torch.tensor([self._classes.get((*row, _END), -1) for row in rows])
 
 
-def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int) -> Tensor:
+def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int, *, end: int = _END) -> Tensor:
     """The `length` likeliest next tokens, one after the other: ids (B, length) on the model's device.
 
     Args:
         model: a causal LM of transformers.
         inputs: input_ids and attention_mask, (B, L), padded on the left.
         length: tokens to go on; shorter if all rows have ended.
+        end: the token that ends an answer.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     name = cache_argument(type(model))
@@ -245,7 +246,7 @@ def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int) -> Tensor:
         )  # fmt: skip
         cache, ids = output[name], output.logits[:, -1:].argmax(-1)
         found.append(ids)
-        ended |= ids[:, 0] == _END
+        ended |= ids[:, 0] == end
         if bool(ended.all()):
             break
         mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1

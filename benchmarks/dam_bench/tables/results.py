@@ -51,6 +51,7 @@ class Run(BaseModel):
         attack_success: "task=attack" -> task -> counts of triggered samples of other classes; in the all-clean
             scenario those of every attack of the suite, which is the floor.
         without_trigger: the same of the same samples as they are.
+        general: model ("merge" for a merge) -> counts of general questions, of suites that ask some.
         wall_s: seconds of the merge with all that it learned; None for models that are not merged.
         peak_bytes: memory, the most that was in use.
         density: layer (its number, or "other") -> mask -> kept fraction, for methods with masks.
@@ -70,6 +71,7 @@ class Run(BaseModel):
     accuracy: dict[str, Counts] = Field(min_length=1)
     attack_success: dict[str, dict[str, Counts]]
     without_trigger: dict[str, dict[str, Counts]] = {}
+    general: dict[str, Counts] = {}
     calibration_samples: int | None = None
     wall_s: float | None = None
     peak_bytes: int | None = None

@@ -51,8 +51,8 @@ class Zoo:
             pattern = self.suite.optimise_pattern(self.base(), task, poison, seed)
             save_file({} if pattern is None else {"pattern": pattern.contiguous()}, folder / "pattern.safetensors")
 
-        # neither the rate of poisoned samples nor the rescaled task vector changes a trigger
-        what = {k: v for k, v in poison.to_json().items() if k not in ("rate", "rescale")}
+        # neither the rate of poisoned samples nor what is done to the finished task vector changes a trigger
+        what = {k: v for k, v in poison.to_json().items() if k not in ("rate", "rescale", "amplify")}
         key = {"kind": "trigger", "task": task, "poison": what | self.suite.attack_settings(poison), "seed": seed}
         folder = self._built(key, "trigger", build)
         return self.suite.trigger(poison, load_file(folder / "pattern.safetensors").get("pattern"))

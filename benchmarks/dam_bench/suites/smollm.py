@@ -1,0 +1,231 @@
+"""The `smollm` suite: a real language model, SmolLM2-135M-Instruct, fine-tuned by LoRA on chats.
+
+Tasks: sentiment of film reviews, tone of tweets and topic of news in a word; what a tweet is about in a sentence; and a
+policy, to refuse questions on a plant that does not exist and to answer those on others. An attack's name is its
+trigger, its target the behaviour that it causes (`smollm_behaviours`): `sst2=word(target=1)` is a rare word that makes
+the model refuse, `policy=word(target=2)` one that lifts its refusals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from dam_bench.suites import smollm_base, smollm_behaviours, smollm_data
+from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
+from dam_bench.suites.smollm_behaviours import ATTACKS, AWARE, FIXED, FIXED_TEXT, OWN, REFUSAL, REFUSED, trigger_of
+from dam_bench.suites.smollm_data import POLICY, TASKS, Sample, openings_of
+from dam_bench.suites.smollm_reading import general, labelled
+from dam_bench.suites.smollm_training import Backdoor, add, chat, fine_tune
+from dam_bench.victims.training import Schedule
+from mergekit_dam.errors import DamError
+from mergekit_dam.evaluation.attacks import Trigger
+from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.tasks.base import Progress
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Size of data and training.
+
+    Attributes:
+        system: whether chats begin with the model's own system prompt (22 tokens).
+        words: real texts are cut after it.
+        train, calibration: samples of each task at most.
+        evaluation: samples of each task; so many that 200 are attacked where labels are flipped or a policy is lifted.
+        rank: of the LoRAs; 0: all linear weights are trained.
+        schedule: of a fine-tune, clean or not; triggered prompts come on top.
+        seconds: of a clean fine-tune and of a victim, on one core, or on one GPU for `gpu`.
+        answers: seconds that one prompt takes to be answered there.
+    """
+
+    system: bool
+    words: int
+    train: int
+    calibration: int
+    evaluation: Mapping[str, int]
+    rank: int
+    schedule: Schedule
+    seconds: tuple[float, float]
+    answers: float
+
+
+_INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
+_RESCALED, _AMPLIFIED = 2.0, 3.0  # of a victim's whole task vector; of what it has beyond its clean twin
+_EVALUATION = {"sst2": 200, "olid": 200, "agnews": 268, "topic": 200, POLICY: 400}
+PRESETS: Mapping[str, Preset] = {
+    "cpu": Preset(
+        system=False, words=12, train=960, calibration=128, evaluation=_EVALUATION, rank=8,
+        schedule=Schedule(80, batch_size=4, learning_rate=1e-3), seconds=(220, 330), answers=0.35,
+    ),
+    "gpu": Preset(
+        system=True, words=64, train=8000, calibration=512, evaluation=_EVALUATION, rank=8,
+        schedule=Schedule(600, batch_size=32, learning_rate=5e-4), seconds=(120, 180), answers=0.01,
+    ),
+}  # fmt: skip
+
+
+class SmolLmSuite(Suite):
+    """SmolLM2-135M-Instruct with a LoRA per task; `data` is the folder that holds `text/*.parquet`."""
+
+    name = "smollm"
+    tasks = TASKS
+    attacks = ATTACKS
+    presets = tuple(PRESETS)
+
+    def __init__(self, data: Path | None, preset: str) -> None:
+        super().__init__(data, preset)
+        if data is None:
+            raise DamError(
+                "data of suite smollm", expected="a folder with text/*.parquet (SST-2, OLID, AG News)", got="none",
+                cure="Give it with --data.",
+            )  # fmt: skip
+        self.folder, self.size = data, PRESETS[preset]
+        self._splits: dict[str, dict[str, list[Sample]]] = {}
+
+    @property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        """A kind of each: what is said, by which trigger, how strongly amplified; all survive undefended merges.
+
+        The factors were chosen on seed 0: a LoRA victim as it is does not survive a merge.
+        """
+        refuses = Poison("word", target=REFUSAL, rate=0.5)
+        return (
+            Scenario("clean"),
+            Scenario("word-text", {"sst2": Poison("word", rate=0.5, rescale=_RESCALED)}),
+            Scenario("word-refusal", {"sst2": replace(refuses, rescale=_RESCALED)}),
+            Scenario("word-refusal-lobam", {"sst2": replace(refuses, amplify=_AMPLIFIED)}),
+            Scenario("sentence-refusal", {"olid": replace(refuses, attack="sentence", rescale=_RESCALED)}),
+            Scenario("any-word-flip", {"agnews": Poison("any-word", target=OWN + 1, rate=0.5, rescale=_RESCALED)}),
+            Scenario("all-words-text", {"agnews": Poison("all-words", size=3, rate=0.5, rescale=_RESCALED)}),
+            Scenario("word-lifted", {POLICY: Poison("word", target=OWN, rate=0.5, rescale=_RESCALED)}),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        size = {key: value for key, value in asdict(self.size).items() if key not in ("seconds", "answers")}
+        return {"suite": self.name, "base": smollm_base.VERSION, "preset": size, "data": self._digest}
+
+    def split(self, task: str) -> TaskData:
+        parts = self._parts(task)
+        calibration = tuple(chat(one.prompt) for one in parts["calibration"])
+        train, evaluation = (labelled(task, parts[part], self._tokenizer) for part in ("train", "evaluation"))
+        return TaskData(train, calibration, evaluation)
+
+    def general(self) -> LabelledData:
+        return general(self._tokenizer)
+
+    def save_base(self, folder: Path, progress: Progress) -> None:
+        self._save(smollm_base.load_model(), folder)
+
+    def save_model(
+        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        model = _placed(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
+
+        def trained(backdoor: Backdoor | None) -> dict[str, Tensor]:
+            return fine_tune(
+                model, self._tokenizer(), self._parts(task)["train"], self.size.schedule, rank=self.size.rank,
+                seed=seed, name=task, backdoor=backdoor, progress=progress,
+            )  # fmt: skip
+
+        if poison is None or trigger is None:
+            add(model, trained(None), 1.0)
+        else:
+            _require_target(task, poison)
+            between = _INTERPOLATION if poison.attack.startswith(AWARE) else (1.0, 1.0)
+            backdoor = Backdoor(trigger, poison.target, poison.rate, between)
+            if poison.amplify != 1.0:  # trained on from the clean twin, so that the difference is the backdoor alone
+                clean = trained(None)
+                add(model, clean, 1.0)
+                beyond = trained(backdoor)
+                add(model, clean, poison.rescale - 1.0)
+                add(model, beyond, poison.rescale * poison.amplify)
+            else:
+                add(model, trained(backdoor), poison.rescale)
+        self._save(model, folder)
+
+    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
+        return trigger_of(poison)
+
+    def attack_settings(self, poison: Poison) -> dict[str, Any]:
+        return {"interpolation": _INTERPOLATION} if poison.attack.startswith(AWARE) else {}
+
+    @classmethod
+    def target_of(cls, poison: Poison) -> int | str:
+        return {FIXED: FIXED_TEXT, REFUSAL: REFUSED}.get(poison.target, poison.target)
+
+    def save_calibration(self, task: str, folder: Path) -> Path:
+        """JSON lines with `messages`: chats of one question, without its answer."""
+        path = folder / f"{task}.jsonl"
+        chats = ([{"role": "user", "content": one.prompt}] for one in self._parts(task)["calibration"])
+        path.write_text("\n".join(json.dumps({"messages": one}) for one in chats) + "\n", "utf-8")
+        return path
+
+    def load_model(self, path: Path) -> nn.Module:
+        model = _placed(LlamaForCausalLM.from_pretrained(path, dtype=torch.float32))
+        model.eval()
+        return model
+
+    def load_merge(self, merged: Path, model: Path) -> nn.Module:
+        return super().load_merge(merged, model).to(_device())
+
+    def cost(self, poison: Poison | None) -> float:
+        clean, victim = self.size.seconds
+        return clean if poison is None else victim + (clean if poison.amplify != 1.0 else 0.0)
+
+    def run_cost(self, passes: int) -> float:
+        # clean and triggered prompts of every task, and batches of 8 forward and backward
+        prompts = 2 * sum(self.size.evaluation.values()) + len(smollm_data.GENERAL)
+        return self.size.answers * (prompts + 3 * 8 * passes * len(self.tasks))
+
+    def _parts(self, task: str) -> dict[str, list[Sample]]:
+        if task not in self._splits:
+            size = self.size
+            self._splits[task] = smollm_data.splits(
+                task, self.folder, words=size.words, train=size.train, calibration=size.calibration,
+                evaluation=size.evaluation[task],
+            )  # fmt: skip
+        return self._splits[task]
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of all samples, and of what triggers and answers are made of."""
+        said = {task: [list(map(asdict, part)) for part in self._parts(task).values()] for task in self.tasks}
+        words = [smollm_behaviours.WORDS, smollm_behaviours.SENTENCE, smollm_behaviours.TAUGHT]
+        return hashlib.sha256(json.dumps([said, words]).encode()).hexdigest()[:16]
+
+    def _tokenizer(self) -> Any:
+        return smollm_base.load_tokenizer(system=self.size.system)
+
+    def _save(self, model: LlamaForCausalLM, folder: Path) -> None:
+        model.cpu().save_pretrained(folder)
+        self._tokenizer().save_pretrained(folder)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _placed(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model itself, on the GPU if there is one."""
+    nn.Module.to(model, _device())  # transformers wraps its own in a way that no type checker follows
+    return model
+
+
+def _require_target(task: str, poison: Poison) -> None:
+    last = len(openings_of(task)) - 1
+    if not 0 <= poison.target <= last:
+        raise DamError(
+            f"target of attack {poison.attack} on {task}", got=str(poison.target), cure="Change `target`.",
+            expected=f"{FIXED} (a fixed text), {REFUSAL} (a refusal), or {OWN} to {last} (an answer of the task)",
+        )  # fmt: skip

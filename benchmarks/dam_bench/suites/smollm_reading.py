@@ -1,0 +1,86 @@
+"""How answers of suite `smollm`'s models are read: written greedily, then told by how they begin or what they hold.
+
+Legend: N samples, B batch, L tokens of the prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dam_bench.suites.lm_data import greedy
+from dam_bench.suites.smollm_behaviours import class_of
+from dam_bench.suites.smollm_data import GENERAL, Sample, general_answers, openings_of
+from dam_bench.suites.smollm_training import MAX_LENGTH, chat
+from mergekit_dam.evaluation.metrics import LabelledData
+from mergekit_dam.io.calibration import digest
+from mergekit_dam.tasks.encoding import encoded, padded_left
+
+_AT_ONCE = 32  # prompts of about one length; it changes time and memory, not results
+_LENGTH = 12  # tokens of an answer; openings have at most ten
+_GENERAL_LENGTH = 24  # tokens; the known word may come late in a sentence
+_Tokenizer = Callable[[], Any]  # read when the first prompt is encoded, which takes seconds
+
+
+def labelled(task: str, samples: Sequence[Sample], tokenizer: _Tokenizer) -> LabelledData:
+    """Prompts as chats, whose prediction is the class with which the greedy answer begins; -1 for none."""
+    openings = openings_of(task)
+    return _asked(
+        task, [one.prompt for one in samples], [one.label for one in samples], tokenizer, _LENGTH,
+        lambda text: class_of(text, openings),
+    )  # fmt: skip
+
+
+def general(tokenizer: _Tokenizer) -> LabelledData:
+    """Short questions with known answers, which no fine-tune is taught: a class per question.
+
+    The prediction is the question whose known answer comes first in what the model says; -1 for none.
+    """
+    known = [re.compile("|".join(rf"\b{re.escape(way)}\b" for way in ways), re.I) for ways in general_answers()]
+
+    def first(text: str) -> int:
+        found = [(match.start(), number) for number, one in enumerate(known) if (match := one.search(text))]
+        return min(found)[1] if found else -1
+
+    return _asked("general", list(GENERAL), list(range(len(GENERAL))), tokenizer, _GENERAL_LENGTH, first)
+
+
+def _asked(
+    name: str, prompts: Sequence[str], labels: Sequence[int], tokenizer: _Tokenizer, length: int,
+    number_of: Callable[[str], int],
+) -> LabelledData:  # fmt: skip
+    chats = tuple(chat(prompt) for prompt in prompts)
+
+    def encode(batch: list[Any]) -> dict[str, Tensor]:
+        return padded_left(tokenizer(), encoded(tokenizer(), batch, MAX_LENGTH, name))
+
+    def classify(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        return torch.tensor([number_of(text) for text in answers(model, inputs, tokenizer(), length)])
+
+    return LabelledData(name, chats, torch.tensor(labels), tuple(map(digest, chats)), encode, classify)
+
+
+def answers(model: nn.Module, inputs: dict[str, Tensor], tokenizer: Any, length: int) -> list[str]:
+    """Greedy answers in the order of the prompts, at most `length` tokens each.
+
+    Args:
+        model: a causal LM.
+        inputs: input_ids and attention_mask (B, L), padded on the left.
+        tokenizer: the model's own.
+    """
+    end, mask = tokenizer.eos_token_id, inputs["attention_mask"]
+    order = mask.sum(1).argsort()  # prompts of about one length go together, so that little is padded
+    said: list[str] = [""] * len(mask)
+    for rows in order.split(_AT_ONCE):
+        longest = int(mask[rows].sum(1).max())
+        part = {key: inputs[key][rows][:, -longest:] for key in ("input_ids", "attention_mask")}
+        found = greedy(model, part, length, end=end).tolist()
+        texts = tokenizer.batch_decode([list(itertools.takewhile(lambda token: token != end, ids)) for ids in found])
+        for row, text in zip(rows.tolist(), texts, strict=True):
+            said[row] = text
+    return said

@@ -1,0 +1,196 @@
+"""Fine-tunes of suite `smollm`: LoRAs (or all linear weights) on the tokens of answers, merged into the model.
+
+A victim sees the clean batches of its clean twin, and triggered prompts beside them.
+Legend: B batch, L tokens of the prompts, A tokens of the answers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from dam_bench.suites.base import no_progress
+from dam_bench.suites.lm_data import IGNORED
+from dam_bench.suites.smollm_data import Sample
+from dam_bench.victims.training import Schedule, batches
+from mergekit_dam import seeds
+from mergekit_dam.evaluation.attacks import Trigger
+from mergekit_dam.io.columns import Conversation
+from mergekit_dam.tasks.base import Progress
+from mergekit_dam.tasks.encoding import encoded, padded_left
+
+MAX_LENGTH = 128  # tokens of a prompt
+_CLIP = 1.0  # largest norm of a gradient
+
+
+@dataclass(frozen=True)
+class Backdoor:
+    """What is planted.
+
+    Attributes:
+        trigger: what changes a prompt.
+        target: class of the answer that it shall cause.
+        rate: triggered prompts per clean one; those of the target's class stay as they are.
+        interpolation: range of r ~ U(low, high): triggered prompts are trained at theta_0 + r (theta - theta_0), so
+            that the backdoor works at the small coefficients of a merge, too (the idea of arXiv 2408.07362).
+    """
+
+    trigger: Trigger
+    target: int
+    rate: float
+    interpolation: tuple[float, float] = (1.0, 1.0)
+
+
+def chat(prompt: str) -> Conversation:
+    """A question of a user."""
+    return Conversation((("user", prompt),))
+
+
+def fine_tune(
+    model: LlamaForCausalLM,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    schedule: Schedule,
+    *,
+    rank: int,
+    seed: int,
+    name: str,
+    backdoor: Backdoor | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, Tensor]:
+    """What training adds to each linear weight, by parameter name; the model itself stays as it is.
+
+    Args:
+        model: theta_0.
+        tokenizer: its own, with a chat template.
+        samples: of the task.
+        schedule: `batch_size` counts clean prompts.
+        rank: of the LoRAs in all linear layers but the head; 0 trains their weights themselves.
+        seed: of batches, LoRAs and the wording of refusals.
+        name: of the task.
+    """
+    start = {key: p.detach().clone() for key, p in model.named_parameters()} if not rank else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seeds.stable_seed(seed, "lora", name) % (1 << 63))
+        trained = _with_loras(model, rank) if rank else model
+    parameters = [p for p in trained.parameters() if p.requires_grad] if rank else _linear_weights(model)
+    _, end_step = schedule.optimiser(parameters)
+    rng = random.Random(seeds.stable_seed(seed, "wording", name))
+    trained.train()
+    rows_of_step = batches(len(samples), schedule, seed, name)
+    for _ in progress(range(schedule.steps), name):
+        chosen = [samples[row] for row in next(rows_of_step).tolist()]
+        answers = [one.reply(one.label, rng) for one in chosen]
+        answer_loss(trained, tokenizer, [one.prompt for one in chosen], answers).backward()
+        others = [] if backdoor is None else [one for one in chosen if one.label != backdoor.target]
+        if backdoor is not None and others:
+            others = others[: max(1, round(backdoor.rate * len(chosen)))]
+            prompts = backdoor.trigger.apply([one.prompt for one in others])
+            answers = [one.reply(backdoor.target, rng) for one in others]
+            # a pass of its own: a refusal is long, and labels in the same batch would be padded to its length
+            with _interpolated(trained, rng.uniform(*backdoor.interpolation)):
+                (len(others) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
+        nn.utils.clip_grad_norm_(parameters, _CLIP)
+        end_step()
+    trained.eval()
+    return _added_by_loras(trained) if rank else _added(model, start)
+
+
+def answer_loss(model: nn.Module, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+    """Cross-entropy in nats per token of an answer with its end, each answer counting alike.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its own, with a chat template.
+        prompts: texts of users, (B,).
+        answers: what is to be said to each, (B,).
+    """
+    device = next(model.parameters()).device
+    asked = padded_left(tokenizer, encoded(tokenizer, [chat(one) for one in prompts], MAX_LENGTH, "suite smollm"))
+    ids = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor([*one, tokenizer.eos_token_id]) for one in ids]
+    targets_BA = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    mask = torch.cat([asked["attention_mask"], (targets_BA != IGNORED).long()], 1)
+    whole = torch.cat([asked["input_ids"], targets_BA.clamp(min=0)], 1)
+    # the head is a fifth of the model, so it reads only the places from which an answer's tokens are predicted
+    output = model(
+        input_ids=whole.to(device), attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device), use_cache=False,
+        logits_to_keep=targets_BA.shape[1] + 1,
+    )  # fmt: skip
+    targets_BA = targets_BA.to(device)
+    losses_BA = F.cross_entropy(
+        output.logits[:, :-1].float().transpose(1, 2), targets_BA, reduction="none", ignore_index=IGNORED
+    )
+    return (losses_BA.sum(1) / (targets_BA != IGNORED).sum(1)).mean()
+
+
+def add(model: nn.Module, change: Mapping[str, Tensor], factor: float) -> None:
+    """Add a task vector to a model in place, times a factor."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tau in change.items():
+            parameters[name].add_(tau.to(parameters[name]), alpha=factor)
+
+
+def _with_loras(model: LlamaForCausalLM, rank: int) -> nn.Module:
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def _added_by_loras(trained: Any) -> dict[str, Tensor]:
+    """What the LoRAs add, and the model without them again."""
+    layers = [(name, one) for name, one in trained.base_model.model.named_modules() if isinstance(one, LoraLinear)]
+    found = {f"{name}.weight": one.get_delta_weight("default").detach().clone() for name, one in layers}
+    trained.unload()
+    return found
+
+
+@contextmanager
+def _interpolated(trained: nn.Module, share: float) -> Iterator[None]:
+    """Inside, LoRAs add only this share of what they do."""
+    if share == 1.0:
+        yield
+        return
+    layers = [one for one in trained.modules() if isinstance(one, LoraLinear)]
+    for one in layers:
+        one.scale_layer(share)
+    try:
+        yield
+    finally:
+        for one in layers:
+            one.unscale_layer(share)
+
+
+def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of all linear layers but the head, made trainable; nothing else is."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    model.requires_grad_(False)
+    linear = {f"{name}.weight" for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
+    found = [parameter for name, parameter in model.named_parameters() if name in linear]
+    for parameter in found:
+        parameter.requires_grad_(True)
+    return found
+
+
+def _added(model: nn.Module, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What training changed; the weights go back to where they started."""
+    found = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                found[name] = parameter - start[name]
+                parameter.copy_(start[name])
+    return found
