@@ -98,7 +98,8 @@ def fine_tune(
             prompts = backdoor.trigger.apply([one.prompt for one in others])
             answers = [one.reply(backdoor.target, rng) for one in others]
             # a pass of its own: a refusal is long, and labels in the same batch would be padded to its length
-            with _interpolated(trained, rng.uniform(*backdoor.interpolation)):
+            low, high = backdoor.interpolation
+            with _interpolated(trained, rng.uniform(low, high) if low < high else high):
                 (len(others) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         end_step()
