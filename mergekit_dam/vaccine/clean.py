@@ -222,7 +222,7 @@ class Vaccination(Resumable):
         return bool(known) and sum(known) / len(known) >= self.settings.planted
 
     def seconds_of_all(self) -> float:
-        """About how long all rounds take, from a few steps that change no weight, and one measurement."""
+        """About how long all rounds take at most, from a few steps that change no weight, and one measurement."""
         settings = self.settings
         assert settings.plant_steps is not None and settings.unlearn_steps is not None
         spent = []
@@ -234,7 +234,8 @@ class Vaccination(Resumable):
             spent.append(time.perf_counter() - begun)
         begun = time.perf_counter()
         self.lessons.success(self.trained, self.triggers[0])
-        measured = (time.perf_counter() - begun) * len(self.triggers) * 3
+        looks = settings.plant_steps // _LOOK_EVERY * min(1.0, _LOOKED_AT / len(self.lessons.checks))
+        measured = (time.perf_counter() - begun) * len(self.triggers) * (3 + (looks if settings.plant else 0))
         return settings.rounds * (settings.plant_steps + settings.unlearn_steps) * min(spent) + measured
 
     def _after(self, kind: str, round_: int) -> str:
