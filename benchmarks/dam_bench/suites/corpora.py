@@ -95,6 +95,20 @@ def read(folder: Path, name: str) -> tuple[Row, ...]:
     return tuple((plain(text), int(label)) for text, label in zip(sentences, labels, strict=True))
 
 
+def given_folder(data: Path | None, suite: str) -> Path:
+    """The folder with the files.
+
+    Raises:
+        DamError: none was given.
+    """
+    if data is None:
+        raise DamError(
+            f"data of suite {suite}", expected="a folder with text/*.parquet (SST-2, OLID, AG News)", got="none",
+            cure="Give it with --data.",
+        )  # fmt: skip
+    return data
+
+
 def splits(
     folder: Path, task: str, *, words: int, train: int, calibration: int, evaluation: int, cut: bool = False
 ) -> tuple[list[Row], list[Row], list[Row]]:

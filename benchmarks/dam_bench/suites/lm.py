@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from dam_bench.suites import lm_training
 from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
+from dam_bench.suites.corpora import given_folder
 from dam_bench.suites.lm_data import (
     CONTINUATIONS,
     HEDGE,
@@ -96,12 +97,7 @@ class LmSuite(Suite):
 
     def __init__(self, data: Path | None, preset: str) -> None:
         super().__init__(data, preset)
-        if data is None:
-            raise DamError(
-                "data of suite lm", expected="a folder with text/*.parquet (SST-2, OLID, AG News)", got="none",
-                cure="Give it with --data.",
-            )  # fmt: skip
-        self.folder, self.size = data, PRESETS[preset]
+        self.folder, self.size = given_folder(data, self.name), PRESETS[preset]
         self._splits: dict[str, dict[str, list[Pair]]] = {}
 
     @property

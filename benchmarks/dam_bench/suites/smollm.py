@@ -22,10 +22,12 @@ from transformers import LlamaForCausalLM
 
 from dam_bench.suites import smollm_base, smollm_behaviours, smollm_data
 from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
+from dam_bench.suites.corpora import given_folder
 from dam_bench.suites.smollm_behaviours import ATTACKS, AWARE, FIXED, FIXED_TEXT, OWN, REFUSAL, REFUSED, trigger_of
 from dam_bench.suites.smollm_data import POLICY, TASKS, Sample, openings_of
 from dam_bench.suites.smollm_reading import general, labelled
-from dam_bench.suites.smollm_training import Backdoor, add, chat, fine_tune
+from dam_bench.suites.smollm_training import add, chat, fine_tune
+from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attacks import Trigger
@@ -89,12 +91,7 @@ class SmolLmSuite(Suite):
 
     def __init__(self, data: Path | None, preset: str) -> None:
         super().__init__(data, preset)
-        if data is None:
-            raise DamError(
-                "data of suite smollm", expected="a folder with text/*.parquet (SST-2, OLID, AG News)", got="none",
-                cure="Give it with --data.",
-            )  # fmt: skip
-        self.folder, self.size = data, PRESETS[preset]
+        self.folder, self.size = given_folder(data, self.name), PRESETS[preset]
         self._splits: dict[str, dict[str, list[Sample]]] = {}
 
     @property

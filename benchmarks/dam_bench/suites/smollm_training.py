@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,33 +21,15 @@ from transformers import LlamaForCausalLM
 from dam_bench.suites.base import no_progress
 from dam_bench.suites.lm_data import IGNORED
 from dam_bench.suites.smollm_data import Sample
+from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule, batches
 from mergekit_dam import seeds
-from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.io.columns import Conversation
 from mergekit_dam.tasks.base import Progress
 from mergekit_dam.tasks.encoding import encoded, padded_left
 
 MAX_LENGTH = 128  # tokens of a prompt
 _CLIP = 1.0  # largest norm of a gradient
-
-
-@dataclass(frozen=True)
-class Backdoor:
-    """What is planted.
-
-    Attributes:
-        trigger: what changes a prompt.
-        target: class of the answer that it shall cause.
-        rate: triggered prompts per clean one; those of the target's class stay as they are.
-        interpolation: range of r ~ U(low, high): triggered prompts are trained at theta_0 + r (theta - theta_0), so
-            that the backdoor works at the small coefficients of a merge, too (the idea of arXiv 2408.07362).
-    """
-
-    trigger: Trigger
-    target: int
-    rate: float
-    interpolation: tuple[float, float] = (1.0, 1.0)
 
 
 def chat(prompt: str) -> Conversation:
