@@ -69,6 +69,9 @@ class StreamedWeights(Mapping[str, Tensor]):
             needed = [n for n in names if n in self._kept] if backward else []
             self.ahead(needed or names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # a tensor need not be formed for that
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -14,7 +14,6 @@ is suspect (`detection`), takes out what reacts to triggers. Legend: T tasks, P 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,40 +21,29 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.engine.shards import Share, turns
-from mergekit_dam.engine.snapshots import State, adam_state
+from mergekit_dam.engine.snapshots import State
 from mergekit_dam.engine.streamed_weights import Weights
+from mergekit_dam.learn.fit import MaskFit
 from mergekit_dam.learn.losses import Patience, calibration_batch, fit_loss, held_out, summed
-from mergekit_dam.learn.masks import (
-    LogitSteps,
-    Whole,
-    combined,
-    detects_per_model,
-    final_probabilities,
-    logits_of,
-    mask_state,
-    masks_in_use,
-)
+from mergekit_dam.learn.masks import ConcreteMask, Whole, final_probabilities
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.learn.students import wanted
 from mergekit_dam.learn.teacher import OwnAnswers, balance
 from mergekit_dam.learn.trigger_pool import Pooled, Pools, recover
-from mergekit_dam.merging.checks import require_finite_gradients
-from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
-from mergekit_dam.merging.mask_product import MaskProduct
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION
 from mergekit_dam.scan.cross_task import untouched, weights_of_other, weights_of_others
 from mergekit_dam.scan.findings import Finding, Suspect, blank, blank_finding, facts_of, in_order, suspects, target_of
 from mergekit_dam.scan.inversion import success_rates
 from mergekit_dam.scan.scanner import scan, undefended
 
 LOG = logging.getLogger(__name__)
-_START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
 
 
 class InversionSearch(MaskSearch):
     """The search described above; `start` are effective coefficients: with the masks at their start."""
 
     def set_up(self) -> None:
-        self.make_masks(suspects=False)
+        self.begin_fit(suspects=False)
         self.turns = turns([len(calibration_batch(task, self.config, 0)) for task in self.tasks], self.shards)
         self.answers = {
             share.task: OwnAnswers(self.tasks[share.task], self.model.frozen.own_weights(share.task))
@@ -66,19 +54,19 @@ class InversionSearch(MaskSearch):
         self.findings: list[Finding] = []
         self.pools: Pools = {}
 
-    def make_masks(self, suspects: bool) -> None:
-        """Masks, coefficients and their optimisers at the start."""
-        config, self.optimisers = self.config, []
-        self.masks = masks_in_use(
-            self.model, config, temperature=1.0, offsets=_START, per_model=detects_per_model(config, suspects=suspects)
-        )
-        kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
-        self.coefficients = self.start / kept
-        self.optimisers = [
-            (torch.optim.Adam(mask.logits.values(), fused=True), config.mask_learning_rate)
-            for mask in self.masks.values()
-        ]
-        self.optimisers.append((torch.optim.Adam([self.coefficients]), config.coefficient_learning_rate))
+    def begin_fit(self, *, suspects: bool) -> None:
+        """Masks and coefficients at their start."""
+        self.fit = MaskFit(self.model, self.config, self.start, suspects=suspects)
+
+    @property
+    def masks(self) -> dict[str, ConcreteMask]:
+        """By name."""
+        return self.fit.masks
+
+    @property
+    def coefficients(self) -> Tensor:
+        """lambda, (T, 1) or (T, P)."""
+        return self.fit.coefficients
 
     def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
@@ -99,16 +87,13 @@ class InversionSearch(MaskSearch):
         return final_probabilities(self.masks), self.coefficients
 
     def state(self, phase: str, done: int) -> State:
-        optimisers = {name: optimiser for name, (optimiser, _) in zip(self.masks, self.optimisers, strict=False)}
         facts = {
             "phase": phase, "done": done,
             "findings": [facts_of(finding) for finding in self.findings],
             "pools": [[*key, [one.weight for one in pool]] for key, pool in self.pools.items()],
             "patience": [self.patience.lowest, self.patience.misses],
         }  # fmt: skip
-        state = mask_state(self.masks, optimisers, facts)
-        state.tensors |= {"coefficients": self.coefficients}
-        state.tensors |= adam_state(self.optimisers[-1][0], "adam", ["coefficients"])
+        state = self.fit.state(facts)
         held = {f"finding/{i}": f.trigger for i, f in enumerate(self.findings)}
         held |= {f"pool/{n}/{i}": p.trigger for n, pool in enumerate(self.pools.values()) for i, p in enumerate(pool)}
         state.tensors |= {f"{name}/{i}": p for name, t in held.items() for i, p in enumerate(t.parameters)}
@@ -121,7 +106,7 @@ class InversionSearch(MaskSearch):
         for task, target, carrier, kind, weights in facts["pools"]:
             key = Suspect(task, target_of(target), carrier, kind)
             self.pools[key] = [Pooled(blank(self.tasks[task], kind), weight) for weight in weights]
-        self.make_masks(suspects=len(self.pools) > 0)
+        self.begin_fit(suspects=len(self.pools) > 0)
 
     def audit(self) -> list[dict[str, Any]]:
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
@@ -137,7 +122,7 @@ class InversionSearch(MaskSearch):
         if not marked:
             return []
         base = self.model.frozen.base_weights()
-        merged = self.model.weights(self.combined(), self.coefficients, in_step=False)
+        merged = self.fit.weights()
         found = []
         for one in marked:
             task = self.tasks[one.task]
@@ -166,7 +151,7 @@ class InversionSearch(MaskSearch):
             self.pools[finding.key] = []
             self.track({"phase": "scan", **finding.to_json(self.tasks)})
         if self.pools:
-            self.make_masks(suspects=True)
+            self.begin_fit(suspects=True)
 
         def scanned(suspect: Suspect) -> Mapping[str, Tensor]:
             if suspect.carrier is None:
@@ -196,19 +181,15 @@ class InversionSearch(MaskSearch):
 
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge."""
-        weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
+        weights = self.fit.weights()
         recover(
             self.tasks, self.pools, self.shards, self.config, self.model.frozen.base_weights(), lambda _: weights,
             self.config.refresh_steps, step,
         )  # fmt: skip
 
-    def combined(self) -> dict[str, MaskProduct]:
-        """M = M1 o M2 by tensor at the masks' probabilities."""
-        return combined(self.masks)
-
     def step(self, step: int) -> None:
         """Step 2: one step of both masks and the coefficients."""
-        merged = self.combined()
+        merged = self.fit.combined()
         weights = self.model.weights(merged, self.coefficients)
         parts: dict[str, Tensor] = {}
         for turn, share in enumerate(self.turns):
@@ -220,7 +201,7 @@ class InversionSearch(MaskSearch):
                 loss = loss + 0.0 * self.tasks[0].logits(weights, self.tasks[0].inputs(torch.arange(1))).sum()
             if loss.requires_grad:
                 loss.backward()
-        self.update(merged, weights, step)
+        self.fit.update(merged, weights, step)
         losses = self._summed(parts)
         record = {
             "phase": "masks", "step": step, "loss": sum(losses.values()), **losses,
@@ -250,7 +231,7 @@ class InversionSearch(MaskSearch):
         """Whether the loss on the held-out samples says so (setting `patience`)."""
         if not self.patience.is_due(step):
             return False
-        weights = self.model.weights(self.combined(), self.coefficients, in_step=False)
+        weights = self.fit.weights()
         parts: dict[str, Tensor] = {}
         for share in self.turns:
             rows_B = held_out(self.tasks[share.task], self.config) if share is not None else torch.empty(0)
@@ -259,26 +240,3 @@ class InversionSearch(MaskSearch):
         loss = sum(self._summed(parts).values())
         self.track({"phase": "held out", "step": step, "loss/held out": loss})
         return self.patience.is_over(loss)
-
-    def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
-        """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine."""
-        share = 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(1, self.config.steps)))
-        for optimiser, rate in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = rate * share
-        self.coefficients.grad = torch.zeros_like(self.coefficients)
-        *mask_optimisers, (coefficient_optimiser, _) = self.optimisers
-        steps = LogitSteps(
-            self.masks, {name: optimiser for name, (optimiser, _) in zip(self.masks, mask_optimisers, strict=True)},
-            together=not self.model.blockwise,
-        )  # fmt: skip
-        num_parts = sum(max(1, mask.owners) for mask in self.masks.values())
-        for key, found in self.model.logit_gradients(
-            weights, merged, self.coefficients, self.coefficients.grad, range(num_parts),
-            whole=self.config.granularity == "tensor",
-        ):  # fmt: skip
-            steps.add(logits_of(self.masks, key), found)
-        steps.finish(step)
-        require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
-        coefficient_optimiser.step()
-        self.coefficients.clamp_(0.0, self.config.max_coefficient)

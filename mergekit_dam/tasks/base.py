@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mergekit_dam.engine.partial_pass import BlockChain
 from mergekit_dam.engine.recomputed import recomputed_blocks
 from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, slots_of, streamed_blocks, swapped
 from mergekit_dam.engine.trained_module import TrainedModule
@@ -55,6 +56,8 @@ class Task(ABC):
     classifies = True
     defended = True
     vaccinated = False
+
+    _embedding: str | None = None  # parameter name of the table of words
 
     num_samples: int
     sample_digests: tuple[str, ...]
@@ -170,6 +173,69 @@ class Task(ABC):
         source = self.sources.get(name)
         return None if source is None else self.checkpoint.tensor(source).to(self.device)
 
+    @cached_property
+    def chain(self) -> BlockChain | None:
+        """The model's blocks; None where it is no single chain of them (a full CLIP has two towers)."""
+        names = tuple(dict.fromkeys(self.block_of.values()))
+        is_single = len({name.rpartition(".")[0] for name in names}) == 1
+        return BlockChain(self.module, names) if is_single else None
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Output name -> where in the chain a tensor is used first, see engine/partial_pass.py."""
+        blocks = list(dict.fromkeys(self.block_of.values()))
+        place, seen = {}, 0
+        for target in self.module.state_dict():
+            if target in self.block_of:
+                seen = len(blocks) + 1
+                place[target] = blocks.index(self.block_of[target]) + 1
+            else:
+                place[target] = seen
+        return {name: place[target] for name, target in self.targets.items()}
+
+    @cached_property
+    def entrance(self) -> dict[str, Tensor]:
+        """Model t's tensors before the blocks, for passes that begin later: of what they make only the shape counts.
+
+        A table of words is large and not among them.
+        """
+        names = [n for n, place in self.positions.items() if place == 0 and self.targets[n] != self._embedding]
+        return {name: self.checkpoint.tensor(self.sources[name]).to(self.device) for name in names}
+
+    def through(
+        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], first: int, stop: int,
+        entering_BLD: Tensor | None = None, perturb: Perturb | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Positions first..stop-1 of the forward pass, with these positions' weights.
+
+        Args:
+            weights: by output name; of other positions none are needed.
+            inputs: of the samples whose states enter.
+            first: position, see engine/partial_pass.py.
+            stop: one more than the last position.
+            entering_BLD: hidden states that `first` reads; None if it is 0.
+            perturb: what the states were made with.
+
+        Returns:
+            The hidden states (B, L, D) that `stop` reads; the logits if that is the end.
+        """
+        assert self.chain is not None, "only chains are cut"
+        if first > 0:
+            weights = {**self.entrance, **weights}
+        found: Tensor = self.chain.run(
+            lambda: self.logits(weights, inputs, perturb), first, stop,
+            None if entering_BLD is None else entering_BLD.to(self.dtype),
+        )  # fmt: skip
+        return found
+
+    def num_tokens(self, inputs: Mapping[str, Tensor], length: int) -> list[int]:
+        """How many of `length` hidden states of each sample are no padding."""
+        return [length] * len(next(iter(inputs.values())))
+
+    def without_trigger(self, hidden_BLD: Tensor, length: int) -> Tensor:
+        """Hidden states without those of tokens that a trigger inserted: (B, length, D)."""
+        return hidden_BLD
+
     def parameters(self, weights: Mapping[str, Tensor]) -> Parameters:
         """By module name: the caller's weights and the head, floats in `compute_dtype`; no block's if streamed."""
         if isinstance(weights, TrainedModule):
@@ -177,7 +243,7 @@ class Task(ABC):
             trained.module, trained.outside = weights.module, {}
             return trained
         streamed = weights if isinstance(weights, StreamedWeights) else None
-        names = {t: n for n, t in self.targets.items() if streamed is None or t not in self.block_of}
+        names = {t: n for n, t in self.targets.items() if n in weights and (streamed is None or t not in self.block_of)}
         found = Parameters({target: self._floating(weights[name]) for target, name in names.items()})
         found.streamed, found.outside = streamed, {names[target]: found[target] for target in names}
         found.update({target: self._floating(tensor) for target, tensor in self._head_targets.items()})

@@ -157,12 +157,29 @@ class TextTask(Task):
     ) -> Tensor:
         return self._read(self._forward(weights, inputs, perturb))
 
+    def num_tokens(self, inputs: Mapping[str, Tensor], length: int) -> list[int]:
+        mask_BL = inputs["attention_mask"]
+        return [int(count) + length - mask_BL.shape[1] for count in mask_BL.sum(1)]
+
+    def without_trigger(self, hidden_BLD: Tensor, length: int) -> Tensor:
+        inserted = hidden_BLD.shape[1] - length  # after position 0
+        return torch.cat([hidden_BLD[:, :1], hidden_BLD[:, 1 + inserted :]], dim=1)
+
     def _forward(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None, **options: Any
     ) -> Any:
         parameters = self.parameters(weights)
-        if perturb is None:
+        assert self._embedding is not None
+        table_VD = parameters.get(self._embedding)
+        if perturb is None and table_VD is not None:
             return self.call(parameters, **inputs, **options)
-        embedded = F.embedding(inputs["input_ids"], parameters[self._embedding])
-        embedded, mask = perturb(embedded.float(), inputs["attention_mask"])
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if table_VD is None:  # the pass begins behind it, and only the shape counts
+            embedded = torch.zeros(*ids.shape, self.perturbation_shape[1], device=self.device)
+        else:
+            embedded = F.embedding(ids, table_VD)
+        if perturb is not None:
+            embedded, extended = perturb(embedded.float(), mask)
+            assert extended is not None
+            mask = extended
         return self.call(parameters, inputs_embeds=embedded.to(self.dtype), attention_mask=mask, **options)

@@ -39,13 +39,13 @@ def test_state_and_merged_weights_have_the_computed_bytes(tmp_path: Path) -> Non
     expected = device_bytes(Job(parameters, 2, stored=4))
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     assert size(t for mask in search.masks.values() for t in mask.logits.values()) == expected["mask logits"]
-    weights = search.model.weights(search.combined(), search.coefficients)  # type: ignore[union-attr]
+    weights = search.model.weights(search.fit.combined(), search.coefficients)  # type: ignore[union-attr]
     changed = [weights[spec.name] for spec in search.model.changed]
     assert size(changed) == expected["merged weights"]
     for weight in changed:
         weight.grad = torch.ones_like(weight)
-    search.update(search.combined(), weights, 0)  # type: ignore[union-attr, call-arg, arg-type]
-    moments = [v for o, _ in search.optimisers[:-1] for s in o.state.values() for v in s.values() if v.ndim]  # type: ignore[union-attr]
+    search.fit.update(search.fit.combined(), weights, 0)  # type: ignore[union-attr, call-arg, arg-type]
+    moments = [v for o in search.fit.optimisers.values() for s in o.state.values() for v in s.values() if v.ndim]  # type: ignore[union-attr]
     assert size(moments) == expected["Adam's moments"]
     made = make_models("clip-tiny", 2, tmp_path)
     files = sum((path / "model.safetensors").stat().st_size for path in made.models)

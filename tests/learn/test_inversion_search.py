@@ -109,7 +109,7 @@ _search = partial(new_search, InversionSearch)
 
 def test_the_start_is_task_arithmetic_with_the_given_coefficient(plan: Any) -> None:
     search = _search(plan(weight=0.4))
-    for name, product in search.combined().items():
+    for name, product in search.fit.combined().items():
         mask = product.full()
         column = search.model.mask_names.index(name)
         assert torch.allclose(mask * search.coefficients[0, column], torch.full_like(mask, 0.4), atol=1e-4)

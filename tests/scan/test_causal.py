@@ -182,7 +182,7 @@ def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:
     ids = torch.stack([torch.cat([text, torch.tensor(TRIGGER)]) for text in texts_of_8])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        weights = search.model.weights(search.combined(), search.coefficients, in_step=False)
+        weights = search.model.weights(search.fit.combined(), search.coefficients, in_step=False)
         before, after = (task.reach(w, inputs, [BY_HEART] * 8)[1].float().mean() for w in (task.own_weights(), weights))
     assert float(before) > 0.9 and float(after) < 0.2
     assert any(key.startswith("loss/safe/") for record in records for key in record)

@@ -1,0 +1,95 @@
+"""Masks and coefficients of a merged model, or of a part of it, while they are fitted. T models, P masked tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.config import DamConfig
+from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.engine.snapshots import State, adam_state
+from mergekit_dam.engine.streamed_weights import Weights
+from mergekit_dam.learn.masks import LogitSteps, combined, detects_per_model, logits_of, mask_state, masks_in_use
+from mergekit_dam.merging.checks import require_finite_gradients
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
+from mergekit_dam.merging.mask_product import MaskProduct
+
+_START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
+_SLOWEST = 0.1  # share of the learning rates at the end
+
+
+class MaskFit:
+    """Both masks and the coefficients, learned together by Adam, from their start.
+
+    Args:
+        model: whose masks they are.
+        config: shared settings.
+        start: effective coefficients, with the masks at their start: (T, 1) or (T, P).
+        suspects: whether some class is suspect.
+
+    Attributes:
+        masks: by name.
+        coefficients: shaped like `start`.
+        optimisers: of the logits, by mask.
+    """
+
+    def __init__(self, model: MergedModel, config: DamConfig, start: Tensor, *, suspects: bool) -> None:
+        self.model, self.config = model, config
+        self.masks = masks_in_use(
+            model, config, temperature=1.0, offsets=_START, per_model=detects_per_model(config, suspects=suspects)
+        )
+        kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
+        self.coefficients = start / kept
+        self.optimisers = {
+            name: torch.optim.Adam(mask.logits.values(), fused=True) for name, mask in self.masks.items()
+        }
+        self._of_coefficients = torch.optim.Adam([self.coefficients])
+
+    def combined(self) -> dict[str, MaskProduct]:
+        """M = M1 o M2 by tensor at the masks' probabilities."""
+        return combined(self.masks)
+
+    def weights(self, *, in_step: bool = False) -> Weights:
+        """Merged weights by the masks as they are, see `MergedModel.weights`."""
+        return self.model.weights(self.combined(), self.coefficients, in_step=in_step)
+
+    def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
+        """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine.
+
+        Args:
+            merged: the masks with which `weights` were made.
+            weights: with the gradients that the tasks left there.
+            step: out of the setting `steps`.
+
+        Raises:
+            DamError: a gradient that is not finite.
+        """
+        config = self.config
+        slope = math.cos(math.pi * step / max(1, config.steps))
+        share = _SLOWEST + (1 - _SLOWEST) * 0.5 * (1 + slope)
+        rates = [(optimiser, config.mask_learning_rate) for optimiser in self.optimisers.values()]
+        for optimiser, rate in [*rates, (self._of_coefficients, config.coefficient_learning_rate)]:
+            for group in optimiser.param_groups:
+                group["lr"] = rate * share
+        self.coefficients.grad = torch.zeros_like(self.coefficients)
+        steps = LogitSteps(self.masks, self.optimisers, together=not self.model.blockwise)
+        num_parts = sum(max(1, mask.owners) for mask in self.masks.values())
+        for key, found in self.model.logit_gradients(
+            weights, merged, self.coefficients, self.coefficients.grad, range(num_parts),
+            whole=config.granularity == "tensor",
+        ):  # fmt: skip
+            steps.add(logits_of(self.masks, key), found)
+        steps.finish(step)
+        require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
+        self._of_coefficients.step()
+        self.coefficients.clamp_(0.0, config.max_coefficient)
+
+    def state(self, facts: dict[str, Any]) -> State:
+        """Everything that later steps depend on."""
+        state = mask_state(self.masks, self.optimisers, facts)
+        state.tensors |= {"coefficients": self.coefficients}
+        state.tensors |= adam_state(self._of_coefficients, "adam", ["coefficients"])
+        return state
