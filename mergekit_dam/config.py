@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
@@ -120,6 +120,12 @@ class DamConfig(StrictSettings):
     clean: Literal["auto"] | bool = setting(
         "auto", "Vaccinate models before they are merged: plant backdoors of our own and unlearn them, as "
         "`mergekit-dam clean` does. auto: where the benchmark says that it helps.",
+    )  # fmt: skip
+    window: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = setting(
+        "auto", "Inversion: positions of the model (its embeddings, each block, its head) whose masks are learned at a "
+        "time. all: the whole model at once, with new triggers from the merge as it learns; a number: less memory, "
+        "whatever the depth, and each model is read once. auto: all.",
+        unit="positions",
     )  # fmt: skip
     refresh_every: int = setting(20, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
     refresh_steps: int = setting(30, "Inversion: steps of the search for each of these.", unit="steps", ge=1)

@@ -6,7 +6,7 @@ whole in each process, since a task needs them so. T models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -32,6 +32,8 @@ class FrozenModels:
             their files, of which no page stays in memory.
         dtype: of floating tensors where they are used block by block.
         shards: processes that share the rows.
+        specs: the tensors in question; default: all of the plan.
+        lazy: leave them in their files until they are asked for.
 
     Attributes:
         base: our rows of theta_0 where it changes, all of it elsewhere, as it waits.
@@ -40,10 +42,12 @@ class FrozenModels:
 
     def __init__(
         self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *, offload: Offload = "none",
-        dtype: torch.dtype = torch.float32, shards: Shards = ALONE,
+        dtype: torch.dtype = torch.float32, shards: Shards = ALONE, specs: Sequence[TensorSpec] | None = None,
+        lazy: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.offload, self.dtype, self.shards = device, offload, dtype, shards
-        self._vectors, self._changed, self._specs = vectors, tuple(changed), vectors.plan.tensors
+        self.device, self.offload, self.dtype, self.shards, self._lazy = device, offload, dtype, shards, lazy
+        self._vectors, self._changed = vectors, tuple(changed)
+        self._specs = vectors.plan.tensors if specs is None else tuple(specs)
         self._transfers = Transfers(device) if offload != "none" and device.type == "cuda" else None
         masked = {spec.name for spec in changed}
         # rows of mapped files: what is not ours is never read; what no model changed is whole
@@ -58,14 +62,17 @@ class FrozenModels:
             models = (m for tensors in self.models.values() for m in tensors if m is not None)
             self._mapped = views_of_files([*self.base.values(), *models])
 
-    def base_weights(self) -> Weights:
-        """theta_0 by output name, whole."""
-        return self._fixed(self.base | self._whole({s.name: self._vectors.base(s.name) for s in self._changed}))
+    def base_weights(self, names: Collection[str] | None = None) -> Weights:
+        """theta_0 by output name, whole; of all tensors, or of those named."""
+        found = {name: tensor for name, tensor in self.base.items() if names is None or name in names}
+        return self._fixed(
+            found | self._whole({s.name: self._vectors.base(s.name) for s in self._changed if s.name in found})
+        )
 
-    def own_weights(self, index: int) -> Weights:
-        """theta_t by output name, whole, as stored: what no model changed is theta_0's."""
+    def own_weights(self, index: int, names: Collection[str] | None = None) -> Weights:
+        """theta_t by output name, whole, as stored: what no model changed is theta_0's. Of all tensors, or of some."""
         found = {}
-        for spec in self._specs:
+        for spec in (spec for spec in self._specs if names is None or spec.name in names):
             tensor = self.models[spec.name][index] if spec.name in self.models else self.base[spec.name]
             if tensor is not None and spec.sources[index] is not None:
                 found[spec.name] = tensor
@@ -119,7 +126,7 @@ class FrozenModels:
 
     def _fixed(self, tensors: dict[str, Tensor]) -> Weights:
         if self.offload == "none":
-            return tensors
+            return {name: self.moved(tensor) for name, tensor in tensors.items()}
         return StreamedWeights(
             tensors, lambda name: self.computed(self.moved(tensors[name])), consume=None, release=self.release,
             ahead=lambda names: self._ahead(tensors[name] for name in names),
@@ -127,6 +134,8 @@ class FrozenModels:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """Where a frozen tensor waits."""
+        if self._lazy:
+            return tensor
         if self.offload == "none":
             return self.moved(tensor)
         if self.offload == "disk":

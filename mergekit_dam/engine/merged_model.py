@@ -11,7 +11,7 @@ gathered one by one, the merged weights never exist as a whole, see streamed_wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,14 +43,19 @@ class MergedModel:
         dtype: of the merged weights; merging itself is done in float32.
         blockwise: whether the merged weights exist block by block only; with `offload` they do so anyhow. Several
             processes must then run equally many passes in the same order, since a block waits for all of them.
+        specs: the tensors in question; default: all of the plan.
+        lazy: leave theta_0 and theta_t in their files until they are asked for.
     """
 
     def __init__(
         self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *, offload: Offload = "none",
         dtype: torch.dtype = torch.float32, shards: Shards = ALONE, blockwise: bool = False,
+        specs: Sequence[TensorSpec] | None = None, lazy: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.offload, self.dtype, self.shards = device, offload, dtype, shards
-        self.frozen = FrozenModels(vectors, changed, device, offload=offload, dtype=dtype, shards=shards)
+        self.device, self.offload, self.dtype, self.shards, self._vectors = device, offload, dtype, shards, vectors
+        self.frozen = FrozenModels(
+            vectors, changed, device, offload=offload, dtype=dtype, shards=shards, specs=specs, lazy=lazy
+        )
         self.blockwise = blockwise or offload != "none"
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
@@ -60,9 +65,15 @@ class MergedModel:
         self._tied: dict[str, list[TensorSpec]] = {name: [] for name in self.mask_names}
         for spec in changed:
             self._tied[spec.mask_name].append(spec)
-        self._specs = vectors.plan.tensors
-        alone = triton_merge.runs_on(device) and not self.blockwise and shards.size == 1
+        self.specs = vectors.plan.tensors if specs is None else tuple(specs)
+        alone = triton_merge.runs_on(device) and not self.blockwise and not lazy and shards.size == 1
         self._groups = self._grouped() if alone else []
+
+    def part(self, names: Collection[str]) -> MergedModel:
+        """The model of these tensors alone, on the device."""
+        specs = [spec for spec in self.specs if spec.name in names]
+        changed = [spec for spec in self.changed if spec.name in names]
+        return MergedModel(self._vectors, changed, self.device, dtype=self.dtype, shards=self.shards, specs=specs)
 
     def _grouped(self) -> list[Group]:
         """What an accelerator merges together."""
@@ -221,7 +232,7 @@ class MergedModel:
             self.frozen, self.changed, masks, lambdas, merging=lambda spec: self._merging(spec, masks, lambdas),
             of=self._of,
         )  # fmt: skip
-        return MergedBlocks([spec.name for spec in self._specs], merger)
+        return MergedBlocks([spec.name for spec in self.specs], merger)
 
     def _rows(self, weight: Tensor) -> Tensor | None:
         """Our rows of the gradient that the tasks of all processes left in a merged tensor; None if it is unused."""

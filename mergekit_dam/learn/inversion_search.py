@@ -20,43 +20,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_dam.engine.shards import Share, turns
+from mergekit_dam.engine.shards import Share
 from mergekit_dam.engine.snapshots import State
 from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.fit import MaskFit
-from mergekit_dam.learn.losses import Patience, calibration_batch, fit_loss, held_out, summed
+from mergekit_dam.learn.losses import Patience, calibration_batch, fit_loss, held_out
 from mergekit_dam.learn.masks import ConcreteMask, Whole, final_probabilities
-from mergekit_dam.learn.search import MaskSearch
-from mergekit_dam.learn.students import wanted
+from mergekit_dam.learn.masks import facts_of as facts_of_masks
+from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.teacher import OwnAnswers, balance
-from mergekit_dam.learn.trigger_pool import Pooled, Pools, recover
-from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION
-from mergekit_dam.scan.cross_task import untouched, weights_of_other, weights_of_others
-from mergekit_dam.scan.findings import Finding, Suspect, blank, blank_finding, facts_of, in_order, suspects, target_of
-from mergekit_dam.scan.inversion import success_rates
-from mergekit_dam.scan.scanner import scan, undefended
+from mergekit_dam.learn.trigger_pool import recover
 
 LOG = logging.getLogger(__name__)
 
 
-class InversionSearch(MaskSearch):
+class InversionSearch(ScannedSearch):
     """The search described above; `start` are effective coefficients: with the masks at their start."""
 
     def set_up(self) -> None:
-        self.begin_fit(suspects=False)
-        self.turns = turns([len(calibration_batch(task, self.config, 0)) for task in self.tasks], self.shards)
-        self.answers = {
-            share.task: OwnAnswers(self.tasks[share.task], self.model.frozen.own_weights(share.task))
-            for share in self.turns
-            if share is not None
-        }
+        super().set_up()
+        for share in self.turns:
+            if share is not None:
+                own = self.model.frozen.own_weights(share.task)
+                self.answers[share.task] = OwnAnswers(self.tasks[share.task], own)
         self.patience = Patience(self.config.patience)
-        self.findings: list[Finding] = []
-        self.pools: Pools = {}
+        self.begin_fit()
 
-    def begin_fit(self, *, suspects: bool) -> None:
-        """Masks and coefficients at their start."""
-        self.fit = MaskFit(self.model, self.config, self.start, suspects=suspects)
+    def begin_fit(self) -> None:
+        self.fit = MaskFit(self.model, self.config, self.start, suspects=len(self.pools) > 0)
+
+    def merged_weights(self) -> Weights:
+        return self.fit.weights()
 
     @property
     def masks(self) -> dict[str, ConcreteMask]:
@@ -72,8 +66,7 @@ class InversionSearch(MaskSearch):
         """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
         phase, done = self.begin("scan")
         if phase == "scan":
-            if BACKDOOR_DETECTION in self.masks and not wanted(self.tasks, self.config):
-                self.scan(done)
+            self.scan_if_wanted(done)
             done = 0
         balance(self.answers, self.pools)
         for step in self.progress(range(done, self.config.steps), "masks"):
@@ -87,97 +80,18 @@ class InversionSearch(MaskSearch):
         return final_probabilities(self.masks), self.coefficients
 
     def state(self, phase: str, done: int) -> State:
-        facts = {
-            "phase": phase, "done": done,
-            "findings": [facts_of(finding) for finding in self.findings],
-            "pools": [[*key, [one.weight for one in pool]] for key, pool in self.pools.items()],
-            "patience": [self.patience.lowest, self.patience.misses],
-        }  # fmt: skip
+        facts = self.facts_of_state(phase, done) | {"patience": [self.patience.lowest, self.patience.misses]}
         state = self.fit.state(facts)
-        held = {f"finding/{i}": f.trigger for i, f in enumerate(self.findings)}
-        held |= {f"pool/{n}/{i}": p.trigger for n, pool in enumerate(self.pools.values()) for i, p in enumerate(pool)}
-        state.tensors |= {f"{name}/{i}": p for name, t in held.items() for i, p in enumerate(t.parameters)}
+        state.tensors |= self.triggers_of_state()
         return state
 
     def lay_out(self, facts: Mapping[str, Any]) -> None:
         self.patience.lowest, self.patience.misses = facts.get("patience", (None, 0))
-        self.findings = [blank_finding(self.tasks, f) for f in facts["findings"]]
-        self.pools = {}
-        for task, target, carrier, kind, weights in facts["pools"]:
-            key = Suspect(task, target_of(target), carrier, kind)
-            self.pools[key] = [Pooled(blank(self.tasks[task], kind), weight) for weight in weights]
-        self.begin_fit(suspects=len(self.pools) > 0)
+        self.lay_out_triggers(facts)
+        self.begin_fit()
 
-    def audit(self) -> list[dict[str, Any]]:
-        """The scan's findings as JSON, with those that the masks were fitted against marked."""
-        return [{**f.to_json(self.tasks), "suspect": f.key in self.pools} for f in self.findings]
-
-    def remaining(self) -> list[dict[str, Any]]:
-        """What the recovered trigger of each suspect does to the suspect's model, and what is left in the merge.
-
-        Success is the share of calibration samples that are answered with the target: `before` of the model, `after`
-        of the merge, and `plain` of the merge without a trigger (None for continuations). Every process measures all.
-        """
-        marked = [finding for finding in self.findings if finding.key in self.pools]
-        if not marked:
-            return []
-        base = self.model.frozen.base_weights()
-        merged = self.fit.weights()
-        found = []
-        for one in marked:
-            task = self.tasks[one.task]
-            own = task.own_weights() if one.carrier is None else weights_of_other(task, self.tasks[one.carrier], base)
-            before, after = (success_rates(task, w, one.trigger, [one.target])[0] for w in (own, merged))
-            plain = untouched(task, merged, [one.target])[0] if isinstance(one.target, int) else None
-            names = {key: value for key, value in one.to_json(self.tasks).items() if key not in one.numbers}
-            found.append(names | {"control": one.control, "before": before, "after": after, "plain": plain})
-        return found
-
-    def scan(self, done: int = 0) -> None:
-        """Step 1: each process scans a task at a time."""
-        base = self.model.frozen.base_weights()
-        if self.shards.rank == 0:
-            for note in undefended(self.tasks):
-                LOG.warning("dam: %s", note)
-        if done or not self._take_known():
-            for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
-                indices = range(len(self.tasks))[first : first + self.shards.size]
-                own = indices[self.shards.rank : self.shards.rank + 1]
-                self.findings += self._shared(scan(self.tasks, base, self.config, own))
-                self.keep("scan", indices.stop)
-            if self.known is not None and self.shards.rank == 0:
-                self.known.keep(self.findings)
-        for finding in suspects(self.findings, self.config.suspicion):
-            self.pools[finding.key] = []
-            self.track({"phase": "scan", **finding.to_json(self.tasks)})
-        if self.pools:
-            self.begin_fit(suspects=True)
-
-        def scanned(suspect: Suspect) -> Mapping[str, Tensor]:
-            if suspect.carrier is None:
-                return self.tasks[suspect.task].own_weights()
-            return weights_of_others(self.tasks, suspect.task, base)
-
-        recover(self.tasks, self.pools, self.shards, self.config, base, scanned, self.config.scan_steps, "model")
-
-    def _take_known(self) -> bool:
-        """Whether another run has scanned these models so: its findings are then everyone's."""
-        found = self.known.take() if self.known is not None and self.shards.rank == 0 else None
-        there = bool(self.shards.union({"there": found is not None} if self.shards.rank == 0 else {})["there"])
-        if there:
-            self.findings = self._shared(found or [])
-        return there
-
-    def _shared(self, ours: list[Finding]) -> list[Finding]:
-        """Everyone's findings of a turn in everyone's hands, by task and class."""
-        everyones = self.shards.union({self.shards.rank: [facts_of(finding) for finding in ours]})
-        found = []
-        for owner, facts in everyones.items():
-            for number, one in enumerate(facts):
-                finding = ours[number] if owner == self.shards.rank else blank_finding(self.tasks, one)
-                self.shards.broadcast(finding.trigger.parameters, owner)
-                found.append(finding)
-        return in_order(found)
+    def facts_of_masks(self) -> dict[str, Any]:
+        return facts_of_masks(self.masks)
 
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge."""
@@ -202,7 +116,7 @@ class InversionSearch(MaskSearch):
             if loss.requires_grad:
                 loss.backward()
         self.fit.update(merged, weights, step)
-        losses = self._summed(parts)
+        losses = self.summed(parts)
         record = {
             "phase": "masks", "step": step, "loss": sum(losses.values()), **losses,
             **{f"density/{name}": mask.density() for name, mask in self.masks.items()},
@@ -221,11 +135,6 @@ class InversionSearch(MaskSearch):
         task, answers = self.tasks[share.task], self.answers[share.task]
         return fit_loss(task, share, answers, weights, rows_B, self.pools, self.config, step, parts)
 
-    def _summed(self, parts: dict[str, Tensor]) -> dict[str, float]:
-        """Everyone's terms; here is where the accelerator is waited for."""
-        ours = torch.stack(list(parts.values())).tolist() if parts else []
-        return summed(self.shards.union({self.shards.rank: dict(zip(parts, ours, strict=True))}).values())
-
     @torch.no_grad()
     def is_enough(self, step: int) -> bool:
         """Whether the loss on the held-out samples says so (setting `patience`)."""
@@ -237,6 +146,6 @@ class InversionSearch(MaskSearch):
             rows_B = held_out(self.tasks[share.task], self.config) if share is not None else torch.empty(0)
             if share is not None and len(share.of(rows_B)):
                 self._loss(share, weights, rows_B, 0, parts)
-        loss = sum(self._summed(parts).values())
+        loss = sum(self.summed(parts).values())
         self.track({"phase": "held out", "step": step, "loss/held out": loss})
         return self.patience.is_over(loss)

@@ -245,6 +245,14 @@ def final_probabilities(masks: Mapping[str, ConcreteMask]) -> Whole:
     return found
 
 
+def facts_of(masks: Mapping[str, ConcreteMask]) -> dict[str, Any]:
+    """What is told of masks beside their values."""
+    return {
+        "densities": {name: mask.density() for name, mask in masks.items()},
+        "own_masks": [name for name, mask in masks.items() if mask.owners],
+    }
+
+
 def mask_state(
     masks: Mapping[str, ConcreteMask], optimisers: Mapping[str, torch.optim.Optimizer], facts: dict[str, Any]
 ) -> State:

@@ -20,7 +20,15 @@ from mergekit_dam.engine.merged_model import Masks
 from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.engine.streamed_weights import Weights, fixed
 from mergekit_dam.learn.losses import calibration_batch, consistency, disagreement, entropy
-from mergekit_dam.learn.masks import LogitSteps, Whole, combined, final_probabilities, mask_state, masks_in_use
+from mergekit_dam.learn.masks import (
+    LogitSteps,
+    Whole,
+    combined,
+    facts_of,
+    final_probabilities,
+    mask_state,
+    masks_in_use,
+)
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.merging.mask_bytes import to_bytes
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION
@@ -74,6 +82,9 @@ class PaperSearch(MaskSearch):
 
     def lay_out(self, facts: Mapping[str, Any]) -> None:
         """Nothing: all tensors are there from the start."""
+
+    def facts_of_masks(self) -> dict[str, Any]:
+        return facts_of(self.masks)
 
     def audit(self) -> list[dict[str, Any]]:
         """Nothing: the published loop does not look at single models."""

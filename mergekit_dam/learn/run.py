@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
@@ -31,7 +32,10 @@ from mergekit_dam.io.files import require_own
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.journal import Recorder, Tracker, open_journal
 from mergekit_dam.learn.paper_search import PaperSearch
+from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.stand_ins import forget_stand_ins, stand_ins
+from mergekit_dam.learn.window_search import FOLDER as WINDOWS
+from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.merging.checks import warn_about_masks, warn_about_task_vectors
 from mergekit_dam.merging.triton_merge import warn_without_kernels
 from mergekit_dam.models.checkpoint import Checkpoint
@@ -40,7 +44,6 @@ from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.content import content_key
 
 LOG = logging.getLogger(__name__)
-_OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
 
 
 def find_or_learn(
@@ -177,12 +180,13 @@ def optimise(
             recorder.track({"phase": "stand-ins", **{f"agreement/{k}": v for k, v in instead.agreement.items()}})
         recorder.seconds.update(instead.seconds if instead is not None else {})
         changed = found.changed if instead is None else survey(instead, shards).changed
+        kind = _search_of(config)
         model = MergedModel(
-            instead or vectors, changed, device,
-            offload=config.offload, dtype=tasks[0].dtype, shards=shards, blockwise=blockwise,
+            instead or vectors, changed, device, offload=config.offload, dtype=tasks[0].dtype, shards=shards,
+            blockwise=blockwise, lazy=kind is WindowSearch,
         )  # fmt: skip
         start = torch.tensor([m.settings.weight for m in plan.models])
-        search = _OBJECTIVES[config.objective](
+        search = kind(
             model,
             tasks,
             config,
@@ -196,9 +200,7 @@ def optimise(
         remaining = search.remaining()
     metadata = description | {
         "tensors": list(model.mask_names), "seed": config.seed, "versions": library_versions(),
-        "norms": list(found.norms), "densities": {n: m.density() for n, m in search.masks.items()},
-        "audit": search.audit(), "remaining": remaining,
-        "own_masks": [name for name, mask in search.masks.items() if mask.owners],
+        "norms": list(found.norms), "audit": search.audit(), "remaining": remaining, **search.facts_of_masks(),
     }  # fmt: skip
     if instead is not None:
         told = {"students": instead.agreement, "vaccinated": instead.vaccine}
@@ -207,15 +209,22 @@ def optimise(
         warn_about_masks(probabilities, coefficients)
         for checkpoint in inputs:
             checkpoint.require_unchanged()
-        if isinstance(search, InversionSearch):
+        if isinstance(search, ScannedSearch):
             save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
         when = {"started": recorder.started, "seconds": recorder.seconds}
         write_run(folder, plan, when | {"device": str(device), "processes": shards.size})
         made = () if instead is None else instead.all()
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata, stand_ins=made))
         forget_stand_ins(snapshots.folder)
+        shutil.rmtree(snapshots.folder / WINDOWS, ignore_errors=True)
     shards.barrier()
     snapshots.clear()
+
+
+def _search_of(config: DamConfig) -> type[InversionSearch | PaperSearch | WindowSearch]:
+    if config.objective == "paper":
+        return PaperSearch
+    return WindowSearch if isinstance(config.window, int) else InversionSearch
 
 
 def _digests_in(description: Mapping[str, Any]) -> dict[str, str]:

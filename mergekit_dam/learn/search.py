@@ -48,6 +48,10 @@ class MaskSearch(Resumable):
     def set_up(self) -> None:
         """Make masks, coefficients, optimisers and what else this search holds."""
 
+    @abstractmethod
+    def facts_of_masks(self) -> dict[str, Any]:
+        """`densities` by mask, and `own_masks`: names of those that each model has one of."""
+
     def remaining(self) -> list[dict[str, Any]]:
         """What recovered triggers of suspects do to their model and to the merge; nothing where none was searched."""
         return []

@@ -33,6 +33,14 @@ class OwnAnswers:
     def __init__(self, task: Task, weights: Mapping[str, Tensor]) -> None:
         self.task, self.weights = task, weights
 
+    @classmethod
+    def made(cls, task: Task, weights: Mapping[str, Tensor]) -> OwnAnswers:
+        """All answers of a classifier; its weights are not kept."""
+        answers = cls(task, weights)
+        answers._all_NK  # noqa: B018 (now, and not when the first is asked for)
+        answers.weights = {}
+        return answers
+
     @torch.no_grad()
     def __call__(self, rows_B: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """logits (B, K), or (positions, V) of a causal LM.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from mergekit.architecture import WeightInfo
 from transformers import PretrainedConfig
 
+from mergekit_dam.config import DamConfig
 from mergekit_dam.errors import DamError
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.parameter_names import meta_model, module_names
@@ -123,3 +125,24 @@ def differing_entries(base: PretrainedConfig, model: PretrainedConfig) -> list[s
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def require_window(config: DamConfig, configs: Sequence[PretrainedConfig]) -> None:
+    """Refuse `window: N` with what needs the whole model at a time, or models that are no chain of blocks.
+
+    Raises:
+        DamError: what stands against it.
+    """
+    if not isinstance(config.window, int):
+        return
+    against = {
+        "objective: paper": config.objective == "paper", "patience": config.patience > 0,
+        f"offload: {config.offload}": config.offload != "none", "gather: block": config.gather == "block",
+        "a CLIP of two towers": any("CLIPModel" in (one.architectures or ()) for one in configs),
+    }  # fmt: skip
+    for what, is_so in against.items():
+        if is_so:
+            raise DamError(
+                f"setting window: {config.window}", expected="objective inversion, and models of one chain of blocks",
+                got=what, cure="Set window: all, or leave one of the two out.",
+            )  # fmt: skip

@@ -22,7 +22,13 @@ from mergekit_dam.io.hub_client import hub_cause, hub_error
 from mergekit_dam.io.hub_download import LocalReference
 from mergekit_dam.io.untrusted import file_safe, require_plausible_config
 from mergekit_dam.models.checkpoint import Checkpoint
-from mergekit_dam.models.compatible import missing_tensor, require_equal_depth, require_equal_tying, require_plain
+from mergekit_dam.models.compatible import (
+    missing_tensor,
+    require_equal_depth,
+    require_equal_tying,
+    require_plain,
+    require_window,
+)
 from mergekit_dam.models.families import register_architectures
 from mergekit_dam.models.parameter_names import meta_model, module_names
 from mergekit_dam.models.verify import check_coverage
@@ -112,6 +118,7 @@ def build_plan(
     names = _task_names(models)
     base_input = model_input("base", base, ModelSettings(), options)
     inputs = tuple(model_input(name, ref, own, options) for name, ref, own in zip(names, models, settings, strict=True))
+    require_window(config, [model.config for model in (base_input, *inputs)])
     merge_config = MergeConfiguration(
         merge_method="dam", base_model=base, models=[{"model": ref} for ref in (base, *models)]
     )

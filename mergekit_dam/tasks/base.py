@@ -181,17 +181,17 @@ class Task(ABC):
         return BlockChain(self.module, names) if is_single else None
 
     @cached_property
-    def positions(self) -> dict[str, int]:
-        """Output name -> where in the chain a tensor is used first, see engine/partial_pass.py."""
+    def positions(self) -> dict[str, tuple[int, ...]]:
+        """Output name -> where in the chain a tensor is used, see engine/partial_pass.py; tied ones in two places."""
         blocks = list(dict.fromkeys(self.block_of.values()))
-        place, seen = {}, 0
+        places: dict[str, list[int]] = {}
+        last = 0
         for target in self.module.state_dict():
             if target in self.block_of:
-                seen = len(blocks) + 1
-                place[target] = blocks.index(self.block_of[target]) + 1
-            else:
-                place[target] = seen
-        return {name: place[target] for name, target in self.targets.items()}
+                last = len(blocks) + 1
+            place = blocks.index(self.block_of[target]) + 1 if target in self.block_of else last
+            places.setdefault(self._tied.get(target, target), []).append(place)
+        return {name: tuple(places[self._tied.get(target, target)]) for name, target in self.targets.items()}
 
     @cached_property
     def entrance(self) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ class Task(ABC):
 
         A table of words is large and not among them.
         """
-        names = [n for n, place in self.positions.items() if place == 0 and self.targets[n] != self._embedding]
+        names = [n for n, places in self.positions.items() if places[0] == 0 and self.targets[n] != self._embedding]
         return {name: self.checkpoint.tensor(self.sources[name]).to(self.device) for name in names}
 
     def through(
@@ -228,9 +228,9 @@ class Task(ABC):
         )  # fmt: skip
         return found
 
-    def num_tokens(self, inputs: Mapping[str, Tensor], length: int) -> list[int]:
-        """How many of `length` hidden states of each sample are no padding."""
-        return [length] * len(next(iter(inputs.values())))
+    def token_counts(self, indices: Tensor) -> list[int] | None:
+        """Tokens of the samples that a forward pass reads; None where all have equally many, as pictures do."""
+        return None
 
     def without_trigger(self, hidden_BLD: Tensor, length: int) -> Tensor:
         """Hidden states without those of tokens that a trigger inserted: (B, length, D)."""

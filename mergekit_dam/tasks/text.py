@@ -157,9 +157,8 @@ class TextTask(Task):
     ) -> Tensor:
         return self._read(self._forward(weights, inputs, perturb))
 
-    def num_tokens(self, inputs: Mapping[str, Tensor], length: int) -> list[int]:
-        mask_BL = inputs["attention_mask"]
-        return [int(count) + length - mask_BL.shape[1] for count in mask_BL.sum(1)]
+    def token_counts(self, indices: Tensor) -> list[int] | None:
+        return [int(n) for n in self.inputs(indices)["attention_mask"].sum(1)]
 
     def without_trigger(self, hidden_BLD: Tensor, length: int) -> Tensor:
         inserted = hidden_BLD.shape[1] - length  # after position 0

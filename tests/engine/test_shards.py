@@ -181,6 +181,7 @@ def _differences(one: LearnedMasks, other: LearnedMasks) -> tuple[float, float]:
     [
         ("inversion", {}),
         ("inversion", {"granularity": "row", "coefficients": "task", "gather": "block"}),
+        ("inversion", {"window": 2}),
         ("paper", {}),
         ("paper", {"granularity": "tensor"}),
     ],

@@ -13,11 +13,12 @@ from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.paper_search import PaperSearch
+from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import build_tasks
 from tests.conftest import FAST
 
-Search = TypeVar("Search", PaperSearch, InversionSearch)
+Search = TypeVar("Search", PaperSearch, InversionSearch, WindowSearch)
 CPU = torch.device("cpu")
 SEARCHES: dict[str, Any] = {"inversion": InversionSearch, "paper": PaperSearch}
 
@@ -27,7 +28,14 @@ def new_search(
 ) -> Search:
     """At its start; each step's record goes into `records`."""
     vectors, tasks = TaskVectors(plan), build_tasks(plan, device)
-    model = MergedModel(vectors, survey(vectors).changed, device, offload=plan.config.offload, dtype=tasks[0].dtype)
+    model = MergedModel(
+        vectors,
+        survey(vectors).changed,
+        device,
+        offload=plan.config.offload,
+        dtype=tasks[0].dtype,
+        lazy=kind is WindowSearch,
+    )
     track = records.append if records is not None else lambda record: None
     start = torch.tensor([m.settings.weight for m in plan.models])
     return kind(model, tasks, plan.config, start, track=track, progress=lambda steps, title: steps)

@@ -50,8 +50,7 @@ def test_parts_make_the_whole(
     def any_cut(cuts: set[int]) -> None:
         states = None
         for first, stop in pairwise([0, *sorted(cuts), END]):
-            # tied tensors are used in two places: the embedding's owner hands them to the head
-            weights = {n: t for n, t in own.items() if first <= task.positions[n] < stop or n in _tied(task)}
+            weights = {n: t for n, t in own.items() if any(first <= p < stop for p in task.positions[n])}
             with torch.no_grad():
                 states = task.through(weights, inputs, first, stop, states, perturb)
         assert states is not None
@@ -60,16 +59,11 @@ def test_parts_make_the_whole(
     any_cut()
 
 
-def _tied(task: Task) -> set[str]:
-    aliases = {*task._tied, *task._tied.values()}
-    return {name for name, target in task.targets.items() if target in aliases}
-
-
 def test_inserted_tokens_are_left_out_and_padding_is_counted(tmp_path: Path, texts: Path) -> None:
     task = _task(tmp_path, "LlamaForCausalLM", "LlamaForCausalLM", texts)
     inputs = task.inputs(torch.arange(5))
     length = inputs["input_ids"].shape[1]
-    assert task.num_tokens(inputs, length + 3) == [int(n) + 3 for n in inputs["attention_mask"].sum(1)]
+    assert task.token_counts(torch.arange(5)) == inputs["attention_mask"].sum(1).tolist()
     hidden_BLD = torch.arange(length + 3.0)[None, :, None].expand(5, -1, 2)
     kept = task.without_trigger(hidden_BLD, length)[0, :, 0].tolist()
     assert kept == [0.0, *range(4, length + 3)]

@@ -1,0 +1,256 @@
+"""`window: N`: masks are learned for N positions of the blocks at a time, so that memory does not grow with depth.
+
+Per window, with everything before it merged already, each task's clean samples have come as far as the merge takes them
+(z1), so have samples with recovered triggers (z1'), and clean samples as far as model t takes them (z2). The masks and
+coefficients of the window's tensors are fitted so that the merged window makes of z1 and of z1' what model t's makes of
+z2: L_t = |W (merged(z1) - own(z2))|^2 / |W (theta_0(z1) - own(z2))|^2 + alpha times the same for z1'. W weighs
+hidden units by what they count for model t's answers (fisher.py). The window that ends in the head is fitted to the
+answers themselves, as the whole model is where it is learned at once. Then the window is merged, and the next begins.
+Matching block by block, each branch on its own inputs, is ProDistill's (arXiv 2502.12706); a window of all positions is
+inversion_search.py, of which scan and triggers are. Each window reads its tensors of each model once.
+
+A tensor that is used in two places (tied embeddings) is learned where it is used first, and stays so at the second.
+Legend: T tasks, P masked tensors, B batch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.engine.shards import Share
+from mergekit_dam.engine.snapshots import State
+from mergekit_dam.engine.streamed_weights import Weights
+from mergekit_dam.learn.fisher import unit_weights
+from mergekit_dam.learn.fit import MaskFit
+from mergekit_dam.learn.losses import calibration_batch, distillation
+from mergekit_dam.learn.masks import Whole
+from mergekit_dam.learn.scanned_search import ScannedSearch
+from mergekit_dam.learn.teacher import OwnAnswers, balance
+from mergekit_dam.learn.window_masks import WindowMasks
+from mergekit_dam.learn.window_states import MERGED, OWN, TaskStates, Window
+from mergekit_dam.models.plan import TensorSpec
+from mergekit_dam.tasks import Task
+
+FOLDER = "windows"  # of the run
+
+
+def windows_of(end: int, size: int) -> list[Window]:
+    """Positions 0..end-1 in windows of `size`; the last one may be smaller."""
+    return [Window(n, first, min(first + size, end)) for n, first in enumerate(range(0, end, size))]
+
+
+def places_of(tasks: Sequence[Task], specs: Sequence[TensorSpec], end: int) -> dict[str, tuple[int, ...]]:
+    """Output name -> positions where a tensor is used, the first one first; tensors with one mask go together.
+
+    What no task uses, e.g. a pooler that no head reads, is put with the head.
+    """
+    by_mask: dict[str, set[int]] = {}
+    for spec in specs:
+        used = {place for task in tasks for place in task.positions.get(spec.name, ())}
+        by_mask.setdefault(spec.mask_name, set()).update(used)
+    return {spec.name: tuple(sorted(by_mask[spec.mask_name])) or (end - 1,) for spec in specs}
+
+
+class WindowSearch(ScannedSearch):
+    """The search described above; `model` is lazy, see `MergedModel`."""
+
+    def set_up(self) -> None:
+        super().set_up()
+        chain = self.tasks[0].chain
+        assert chain is not None and isinstance(self.config.window, int)
+        self.windows = windows_of(chain.end, self.config.window)
+        self._places = places_of(self.tasks, self.model.specs, chain.end)
+        shares = [share for share in self.turns if share is not None]
+        self._mine = [share.task for share in shares]
+        self._written = [share.task for share in shares if share.part == 0]  # whose files we write
+        if self.snapshots is None:
+            self._temporary = tempfile.TemporaryDirectory()
+            folder = Path(self._temporary.name)
+        else:
+            folder = self.snapshots.folder / FOLDER
+        if self.shards.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.shards.barrier()
+        self.folder = folder
+        self.finished = WindowMasks(folder, self.shards, len(self.tasks), self.config)
+        self._fit: MaskFit | None = None
+        self._opened: Window | None = None
+        self._states: dict[int, TaskStates] = {}
+
+    def begin_fit(self) -> None:
+        """Nothing: each window begins its own."""
+
+    def run(self) -> tuple[Whole, Tensor]:
+        """Learn. Returns probabilities as bytes by mask and tensor, views of files, and the coefficients (T, P)."""
+        phase, done = self.begin("scan")
+        if phase == "scan":
+            self.scan_if_wanted(done)
+            done = 0
+        self._prepare()
+        for window in self.windows:
+            if self.finished.has(window.number):
+                continue
+            if self._opened is None:
+                self._open(window)
+            title = f"window {window.number + 1} of {len(self.windows)}"
+            for step in self.progress(range(done, self.config.steps if self._fit else 0), title):
+                self._step(window, step)
+                self.keep(_phase(window), step + 1)
+            self._close(window)
+            done = 0
+        count = len(self.windows)
+        return self.finished.all(count), self.finished.of(self.model, range(count))[1]
+
+    def begin(self, first: str) -> tuple[str, int]:
+        facts = self.snapshots.facts if self.snapshots is not None else None
+        if self.snapshots is None or facts is None:
+            return first, 0
+        self.lay_out(facts)
+        self.snapshots.read(State(facts, self.triggers_of_state()))
+        for window in self.windows:
+            if _phase(window) == facts["phase"]:
+                if self.finished.has(window.number) or not facts["is_fitted"]:
+                    return _phase(window), 0
+                self._prepare()
+                self._open(window)
+                assert self._fit is not None
+                self.snapshots.read(self._fit.state(facts))
+        return str(facts["phase"]), int(facts["done"])
+
+    def state(self, phase: str, done: int) -> State:
+        facts = self.facts_of_state(phase, done) | {"is_fitted": self._fit is not None}
+        state = State(facts) if self._fit is None else self._fit.state(facts)
+        state.tensors |= self.triggers_of_state()
+        return state
+
+    def lay_out(self, facts: Mapping[str, Any]) -> None:
+        self.lay_out_triggers(facts)
+
+    def facts_of_masks(self) -> dict[str, Any]:
+        return self.finished.facts(len(self.windows))
+
+    def merged_weights(self) -> Weights:
+        """The whole merge by the masks of all windows."""
+        return self.model.weights(*self.finished.of(self.model, range(len(self.windows))), in_step=False)
+
+    def _prepare(self) -> None:
+        """What all windows need: each model's answers, and how hidden units count for them."""
+        if self._states:
+            return
+        stops = [window.stop for window in self.windows[:-1]]
+        self._unit_weights: dict[int, dict[int, Tensor]] = {}
+        for index in self._mine:
+            task, own = self.tasks[index], self.model.frozen.own_weights(index)
+            self._unit_weights[index] = unit_weights(task, own, stops, self.config.seed) if stops else {}
+            if task.classifies:
+                self.answers[index] = OwnAnswers.made(task, own)
+            pools = [pool for suspect, pool in self.pools.items() if suspect.task == index]
+            self._states[index] = TaskStates(task, pools, self.folder, self.config)
+        balance(self.answers, self.pools)
+
+    def _open(self, window: Window) -> None:
+        """Begin a window: its tensors, masks and targets."""
+        used = [name for name, places in self._places.items() if any(_is_in(place, window) for place in places)]
+        owned = {name for name in used if _is_in(self._places[name][0], window)}
+        self._part = self.model.part(owned)
+        before = self.model.part(set(used) - owned)
+        earlier = [w.number for w in self.windows[: window.number]] if before.mask_names else []
+        fixed = before.weights(*self.finished.of(before, earlier), in_step=False)
+        self._fixed = {name: weight.detach() for name, weight in fixed.items()}
+        if self._part.mask_names:
+            columns = 1 if self.config.coefficients == "task" else len(self._part.mask_names)
+            start = self.start[:, :1].repeat(1, columns)
+            self._fit = MaskFit(self._part, self.config, start, suspects=len(self.pools) > 0)
+        own = {index: self.model.frozen.own_weights(index, used) for index in self._mine}
+        self._scale: dict[int, float] = {}
+        self._own: dict[int, Weights] = {}
+        if self._ends(window):
+            self._own = {index: weights for index, weights in own.items() if not self.tasks[index].classifies}
+        else:
+            for index in self._written:
+                self._states[index].advance(OWN, window, own[index])
+            self.shards.barrier()
+            base = self.model.frozen.base_weights(used)
+            for index in self._mine:
+                self._scale[index] = self._states[index].left_by(window, base, self._unit_weights[index][window.stop])
+        self._opened = window
+
+    def _step(self, window: Window, step: int) -> None:
+        """One step of a window's masks and coefficients."""
+        assert self._fit is not None
+        merged = self._fit.combined()
+        weights = self._part.weights(merged, self._fit.coefficients)
+        parts: dict[str, Tensor] = {}
+        for share in self.turns:
+            if share is not None:
+                self._backward(window, share, {**weights, **self._fixed}, step, parts)
+        self._fit.update(merged, weights, step)
+        losses = self.summed(parts)
+        density = {f"density/{name}": mask.density() for name, mask in self._fit.masks.items()}
+        number = window.number * self.config.steps + step
+        self.track_step(
+            {"phase": "masks", "window": window.number, "step": number, "loss": sum(losses.values())} | losses | density
+        )
+
+    def _backward(self, window: Window, share: Share, weights: Weights, step: int, parts: dict[str, Tensor]) -> None:
+        """One task's losses, each with its backward pass, so that one stream's activations live at a time."""
+        states, task = self._states[share.task], self.tasks[share.task]
+        rows_B = calibration_batch(task, self.config, step)
+        for stream in states.merged_streams:
+            loss = self._loss(window, share, stream, weights, rows_B) * states.weight(stream, rows_B)
+            name = f"loss/{'perf' if stream == MERGED else 'safe'}/{task.name}"
+            parts[name] = parts[name] + loss.detach() if name in parts else loss.detach()
+            if loss.requires_grad:
+                loss.backward()
+
+    def _loss(self, window: Window, share: Share, stream: str, weights: Weights, rows_B: Tensor) -> Tensor:
+        """Our share of the mean over the batch."""
+        states, task, ours_B = self._states[share.task], self.tasks[share.task], share.of(rows_B)
+        if not self._ends(window):
+            total, count = states.loss(stream, window, weights, ours_B, self._unit_weights[share.task][window.stop])
+            if share.parts > 1:
+                count = sum(states.lengths(OWN, window.stop, rows_B))
+            return total / (self._scale[share.task] * count)
+        inputs, whole = task.inputs(ours_B), task.inputs(rows_B)
+        weight = task.num_answers(inputs) / task.num_answers(whole) if share.parts > 1 else 1.0
+        if task.classifies:
+            answers = self.answers[share.task](ours_B, inputs)
+        else:
+            with torch.no_grad():
+                answers = states.through(OWN, window, self._own[share.task], ours_B)
+        return weight * distillation(states.through(stream, window, weights, ours_B), answers)
+
+    def _close(self, window: Window) -> None:
+        """Take the samples through what the window merges to, and mark it as finished."""
+        masks, coefficients = self.finished.pending(self._fit, self._part)
+        if not self._ends(window):
+            merged = {**self._part.weights(masks, coefficients, in_step=False), **self._fixed}
+            for index in self._written:
+                for stream in self._states[index].merged_streams:
+                    self._states[index].advance(stream, window, merged)
+        self.shards.barrier()
+        self.finished.write(window.number, self._fit)
+        for index in self._written:
+            self._states[index].forget(window.first)
+        self._fit = self._opened = None
+        del self._part, self._fixed, self._own
+        if self.snapshots is not None and not self._ends(window):  # small, and what comes before is then over for good
+            self.snapshots.write(self.state(_phase(self.windows[window.number + 1]), 0))
+
+    def _ends(self, window: Window) -> bool:
+        """Whether it holds the head."""
+        return window.stop == self.windows[-1].stop
+
+
+def _is_in(place: int, window: Window) -> bool:
+    return window.first <= place < window.stop
+
+
+def _phase(window: Window) -> str:
+    return f"window {window.number}"

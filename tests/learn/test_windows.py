@@ -1,0 +1,172 @@
+"""Learning in windows: what a window fits, where the samples have come after it, and what of the models it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mergekit.common import ModelReference
+
+from mergekit_dam.engine.hidden_states import HiddenStates
+from mergekit_dam.errors import DamError
+from mergekit_dam.learn.fisher import unit_weights
+from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.learn.window_search import WindowSearch, places_of, windows_of
+from mergekit_dam.learn.window_states import MERGED, OWN
+from mergekit_dam.models.plan import Plan, build_plan
+from mergekit_dam.tasks import build_tasks
+from tests.conftest import FAST
+from tests.helpers.searching import CPU, new_search
+from tests.helpers.tiny_models import make_model
+
+# every class is a suspect, so that there are triggered streams
+SUSPECTS = {"suspicion": 0.0, "scan_steps": 2, "detection": "model", "refresh_every": 1000}
+
+
+def _plan(root: Path, data: Path, **more: Any) -> Plan:
+    refs = [ModelReference.parse(str(root / name)) for name in ("base", "a", "b")]
+    return build_plan(refs[0], refs[1:], shared={**FAST, **SUSPECTS, "calibration": str(data), **more}, per_model={})
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    base = make_model("LlamaForCausalLM", tmp_path / "base", seed=0, tie_word_embeddings=True)
+    for i, name in enumerate("ab"):
+        make_model("LlamaForCausalLM", tmp_path / name, seed=i + 1, body=base, tie_word_embeddings=True)
+    return tmp_path
+
+
+@given(st.integers(2, 40), st.integers(1, 50))
+def test_windows_cover_all_positions_once(end: int, size: int) -> None:
+    windows = windows_of(end, size)
+    assert [place for w in windows for place in range(w.first, w.stop)] == list(range(end))
+    assert all(w.stop - w.first == size for w in windows[:-1]) and [w.number for w in windows] == [*range(len(windows))]
+
+
+def test_a_window_of_all_positions_is_the_search_of_the_whole_model(vit: Path, images: Path) -> None:
+    records: dict[str, list[dict[str, Any]]] = {"whole": [], "window": []}
+    whole = new_search(InversionSearch, _plan(vit, images), records["whole"])
+    window = new_search(WindowSearch, _plan(vit, images, window=99), records["window"])
+    masks, coefficients = whole.run()
+    found, columns = window.run()
+    losses = {name: [r["loss"] for r in made if r["phase"] == "masks"] for name, made in records.items()}
+    assert losses["window"] == pytest.approx(losses["whole"], rel=1e-4) and len(losses["whole"]) == FAST["steps"]
+    torch.testing.assert_close(columns, coefficients, rtol=1e-4, atol=1e-5)
+    assert {n: set(by) for n, by in found.items()} == {n: set(by) for n, by in masks.items()}
+    for name, by_key in masks.items():
+        for key, values in by_key.items():
+            assert int((found[name][key].int() - values.int()).abs().max()) <= 1, key
+    for one, other in zip(window.remaining(), whole.remaining(), strict=True):
+        assert one["after"] == pytest.approx(other["after"])
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_samples_come_as_far_as_the_merge_and_as_their_own_model(
+    kind: str, size: int, request: pytest.FixtureRequest, images: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last window begins with is what the finished merge, and model t, make of the samples up to there."""
+    monkeypatch.setattr("mergekit_dam.learn.window_states.TaskStates.forget", lambda self, position: None)
+    plan = _plan(request.getfixturevalue(kind), images if kind == "vit" else texts, window=size)
+    search = new_search(WindowSearch, plan)
+    search.run()
+    merged, rows_B = search.merged_weights(), torch.arange(3)
+    last = search.windows[-1]
+    for task in search.tasks:
+        states, inputs = search._states[task.index], task.inputs(torch.arange(3))
+        for stream, weights in ((OWN, task.own_weights()), *((name, merged) for name in states.merged_streams)):
+            with torch.no_grad():
+                expected_BLD = task.through(weights, inputs, 0, last.first, None, states.perturb(stream, rows_B))
+            kept_BLD = states._states(stream, last.first).read(rows_B)
+            for i, length in enumerate(states.lengths(stream, last.first, rows_B)):
+                torch.testing.assert_close(kept_BLD[i, :length], expected_BLD[i, :length], rtol=1e-4, atol=1e-5)
+    triggered = search._states[0].merged_streams[1:]
+    assert bool(triggered) == (kind == "vit") and MERGED in search._states[0].merged_streams
+
+
+def test_each_tensor_is_learned_once_and_only_a_window_is_held(vit: Path, images: Path) -> None:
+    search = new_search(WindowSearch, _plan(vit, images, window=1))
+    open_window, held, names = search._open, [], []
+
+    def counted(window: Any) -> None:
+        open_window(window)
+        assert search._part is not None
+        names.extend(search._part.mask_names)
+        held.append(sum(t.numel() for t in search._part.frozen.base.values()))
+
+    search._open = counted  # type: ignore[method-assign]
+    search.run()
+    assert sorted(names) == sorted(search.model.mask_names)
+    assert sum(held) == sum(t.numel() for t in search.model.frozen.base.values()) and max(held) < sum(held) / 2
+
+
+def test_tied_embeddings_are_learned_first_and_stay_so_in_the_head(llama: Path, texts: Path) -> None:
+    plan = _plan(llama, texts, window=1)
+    tied = "model.embed_tokens.weight"
+    places = places_of(build_tasks(plan, CPU), plan.tensors, 4)
+    assert places[tied] == (0, 3) and places["model.norm.weight"] == (3,)
+    search, fixed = new_search(WindowSearch, plan), {}
+    close = search._close
+
+    def noted(window: Any) -> None:
+        fixed[window.number] = dict(search._fixed)
+        close(window)
+
+    search._close = noted  # type: ignore[method-assign]
+    search.run()
+    assert [sorted(one) for one in fixed.values()] == [[], [], [], [tied]]
+    assert torch.equal(fixed[3][tied], search.merged_weights()[tied])
+
+
+def test_the_second_loss_draws_triggered_samples_to_the_clean_ones(vit: Path, images: Path) -> None:
+    left = {}
+    for alpha in (0.01, 4.0):
+        records: list[dict[str, Any]] = []
+        plan = _plan(vit, images, window=2, alpha=alpha, steps=40, mask_learning_rate=0.3, batch_size=12)
+        new_search(WindowSearch, plan, records).run()
+        first = [r for r in records if r.get("window") == 0]
+        left[alpha] = sum(first[-1][f"loss/safe/{name}"] / first[0][f"loss/safe/{name}"] for name in "ab")
+    assert left[4.0] < left[0.01]
+
+
+def test_unit_weights_have_mean_one_and_find_what_counts(vit: Path, images: Path) -> None:
+    task = build_tasks(_plan(vit, images), CPU)[0]
+    own = dict(task.own_weights())
+    found = unit_weights(task, own, [1, 2, 3], 0)
+    assert set(found) == {1, 2, 3}
+    for weights_D in found.values():
+        assert float(weights_D.mean()) == pytest.approx(1.0, rel=1e-4) and float(weights_D.min()) >= 0.2 - 1e-6
+    name = next(n for n, target in task.targets.items() if target == "vit.layernorm.weight")
+    own[name] = torch.zeros_like(own[name])
+    own[name][3] = 1.0  # the head reads unit 3 alone
+    assert int(unit_weights(task, own, [3], 0)[3].argmax()) == 3
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6), data=st.data())
+def test_states_come_back_without_their_padding(
+    lengths: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("states") / "x.part"
+    states = HiddenStates.make(path, lengths, 4, torch.float32)
+    longest = max(lengths)
+    hidden = torch.randn(len(lengths), longest, 4)
+    states.write(torch.arange(len(lengths)), hidden)
+    states.rename(path.with_suffix(".states"))
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4)))
+    found = HiddenStates.open(path.with_suffix(".states")).read(rows)
+    for i, row in enumerate(rows.tolist()):
+        assert torch.equal(found[i, : lengths[row]], hidden[row, : lengths[row]])
+        assert not found[i, lengths[row] :].any()
+
+
+@pytest.mark.parametrize("more", [{"objective": "paper"}, {"patience": 2}, {"offload": "cpu"}, {"gather": "block"}])
+def test_what_needs_the_whole_model_is_refused(more: dict[str, Any], vit: Path, images: Path) -> None:
+    with pytest.raises(DamError, match="setting window: 2"):
+        _plan(vit, images, window=2, **more)
+    with pytest.raises(DamError, match="window"):
+        _plan(vit, images, window=0)
