@@ -64,7 +64,9 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
         for name, tensor in made.items():
             if written.get(name) != tuple(tensor.shape):
                 raise refuse(f"what stands in for {name}", written.get(name, "no such tensor"), tuple(tensor.shape))
-    for key in sorted(plan.config.model_fields_set - NOT_LEARNED - BY_CONTENT):
+    # `window: auto` is what the machine decides: it asks for none
+    free = {"window"} if plan.config.window == "auto" else set()
+    for key in sorted(plan.config.model_fields_set - NOT_LEARNED - BY_CONTENT - free):
         if recorded["settings"].get(key) != getattr(plan.config, key):
             raise refuse(f"setting {key}", recorded["settings"].get(key), getattr(plan.config, key))
 

@@ -34,6 +34,7 @@ NOT_SCANNED = frozenset(
         "granularity", "initial_logit", "mask", "mask_learning_rate", "max_coefficient", "objective", "patience",
         "perturbation_learning_rate", "refresh_every", "refresh_steps", "rescale", "steps", "student_batch_size",
         "clean", "student_learning_rate", "student_steps", "student_words", "temperature", "weight",
+        "window",
     }
 )  # fmt: skip
 

@@ -19,6 +19,8 @@ from mergekit_dam.config import DamConfig, ModelSettings
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn.estimate import Estimate, estimate, measured_speed
+from mergekit_dam.learn.run import num_processes
+from mergekit_dam.learn.window_size import with_window
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.recipe import planned
 from mergekit_dam.tasks.preflight import preflight
@@ -74,7 +76,14 @@ def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     device = device_of(plan.config.device)
     lengths = [entry["tokens"] for entry in models.values() if "tokens" in entry]
     tokens = max(lengths) if len(lengths) == len(models) else None  # own texts of a causal LM are of full length
-    guess = estimate(plan, speed=measured_speed(plan, device, tokens), tokens=tokens)
+    learned = with_window(plan, device if num_processes(plan.config) == 1 else None)
+    if learned.config.window not in ("all", plan.config.window):
+        warnings.append(
+            "the masks of the whole model do not fit the memory that is free: they are learned "
+            f"{learned.config.window} of its blocks at a time, which costs some accuracy and leaves more of a backdoor "
+            "(docs/windows.md)"
+        )
+    guess = estimate(learned, speed=measured_speed(plan, device, tokens), tokens=tokens)
     assert guess.seconds is not None, "the speed is known"
     size = 2**20
     return {
@@ -82,7 +91,7 @@ def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
         "base": str(plan.base.ref), "models": models, "tensors": len(plan.tensors),
         "parameters": sum(math.prod(spec.shape) for spec in plan.tensors),
         "estimate": {
-            "device": str(device),
+            "device": str(device), "window": learned.config.window,
             "memory MiB": {part: round(amount / size, 1) for part, amount in guess.memory_bytes.items()},
             "memory MiB in all": round(sum(guess.memory_bytes.values()) / size, 1),
             "seconds": [float(f"{bound:.2g}") for bound in guess.seconds],

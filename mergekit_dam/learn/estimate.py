@@ -6,8 +6,9 @@ Legend: T models, P merged parameters, B batch, L tokens per sample, D width, K 
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,13 +19,15 @@ from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.stand_ins import vaccinated
 from mergekit_dam.learn.students import wanted
 from mergekit_dam.merging.mask_keys import mask_shape
-from mergekit_dam.models.plan import Plan
+from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.scan.inversion import CHECKED
 from mergekit_dam.tasks import family_of
 from mergekit_dam.vaccine.settings import VaccineSettings, resolved_for
 
 _WIDTH = ("hidden_size", "dim", "n_embd")
 _HEADS = ("num_attention_heads", "n_heads", "n_head")
+# parts that are views of files on the CPU
+MAPPED = ("base and models, mapped files on the CPU", "one whole model, for its answers and its scan")
 _FLOAT = 4  # bytes; learning is done in float32
 _STATES = 4  # per mask logit: itself, its gradient, two moments of Adam
 _SPREAD = (0.6, 1.75)  # a run's time against the estimate, within a factor of 3
@@ -86,17 +89,24 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
     num_classes = max(_classes(model.config) for model in plan.models)
     taught = wanted([family_of(plan)], config)
     scans = config.objective == "inversion" and config.mask != "m1" and num_classes > 0 and not taught
+    activations = _activation_bytes(plan.base.config, length)
+    layers = _layers(plan.base.config)
+    share, at_once, fitted = 1.0, config.batch_size, activations
+    if isinstance(config.window, int):  # what is fitted at a time; models stay in their files
+        share = largest_window(floating, layers, config.window) / parameters
+        fitted = activations * min(layers, config.window) // layers
     at_once = max(
-        config.batch_size, config.scan_batch_size * num_classes if scans else 0,
-        config.student_batch_size if taught else 0,
+        config.scan_batch_size * num_classes if scans else 0, config.student_batch_size if taught else 0
     )  # fmt: skip
     memory = {
-        "base and models, mapped files on the CPU": (num_models + 1) * stored,
-        "masks with gradients and moments": masks * _STATES * entries * _FLOAT,
-        "samples of the masks": (masks + 1) * entries * _FLOAT,
-        "merged weights with gradients": 2 * parameters * _FLOAT,
-        "activations": at_once * _activation_bytes(plan.base.config, length),
+        MAPPED[0]: int(share * (num_models + 1) * stored),
+        "masks with gradients and moments": int(share * masks * _STATES * entries * _FLOAT),
+        "samples of the masks": int(share * (masks + 1) * entries * _FLOAT),
+        "merged weights with gradients": int(share * 2 * parameters * _FLOAT),
+        "activations": max(config.batch_size * fitted, at_once * activations),
     }
+    if isinstance(config.window, int):
+        memory[MAPPED[1]] = stored
     calls, passes = _work(plan, num_classes if scans else 0)
     if taught:
         memory["a student with gradients and moments"] = _STATES * parameters * _FLOAT
@@ -122,6 +132,25 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
     return Estimate(memory, passes, calls, seconds)
 
 
+def largest_window(specs: Sequence[TensorSpec], layers: int, size: int) -> int:
+    """Parameters of the largest window of `size` positions: what is before the blocks, each block, what follows.
+
+    Args:
+        specs: in the order in which a model uses them.
+        layers: how many blocks there are.
+    """
+    sizes = [0] * (layers + 2)
+    place = 0
+    for spec in specs:
+        number = re.search(r"\.(\d+)\.", spec.name)
+        if number is not None:
+            place = min(layers, int(number[1]) + 1)
+        elif place > 0:
+            place = layers + 1
+        sizes[place] += math.prod(spec.shape)
+    return max(sum(sizes[first : first + size]) for first in range(0, len(sizes), size))
+
+
 def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
     """Calls of a model, and samples through it; a backward pass counts as one more (inputs) or two (weights)."""
     config, num_models = plan.config, len(plan.models)
@@ -131,6 +160,8 @@ def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
     # the model's own answers, the merge's, and those under one suspect's trigger
     calls = num_models * config.steps * (7 if num_classes else 4)
     passes = calls * config.batch_size
+    if isinstance(config.window, int):  # a step goes through one window, and samples through all of them three times
+        passes += 3 * num_models * config.num_samples
     if num_classes:
         found = [_search(plan, num_classes), _search(plan, num_classes, styles=True)]
         found += [_search(plan, num_classes)] if config.scan_others and num_models > 1 else []

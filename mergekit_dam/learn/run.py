@@ -36,6 +36,7 @@ from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.stand_ins import forget_stand_ins, stand_ins
 from mergekit_dam.learn.window_search import FOLDER as WINDOWS
 from mergekit_dam.learn.window_search import WindowSearch
+from mergekit_dam.learn.window_size import with_window
 from mergekit_dam.merging.checks import warn_about_masks, warn_about_task_vectors
 from mergekit_dam.merging.triton_merge import warn_without_kernels
 from mergekit_dam.models.checkpoint import Checkpoint
@@ -76,6 +77,7 @@ def find_or_learn(
     count = num_processes(plan.config) if shards.size == 1 else 1
     # a parent of workers only reads the data: it must not open the accelerators that they will use
     place = CPU if count > 1 else device or device_of(plan.config.device)
+    plan = with_window(plan, place if count == shards.size == 1 else None)
     tasks = build_tasks(plan, place)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
     folder = cache_folder() / content_key(plan, tasks, digests)

@@ -127,6 +127,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def is_chain(config: PretrainedConfig) -> bool:
+    """Whether a model is one chain of blocks; a full CLIP has two towers."""
+    return "CLIPModel" not in (config.architectures or ())
+
+
 def require_window(config: DamConfig, configs: Sequence[PretrainedConfig]) -> None:
     """Refuse `window: N` with what needs the whole model at a time, or models that are no chain of blocks.
 
@@ -138,7 +143,7 @@ def require_window(config: DamConfig, configs: Sequence[PretrainedConfig]) -> No
     against = {
         "objective: paper": config.objective == "paper", "patience": config.patience > 0,
         f"offload: {config.offload}": config.offload != "none", "gather: block": config.gather == "block",
-        "a CLIP of two towers": any("CLIPModel" in (one.architectures or ()) for one in configs),
+        "a CLIP of two towers": not all(map(is_chain, configs)),
     }  # fmt: skip
     for what, is_so in against.items():
         if is_so:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
 
+from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.engine.hidden_states import HiddenStates
 from mergekit_dam.errors import DamError
+from mergekit_dam.learn import window_size
 from mergekit_dam.learn.fisher import unit_weights
 from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.learn.window_search import WindowSearch, places_of, windows_of
+from mergekit_dam.learn.window_size import needed_bytes, with_window
 from mergekit_dam.learn.window_states import MERGED, OWN
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import build_tasks
@@ -170,3 +175,30 @@ def test_what_needs_the_whole_model_is_refused(more: dict[str, Any], vit: Path, 
         _plan(vit, images, window=2, **more)
     with pytest.raises(DamError, match="window"):
         _plan(vit, images, window=0)
+
+
+def test_the_largest_window_that_fits_is_chosen(vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = _plan(vit, images)
+    assert with_window(plan, CPU).config.window == "all"
+    needs = {size: needed_bytes(_with(plan, size), CPU) for size in ("all", 4, 2, 1)}
+    assert needs["all"] > needs[2] > needs[1]
+    for size, free in (("all", needs["all"]), (2, needs[2]), (1, needs[1]), (1, 0)):
+        monkeypatch.setattr(window_size, "free_bytes", lambda device, free=free: free / 0.8 + 1)
+        assert with_window(plan, CPU).config.window == size
+    for more in ({"objective": "paper"}, {"gather": "block"}):
+        assert with_window(_plan(vit, images, **more), CPU).config.window == "all"
+    assert with_window(plan, None).config.window == "all"
+    assert with_window(_plan(vit, images, window=2), CPU).config.window == 2
+
+
+def _with(plan: Plan, size: Any) -> Plan:
+    return dataclasses.replace(plan, config=plan.config.model_copy(update={"window": size}))
+
+
+def test_masks_say_which_window_they_are_of_and_are_found_again_by_its_name(vit: Path, images: Path) -> None:
+    folder, masks = find_or_learn(_plan(vit, images), quiet=True)
+    assert masks.metadata["settings"]["window"] == "all"
+    assert find_or_learn(_plan(vit, images, window="all"), quiet=True)[0] == folder
+    other, masks = find_or_learn(_plan(vit, images, window=2), quiet=True)
+    assert other != folder and masks.metadata["settings"]["window"] == 2
+    assert find_or_learn(_plan(vit, images, window="auto", masks=str(other / MASKS_FILE)), quiet=True)[0] == other
