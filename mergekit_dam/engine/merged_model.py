@@ -60,6 +60,7 @@ class MergedModel:
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
         self.mask_shapes = {spec.mask_name: spec.shape for spec in changed}
+        self.vocabulary = frozenset(spec.mask_name for spec in changed if spec.vocabulary_axis == 0)  # a row per token
         self.num_models = len(vectors.plan.models)
         self._column = {name: i for i, name in enumerate(self.mask_names)}
         self._tied: dict[str, list[TensorSpec]] = {name: [] for name in self.mask_names}

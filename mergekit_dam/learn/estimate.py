@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.stand_ins import vaccinated
 from mergekit_dam.learn.students import wanted
-from mergekit_dam.merging.mask_keys import mask_shape
+from mergekit_dam.merging.mask_keys import Granularity, mask_shape
 from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.scan.inversion import CHECKED
 from mergekit_dam.tasks import family_of
@@ -91,18 +91,19 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
     scans = config.objective == "inversion" and config.mask != "m1" and num_classes > 0 and not taught
     activations = _activation_bytes(plan.base.config, length)
     layers = _layers(plan.base.config)
-    share, at_once, fitted = 1.0, config.batch_size, activations
-    if isinstance(config.window, int):  # what is fitted at a time; models stay in their files
-        share = largest_window(floating, layers, config.window) / parameters
+    held, fitted = parameters, activations  # at a time, of parameters and activations
+    if isinstance(config.window, int):  # models stay in their files
+        held = largest_window(floating, layers, config.window, lambda spec: math.prod(spec.shape))
+        entries = largest_window(floating, layers, config.window, lambda spec: _entries(spec, config.granularity))
         fitted = activations * min(layers, config.window) // layers
     at_once = max(
         config.scan_batch_size * num_classes if scans else 0, config.student_batch_size if taught else 0
     )  # fmt: skip
     memory = {
-        MAPPED[0]: int(share * (num_models + 1) * stored),
-        "masks with gradients and moments": int(share * masks * _STATES * entries * _FLOAT),
-        "samples of the masks": int(share * (masks + 1) * entries * _FLOAT),
-        "merged weights with gradients": int(share * 2 * parameters * _FLOAT),
+        MAPPED[0]: (num_models + 1) * stored * held // parameters,
+        "masks with gradients and moments": masks * _STATES * entries * _FLOAT,
+        "samples of the masks": (masks + 1) * entries * _FLOAT,
+        "merged weights with gradients": 2 * held * _FLOAT,
         "activations": max(config.batch_size * fitted, at_once * activations),
     }
     if isinstance(config.window, int):
@@ -132,12 +133,15 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
     return Estimate(memory, passes, calls, seconds)
 
 
-def largest_window(specs: Sequence[TensorSpec], layers: int, size: int) -> int:
-    """Parameters of the largest window of `size` positions: what is before the blocks, each block, what follows.
+def largest_window(
+    specs: Sequence[TensorSpec], layers: int, size: int, numel: Callable[[TensorSpec], int]
+) -> int:  # fmt: skip
+    """Entries of the largest window of `size` positions: what is before the blocks, each block, what follows.
 
     Args:
         specs: in the order in which a model uses them.
         layers: how many blocks there are.
+        numel: entries of a tensor.
     """
     sizes = [0] * (layers + 2)
     place = 0
@@ -147,8 +151,14 @@ def largest_window(specs: Sequence[TensorSpec], layers: int, size: int) -> int:
             place = min(layers, int(number[1]) + 1)
         elif place > 0:
             place = layers + 1
-        sizes[place] += math.prod(spec.shape)
+        sizes[place] += numel(spec)
     return max(sum(sizes[first : first + size]) for first in range(0, len(sizes), size))
+
+
+def _entries(spec: TensorSpec, granularity: Granularity) -> int:
+    """Of a mask of a window, where tables of words have one per token."""
+    by_token = spec.vocabulary_axis == 0 and granularity == "element"
+    return math.prod(mask_shape(spec.shape, "row" if by_token else granularity))
 
 
 def _work(plan: Plan, num_classes: int) -> tuple[int, int]:

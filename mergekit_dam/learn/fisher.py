@@ -38,7 +38,7 @@ def unit_weights(task: Task, weights: Mapping[str, Tensor], stops: Sequence[int]
     rows = torch.randperm(task.num_samples, generator=generator)[:_SAMPLES]
     totals: dict[int, Tensor] = {}
     for rows_B in rows.split(_AT_ONCE):
-        with task.chain.observed(stops) as states:
+        with task.recomputed(), task.chain.observed(stops) as states:
             log_p = F.log_softmax(task.logits(weights, task.inputs(rows_B)), dim=-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
         log_p.gather(-1, drawn).sum().backward()

@@ -29,6 +29,7 @@ class MaskFit:
         config: shared settings.
         start: effective coefficients, with the masks at their start: (T, 1) or (T, P).
         suspects: whether some class is suspect.
+        by_token: whether tables of words have a mask entry per token.
 
     Attributes:
         masks: by name.
@@ -36,11 +37,14 @@ class MaskFit:
         optimisers: of the logits, by mask.
     """
 
-    def __init__(self, model: MergedModel, config: DamConfig, start: Tensor, *, suspects: bool) -> None:
+    def __init__(
+        self, model: MergedModel, config: DamConfig, start: Tensor, *, suspects: bool, by_token: bool = False
+    ) -> None:
         self.model, self.config = model, config
         self.masks = masks_in_use(
-            model, config, temperature=1.0, offsets=_START, per_model=detects_per_model(config, suspects=suspects)
-        )
+            model, config, temperature=1.0, offsets=_START, per_model=detects_per_model(config, suspects=suspects),
+            by_token=by_token,
+        )  # fmt: skip
         kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
         self.coefficients = start / kept
         self.optimisers = {

@@ -135,7 +135,7 @@ def detects_per_model(config: DamConfig, *, suspects: bool) -> bool:
 
 def masks_in_use(
     model: MergedModel, config: DamConfig, *, temperature: float, offsets: Mapping[str, float] | None = None,
-    per_model: bool = False,
+    per_model: bool = False, by_token: bool = False,
 ) -> dict[str, ConcreteMask]:  # fmt: skip
     """The masks that `mask` asks for, by name.
 
@@ -143,8 +143,13 @@ def masks_in_use(
         temperature: of the relaxation.
         offsets: by name, added to the setting `initial_logit`.
         per_model: whether each model has a Backdoor-Detection mask of its own.
+        by_token: whether tensors with a row per token get one entry per row, even where others have one per element.
     """
-    shapes = {name: mask_shape(shape, config.granularity) for name, shape in model.mask_shapes.items()}
+    granularity = config.granularity
+    rows = model.vocabulary if by_token and granularity == "element" else frozenset[str]()
+    shapes = {
+        name: mask_shape(shape, "row" if name in rows else granularity) for name, shape in model.mask_shapes.items()
+    }
     found = {}
     for name in _IN_USE[config.mask]:
         owners = model.num_models if name == BACKDOOR_DETECTION and per_model else 0

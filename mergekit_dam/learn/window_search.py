@@ -9,6 +9,7 @@ answers themselves, as the whole model is where it is learned at once. Then the 
 Matching block by block, each branch on its own inputs, is ProDistill's (arXiv 2502.12706); a window of all positions is
 inversion_search.py, of which scan and triggers are. Each window reads its tensors of each model once.
 
+Tables of words have one mask entry per token: 152,000 rows of 4,096 would have 620 million for each of T + 1 masks.
 A tensor that is used in two places (tied embeddings) is learned where it is used first, and stays so at the second.
 Legend: T tasks, P masked tensors, B batch.
 """
@@ -166,7 +167,7 @@ class WindowSearch(ScannedSearch):
         if self._part.mask_names:
             columns = 1 if self.config.coefficients == "task" else len(self._part.mask_names)
             start = self.start[:, :1].repeat(1, columns)
-            self._fit = MaskFit(self._part, self.config, start, suspects=len(self.pools) > 0)
+            self._fit = MaskFit(self._part, self.config, start, suspects=len(self.pools) > 0, by_token=True)
         own = {index: self.model.frozen.own_weights(index, used) for index in self._mine}
         self._scale: dict[int, float] = {}
         self._own: dict[int, Weights] = {}

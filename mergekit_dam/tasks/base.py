@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -277,6 +277,15 @@ class Task(ABC):
         if streamed is not None:
             streamed.let_go(parameters.outside)
         return output
+
+    @contextmanager
+    def recomputed(self) -> Iterator[None]:
+        """While this lasts, passes keep only the blocks' inputs for their backward passes."""
+        before, self._recompute = self._recompute, True
+        try:
+            yield
+        finally:
+            self._recompute = before
 
     def _recomputed(self, parameters: Parameters) -> AbstractContextManager[None]:
         """Gradient checkpointing with these parameters."""

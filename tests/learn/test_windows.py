@@ -202,3 +202,10 @@ def test_masks_say_which_window_they_are_of_and_are_found_again_by_its_name(vit:
     other, masks = find_or_learn(_plan(vit, images, window=2), quiet=True)
     assert other != folder and masks.metadata["settings"]["window"] == 2
     assert find_or_learn(_plan(vit, images, window="auto", masks=str(other / MASKS_FILE)), quiet=True)[0] == other
+
+
+def test_tables_of_words_have_an_entry_per_token_and_others_one_per_element(llama: Path, texts: Path) -> None:
+    masks, _ = new_search(WindowSearch, _plan(llama, texts, window=1)).run()
+    shared = masks["task_shared"]
+    table = "model.embed_tokens.weight"
+    assert shared[table].shape == (40, 1) and shared["model.layers.0.mlp.up_proj.weight"].shape == (32, 16)

@@ -10,12 +10,13 @@ The result goes to benchmarks/memory.json and, as a plot, to docs/pictures/memor
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,45 +36,56 @@ from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.shards import Shards
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.learn.inversion_search import InversionSearch
-from mergekit_dam.models.plan import build_plan
-from mergekit_dam.tasks import build_tasks
+from mergekit_dam.learn.window_search import WindowSearch
+from mergekit_dam.models.plan import Plan, build_plan
+from mergekit_dam.tasks import Task, build_tasks
 
 RESULT = Path(__file__).parents[2] / "memory.json"
 FIGURE = Path(__file__).parents[3] / "docs" / "pictures" / "memory.png"
 CPU = torch.device("cpu")
-STEPS, MOST_TASKS = 2, 8
+STEPS = 2
+_MMAP_THRESHOLD, _FREED_AT_ONCE = -3, 1 << 17  # glibc's option of that name; bytes
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: layers of the model, tasks, processes, and settings."""
+    """One measurement: layers of the model, tasks, processes, and settings.
+
+    With a window the whole of learning is measured, from the models' answers to the last window, else single steps.
+    """
 
     layers: int = 8
     tasks: int = 2
     processes: int = 1
     gather: str = "model"
     offload: str = "none"
+    window: int | str = "all"
+    width: int = 256
 
 
 CASES = [
     Case(layers=4), Case(), Case(layers=16), Case(tasks=4), Case(tasks=8), Case(offload="cpu"), Case(offload="disk"),
     Case(processes=2), Case(processes=4), Case(processes=2, gather="block"), Case(processes=4, gather="block"),
+    *(Case(layers=layers, window=2, width=512) for layers in (4, 8, 16, 32)), Case(window=2), Case(window=1), Case(window=4),
+    Case(tasks=4, window=2), Case(tasks=8, window=2), Case(processes=2, window=2),
 ]  # fmt: skip
 
 
-def config(layers: int) -> Any:
+def config(layers: int, width: int) -> Any:
     return transformers.LlamaConfig(
-        vocab_size=1024, hidden_size=256, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=1024, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=4,
         max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
 
 
-def make_models(root: Path, layers: int) -> list[Path]:
+def make_models(root: Path, case: Case) -> list[Path]:
     """theta_0 and its fine-tunes, at random."""
-    paths = [root / str(layers) / name for name in ("base", *(f"m{t}" for t in range(MOST_TASKS)))]
+    paths = [root / f"{case.layers}-{case.width}" / name for name in ("base", *(f"m{t}" for t in range(case.tasks)))]
     for number, path in enumerate(paths):
+        if path.is_dir():
+            continue
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config(layers))
+        model = transformers.LlamaForCausalLM(config(case.layers, case.width))
         torch.manual_seed(number)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -93,25 +105,27 @@ def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
     )  # fmt: skip
     shards = Shards(init_device_mesh("cpu", (case.processes,))) if case.processes > 1 else Shards()
     base, *models = (ModelReference.parse(str(path)) for path in paths[: case.tasks + 1])
-    shared = {"max_length": 8, "num_samples": 4, "batch_size": 4, "gather": case.gather, "offload": case.offload}
+    shared = {
+        "max_length": 8, "num_samples": 4, "batch_size": 4, "gather": case.gather, "offload": case.offload,
+        "window": case.window, "steps": STEPS,
+    }  # fmt: skip
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors, tasks = TaskVectors(plan), build_tasks(plan, CPU)
     for task in tasks:
         task.inputs(torch.arange(1))  # has it sample its own text, which is no part of a step
     changed = survey(vectors, shards).changed
     dist.barrier()
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, _FREED_AT_ONCE)  # else tensors of some MB stay with the heap when they are freed
+    libc.malloc_trim(0)  # what the survey has freed would be used again and not be counted
     before = resident_bytes()["RssAnon"]
     with Memory() as memory:
         model = MergedModel(
-            vectors, changed, CPU, offload=plan.config.offload, shards=shards, blockwise=case.gather == "block"
-        )
-        search = InversionSearch(
-            model, tasks, plan.config, torch.full((case.tasks,), 0.3), track=lambda record: None,
-            progress=lambda steps, title: steps,
+            vectors, changed, CPU, offload=plan.config.offload, shards=shards, blockwise=case.gather == "block",
+            lazy=case.window != "all",
         )  # fmt: skip
         begun = time.perf_counter()
-        for step in range(STEPS):
-            search.step(step)
+        _learn(model, tasks, plan)
         seconds = (time.perf_counter() - begun) / STEPS
     parameters = sum(torch.Size(spec.shape).numel() for spec in changed)
     found = {"bytes": memory.anonymous - before, "seconds": seconds, "parameters": parameters}
@@ -120,10 +134,26 @@ def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
     dist.destroy_process_group()
 
 
+def _learn(model: MergedModel, tasks: list[Task], plan: Plan) -> None:
+    """Steps on the whole model, or all windows; nothing is scanned."""
+    start = torch.tensor([one.settings.weight for one in plan.models])
+    options: dict[str, Any] = {"track": lambda record: None, "progress": lambda steps, title: steps}
+    if plan.config.window != "all":
+        windows = WindowSearch(model, tasks, plan.config, start, **options)
+        windows.scan_if_wanted = lambda done: None  # type: ignore[method-assign]
+        windows.run()
+        return
+    search = InversionSearch(model, tasks, plan.config, start, **options)
+    for step in range(STEPS):
+        search.step(step)
+
+
 def computed(case: Case, parameters: int) -> float:
     """Bytes of one process by scaling.py; frozen models are mapped files, or copied by `cpu`."""
-    block = sum(p.numel() for p in transformers.LlamaForCausalLM(config(1)).model.layers[0].parameters())
+    block = sum(p.numel() for p in transformers.LlamaForCausalLM(config(1, case.width)).model.layers[0].parameters())
     job = Job(parameters, case.tasks, stored=4, block=block / parameters, offload=case.offload, gather=case.gather)
+    if isinstance(case.window, int):  # the largest window instead of the model
+        job = replace(job, parameters=min(case.window, case.layers) * block)
     parts = device_bytes(job, case.processes)
     parts["frozen models"] = 4 * (case.tasks + 1) * parameters if case.offload == "cpu" else 0.0
     return sum(parts.values())
@@ -131,8 +161,8 @@ def computed(case: Case, parameters: int) -> float:
 
 def run(case: Case, paths: list[Path]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        # forked: the libraries are imported once
-        start_processes(measure, (case, paths, folder), nprocs=case.processes, start_method="fork")
+        # not forked: what the parent has allocated would be counted as it is touched
+        start_processes(measure, (case, paths, folder), nprocs=case.processes, start_method="spawn")
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(case.processes)]
     parameters = found[0]["parameters"]
     return {
@@ -176,9 +206,8 @@ def main() -> None:
     """Measure all cases, print and write them."""
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as root:
-        paths = {layers: make_models(Path(root), layers) for layers in sorted({case.layers for case in CASES})}
         for case in CASES:
-            results.append(run(case, paths[case.layers]))
+            results.append(run(case, make_models(Path(root), case)))
             sys.stderr.write(f"{results[-1]}\n")
     facts = {
         "command": "python -m dam_bench.performance.run_memory",
