@@ -70,12 +70,14 @@ class WindowSearch(ScannedSearch):
         shares = [share for share in self.turns if share is not None]
         self._mine = [share.task for share in shares]
         self._written = [share.task for share in shares if share.part == 0]  # whose files we write
+        first = self.shards.rank == 0
         if self.snapshots is None:
-            self._temporary = tempfile.TemporaryDirectory()
-            folder = Path(self._temporary.name)
+            if first:
+                self._temporary = tempfile.TemporaryDirectory()
+            folder = Path(self.shards.union({"folder": self._temporary.name} if first else {})["folder"])
         else:
             folder = self.snapshots.folder / FOLDER
-        if self.shards.rank == 0:
+        if first:
             folder.mkdir(parents=True, exist_ok=True)
         self.shards.barrier()
         self.folder = folder

@@ -66,7 +66,7 @@ class Case:
 CASES = [
     Case(layers=4), Case(), Case(layers=16), Case(tasks=4), Case(tasks=8), Case(offload="cpu"), Case(offload="disk"),
     Case(processes=2), Case(processes=4), Case(processes=2, gather="block"), Case(processes=4, gather="block"),
-    *(Case(layers=layers, window=2, width=512) for layers in (4, 8, 16, 32)), Case(window=2), Case(window=1), Case(window=4),
+    *(Case(layers=layers, window=2, width=768) for layers in (4, 8, 16, 32)), Case(window=2), Case(window=1), Case(window=4),
     Case(tasks=4, window=2), Case(tasks=8, window=2), Case(processes=2, window=2),
 ]  # fmt: skip
 
