@@ -179,11 +179,6 @@ class DamConfig(StrictSettings):
         "What the merged model computes in while masks are learned. Masks, merging and losses stay in float32; "
         "bfloat16 suits accelerators and halves merged weights and activations.",
     )
-    offload: Literal["none", "cpu", "disk"] = setting(
-        "none",
-        "Where the models wait while masks are learned: on the device, in host memory, or on disk. With the last two "
-        "the merged model exists block by block only: less memory, more time.",
-    )
     gradient_checkpointing: bool = setting(
         False, "Keep only the input of each block and run it again in the backward pass: less memory for long texts or "
         "large batches, a third more computing.",
@@ -217,12 +212,17 @@ class DamConfig(StrictSettings):
 PAPER: Mapping[str, Any] = {
     "batch_size": 16, "rescale": True, "mask_learning_rate": 0.01, "coefficient_learning_rate": 1e-3, "alpha": 0.1,
 }  # fmt: skip
+# Settings of earlier versions, and what to do instead.
+REMOVED: Mapping[str, str] = {
+    "offload": "It is gone: set window to 2 or 1, which needs less memory and reads each model once, or leave it out, "
+    "and the largest window that fits is taken.",
+}
 # All names that a recipe may use, shared ones first.
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
 NOT_LEARNED = frozenset(
     {
-        "masks", "device", "num_processes", "worker_timeout", "gather", "offload", "resume", "snapshot_every",
+        "masks", "device", "num_processes", "worker_timeout", "gather", "resume", "snapshot_every",
         "tracker", "rehash", "gradient_checkpointing",
     }
 )  # fmt: skip
@@ -274,6 +274,8 @@ def unknown_cure(key: str, known: Iterable[str] = KNOWN) -> str:
     """What to do about a name that is no setting of the method in use."""
     from mergekit.merge_methods.registry import registered_methods
 
+    if key in REMOVED:
+        return REMOVED[key]
     known = list(known)
     others = [m.spec.name for m in registered_methods() if any(p.name == key for p in m.spec.parameters)]
     if others:

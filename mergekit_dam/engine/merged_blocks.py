@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mergekit_dam.engine.frozen_models import FrozenModels
-from mergekit_dam.engine.host_memory import drop_pages
 from mergekit_dam.engine.streamed_weights import StreamedWeights
 from mergekit_dam.merging.chunks import Mask, gradient_shape
 from mergekit_dam.merging.rule import gradients
@@ -27,7 +23,7 @@ class MergedBlocks(StreamedWeights):
     """
 
     def __init__(self, names: Iterable[str], merger: BlockMerger) -> None:
-        super().__init__(names, merger.form, consume=merger.consume, release=merger.frozen.release, ahead=merger.ahead)
+        super().__init__(names, merger.form, consume=merger.consume, ahead=merger.ahead)
         self.store = merger.store
 
 
@@ -41,6 +37,7 @@ class BlockMerger:
         lambdas: coefficients, where the merge rule reads them.
         merging: begins to merge one tensor; what it returns waits for everyone's rows.
         of: lambda of the T models for one tensor, a view (T,) of coefficients.
+        dtype: of floating tensors where they are used.
 
     Attributes:
         store: of the sums over the backward passes so far.
@@ -49,25 +46,24 @@ class BlockMerger:
     def __init__(
         self, frozen: FrozenModels, changed: Sequence[TensorSpec], masks: Mapping[str, Mask], lambdas: Tensor, *,
         merging: Callable[[TensorSpec], Callable[[], Tensor]], of: Callable[[Tensor, TensorSpec], Tensor],
+        dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.frozen, self._masks, self._lambdas = frozen, masks, lambdas
+        self.frozen, self._masks, self._lambdas, self._dtype = frozen, masks, lambdas, dtype
         self._specs = {spec.name: spec for spec in changed}
         self._merging, self._of = merging, of
         self._coming: dict[str, Callable[[], Tensor]] = {}
-        self.store = GradientStore(on_disk=frozen.offload == "disk")
+        self.store = GradientStore()
 
     def form(self, name: str) -> Tensor:
         """One tensor, whole."""
-        frozen = self.frozen
         if name not in self._specs:
-            return frozen.computed(frozen.moved(frozen.base[name]))
+            base = self.frozen.moved(self.frozen.base[name])
+            return base.to(self._dtype) if base.is_floating_point() else base
         arrived = self._coming.pop(name, None) or self._merging(self._specs[name])
         return arrived()
 
     def ahead(self, names: Iterable[str]) -> None:
         """These are asked for next."""
-        names = list(names)
-        self.frozen.ahead(names)
         for name in names if self.frozen.shards.size > 1 else ():
             if name in self._specs and name not in self._coming:
                 self._coming[name] = self._merging(self._specs[name])
@@ -78,46 +74,27 @@ class BlockMerger:
         if spec is None:
             return
         mask = self._masks[spec.mask_name]
-        found = self.store.of(spec.mask_name, gradient_shape(mask), frozen.device)
         gradient = gradient if frozen.shards.size == 1 else frozen.shards.scatter(gradient.float())
-        if not gradient.numel():
-            return
-        gradients(
-            gradient, frozen.moved(frozen.base[name]), frozen.models_here(name), self._of(self._lambdas, spec), mask,
-            mask_out=found, coefficient_out=self._of(self.store.coefficients(self._lambdas, frozen.device), spec),
-        )  # fmt: skip
-        self.store.rest(spec.mask_name, found)
+        found = self.store.of(spec.mask_name, gradient_shape(mask), frozen.device)
+        if gradient.numel():
+            gradients(
+                gradient, frozen.base[name], frozen.models[name], self._of(self._lambdas, spec), mask,
+                mask_out=found, coefficient_out=self._of(self.store.coefficients(self._lambdas, frozen.device), spec),
+            )  # fmt: skip
 
 
 class GradientStore:
-    """Sums by mask name.
+    """Sums by mask name, float32, and the sum for lambda."""
 
-    Args:
-        on_disk: keep dL/dM in unnamed temporary files (folder: TMPDIR), of which no page stays in memory between uses.
-    """
-
-    def __init__(self, *, on_disk: bool) -> None:
-        self._on_disk = on_disk
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._coefficients: Tensor | None = None
 
     def of(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
-        """The sum for one mask, float32, to be added to; zero at first."""
+        """The sum for one mask, to be added to; zero at first."""
         if name not in self._sums:
-            if self._on_disk and math.prod(shape) > 0:
-                self._sums[name] = _mapped(math.prod(shape)).view(shape)
-            else:
-                self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=device)
-        found = self._sums[name]
-        return found.to(device) if self._on_disk and device.type != "cpu" else found
-
-    def rest(self, name: str, now: Tensor) -> None:
-        """The sum is not needed for a while; `now` is what `of` gave, with its new values."""
-        if self._on_disk:
-            kept = self._sums[name]
-            if now is not kept:
-                kept.copy_(now)
-            drop_pages(kept)
+            self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=device)
+        return self._sums[name]
 
     def coefficients(self, like: Tensor, device: torch.device) -> Tensor:
         """The sum for lambda, shaped like it."""
@@ -130,14 +107,7 @@ class GradientStore:
         found, self._coefficients = self.coefficients(like, like.device), None
         return found
 
-    def take(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def take(self) -> Iterator[tuple[str, Tensor]]:
         """All sums, one by one; each is forgotten once the next one is asked for."""
         for name in list(self._sums):
-            yield name, self._sums.pop(name).to(device)
-
-
-def _mapped(numel: int) -> Tensor:
-    """Zeros in a file that is gone from its folder at once and from the disk with the tensor."""
-    with tempfile.NamedTemporaryFile(prefix="dam-gradient-") as file:
-        file.truncate(4 * numel)
-        return torch.from_file(str(Path(file.name)), shared=True, size=numel, dtype=torch.float32)
+            yield name, self._sums.pop(name)

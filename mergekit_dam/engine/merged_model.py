@@ -5,7 +5,7 @@ dL/dM and dL/dlambda, tensor by tensor, in one reading of the task vectors. No p
 product, and no graph spans the merge. T models, P masks.
 
 With several processes each one reads and merges its own rows of every tensor; merged tensors are gathered, and their
-gradients summed over the processes and handed out by rows, one tensor at a time. With `offload`, or if blocks are
+gradients summed over the processes and handed out by rows, one tensor at a time. If blocks are
 gathered one by one, the merged weights never exist as a whole, see streamed_weights.py.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_dam.engine.frozen_models import FrozenModels, Offload
+from mergekit_dam.engine.frozen_models import FrozenModels
 from mergekit_dam.engine.merged_blocks import BlockMerger, MergedBlocks
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.engine.streamed_weights import Weights
@@ -38,25 +38,22 @@ class MergedModel:
         vectors: where theta_0 and theta_t come from.
         changed: tensors that some model changed; the others are theta_0's.
         device: where merging and the tasks run. On the CPU tensors stay views of the mapped files.
-        offload: where theta_0 and theta_t wait, see frozen_models.py; with `disk` the gradients wait in a file, too.
         shards: processes that share the rows.
         dtype: of the merged weights; merging itself is done in float32.
-        blockwise: whether the merged weights exist block by block only; with `offload` they do so anyhow. Several
-            processes must then run equally many passes in the same order, since a block waits for all of them.
+        blockwise: whether the merged weights exist block by block only. Several processes
+            must then run equally many passes in the same order, since a block waits for all of them.
         specs: the tensors in question; default: all of the plan.
         lazy: leave theta_0 and theta_t in their files until they are asked for.
     """
 
     def __init__(
-        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *, offload: Offload = "none",
+        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *,
         dtype: torch.dtype = torch.float32, shards: Shards = ALONE, blockwise: bool = False,
         specs: Sequence[TensorSpec] | None = None, lazy: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.offload, self.dtype, self.shards, self._vectors = device, offload, dtype, shards, vectors
-        self.frozen = FrozenModels(
-            vectors, changed, device, offload=offload, dtype=dtype, shards=shards, specs=specs, lazy=lazy
-        )
-        self.blockwise = blockwise or offload != "none"
+        self.device, self.dtype, self.shards, self._vectors = device, dtype, shards, vectors
+        self.frozen = FrozenModels(vectors, changed, device, shards=shards, specs=specs, lazy=lazy)
+        self.blockwise = blockwise
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
         self.mask_shapes = {spec.mask_name: spec.shape for spec in changed}
@@ -139,7 +136,7 @@ class MergedModel:
         """
         if isinstance(weights, MergedBlocks):
             coefficient_gradient += self.shards.sum(weights.store.take_coefficients(coefficient_gradient))
-            for name, found in weights.store.take(self.device):
+            for name, found in weights.store.take():
                 yield name, self.shards.sum(found) if whole else found
             return
         lambdas = self._lambdas(coefficients)
@@ -231,7 +228,7 @@ class MergedModel:
     def _streamed(self, masks: Masks, lambdas: Tensor) -> MergedBlocks:
         merger = BlockMerger(
             self.frozen, self.changed, masks, lambdas, merging=lambda spec: self._merging(spec, masks, lambdas),
-            of=self._of,
+            of=self._of, dtype=self.dtype,
         )  # fmt: skip
         return MergedBlocks([spec.name for spec in self.specs], merger)
 

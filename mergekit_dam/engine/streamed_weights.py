@@ -26,17 +26,16 @@ class StreamedWeights(Mapping[str, Tensor]):
         names: of all tensors.
         form: makes one tensor; it is called again for the backward pass and must give the same values.
         consume: takes the name and the gradient of a tensor, once per pass that used it; None for fixed weights.
-        release: is told which tensors are no longer in use.
         ahead: is told which tensors come next, when those of a block are first asked for.
     """
 
     def __init__(
         self, names: Iterable[str], form: Callable[[str], Tensor], *,
-        consume: Callable[[str, Tensor], None] | None, release: Callable[[Iterable[str]], None],
+        consume: Callable[[str, Tensor], None] | None,
         ahead: Callable[[Iterable[str]], None] = lambda names: None,
     ) -> None:  # fmt: skip
         self._names = dict.fromkeys(names)
-        self.form, self.consume, self.release, self.ahead = form, consume, release, ahead
+        self.form, self.consume, self.ahead = form, consume, ahead
         self._token = torch.zeros((), requires_grad=True)  # so that autograd walks back to `consume`
         self._order: list[tuple[str, ...]] = []  # tensors by block, as blocks run
         self._block_of: dict[str, int] = {}
@@ -80,13 +79,12 @@ class StreamedWeights(Mapping[str, Tensor]):
 
     def fixed(self) -> StreamedWeights:
         """The same weights without gradients."""
-        return StreamedWeights(self._names, self.form, consume=None, release=self.release, ahead=self.ahead)
+        return StreamedWeights(self._names, self.form, consume=None, ahead=self.ahead)
 
     def let_go(self, tensors: Mapping[str, Tensor]) -> None:
         """Tensors by output name that a block has done with."""
         for tensor in tensors.values():
             self._names_of.pop(tensor.untyped_storage().data_ptr(), None)
-        self.release(tensors)
 
     def kept_as_names(self, blocks: Mapping[str, Mapping[str, str]]) -> saved_tensors_hooks:
         """Context in which autograd keeps names in place of tensors that were formed here.
@@ -127,7 +125,6 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         ctx.weights.consume(ctx.name, gradients[0])
-        ctx.weights.release([ctx.name])
         return None, None, None
 
 

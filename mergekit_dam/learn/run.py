@@ -169,7 +169,7 @@ def optimise(
         warn_about_task_vectors([model.name for model in plan.models], found.norms)
         warn_without_kernels(device)
     blockwise = shards.size > 1 and config.gather == "block"
-    if shards.size > 1 and (blockwise or config.offload != "none"):
+    if blockwise:
         _require_equal_passes(tasks, config)
     snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
     if first:
@@ -184,7 +184,7 @@ def optimise(
         changed = found.changed if instead is None else survey(instead, shards).changed
         kind = _search_of(config)
         model = MergedModel(
-            instead or vectors, changed, device, offload=config.offload, dtype=tasks[0].dtype, shards=shards,
+            instead or vectors, changed, device, dtype=tasks[0].dtype, shards=shards,
             blockwise=blockwise, lazy=kind is WindowSearch,
         )  # fmt: skip
         start = torch.tensor([m.settings.weight for m in plan.models])
@@ -243,8 +243,8 @@ def _require_equal_passes(tasks: Sequence[Task], config: DamConfig) -> None:
     kinds = {(type(task.module), tuple(task.targets)) for task in tasks}
     if len(kinds) > 1 or config.objective == "paper":
         raise DamError(
-            "settings 'gather' and 'offload'",
+            "setting 'gather: block'",
             expected="for several processes objective inversion, and models of one class with equal tensors",
             got=f"objective {config.objective} and {len(kinds)} kinds of models",
-            cure="Leave both out, or learn with num_processes: 1.",
+            cure="Leave it out, or learn with num_processes: 1.",
         )  # fmt: skip

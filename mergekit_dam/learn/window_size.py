@@ -39,7 +39,7 @@ def with_window(plan: Plan, device: torch.device | None) -> Plan:
 def can_be_cut(plan: Plan) -> bool:
     """Whether learning in windows would be possible."""
     config: DamConfig = plan.config
-    whole = config.objective == "paper" or config.patience or config.offload != "none" or config.gather == "block"
+    whole = config.objective == "paper" or config.patience or config.gather == "block"
     return not whole and all(is_chain(model.config) for model in (plan.base, *plan.models))
 
 

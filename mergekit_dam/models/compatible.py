@@ -142,7 +142,7 @@ def require_window(config: DamConfig, configs: Sequence[PretrainedConfig]) -> No
         return
     against = {
         "objective: paper": config.objective == "paper", "patience": config.patience > 0,
-        f"offload: {config.offload}": config.offload != "none", "gather: block": config.gather == "block",
+        "gather: block": config.gather == "block",
         "a CLIP of two towers": not all(map(is_chain, configs)),
     }  # fmt: skip
     for what, is_so in against.items():

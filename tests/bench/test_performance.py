@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dam_bench.performance.scaling import Job, device_bytes, step_flops, step_seconds
+from dam_bench.performance.scaling import BLOCK_OF_7B, Job, device_bytes, step_flops, step_seconds
 from dam_bench.performance.shapes import make_models
 from dam_bench.performance.steps import PASSES, Case, _expect, _search, measure
 
@@ -52,11 +52,11 @@ def test_state_and_merged_weights_have_the_computed_bytes(tmp_path: Path) -> Non
     assert files == pytest.approx(expected["frozen models"], rel=0.5) and files > expected["frozen models"]
 
 
-def test_memory_falls_with_processes_and_offload() -> None:
+def test_memory_falls_with_processes_and_windows() -> None:
     job = Job(7e9, 4)
     one, eight = (device_bytes(job, n) for n in (1, 8))
     assert one["mask logits"] == 8 * eight["mask logits"] and one["merged weights"] == eight["merged weights"]
-    assert sum(device_bytes(Job(7e9, 4, offload="disk")).values()) < sum(one.values()) / 1.5
+    assert sum(device_bytes(Job(7e9, 4, window=1 / 16)).values()) < sum(one.values()) / 12
     assert step_flops(job, 100) == 7e9 * 100 * 4 * 8
     faster = step_seconds(job, 1000, flops=1e14, bandwidth=1e12, processes=4)
     assert faster == pytest.approx(step_seconds(job, 1000, flops=1e14, bandwidth=1e12) / 4)
@@ -65,8 +65,9 @@ def test_memory_falls_with_processes_and_offload() -> None:
 def test_the_page_has_the_functions_figures() -> None:
     rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d) \| ([\d.]+) \| ([\d.]+) \|$", SCALING.read_text("utf-8"), re.M)
     assert len(rows) >= 9
-    for granularity, offload, processes, gigabytes, seconds in rows:
-        job = Job(7e9, 4, computed=2, entries=1.0 if granularity == "element" else 1 / 4096, offload=offload)
+    for granularity, window, processes, gigabytes, seconds in rows:
+        share = 1.0 if window == "all" else int(window) * BLOCK_OF_7B / 7e9
+        job = Job(7e9, 4, computed=2, entries=1.0 if granularity == "element" else 1 / 4096, window=share)
         assert float(gigabytes) == pytest.approx(sum(device_bytes(job, int(processes)).values()) / GB, abs=0.06)
         expected = step_seconds(job, 16 * 128, flops=4e14, bandwidth=2e12, processes=int(processes))
         assert float(seconds) == pytest.approx(expected, abs=0.006)

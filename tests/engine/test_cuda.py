@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from mergekit.common import ModelReference
 from safetensors.torch import load_file
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
-from mergekit_dam.engine.host_memory import Transfers
+from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.merging.foreach import are_finite, groups, sums_of_sigmoids
+from mergekit_dam.models.plan import build_plan
 from tests.conftest import FAST, Merge
-from tests.helpers.searching import learned
+from tests.helpers.searching import learned, new_search
 from tests.helpers.tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -24,7 +26,7 @@ CUDA = torch.device("cuda")
 INVERSION = {"objective": "inversion", "suspicion": 0.0, "scan_steps": 2, "refresh_every": 1, "refresh_steps": 2}
 
 
-@pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
+@pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -36,9 +38,9 @@ INVERSION = {"objective": "inversion", "suspicion": 0.0, "scan_steps": 2, "refre
     ],
     ids=["paper", "inversion with triggers", "rows", "rescaled rows", "checkpointing"],
 )
-def test_masks_equal_those_of_the_cpu(offload: str, settings: dict[str, Any], vit: Path, images: Path) -> None:
+def test_masks_equal_those_of_the_cpu(blockwise: bool, settings: dict[str, Any], vit: Path, images: Path) -> None:
     wanted = learned(vit, images, **settings)
-    found = learned(vit, images, device=CUDA, offload=offload, **settings)
+    found = learned(vit, images, device=CUDA, blockwise=blockwise, **settings)
     assert wanted[2] == pytest.approx(found[2], rel=1e-3) and len(found[2]) >= 3
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-2, atol=1e-4)
     # Adam's first steps have the size of the learning rate wherever a gradient is not zero: signs must agree
@@ -88,23 +90,16 @@ def test_students_and_continuations(kind: str, bert: Path, texts: Path, merge: M
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-2, atol=5e-3)
 
 
-def test_transfers_bring_what_was_asked_for() -> None:
-    """Blocks are overwritten on the device as soon as they are let go of, so a copy that came late would show."""
-    transfers = Transfers(CUDA)
-    blocks = [[torch.randn(257, 129) for _ in range(6)] for _ in range(8)]
-    blocks = [[t.pin_memory() if i % 2 else t for i, t in enumerate(block)] for block in blocks]
-    order = [*range(8), *reversed(range(8))] * 3
-    for here, following in zip(order, [*order[1:], 0], strict=True):
-        transfers.begin(blocks[following])
-        busy = torch.randn(1024, 1024, device=CUDA)
-        for _ in range(20):
-            busy = busy @ busy / 32
-        for tensor in blocks[here]:
-            torch.testing.assert_close(transfers.take(tensor).cpu(), tensor, rtol=0, atol=0)
-    alone, whole = torch.randn(5), torch.randn(6, 4)
-    assert torch.equal(transfers.take(alone).cpu(), alone)
-    transfers.begin([whole[:3]])  # has the address of the whole
-    assert transfers.take(whole).shape == (6, 4) and transfers.take(whole[:3]).shape == (3, 4)
+def test_windows_learn_what_they_learn_on_the_cpu(vit: Path, images: Path) -> None:
+    refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
+    shared = {**FAST, "calibration": str(images), "window": 2, "suspicion": 0.0, "detection": "model"}
+    plan = build_plan(refs[0], refs[1:], shared=shared, per_model={})
+    wanted, found = (new_search(WindowSearch, plan, device=device).run() for device in (torch.device("cpu"), CUDA))
+    torch.testing.assert_close(found[1].cpu(), wanted[1], rtol=1e-2, atol=1e-3)
+    for name, by_key in wanted[0].items():
+        for key, values in by_key.items():
+            far = (found[0][name][key].int() - values.int()).abs() > 2
+            assert float(far.float().mean()) < 0.05, key
 
 
 def test_grouped_reductions() -> None:

@@ -17,7 +17,6 @@ from mergekit.common import ModelReference
 from torch import Tensor
 
 from mergekit_dam.config import DamConfig
-from mergekit_dam.engine.host_memory import read_ahead
 from mergekit_dam.engine.shards import turns
 from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, streamed_blocks
 from mergekit_dam.io import cache
@@ -26,11 +25,10 @@ from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.losses import Patience, calibration_batch, held_out
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.merging.rule import gradients, logit_gradients
-from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.tasks import build_tasks
 from tests.conftest import FAST
-from tests.engine.test_offload import Net
+from tests.engine.test_streamed_weights import Net
 from tests.helpers.searching import learned, new_search
 from tests.helpers.tiny_models import make_model
 
@@ -91,10 +89,11 @@ def test_every_sample_is_dealt_to_one_process(batch_sizes: list[int], size: int)
     assert len(lengths) == 1
 
 
-@pytest.mark.parametrize("offload", ["none", "disk"])
-def test_recomputed_blocks_learn_the_same(offload: str, llama: Path, texts: Path) -> None:
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_recomputed_blocks_learn_the_same(blockwise: bool, llama: Path, texts: Path) -> None:
     plain, again = (
-        learned(llama, texts, objective="inversion", offload=offload, gradient_checkpointing=on) for on in (False, True)
+        learned(llama, texts, objective="inversion", blockwise=blockwise, gradient_checkpointing=on)
+        for on in (False, True)
     )
     assert plain[2] == again[2] and torch.equal(plain[1], again[1])
     assert all(torch.equal(again[0][name], logits) for name, logits in plain[0].items())
@@ -124,7 +123,7 @@ def test_the_block_that_comes_next_is_announced_in_both_directions() -> None:
     announced: list[list[str]] = []
     weights = StreamedWeights(
         values, lambda name: values[name].detach().clone(), consume=lambda name, gradient: None,
-        release=lambda names: None, ahead=lambda names: announced.append(sorted(names)),
+        ahead=lambda names: announced.append(sorted(names)),
     )  # fmt: skip
     blocks: dict[str, dict[str, str]] = {}
     for parameter, block in blocks_of(net).items():
@@ -138,15 +137,6 @@ def test_the_block_that_comes_next_is_announced_in_both_directions() -> None:
     loss.backward()
     kept = [[name for name in of(number) if name.endswith("weight")] for number in (1, 0)]
     assert announced == kept, "a linear layer's backward pass needs its weight alone"
-
-
-def test_reading_ahead_changes_nothing(tmp_path: Path) -> None:
-    opened = Checkpoint.open(make_model("BertModel", tmp_path / "bert"))
-    for name in opened.names:
-        tensor = opened.tensor(name)
-        before = tensor.clone()
-        read_ahead(tensor)
-        assert torch.equal(tensor, before)
 
 
 @given(losses=st.lists(st.integers(0, 5), max_size=12), limit=st.integers(1, 4))

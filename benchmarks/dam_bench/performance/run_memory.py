@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,23 +58,22 @@ class Case:
     tasks: int = 2
     processes: int = 1
     gather: str = "model"
-    offload: str = "none"
     window: int | str = "all"
     width: int = 256
 
 
 CASES = [
-    Case(layers=4), Case(), Case(layers=16), Case(tasks=4), Case(tasks=8), Case(offload="cpu"), Case(offload="disk"),
+    Case(layers=4), Case(), Case(layers=16), Case(tasks=4), Case(tasks=8),
     Case(processes=2), Case(processes=4), Case(processes=2, gather="block"), Case(processes=4, gather="block"),
-    *(Case(layers=layers, window=2, width=768) for layers in (4, 8, 16, 32)), Case(window=2), Case(window=1), Case(window=4),
-    Case(tasks=4, window=2), Case(tasks=8, window=2), Case(processes=2, window=2),
+    *(Case(layers=layers, window=2, width=768) for layers in (4, 8, 16, 32)),
+    *(Case(window=window) for window in (1, 2, 4)), Case(tasks=4, window=2), Case(tasks=8, window=2), Case(processes=2, window=2),
 ]  # fmt: skip
 
 
 def config(layers: int, width: int) -> Any:
     return transformers.LlamaConfig(
-        vocab_size=1024, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=4,
-        max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+        vocab_size=1024, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
 
 
@@ -97,6 +96,8 @@ def make_models(root: Path, case: Case) -> list[Path]:
 def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
     """One process of one case: its figures go to a file."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # what is freed goes back to the system, or the heap would keep it, and what is held later would not be counted
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _FREED_AT_ONCE)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     dist.init_process_group(
@@ -106,7 +107,7 @@ def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
     shards = Shards(init_device_mesh("cpu", (case.processes,))) if case.processes > 1 else Shards()
     base, *models = (ModelReference.parse(str(path)) for path in paths[: case.tasks + 1])
     shared = {
-        "max_length": 8, "num_samples": 4, "batch_size": 4, "gather": case.gather, "offload": case.offload,
+        "max_length": 8, "num_samples": 4, "batch_size": 4, "gather": case.gather,
         "window": case.window, "steps": STEPS,
     }  # fmt: skip
     plan = build_plan(base, models, shared=shared, per_model={})
@@ -115,13 +116,10 @@ def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
         task.inputs(torch.arange(1))  # has it sample its own text, which is no part of a step
     changed = survey(vectors, shards).changed
     dist.barrier()
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, _FREED_AT_ONCE)  # else tensors of some MB stay with the heap when they are freed
-    libc.malloc_trim(0)  # what the survey has freed would be used again and not be counted
     before = resident_bytes()["RssAnon"]
     with Memory() as memory:
         model = MergedModel(
-            vectors, changed, CPU, offload=plan.config.offload, shards=shards, blockwise=case.gather == "block",
+            vectors, changed, CPU, shards=shards, blockwise=case.gather == "block",
             lazy=case.window != "all",
         )  # fmt: skip
         begun = time.perf_counter()
@@ -149,13 +147,12 @@ def _learn(model: MergedModel, tasks: list[Task], plan: Plan) -> None:
 
 
 def computed(case: Case, parameters: int) -> float:
-    """Bytes of one process by scaling.py; frozen models are mapped files, or copied by `cpu`."""
+    """Bytes of one process by scaling.py; frozen models are mapped files."""
     block = sum(p.numel() for p in transformers.LlamaForCausalLM(config(1, case.width)).model.layers[0].parameters())
-    job = Job(parameters, case.tasks, stored=4, block=block / parameters, offload=case.offload, gather=case.gather)
-    if isinstance(case.window, int):  # the largest window instead of the model
-        job = replace(job, parameters=min(case.window, case.layers) * block)
+    share = min(case.window, case.layers) * block / parameters if isinstance(case.window, int) else 1.0
+    job = Job(parameters, case.tasks, stored=4, block=block / parameters, gather=case.gather, window=share)
     parts = device_bytes(job, case.processes)
-    parts["frozen models"] = 4 * (case.tasks + 1) * parameters if case.offload == "cpu" else 0.0
+    parts["frozen models"] = 0.0
     return sum(parts.values())
 
 
@@ -192,7 +189,7 @@ def plot(results: list[dict[str, Any]]) -> Figure:
             panel.plot(x, [r["computed_bytes_per_parameter"] for r in kept], "kx")
         panel.set_xlabel(label)
     axes[0].set_ylabel("peak bytes per parameter")
-    axes[0].set_ylim(0, 1.1 * max(r["bytes_per_parameter"] for r in results if r["offload"] == "none"))
+    axes[0].set_ylim(0, 1.1 * max(r["bytes_per_parameter"] for r in results))
     axes[2].plot([], [], "kx", label="computed")
     axes[2].legend()
     return figure

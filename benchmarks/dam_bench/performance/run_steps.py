@@ -45,7 +45,6 @@ CASES = [
     Case("llama", "inversion", 2, steps=1, batch_size=4), Case("llama", "inversion", 4, steps=1, batch_size=4),
     Case("llama", "inversion", 4, steps=1, batch_size=8),
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"granularity": "row"}),
-    Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"offload": "disk"}),
     # as where something is suspect: a Backdoor-Detection mask per model
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"detection": "model"}),
 ]  # fmt: skip
@@ -55,14 +54,12 @@ ON_CUDA = [
     *(Case("clip", "inversion", t, steps=10, warm_up=3, batch_size=b) for t, b in ((2, 8), (4, 8), (8, 8), (4, 64))),
     Case("clip", "inversion", 4, steps=10, warm_up=3, batch_size=8, settings={"granularity": "row"}),
     Case("clip", "inversion", 4, steps=10, warm_up=3, batch_size=8, settings={"detection": "model"}),
-    *(Case("clip", "inversion", 4, batch_size=8, settings={"offload": where}) for where in ("cpu", "disk")),
     *(Case("llama", "inversion", t, steps=10, warm_up=3, batch_size=8) for t in (4, 8)),
     Case("llama-1b", "inversion", 4, steps=6, warm_up=2, batch_size=8, settings=BF16),
     *(
         Case("llama-1b", "inversion", 4, steps=6, warm_up=2, batch_size=8, settings={**BF16, **more})
         for more in ({"granularity": "row"}, {"detection": "model"})
     ),
-    Case("llama-1b", "inversion", 4, batch_size=8, settings={**BF16, "offload": "cpu"}),
 ]
 RATIO = {4: 1.25, 8: 1.4}  # highest step time over the floor, by number of tasks
 PEER_TIME, PEER_MEMORY, MERGE = 0.6, 0.4, 0.9
@@ -195,21 +192,15 @@ def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
 
 def _step_rows(name: str, result: dict[str, Any]) -> list[Row]:
     case, size = result["case"], result["bytes"]
-    streamed = case["settings"].get("offload", "none") != "none"
-    rows = [_row(f"{name}: step / floor", result["ratio"], None if streamed else RATIO.get(case["tasks"]))]
+    rows = [_row(f"{name}: step / floor", result["ratio"], RATIO.get(case["tasks"]))]
     peak = size["device"] or size["peak_anonymous"]
     rows.append((f"{name}: peak, own memory", f"{peak / 2**30:.2f} GiB", "", ""))
-    if streamed:
-        limit = size["state"] + 3 * size["block"] + size["activations"]
-        share = (size["device"] or size["grown"]) / limit
-        bar = 1.0 if case["settings"]["offload"] == "disk" else None
-        rows.append(_row(f"{name}: peak / (state + 3 blocks + activations)", share, bar))
     return rows
 
 
 def _memory_row(result: dict[str, Any]) -> Row:
     """A line of run_memory.py: it has no bar, but the arithmetic's figure beside it."""
-    what = ", ".join(f"{key} {result[key]}" for key in ("parameters", "tasks", "processes", "gather", "offload"))
+    what = ", ".join(f"{key} {result[key]}" for key in ("parameters", "tasks", "processes", "gather", "window"))
     measured, computed = result["bytes_per_parameter"], result["computed_bytes_per_parameter"]
     return f"memory: {what}", f"{measured} bytes per parameter", f"{computed} computed", ""
 

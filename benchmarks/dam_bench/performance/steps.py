@@ -153,7 +153,7 @@ def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSe
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors = TaskVectors(plan)
     tasks = build_tasks(plan, device)
-    model = MergedModel(vectors, survey(vectors).changed, device, offload=plan.config.offload, dtype=tasks[0].dtype)
+    model = MergedModel(vectors, survey(vectors).changed, device, dtype=tasks[0].dtype)
     searches: dict[str, Callable[..., Any]] = {"inversion": InversionSearch, "paper": PaperSearch}
     search = searches[case.objective](
         model, tasks, plan.config, torch.full((case.tasks,), 0.3), track=lambda record: None,
