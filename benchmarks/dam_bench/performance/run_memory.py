@@ -66,7 +66,8 @@ CASES = [
     Case(layers=4), Case(), Case(layers=16), Case(tasks=4), Case(tasks=8),
     Case(processes=2), Case(processes=4), Case(processes=2, gather="block"), Case(processes=4, gather="block"),
     *(Case(layers=layers, window=2, width=768) for layers in (4, 8, 16, 32)),
-    *(Case(window=window) for window in (1, 2, 4)), Case(tasks=4, window=2), Case(tasks=8, window=2), Case(processes=2, window=2),
+    *(Case(window=window) for window in (1, 2, 4)), Case(tasks=4, window=2),
+    Case(tasks=8, window=2), Case(processes=2, window=2),
 ]  # fmt: skip
 
 
