@@ -7,7 +7,8 @@ z2: L_t = |W (merged(z1) - own(z2))|^2 / |W (theta_0(z1) - own(z2))|^2 + alpha t
 hidden units by what they count for model t's answers (fisher.py). The window that ends in the head is fitted to the
 answers themselves, as the whole model is where it is learned at once. Then the window is merged, and the next begins.
 Matching block by block, each branch on its own inputs, is ProDistill's (arXiv 2502.12706); a window of all positions is
-inversion_search.py, of which scan and triggers are. Each window reads its tensors of each model once.
+inversion_search.py, of which the scan is. As there, triggers are recovered anew while masks are learned: from the merge
+so far with the rest of the model that is suspect.
 
 Tables of words have one mask entry per token: 152,000 rows of 4,096 would have 620 million for each of T + 1 masks.
 A tensor that is used in two places (tied embeddings) is learned where it is used first, and stays so at the second.
@@ -33,9 +34,12 @@ from mergekit_dam.learn.losses import calibration_batch, distillation
 from mergekit_dam.learn.masks import Whole
 from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.teacher import OwnAnswers, balance
+from mergekit_dam.learn.trigger_pool import recover
 from mergekit_dam.learn.window_masks import WindowMasks
 from mergekit_dam.learn.window_states import MERGED, OWN, TaskStates, Window
 from mergekit_dam.models.plan import TensorSpec
+from mergekit_dam.scan.cross_task import weights_of_others
+from mergekit_dam.scan.findings import Suspect
 from mergekit_dam.tasks import Task
 
 FOLDER = "windows"  # of the run
@@ -85,6 +89,7 @@ class WindowSearch(ScannedSearch):
         self._fit: MaskFit | None = None
         self._opened: Window | None = None
         self._states: dict[int, TaskStates] = {}
+        self._version = 0  # of the triggers, see `TaskStates.deal`
 
     def begin_fit(self) -> None:
         """Nothing: each window begins its own."""
@@ -103,6 +108,8 @@ class WindowSearch(ScannedSearch):
                 self._open(window)
             title = f"window {window.number + 1} of {len(self.windows)}"
             for step in self.progress(range(done, self.config.steps if self._fit else 0), title):
+                if step and step % (self.config.refresh_every * len(self.windows)) == 0:
+                    self._refresh(window, step)
                 self._step(window, step)
                 self.keep(_phase(window), step + 1)
             self._close(window)
@@ -121,13 +128,13 @@ class WindowSearch(ScannedSearch):
                 if self.finished.has(window.number) or not facts["is_fitted"]:
                     return _phase(window), 0
                 self._prepare()
-                self._open(window)
+                self._open(window, version=facts["version"])
                 assert self._fit is not None
                 self.snapshots.read(self._fit.state(facts))
         return str(facts["phase"]), int(facts["done"])
 
     def state(self, phase: str, done: int) -> State:
-        facts = self.facts_of_state(phase, done) | {"is_fitted": self._fit is not None}
+        facts = self.facts_of_state(phase, done) | {"is_fitted": self._fit is not None, "version": self._version}
         state = State(facts) if self._fit is None else self._fit.state(facts)
         state.tensors |= self.triggers_of_state()
         return state
@@ -157,8 +164,16 @@ class WindowSearch(ScannedSearch):
             self._states[index] = TaskStates(task, pools, self.folder, self.config)
         balance(self.answers, self.pools)
 
-    def _open(self, window: Window) -> None:
-        """Begin a window: its tensors, masks and targets."""
+    def _open(self, window: Window, version: int | None = None) -> None:
+        """Begin a window: its triggers, tensors, masks and targets.
+
+        Args:
+            version: of the triggers, where a run goes on within this window.
+        """
+        if version is not None:
+            self._deal(version)
+        elif window.number > 0:
+            self._refresh(window, 0)  # before there are masks: it needs a whole model
         used = [name for name, places in self._places.items() if any(_is_in(place, window) for place in places)]
         owned = {name for name in used if _is_in(self._places[name][0], window)}
         self._part = self.model.part(owned)
@@ -183,6 +198,41 @@ class WindowSearch(ScannedSearch):
             for index in self._mine:
                 self._scale[index] = self._states[index].left_by(window, base, self._unit_weights[index][window.stop])
         self._opened = window
+
+    def _refresh(self, window: Window, step: int) -> None:
+        """New triggers, from what the merge so far makes of the samples and model t's own rest of that.
+
+        What gets through the windows that are merged is found so; as many times in all as where the whole model is
+        learned at once. Samples with the new triggers are taken to the window's edge.
+        """
+        if not self.pools:
+            return
+        names = {name for name, places in self._places.items() if places[0] < window.first}
+        front = self.model.part(names)
+        merged = dict(front.weights(*self.finished.of(front, range(window.number)), in_step=False))
+        edge = {name: weight.detach() for name, weight in merged.items()}
+        if step:
+            merged |= self._part.weights(*self.finished.pending(self._fit, self._part), in_step=False)
+        merged = {name: weight.detach() for name, weight in merged.items()}
+        base = self.model.frozen.base_weights()
+
+        def mixed(suspect: Suspect) -> Mapping[str, Tensor]:
+            task = self.tasks[suspect.task]
+            own = task.own_weights() if suspect.carrier is None else weights_of_others(self.tasks, task.index, base)
+            return {**own, **merged}
+
+        key = ("window", window.number, step)
+        recover(self.tasks, self.pools, self.shards, self.config, base, mixed, self.config.refresh_steps, *key)
+        self._deal(self._version + 1)
+        for index in self._written if window.first > 0 else ():
+            for stream in self._states[index].merged_streams[1:]:
+                self._states[index].advance(stream, Window(-1, 0, window.first), edge)
+        self.shards.barrier()
+
+    def _deal(self, version: int) -> None:
+        self._version = version
+        for states in self._states.values():
+            states.deal(version)
 
     def _step(self, window: Window, step: int) -> None:
         """One step of a window's masks and coefficients."""
@@ -234,9 +284,8 @@ class WindowSearch(ScannedSearch):
         masks, coefficients = self.finished.pending(self._fit, self._part)
         if not self._ends(window):
             merged = {**self._part.weights(masks, coefficients, in_step=False), **self._fixed}
-            for index in self._written:
-                for stream in self._states[index].merged_streams:
-                    self._states[index].advance(stream, window, merged)
+            for index in self._written:  # triggered samples go there with new triggers
+                self._states[index].advance(MERGED, window, merged)
         self.shards.barrier()
         self.finished.write(window.number, self._fit)
         for index in self._written:

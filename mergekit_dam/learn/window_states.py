@@ -41,16 +41,26 @@ class TaskStates:
 
     Args:
         task: the task.
-        pools: of each suspect of this task, its triggers.
+        pools: of each suspect of this task, its triggers; they may grow, see `deal`.
         folder: where files go.
         config: shared settings.
     """
 
     def __init__(self, task: Task, pools: Sequence[Sequence[Pooled]], folder: Path, config: DamConfig) -> None:
         self.task, self.pools, self.folder, self.config = task, pools, folder, config
-        generator = seeds.generator(config.seed, "which trigger", task.index)
-        self._which = [torch.randint(len(pool), (task.num_samples,), generator=generator) for pool in pools]
-        self._open: dict[tuple[str, int], HiddenStates] = {}
+        self._open: dict[Path, HiddenStates] = {}
+        self.deal(0)
+
+    def deal(self, version: int) -> None:
+        """Give every sample one trigger of each suspect, out of those known by now.
+
+        Args:
+            version: of the pools; files of triggered streams have it in their names.
+        """
+        self._version = version
+        generator = seeds.generator(self.config.seed, "which trigger", self.task.index, version)
+        count = self.task.num_samples
+        self._which = [torch.randint(len(pool), (count,), generator=generator) for pool in self.pools]
 
     @property
     def merged_streams(self) -> tuple[str, ...]:
@@ -99,8 +109,8 @@ class TaskStates:
 
     def forget(self, position: int) -> None:
         """Remove what was kept at a position."""
-        self._open = {key: states for key, states in self._open.items() if key[1] != position}
         for path in self.folder.glob(f"{self.task.index}-*-{position}.*"):
+            self._open.pop(path, None)
             path.unlink()
 
     def loss(
@@ -132,13 +142,14 @@ class TaskStates:
         return self._states(stream, position).lengths(rows_B)
 
     def _states(self, stream: str, position: int) -> HiddenStates:
-        key = stream, position
-        if key not in self._open:
-            self._open[key] = HiddenStates.open(self._path(stream, position))
-        return self._open[key]
+        path = self._path(stream, position)
+        if path not in self._open:
+            self._open[path] = HiddenStates.open(path)
+        return self._open[path]
 
     def _path(self, stream: str, position: int) -> Path:
-        return self.folder / f"{self.task.index}-{stream}-{position}.states"
+        version = "" if stream in (MERGED, OWN) else f"-version-{self._version}"
+        return self.folder / f"{self.task.index}-{stream}{version}-{position}.states"
 
     def _lengths(self, hidden_BLD: Tensor, rows_B: Tensor) -> list[int]:
         """Tokens of all samples, those that a trigger inserted included."""

@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "steps": 5,
     },
     "paper": {"objective": "paper", "steps": 3, "coefficient_steps": 3},
-    "windows": {"window": 2, "suspicion": 0.0, "scan_steps": 2, "steps": 2},
+    "windows": {"window": 2, "suspicion": 0.0, "scan_steps": 2, "steps": 3, "refresh_every": 1},
 }
 KILLED = """
 import os, pickle, signal, sys
@@ -113,8 +113,8 @@ def test_stopped_after_units_of_every_phase(
     with monkeypatch.context() as patch:
         written = _stop_at(patch, -1)
         expected = _results(find_or_learn(plan, quiet=True)[0])
-    assert len(written) == {"inversion": 2 + 5, "paper": 3 + 3, "windows": 2 + 2 + 1 + 2}[objective]
-    for number in {"inversion": (1, 2, 5), "paper": (2, 3, 5), "windows": (1, 3, 5, 6)}[objective]:
+    assert len(written) == {"inversion": 2 + 5, "paper": 3 + 3, "windows": 2 + 3 + 1 + 3}[objective]
+    for number in {"inversion": (1, 2, 5), "paper": (2, 3, 5), "windows": (1, 4, 5, 6, 8)}[objective]:
         another_cache(f"stopped-{number}")
         with monkeypatch.context() as patch:
             _stop_at(patch, number)
