@@ -123,12 +123,13 @@ class WindowSearch(ScannedSearch):
             return first, 0
         self.lay_out(facts)
         self.snapshots.read(State(facts, self.triggers_of_state()))
+        self._version = facts["version"]
         for window in self.windows:
             if _phase(window) == facts["phase"]:
                 if self.finished.has(window.number) or not facts["is_fitted"]:
                     return _phase(window), 0
                 self._prepare()
-                self._open(window, version=facts["version"])
+                self._open(window, refresh=False)
                 assert self._fit is not None
                 self.snapshots.read(self._fit.state(facts))
         return str(facts["phase"]), int(facts["done"])
@@ -162,17 +163,16 @@ class WindowSearch(ScannedSearch):
                 self.answers[index] = OwnAnswers.made(task, own)
             pools = [pool for suspect, pool in self.pools.items() if suspect.task == index]
             self._states[index] = TaskStates(task, pools, self.folder, self.config)
+            self._states[index].deal(self._version)
         balance(self.answers, self.pools)
 
-    def _open(self, window: Window, version: int | None = None) -> None:
+    def _open(self, window: Window, *, refresh: bool = True) -> None:
         """Begin a window: its triggers, tensors, masks and targets.
 
         Args:
-            version: of the triggers, where a run goes on within this window.
+            refresh: whether triggers are new, or those with which a run goes on within this window.
         """
-        if version is not None:
-            self._deal(version)
-        elif window.number > 0:
+        if refresh and window.number > 0:
             self._refresh(window, 0)  # before there are masks: it needs a whole model
         used = [name for name, places in self._places.items() if any(_is_in(place, window) for place in places)]
         owned = {name for name in used if _is_in(self._places[name][0], window)}
@@ -223,16 +223,13 @@ class WindowSearch(ScannedSearch):
 
         key = ("window", window.number, step)
         recover(self.tasks, self.pools, self.shards, self.config, base, mixed, self.config.refresh_steps, *key)
-        self._deal(self._version + 1)
+        self._version += 1
+        for states in self._states.values():
+            states.deal(self._version)
         for index in self._written if window.first > 0 else ():
             for stream in self._states[index].merged_streams[1:]:
                 self._states[index].advance(stream, Window(-1, 0, window.first), edge)
         self.shards.barrier()
-
-    def _deal(self, version: int) -> None:
-        self._version = version
-        for states in self._states.values():
-            states.deal(version)
 
     def _step(self, window: Window, step: int) -> None:
         """One step of a window's masks and coefficients."""

@@ -49,7 +49,8 @@ class TaskStates:
     def __init__(self, task: Task, pools: Sequence[Sequence[Pooled]], folder: Path, config: DamConfig) -> None:
         self.task, self.pools, self.folder, self.config = task, pools, folder, config
         self._open: dict[Path, HiddenStates] = {}
-        self.deal(0)
+        self._version = 0
+        self._which: list[Tensor] = []
 
     def deal(self, version: int) -> None:
         """Give every sample one trigger of each suspect, out of those known by now.
