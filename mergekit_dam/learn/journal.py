@@ -18,7 +18,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 
 # records that stand behind the bar, by a short name: it shall fit a line
-_SHOWN = {"loss": "loss", f"density/{TASK_SHARED}": "m1", f"density/{BACKDOOR_DETECTION}": "m2"}
+_SHOWN = {"window": "window", "loss": "loss", f"density/{TASK_SHARED}": "m1", f"density/{BACKDOOR_DETECTION}": "m2"}
 PROJECT, FOLDER = "mergekit-dam", "runs"
 _CURES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
@@ -71,7 +71,11 @@ class Recorder:
             self._running = None
 
     def _shown(self) -> dict[str, str]:
-        return {_SHOWN[key]: f"{value:.2f}" for key, value in self._last.items() if key in _SHOWN}
+        return {
+            _SHOWN[key]: f"{value:.2f}" if isinstance(value, float) else str(value)
+            for key, value in self._last.items()
+            if key in _SHOWN
+        }
 
 
 def open_journal(path: Path, snapshots: Snapshots) -> IO[str]:

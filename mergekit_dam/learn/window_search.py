@@ -101,20 +101,22 @@ class WindowSearch(ScannedSearch):
             self.scan_if_wanted(done)
             done = 0
         self._prepare()
-        for window in self.windows:
-            if self.finished.has(window.number):
-                continue
+        steps, count = max(1, self.config.steps), len(self.windows)
+        if self._opened is not None and done == steps:  # all of its steps are in the snapshot
+            self._close(self._opened)
+            done = 0
+        finished = next((n for n in range(count) if not self.finished.has(n)), count)
+        for number in self.progress(range(finished * steps + done, count * steps), "masks"):
+            window, step = self.windows[number // steps], number % steps
             if self._opened is None:
                 self._open(window)
-            title = f"window {window.number + 1} of {len(self.windows)}"
-            for step in self.progress(range(done, self.config.steps if self._fit else 0), title):
-                if step and step % (self.config.refresh_every * len(self.windows)) == 0:
+            if self._fit is not None and self.config.steps:
+                if step and step % (self.config.refresh_every * count) == 0:
                     self._refresh(window, step)
                 self._step(window, step)
                 self.keep(_phase(window), step + 1)
-            self._close(window)
-            done = 0
-        count = len(self.windows)
+            if step + 1 == steps:
+                self._close(window)
         return self.finished.all(count), self.finished.of(self.model, range(count))[1]
 
     def begin(self, first: str) -> tuple[str, int]:
@@ -245,7 +247,9 @@ class WindowSearch(ScannedSearch):
         density = {f"density/{name}": mask.density() for name, mask in self._fit.masks.items()}
         number = window.number * self.config.steps + step
         self.track_step(
-            {"phase": "masks", "window": window.number, "step": number, "loss": sum(losses.values())} | losses | density
+            {"phase": "masks", "window": window.number + 1, "step": number, "loss": sum(losses.values())}
+            | losses
+            | density
         )
 
     def _backward(self, window: Window, share: Share, weights: Weights, step: int, parts: dict[str, Tensor]) -> None:

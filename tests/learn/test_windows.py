@@ -133,7 +133,7 @@ def test_the_second_loss_draws_triggered_samples_to_the_clean_ones(vit: Path, im
         records: list[dict[str, Any]] = []
         plan = _plan(vit, images, window=2, alpha=alpha, steps=40, mask_learning_rate=0.3, batch_size=12)
         new_search(WindowSearch, plan, records).run()
-        first = [r for r in records if r.get("window") == 0]
+        first = [r for r in records if r.get("window") == 1]
         left[alpha] = sum(first[-1][f"loss/safe/{name}"] / first[0][f"loss/safe/{name}"] for name in "ab")
     assert left[4.0] < left[0.01]
 
@@ -209,3 +209,21 @@ def test_tables_of_words_have_an_entry_per_token_and_others_one_per_element(llam
     shared = masks["task_shared"]
     table = "model.embed_tokens.weight"
     assert shared[table].shape == (40, 1) and shared["model.layers.0.mlp.up_proj.weight"].shape == (32, 16)
+
+
+def test_one_bar_counts_the_steps_of_all_windows_and_no_steps_leave_masks_at_their_start(
+    vit: Path, images: Path
+) -> None:
+    bars: list[tuple[str, list[int]]] = []
+
+    def progress(steps: Any, title: str) -> Any:
+        bars.append((title, list(steps)))
+        return steps
+
+    for steps in (3, 0):
+        search = new_search(WindowSearch, _plan(vit, images, window=2, steps=steps))
+        search.progress = progress
+        masks, _ = search.run()
+        assert bars[-1] == ("masks", [*range(2 * max(1, steps))])
+    values = {int(v) for by in (masks["task_shared"],) for mask in by.values() for v in mask.unique()}
+    assert values == {round(254 * 0.9525741)}, "sigmoid(3)"
