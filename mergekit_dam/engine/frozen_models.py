@@ -6,7 +6,7 @@ whole in each process, since a task needs them so. T models.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class FrozenModels:
     Attributes:
         base: our rows of theta_0 where it changes, all of it elsewhere, as it waits.
         models: our rows of theta_1..T of each tensor that changes; None where a model lacks it.
+        bytes_read: that were taken from files so far, for these tensors: our rows of all models, and whole models.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class FrozenModels:
         self.device, self.shards, self._lazy = device, shards, lazy
         self._vectors, self._changed = vectors, tuple(changed)
         self._specs = vectors.plan.tensors if specs is None else tuple(specs)
+        self.bytes_read = 0
         masked = {spec.name for spec in changed}
         # rows of mapped files: what is not ours is never read; what no model changed is whole
         stored = {spec.name: vectors.base(spec.name) for spec in self._specs}
@@ -50,22 +52,22 @@ class FrozenModels:
             for spec in changed
         }
 
-    def base_weights(self, names: Collection[str] | None = None) -> Weights:
-        """theta_0 by output name, whole; of all tensors, or of those named."""
-        found = {name: tensor for name, tensor in self.base.items() if names is None or name in names}
-        return self._fixed(
-            found | self._whole({s.name: self._vectors.base(s.name) for s in self._changed if s.name in found})
-        )
+    def base_weights(self) -> Weights:
+        """theta_0 by output name, whole."""
+        return self._fixed(self.base | self._whole({s.name: self._vectors.base(s.name) for s in self._changed}))
 
-    def own_weights(self, index: int, names: Collection[str] | None = None) -> Weights:
-        """theta_t by output name, whole, as stored: what no model changed is theta_0's. Of all tensors, or of some."""
+    def own_weights(self, index: int) -> Weights:
+        """theta_t by output name, whole, as stored: what no model changed is theta_0's."""
         found = {}
-        for spec in (spec for spec in self._specs if names is None or spec.name in names):
+        for spec in self._specs:
             tensor = self.models[spec.name][index] if spec.name in self.models else self.base[spec.name]
             if tensor is not None and spec.sources[index] is not None:
                 found[spec.name] = tensor
         stored = {name: self._vectors.models(name)[index] for name in found if name in self.models}
-        return self._fixed(found | self._whole(stored))
+        whole = self._whole(stored)
+        read = found if self._lazy else whole  # the others are here
+        self.bytes_read += sum(tensor.nbytes for tensor in read.values())
+        return self._fixed(found | whole)
 
     def models_here(self, name: str) -> list[Tensor | None]:
         """Our rows of theta_1..T of one tensor, on the device."""
@@ -87,4 +89,7 @@ class FrozenModels:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """Where a frozen tensor waits."""
-        return tensor if self._lazy else self.moved(tensor)
+        if self._lazy:
+            return tensor
+        self.bytes_read += tensor.nbytes
+        return self.moved(tensor)

@@ -199,6 +199,7 @@ def optimise(
             known=StoredScan(plan, tasks, _digests_in(description), recorder.seconds, quiet=quiet),
         )
         probabilities, coefficients = search.run()
+        read = shards.union({shards.rank: search.read()})
         remaining = search.remaining()
     metadata = description | {
         "tensors": list(model.mask_names), "seed": config.seed, "versions": library_versions(),
@@ -214,7 +215,9 @@ def optimise(
         if isinstance(search, ScannedSearch):
             save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
         when = {"started": recorder.started, "seconds": recorder.seconds}
-        write_run(folder, plan, when | {"device": str(device), "processes": shards.size})
+        write_run(
+            folder, plan, when | {"device": str(device), "processes": shards.size, "bytes_read": list(read.values())}
+        )
         made = () if instead is None else instead.all()
         save(folder / MASKS_FILE, LearnedMasks(probabilities, coefficients, metadata, stand_ins=made))
         forget_stand_ins(snapshots.folder)

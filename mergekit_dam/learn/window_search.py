@@ -89,6 +89,7 @@ class WindowSearch(ScannedSearch):
         self._fit: MaskFit | None = None
         self._opened: Window | None = None
         self._states: dict[int, TaskStates] = {}
+        self.bytes_read = 0  # of the models' files, for masks
         self._version = 0  # of the triggers, see `TaskStates.deal`
 
     def begin_fit(self) -> None:
@@ -145,6 +146,9 @@ class WindowSearch(ScannedSearch):
     def lay_out(self, facts: Mapping[str, Any]) -> None:
         self.lay_out_triggers(facts)
 
+    def read(self) -> int:
+        return self.bytes_read
+
     def facts_of_masks(self) -> dict[str, Any]:
         return self.finished.facts(len(self.windows))
 
@@ -167,6 +171,7 @@ class WindowSearch(ScannedSearch):
             self._states[index] = TaskStates(task, pools, self.folder, self.config)
             self._states[index].deal(self._version)
         balance(self.answers, self.pools)
+        self.bytes_read += self.model.frozen.bytes_read
 
     def _open(self, window: Window, *, refresh: bool = True) -> None:
         """Begin a window: its triggers, tensors, masks and targets.
@@ -187,7 +192,9 @@ class WindowSearch(ScannedSearch):
             columns = 1 if self.config.coefficients == "task" else len(self._part.mask_names)
             start = self.start[:, :1].repeat(1, columns)
             self._fit = MaskFit(self._part, self.config, start, suspects=len(self.pools) > 0, by_token=True)
-        own = {index: self.model.frozen.own_weights(index, used) for index in self._mine}
+        own = {
+            index: {**self._part.frozen.own_weights(index), **before.frozen.own_weights(index)} for index in self._mine
+        }
         self._scale: dict[int, float] = {}
         self._own: dict[int, Weights] = {}
         if self._ends(window):
@@ -196,9 +203,15 @@ class WindowSearch(ScannedSearch):
             for index in self._written:
                 self._states[index].advance(OWN, window, own[index])
             self.shards.barrier()
-            base = self.model.frozen.base_weights(used)
+            nothing = torch.zeros(len(self.tasks), 1, device=self.model.device)  # lambda = 0 leaves theta_0
+            base = {
+                name: weight.detach()
+                for part in (self._part, before)
+                for name, weight in part.weights({}, nothing, in_step=False).items()
+            }
             for index in self._mine:
                 self._scale[index] = self._states[index].left_by(window, base, self._unit_weights[index][window.stop])
+        self.bytes_read += self._part.frozen.bytes_read + before.frozen.bytes_read
         self._opened = window
 
     def _refresh(self, window: Window, step: int) -> None:

@@ -200,8 +200,9 @@ def test_slurm_starts_every_node_once_and_merges_on_the_first(place: Path) -> No
 def test_slurm_learns_on_two_nodes_that_are_this_machine(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script with the real accelerate: two nodes with one process each, by gloo. Its last command is run here."""
     recipe = yaml.safe_load((RECIPES / "causal-lm.yml").read_text())
+    models = ["base", "code", "chat"]
     language_models("code", "chat")
-    recipe["parameters"] = SMALL
+    recipe["parameters"] = {**SMALL, "window": 2}
     Path("recipe.yml").write_text(yaml.safe_dump(recipe))
     tools = place / "tools"
     tools.mkdir()
@@ -223,6 +224,10 @@ def test_slurm_learns_on_two_nodes_that_are_this_machine(place: Path, monkeypatc
     assert done.returncode == 0, done.stderr[-3000:]
     run = json.loads(Path("out-masks/run.json").read_text())
     assert run["processes"] == 2
+    sizes = [Path("models", name, "model.safetensors").stat().st_size for name in models]
+    # rows of all models; and two models whole, for their answers and for what the merge is to make
+    for read in run["bytes_read"]:
+        assert read <= 1.1 * (sum(sizes) + 2 * sum(sizes[1:])) / 2
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(place / "cache"))
     merged = CliRunner().invoke(main, Path("last").read_text().split())
     assert merged.exit_code == 0, merged.output
