@@ -45,6 +45,7 @@ from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.content import content_key
 
 LOG = logging.getLogger(__name__)
+_OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
 
 
 def find_or_learn(
@@ -227,9 +228,8 @@ def optimise(
 
 
 def _search_of(config: DamConfig) -> type[InversionSearch | PaperSearch | WindowSearch]:
-    if config.objective == "paper":
-        return PaperSearch
-    return WindowSearch if isinstance(config.window, int) else InversionSearch
+    in_windows = config.objective == "inversion" and isinstance(config.window, int)
+    return WindowSearch if in_windows else _OBJECTIVES[config.objective]
 
 
 def _digests_in(description: Mapping[str, Any]) -> dict[str, str]:

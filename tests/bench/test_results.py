@@ -11,7 +11,7 @@ import pytest
 from dam_bench.tables.aggregate import suites
 from dam_bench.tables.front import area, best_accuracy, margin
 from dam_bench.tables.results import Run, Spread
-from dam_bench.tables.tables import readme_table
+from dam_bench.tables.sections import summary_table
 from hypothesis import given, settings
 
 from tests.helpers.bench_runs import ATTACK, METHODS, TOTAL, fill, new_run, only, place, put
@@ -135,4 +135,4 @@ def test_the_hardest_baseline_is_no_defence_and_has_every_seed(root: Path) -> No
     for method in METHODS:
         place(root, "clean", method, 2).unlink(missing_ok=True)
     assert only(root).hardest(["merge-aware"]) is None
-    assert "hardest baseline: none has all scenarios, seeds and floors" in readme_table(root)
+    assert "hardest baseline: none has all scenarios, seeds and floors" in summary_table([only(root)])

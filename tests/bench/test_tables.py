@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from dam_bench.tables.aggregate import suites
 from dam_bench.tables.gates import Gate, check_gates, gate_table, require
 from dam_bench.tables.results import read_runs
+from dam_bench.tables.sections import summary_table
 from dam_bench.tables.tables import BEGIN, END, main, readme_table, with_table, write_results
 
 from mergekit_dam.errors import DamError
@@ -149,7 +150,8 @@ def test_a_scenario_with_fewer_seeds_says_so_and_still_has_its_hardest_baseline(
     dam = row(text, "### Scenario adaptive", "dam")
     assert dam[2:4] == ["79.0", "9.0"] and dam[5:7] == ["4.0", "5.0"] and dam[-1] == "1/3"
     assert only(root).hardest(["adaptive", "merge-aware"]) == "ties-0.3"
-    assert row(readme_table(root), "suite", "dam")[2:] == ["79.0 (79.0 to 79.0)", "5.0 (5.0 to 5.0)", "2/2", "1-3/3"]
+    summary = summary_table([only(root)])
+    assert row(summary, "suite", "dam")[2:] == ["79.0 (79.0 to 79.0)", "5.0 (5.0 to 5.0)", "2/2", "1-3/3"]
 
 
 def test_settings_that_differ_between_runs_are_reported(root: Path, tmp_path: Path) -> None:
@@ -196,11 +198,21 @@ def test_broken_and_absent_files_are_refused(root: Path, tmp_path: Path) -> None
 
 
 def test_the_readme_table_goes_between_its_markers(root: Path) -> None:
-    table = readme_table(root)
-    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == [
+    summary = summary_table([only(root)])
+    assert [line.split(" | ")[1] for line in summary.splitlines()[2:]] == [
         "ties-0.3 (hardest baseline)", "paper-dual", "dam",
     ]  # fmt: skip
-    assert row(table, "suite", "dam")[2:] == ["79.0", "5.0", "1/1", "3/3"]
+    assert row(summary, "suite", "dam")[2:] == ["79.0", "5.0", "1/1", "3/3"]
+    results, table = only(root), readme_table(root)
+    best = results.most_accurate("merge-aware")
+    assert best is not None and results.any_run(best).group == "undefended"
+    wanted = [results.accuracy("merge-aware", best), results.success("merge-aware", best)]
+    wanted += [results.accuracy("merge-aware", "dam"), results.success("merge-aware", "dam")]
+    figures = [f"{one.mean:.1f}" for one in [*wanted, results.floor("merge-aware", "dam")]]
+    assert row(table, "suite", "vision")[1:] == [*figures, "1 attacks, 3 seeds"]
+    for method in results.methods("merge-aware"):
+        if results.any_run(method).group == "undefended" and not results.accuracy("merge-aware", method).missing:
+            assert results.accuracy("merge-aware", method).mean <= wanted[0].mean
     page = f"a\n{BEGIN}\nold\n{END}\nb\n"
     assert with_table(page, table) == f"a\n{BEGIN}\n{table}\n{END}\nb\n"
     for wrong in ("a\n", f"{END}\n{BEGIN}\n", page + page):

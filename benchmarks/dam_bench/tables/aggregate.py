@@ -196,6 +196,15 @@ class SuiteResults:
                     best = mean, method
         return best[1] if best else None
 
+    def most_accurate(self, scenario: str) -> str | None:
+        """The undefended merge with the highest mean accuracy in a scenario, among those without a missing seed."""
+        best: tuple[float, str] | None = None
+        for method in sorted(name for names in self.curves(scenario).values() for name in names):
+            accuracy, success = self.accuracy(scenario, method), self.success(scenario, method)
+            if not accuracy.missing and not success.missing and (best is None or accuracy.mean > best[0]):
+                best = accuracy.mean, method
+        return best[1] if best else None
+
     def _accuracy(self, run: Run) -> float | None:
         if set(run.accuracy) != set(self.tasks):
             return None

@@ -9,7 +9,7 @@ from dam_bench.tables.aggregate import SuiteResults, is_ahead
 from dam_bench.tables.gates import best_undefended, check_gates, gate_table
 from dam_bench.tables.results import CLEAN, Run, Spread, attacked_task, percent
 
-_OURS = ("paper-dual", "dam")  # rows of the README's table, after the hardest baseline
+_OURS = ("paper-dual", "dam")  # rows of the summary, after the hardest baseline
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -58,6 +58,33 @@ def summary_table(groups: Iterable[SuiteResults]) -> str:
             label = f"{method} (hardest baseline)" if method == hardest else method
             rows.append([name, label, *_over_scenarios(results, method)])
     header = ["suite", "method", "ACC %, mean (range) over scenarios", "excess ASR, likewise", "scenarios", "seeds"]
+    return table(header, rows)
+
+
+def front_table(groups: Iterable[SuiteResults]) -> str:
+    """The README's table: a row per suite, means over its poisoned scenarios and their seeds, in percent.
+
+    The undefended merge is the most accurate one of each scenario; the floor is what the same triggers do to the merge
+    of clean models by `dam`.
+    """
+    rows = []
+    for results in groups:
+        cells: list[list[float]] = []
+        for name in results.poisoned:
+            best = results.most_accurate(name)
+            spreads = [results.floor(name, "dam")]
+            for method in (best, "dam") if best else ():
+                spreads += [results.accuracy(name, method), results.success(name, method)]
+            if best and not any(spread.missing for spread in spreads):
+                cells.append([spread.mean for spread in spreads])
+        if not cells:
+            continue
+        floor, *others = (f"{sum(column) / len(column):.1f}" for column in zip(*cells, strict=True))
+        counts = f"{len(cells)} attacks, {len(results.seeds)} seeds"
+        rows.append([results.suite, *others, floor, counts])
+    header = [
+        "suite", "undefended: accuracy", "attack success", "`dam`: accuracy", "attack success", "floor", "mean over",
+    ]  # fmt: skip
     return table(header, rows)
 
 

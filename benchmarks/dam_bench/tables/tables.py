@@ -66,8 +66,8 @@ def write_results(root: Path, out_markdown: Path, *, command: str = "", figures:
 
 
 def readme_table(root: Path) -> str:
-    """The README's table: per suite the hardest baseline, `paper-dual` and `dam`, means over scenarios and seeds."""
-    return sections.summary_table(suites(read_runs(root)))
+    """The README's table, see `sections.front_table`."""
+    return sections.front_table(suites(read_runs(root)))
 
 
 def with_table(readme: str, table: str) -> str:
@@ -98,7 +98,7 @@ def main(*, write: bool, root: Path, out: Path, readme: Path) -> None:
     groups = suites(read_runs(root))
     text = results_markdown(groups, root=root.as_posix(), command=command, figures="figures")
     page = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    wanted = {out: text, readme: with_table(page, sections.summary_table(groups))}
+    wanted = {out: text, readme: with_table(page, sections.front_table(groups))}
     if write:
         from dam_bench.tables.figures import write_figures  # needs matplotlib; a check does not
 
