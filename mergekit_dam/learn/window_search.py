@@ -4,7 +4,7 @@ Per window, with everything before it merged already, each task's clean samples 
 (z1), so have samples with recovered triggers (z1'), and clean samples as far as model t takes them (z2). The masks and
 coefficients of the window's tensors are fitted so that the merged window makes of z1 and of z1' what model t's makes of
 z2: L_t = |W (merged(z1) - own(z2))|^2 / |W (theta_0(z1) - own(z2))|^2 + alpha times the same for z1'. W weighs
-hidden units by what they count for model t's answers (fisher.py). The window that ends in the head is fitted to the
+hidden states by what they count for model t's answers (fisher.py). The window that ends in the head is fitted to the
 answers themselves, as the whole model is where it is learned at once. Then the window is merged, and the next begins.
 Matching block by block, each branch on its own inputs, is ProDistill's (arXiv 2502.12706); a window of all positions is
 inversion_search.py, of which the scan is. As there, triggers are recovered anew while masks are learned: from the merge
@@ -28,7 +28,7 @@ from torch import Tensor
 from mergekit_dam.engine.shards import Share
 from mergekit_dam.engine.snapshots import State
 from mergekit_dam.engine.streamed_weights import Weights
-from mergekit_dam.learn.fisher import unit_weights
+from mergekit_dam.learn.fisher import Importance, importance_of
 from mergekit_dam.learn.fit import MaskFit
 from mergekit_dam.learn.losses import calibration_batch, distillation
 from mergekit_dam.learn.masks import Whole
@@ -157,14 +157,14 @@ class WindowSearch(ScannedSearch):
         return self.model.weights(*self.finished.of(self.model, range(len(self.windows))), in_step=False)
 
     def _prepare(self) -> None:
-        """What all windows need: each model's answers, and how hidden units count for them."""
+        """What all windows need: each model's answers, and how hidden states count for them."""
         if self._states:
             return
         stops = [window.stop for window in self.windows[:-1]]
-        self._unit_weights: dict[int, dict[int, Tensor]] = {}
+        self._importance: dict[int, dict[int, Importance]] = {}
         for index in self._mine:
             task, own = self.tasks[index], self.model.frozen.own_weights(index)
-            self._unit_weights[index] = unit_weights(task, own, stops, self.config.seed) if stops else {}
+            self._importance[index] = importance_of(task, own, stops, self.config.seed) if stops else {}
             if task.classifies:
                 self.answers[index] = OwnAnswers.made(task, own)
             pools = [pool for suspect, pool in self.pools.items() if suspect.task == index]
@@ -210,7 +210,7 @@ class WindowSearch(ScannedSearch):
                 for name, weight in part.weights({}, nothing, in_step=False).items()
             }
             for index in self._mine:
-                self._scale[index] = self._states[index].left_by(window, base, self._unit_weights[index][window.stop])
+                self._scale[index] = self._states[index].left_by(window, base, self._importance[index][window.stop])
         self.bytes_read += self._part.frozen.bytes_read + before.frozen.bytes_read
         self._opened = window
 
@@ -280,7 +280,7 @@ class WindowSearch(ScannedSearch):
         """Our share of the mean over the batch."""
         states, task, ours_B = self._states[share.task], self.tasks[share.task], share.of(rows_B)
         if not self._ends(window):
-            total, count = states.loss(stream, window, weights, ours_B, self._unit_weights[share.task][window.stop])
+            total, count = states.loss(stream, window, weights, ours_B, self._importance[share.task][window.stop])
             if share.parts > 1:
                 count = sum(states.lengths(OWN, window.stop, rows_B))
             return total / (self._scale[share.task] * count)

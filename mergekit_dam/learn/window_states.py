@@ -17,6 +17,7 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.hidden_states import HiddenStates
+from mergekit_dam.learn.fisher import Importance
 from mergekit_dam.learn.trigger_pool import Pooled
 from mergekit_dam.scan.triggers import RecoveredTriggers
 from mergekit_dam.tasks import Task
@@ -115,26 +116,27 @@ class TaskStates:
             path.unlink()
 
     def loss(
-        self, stream: str, window: Window, weights: Mapping[str, Tensor], rows_B: Tensor, unit_weights_D: Tensor
+        self, stream: str, window: Window, weights: Mapping[str, Tensor], rows_B: Tensor, importance: Importance
     ) -> tuple[Tensor, int]:
-        """Squared distance to what model t makes of the clean samples, weighted by unit, and how many tokens it sums.
+        """Squared distance to what model t makes of the clean samples, weighted, and how many tokens it sums.
 
         Tokens that a trigger inserted are left out.
+
+        Args:
+            importance: of the states.
         """
         target_BLD = self._states(OWN, window.stop).read(rows_B).to(self.task.device).float()
         hidden_BLD = self.through(stream, window, weights, rows_B).float()
         hidden_BLD = self.task.without_trigger(hidden_BLD, target_BLD.shape[1])
-        squares_BL = ((hidden_BLD - target_BLD).square() * unit_weights_D).mean(-1)
-        counts = torch.tensor(self.lengths(OWN, window.stop, rows_B), device=squares_BL.device)
-        is_token_BL = torch.arange(target_BLD.shape[1], device=squares_BL.device) < counts[:, None]
-        return (squares_BL * is_token_BL).sum(), int(counts.sum())
+        squares_BLD = (hidden_BLD - target_BLD).square() * importance.of(rows_B)
+        return squares_BLD.mean(-1).sum(), sum(self.lengths(OWN, window.stop, rows_B))
 
     @torch.no_grad()
-    def left_by(self, window: Window, base: Mapping[str, Tensor], unit_weights_D: Tensor) -> float:
+    def left_by(self, window: Window, base: Mapping[str, Tensor], importance: Importance) -> float:
         """Mean loss per token of theta_0's window in the place of the merge's."""
         total, count = 0.0, 0
         for rows_B in torch.arange(min(self.task.num_samples, 2 * _AT_ONCE)).split(_AT_ONCE):
-            loss, tokens = self.loss(MERGED, window, base, rows_B, unit_weights_D)
+            loss, tokens = self.loss(MERGED, window, base, rows_B, importance)
             total, count = total + float(loss), count + tokens
         return max(_SMALLEST, total / count)
 

@@ -16,7 +16,7 @@ from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.engine.hidden_states import HiddenStates
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn import window_size
-from mergekit_dam.learn.fisher import unit_weights
+from mergekit_dam.learn.fisher import importance_of
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.learn.window_search import WindowSearch, places_of, windows_of
@@ -138,17 +138,30 @@ def test_the_second_loss_draws_triggered_samples_to_the_clean_ones(vit: Path, im
     assert left[4.0] < left[0.01]
 
 
-def test_unit_weights_have_mean_one_and_find_what_counts(vit: Path, images: Path) -> None:
-    task = build_tasks(_plan(vit, images), CPU)[0]
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_weights_of_states_have_mean_one_and_find_what_counts(
+    kind: str, request: pytest.FixtureRequest, images: Path, texts: Path
+) -> None:
+    task = build_tasks(_plan(request.getfixturevalue(kind), images if kind == "vit" else texts), CPU)[0]
     own = dict(task.own_weights())
-    found = unit_weights(task, own, [1, 2, 3], 0)
+    found = importance_of(task, own, [1, 2, 3], 0)
     assert set(found) == {1, 2, 3}
-    for weights_D in found.values():
-        assert float(weights_D.mean()) == pytest.approx(1.0, rel=1e-4) and float(weights_D.min()) >= 0.2 - 1e-6
+    rows_N = torch.arange(task.num_samples)
+    lengths = task.token_counts(rows_N)
+    for weights in found.values():
+        assert float(weights.units_D.mean()) == pytest.approx(1.0, rel=1e-4)
+        assert float(torch.cat(list(weights.tokens_N)).mean()) == pytest.approx(1.0, rel=1e-4)
+        assert float(weights.units_D.min()) >= 0.2 - 1e-6 and weights.of(rows_N).shape[0] == task.num_samples
+        if lengths is not None:
+            assert [len(one) for one in weights.tokens_N] == lengths
+    if kind == "llama":
+        return
+    # the head reads the first token, and of it, once the last norm keeps unit 3 alone, that unit
+    assert all(int(one.argmax()) == 0 and float(one[1:].max()) == pytest.approx(0.2) for one in found[3].tokens_N)
     name = next(n for n, target in task.targets.items() if target == "vit.layernorm.weight")
     own[name] = torch.zeros_like(own[name])
-    own[name][3] = 1.0  # the head reads unit 3 alone
-    assert int(unit_weights(task, own, [3], 0)[3].argmax()) == 3
+    own[name][3] = 1.0
+    assert int(importance_of(task, own, [3], 0)[3].units_D.argmax()) == 3
 
 
 @settings(max_examples=20, deadline=None)
