@@ -88,7 +88,7 @@ class WindowSearch(ScannedSearch):
         self.finished = WindowMasks(folder, self.shards, len(self.tasks), self.config)
         self._fit: MaskFit | None = None
         self._opened: Window | None = None
-        self._states: dict[int, TaskStates] = {}
+        self.states: dict[int, TaskStates] = {}
         self.bytes_read = 0  # of the models' files, for masks
         self._version = 0  # of the triggers, see `TaskStates.deal`
 
@@ -101,23 +101,23 @@ class WindowSearch(ScannedSearch):
         if phase == "scan":
             self.scan_if_wanted(done)
             done = 0
-        self._prepare()
+        self.prepare()
         steps, count = max(1, self.config.steps), len(self.windows)
         if self._opened is not None and done == steps:  # all of its steps are in the snapshot
-            self._close(self._opened)
+            self.close(self._opened)
             done = 0
         finished = next((n for n in range(count) if not self.finished.has(n)), count)
         for number in self.progress(range(finished * steps + done, count * steps), "masks"):
             window, step = self.windows[number // steps], number % steps
             if self._opened is None:
-                self._open(window)
+                self.open(window)
             if self._fit is not None and self.config.steps:
                 if step and step % (self.config.refresh_every * count) == 0:
                     self._refresh(window, step)
-                self._step(window, step)
+                self.step(window, step)
                 self.keep(_phase(window), step + 1)
             if step + 1 == steps:
-                self._close(window)
+                self.close(window)
         return self.finished.all(count), self.finished.of(self.model, range(count))[1]
 
     def begin(self, first: str) -> tuple[str, int]:
@@ -131,8 +131,8 @@ class WindowSearch(ScannedSearch):
             if _phase(window) == facts["phase"]:
                 if self.finished.has(window.number) or not facts["is_fitted"]:
                     return _phase(window), 0
-                self._prepare()
-                self._open(window, refresh=False)
+                self.prepare()
+                self.open(window, refresh=False)
                 assert self._fit is not None
                 self.snapshots.read(self._fit.state(facts))
         return str(facts["phase"]), int(facts["done"])
@@ -156,24 +156,24 @@ class WindowSearch(ScannedSearch):
         """The whole merge by the masks of all windows."""
         return self.model.weights(*self.finished.of(self.model, range(len(self.windows))), in_step=False)
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """What all windows need: each model's answers, and how hidden states count for them."""
-        if self._states:
+        if self.states:
             return
         stops = [window.stop for window in self.windows[:-1]]
-        self._importance: dict[int, dict[int, Importance]] = {}
+        self.importance: dict[int, dict[int, Importance]] = {}
         for index in self._mine:
             task, own = self.tasks[index], self.model.frozen.own_weights(index)
-            self._importance[index] = importance_of(task, own, stops, self.config.seed) if stops else {}
+            self.importance[index] = importance_of(task, own, stops, self.config.seed) if stops else {}
             if task.classifies:
                 self.answers[index] = OwnAnswers.made(task, own)
             pools = [pool for suspect, pool in self.pools.items() if suspect.task == index]
-            self._states[index] = TaskStates(task, pools, self.folder, self.config)
-            self._states[index].deal(self._version)
+            self.states[index] = TaskStates(task, pools, self.folder, self.config)
+            self.states[index].deal(self._version)
         balance(self.answers, self.pools)
         self.bytes_read += self.model.frozen.bytes_read
 
-    def _open(self, window: Window, *, refresh: bool = True) -> None:
+    def open(self, window: Window, *, refresh: bool = True) -> None:
         """Begin a window: its triggers, tensors, masks and targets.
 
         Args:
@@ -183,17 +183,18 @@ class WindowSearch(ScannedSearch):
             self._refresh(window, 0)  # before there are masks: it needs a whole model
         used = [name for name, places in self._places.items() if any(_is_in(place, window) for place in places)]
         owned = {name for name in used if _is_in(self._places[name][0], window)}
-        self._part = self.model.part(owned)
+        self.part = self.model.part(owned)
         before = self.model.part(set(used) - owned)
         earlier = [w.number for w in self.windows[: window.number]] if before.mask_names else []
         fixed = before.weights(*self.finished.of(before, earlier), in_step=False)
-        self._fixed = {name: weight.detach() for name, weight in fixed.items()}
-        if self._part.mask_names:
-            columns = 1 if self.config.coefficients == "task" else len(self._part.mask_names)
+        self.fixed = {name: weight.detach() for name, weight in fixed.items()}
+        if self.part.mask_names:
+            columns = 1 if self.config.coefficients == "task" else len(self.part.mask_names)
             start = self.start[:, :1].repeat(1, columns)
-            self._fit = MaskFit(self._part, self.config, start, suspects=len(self.pools) > 0, by_token=True)
+            # a mask per model where the setting leaves it open: blocks of many models fit one another worse than answers do
+            self._fit = MaskFit(self.part, self.config, start, suspects=True, by_token=True)
         own = {
-            index: {**self._part.frozen.own_weights(index), **before.frozen.own_weights(index)} for index in self._mine
+            index: {**self.part.frozen.own_weights(index), **before.frozen.own_weights(index)} for index in self._mine
         }
         self._scale: dict[int, float] = {}
         self._own: dict[int, Weights] = {}
@@ -201,17 +202,17 @@ class WindowSearch(ScannedSearch):
             self._own = {index: weights for index, weights in own.items() if not self.tasks[index].classifies}
         else:
             for index in self._written:
-                self._states[index].advance(OWN, window, own[index])
+                self.states[index].advance(OWN, window, own[index])
             self.shards.barrier()
             nothing = torch.zeros(len(self.tasks), 1, device=self.model.device)  # lambda = 0 leaves theta_0
             base = {
                 name: weight.detach()
-                for part in (self._part, before)
+                for part in (self.part, before)
                 for name, weight in part.weights({}, nothing, in_step=False).items()
             }
             for index in self._mine:
-                self._scale[index] = self._states[index].left_by(window, base, self._importance[index][window.stop])
-        self.bytes_read += self._part.frozen.bytes_read + before.frozen.bytes_read
+                self._scale[index] = self.states[index].left_by(window, base, self.importance[index][window.stop])
+        self.bytes_read += self.part.frozen.bytes_read + before.frozen.bytes_read
         self._opened = window
 
     def _refresh(self, window: Window, step: int) -> None:
@@ -227,7 +228,7 @@ class WindowSearch(ScannedSearch):
         merged = dict(front.weights(*self.finished.of(front, range(window.number)), in_step=False))
         edge = {name: weight.detach() for name, weight in merged.items()}
         if step:
-            merged |= self._part.weights(*self.finished.pending(self._fit, self._part), in_step=False)
+            merged |= self.part.weights(*self.finished.pending(self._fit, self.part), in_step=False)
         merged = {name: weight.detach() for name, weight in merged.items()}
         base = self.model.frozen.base_weights()
 
@@ -239,22 +240,22 @@ class WindowSearch(ScannedSearch):
         key = ("window", window.number, step)
         recover(self.tasks, self.pools, self.shards, self.config, base, mixed, self.config.refresh_steps, *key)
         self._version += 1
-        for states in self._states.values():
+        for states in self.states.values():
             states.deal(self._version)
         for index in self._written if window.first > 0 else ():
-            for stream in self._states[index].merged_streams[1:]:
-                self._states[index].advance(stream, Window(-1, 0, window.first), edge)
+            for stream in self.states[index].merged_streams[1:]:
+                self.states[index].advance(stream, Window(-1, 0, window.first), edge)
         self.shards.barrier()
 
-    def _step(self, window: Window, step: int) -> None:
+    def step(self, window: Window, step: int) -> None:
         """One step of a window's masks and coefficients."""
         assert self._fit is not None
         merged = self._fit.combined()
-        weights = self._part.weights(merged, self._fit.coefficients)
+        weights = self.part.weights(merged, self._fit.coefficients)
         parts: dict[str, Tensor] = {}
         for share in self.turns:
             if share is not None:
-                self._backward(window, share, {**weights, **self._fixed}, step, parts)
+                self._backward(window, share, {**weights, **self.fixed}, step, parts)
         self._fit.update(merged, weights, step)
         losses = self.summed(parts)
         density = {f"density/{name}": mask.density() for name, mask in self._fit.masks.items()}
@@ -267,7 +268,7 @@ class WindowSearch(ScannedSearch):
 
     def _backward(self, window: Window, share: Share, weights: Weights, step: int, parts: dict[str, Tensor]) -> None:
         """One task's losses, each with its backward pass, so that one stream's activations live at a time."""
-        states, task = self._states[share.task], self.tasks[share.task]
+        states, task = self.states[share.task], self.tasks[share.task]
         rows_B = calibration_batch(task, self.config, step)
         for stream in states.merged_streams:
             loss = self._loss(window, share, stream, weights, rows_B) * states.weight(stream, rows_B)
@@ -278,9 +279,9 @@ class WindowSearch(ScannedSearch):
 
     def _loss(self, window: Window, share: Share, stream: str, weights: Weights, rows_B: Tensor) -> Tensor:
         """Our share of the mean over the batch."""
-        states, task, ours_B = self._states[share.task], self.tasks[share.task], share.of(rows_B)
+        states, task, ours_B = self.states[share.task], self.tasks[share.task], share.of(rows_B)
         if not self._ends(window):
-            total, count = states.loss(stream, window, weights, ours_B, self._importance[share.task][window.stop])
+            total, count = states.loss(stream, window, weights, ours_B, self.importance[share.task][window.stop])
             if share.parts > 1:
                 count = sum(states.lengths(OWN, window.stop, rows_B))
             return total / (self._scale[share.task] * count)
@@ -293,19 +294,19 @@ class WindowSearch(ScannedSearch):
                 answers = states.through(OWN, window, self._own[share.task], ours_B)
         return weight * distillation(states.through(stream, window, weights, ours_B), answers)
 
-    def _close(self, window: Window) -> None:
+    def close(self, window: Window) -> None:
         """Take the samples through what the window merges to, and mark it as finished."""
-        masks, coefficients = self.finished.pending(self._fit, self._part)
+        masks, coefficients = self.finished.pending(self._fit, self.part)
         if not self._ends(window):
-            merged = {**self._part.weights(masks, coefficients, in_step=False), **self._fixed}
+            merged = {**self.part.weights(masks, coefficients, in_step=False), **self.fixed}
             for index in self._written:  # triggered samples go there with new triggers
-                self._states[index].advance(MERGED, window, merged)
+                self.states[index].advance(MERGED, window, merged)
         self.shards.barrier()
         self.finished.write(window.number, self._fit)
         for index in self._written:
-            self._states[index].forget(window.first)
+            self.states[index].forget(window.first)
         self._fit = self._opened = None
-        del self._part, self._fixed, self._own
+        del self.part, self.fixed, self._own
         if self.snapshots is not None and not self._ends(window):  # small, and what comes before is then over for good
             self.snapshots.write(self.state(_phase(self.windows[window.number + 1]), 0))
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from dam_bench.performance.scaling import BLOCK_OF_7B, Job, device_bytes, step_flops, step_seconds
 from dam_bench.performance.shapes import make_models
-from dam_bench.performance.steps import PASSES, Case, _expect, _search, measure
+from dam_bench.performance.steps import PASSES, Case, _expect, measure, set_up
+from dam_bench.performance.windows import measure_window
 
 SCALING = Path(__file__).parents[2] / "docs" / "scaling.md"
 GB = 1e9
@@ -34,7 +35,7 @@ def test_a_floor_with_other_passes_is_refused() -> None:
 
 
 def test_state_and_merged_weights_have_the_computed_bytes(tmp_path: Path) -> None:
-    search, _, _ = _search(Case("clip-tiny", "inversion", 2, batch_size=4), tmp_path, torch.device("cpu"))
+    search, _, _ = set_up(Case("clip-tiny", "inversion", 2, batch_size=4), tmp_path, torch.device("cpu"))
     parameters = sum(torch.Size(spec.shape).numel() for spec in search.model.changed)
     expected = device_bytes(Job(parameters, 2, stored=4))
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
@@ -71,3 +72,11 @@ def test_the_page_has_the_functions_figures() -> None:
         assert float(gigabytes) == pytest.approx(sum(device_bytes(job, int(processes)).values()) / GB, abs=0.06)
         expected = step_seconds(job, 16 * 128, flops=4e14, bandwidth=2e12, processes=int(processes))
         assert float(seconds) == pytest.approx(expected, abs=0.006)
+
+
+def test_a_window_is_measured_beside_its_passes(tmp_path: Path) -> None:
+    case = Case("clip-tiny", "inversion", 2, batch_size=4, settings={"window": 1})
+    found = measure_window(case, tmp_path)
+    assert found["ratio"] > 0.5 and len(found["seconds"]["floor"]) == len(found["seconds"]["step"]) == case.steps
+    whole, _, _ = set_up(Case("clip-tiny", "inversion", 2, batch_size=4), tmp_path, torch.device("cpu"))
+    assert 0 < found["parameters"] < sum(torch.Size(spec.shape).numel() for spec in whole.model.changed) / 1.5

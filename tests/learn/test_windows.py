@@ -82,28 +82,28 @@ def test_samples_come_as_far_as_the_merge_and_as_their_own_model(
     merged, rows_B = search.merged_weights(), torch.arange(3)
     last = search.windows[-1]
     for task in search.tasks:
-        states, inputs = search._states[task.index], task.inputs(torch.arange(3))
+        states, inputs = search.states[task.index], task.inputs(torch.arange(3))
         for stream, weights in ((OWN, task.own_weights()), *((name, merged) for name in states.merged_streams)):
             with torch.no_grad():
                 expected_BLD = task.through(weights, inputs, 0, last.first, None, states.perturb(stream, rows_B))
             kept_BLD = states._states(stream, last.first).read(rows_B)
             for i, length in enumerate(states.lengths(stream, last.first, rows_B)):
                 torch.testing.assert_close(kept_BLD[i, :length], expected_BLD[i, :length], rtol=1e-4, atol=1e-5)
-    triggered = search._states[0].merged_streams[1:]
-    assert bool(triggered) == (kind == "vit") and MERGED in search._states[0].merged_streams
+    triggered = search.states[0].merged_streams[1:]
+    assert bool(triggered) == (kind == "vit") and MERGED in search.states[0].merged_streams
 
 
 def test_each_tensor_is_learned_once_and_only_a_window_is_held(vit: Path, images: Path) -> None:
     search = new_search(WindowSearch, _plan(vit, images, window=1))
-    open_window, held, names = search._open, [], []
+    open_window, held, names = search.open, [], []
 
     def counted(window: Any) -> None:
         open_window(window)
-        assert search._part is not None
-        names.extend(search._part.mask_names)
-        held.append(sum(t.numel() for t in search._part.frozen.base.values()))
+        assert search.part is not None
+        names.extend(search.part.mask_names)
+        held.append(sum(t.numel() for t in search.part.frozen.base.values()))
 
-    search._open = counted  # type: ignore[method-assign]
+    search.open = counted  # type: ignore[method-assign]
     search.run()
     assert sorted(names) == sorted(search.model.mask_names)
     assert sum(held) == sum(t.numel() for t in search.model.frozen.base.values()) and max(held) < sum(held) / 2
@@ -115,13 +115,13 @@ def test_tied_embeddings_are_learned_first_and_stay_so_in_the_head(llama: Path, 
     places = places_of(build_tasks(plan, CPU), plan.tensors, 4)
     assert places[tied] == (0, 3) and places["model.norm.weight"] == (3,)
     search, fixed = new_search(WindowSearch, plan), {}
-    close = search._close
+    close = search.close
 
     def noted(window: Any) -> None:
-        fixed[window.number] = dict(search._fixed)
+        fixed[window.number] = dict(search.fixed)
         close(window)
 
-    search._close = noted  # type: ignore[method-assign]
+    search.close = noted  # type: ignore[method-assign]
     search.run()
     assert [sorted(one) for one in fixed.values()] == [[], [], [], [tied]]
     assert torch.equal(fixed[3][tied], search.merged_weights()[tied])

@@ -28,6 +28,7 @@ import torch
 from dam_bench.performance.elementwise import measure_elementwise
 from dam_bench.performance.steps import Case, measure
 from dam_bench.performance.throughput import METHODS, measure_merges
+from dam_bench.performance.windows import measure_window
 from dam_bench.runs.peer import FOLDER, peer_python
 from mergekit_dam.errors import DamError
 
@@ -45,6 +46,8 @@ CASES = [
     Case("llama", "inversion", 2, steps=1, batch_size=4), Case("llama", "inversion", 4, steps=1, batch_size=4),
     Case("llama", "inversion", 4, steps=1, batch_size=8),
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"granularity": "row"}),
+    Case("clip", "inversion", 4, batch_size=8, settings={"window": 2}),
+    Case("clip", "inversion", 4, batch_size=16, settings={"window": 2}),
     # as where something is suspect: a Backdoor-Detection mask per model
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"detection": "model"}),
 ]  # fmt: skip
@@ -96,7 +99,7 @@ def _jobs(device: str) -> dict[str, Callable[[Path], dict[str, Any]]]:
     """What can be measured, by name."""
     cases = [Case(**{**case.__dict__, "device": device}) for case in (CASES if device == "cpu" else ON_CUDA)]
     jobs: dict[str, Callable[[Path], dict[str, Any]]] = {
-        case.name: lambda folder, case=case: measure(case, folder)  # type: ignore[misc]
+        case.name: lambda folder, case=case: (measure_window if "window" in case.settings else measure)(case, folder)  # type: ignore[misc]
         for case in cases
     }
     jobs[f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}"] = lambda folder: _peer(device, folder)

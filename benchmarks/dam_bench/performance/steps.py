@@ -25,6 +25,7 @@ from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.losses import calibration_batch, entropy
 from mergekit_dam.learn.paper_search import PaperSearch, UniversalPerturbation
+from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.seeds import generator
 from mergekit_dam.tasks import Task, build_tasks
@@ -79,7 +80,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         Seconds of the floor and of the step, their ratio, and bytes.
     """
     device = torch.device(case.device)
-    search, tasks, path = _search(case, folder, device)
+    search, tasks, path = set_up(case, folder, device)
     passes, kinds = _counted(tasks), PASSES[case.objective]
     once: tuple[str, ...] = ("answer",) if case.objective == "inversion" else ()
     if case.objective == "inversion" and not tasks[0].classifies:
@@ -140,7 +141,8 @@ def _block_bytes(search: InversionSearch | PaperSearch) -> int:
     return max(sizes.values())
 
 
-def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSearch | PaperSearch, list[Task], Path]:
+def set_up(case: Case, folder: Path, device: torch.device) -> tuple[Any, list[Task], Path]:
+    """The search of a case, its tasks, and one of its models."""
     stored = getattr(torch, case.settings.get("compute_dtype", "float32"))
     made = make_models(case.shapes, case.tasks, folder, stored)
     base, *models = (ModelReference.parse(str(path)) for path in made.models)
@@ -153,9 +155,10 @@ def _search(case: Case, folder: Path, device: torch.device) -> tuple[InversionSe
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors = TaskVectors(plan)
     tasks = build_tasks(plan, device)
-    model = MergedModel(vectors, survey(vectors).changed, device, dtype=tasks[0].dtype)
     searches: dict[str, Callable[..., Any]] = {"inversion": InversionSearch, "paper": PaperSearch}
-    search = searches[case.objective](
+    kind = searches[case.objective] if plan.config.window in ("all", "auto") else WindowSearch
+    model = MergedModel(vectors, survey(vectors).changed, device, dtype=tasks[0].dtype, lazy=kind is WindowSearch)
+    search = kind(
         model, tasks, plan.config, torch.full((case.tasks,), 0.3), track=lambda record: None,
         progress=lambda steps, title: steps,
     )  # fmt: skip
