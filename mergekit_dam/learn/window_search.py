@@ -191,7 +191,7 @@ class WindowSearch(ScannedSearch):
         if self.part.mask_names:
             columns = 1 if self.config.coefficients == "task" else len(self.part.mask_names)
             start = self.start[:, :1].repeat(1, columns)
-            # a mask per model where the setting leaves it open: blocks of many models fit one another worse than answers do
+            # one M2 per model where the setting leaves it open: hidden states are harder to fit together than answers
             self._fit = MaskFit(self.part, self.config, start, suspects=True, by_token=True)
         own = {
             index: {**self.part.frozen.own_weights(index), **before.frozen.own_weights(index)} for index in self._mine
