@@ -81,8 +81,8 @@ class DamConfig(StrictSettings):
     )
     detection: Literal["auto", "model", "shared"] = setting(
         "auto", "Inversion: one Backdoor-Detection mask per model, so that one can be cut without the others; one for "
-        "all, which takes less memory and time (so with `rescale`); or per model only where the scan finds a suspect, and "
-        "in windows.",
+        "all, which takes less memory and time (so with `rescale`); or per model only where the scan finds a suspect, "
+        "and in windows.",
     )  # fmt: skip
     granularity: Literal["element", "row", "tensor"] = setting("element", "What one mask entry covers.", source=DAM)
     coefficients: Literal["task", "layer"] = setting(
