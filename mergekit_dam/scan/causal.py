@@ -104,9 +104,7 @@ def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tenso
     chains_CN = beginnings.nonzero()
     if not len(chains_CN):
         return []
-    next_C, own_C, control_C = _next(task, own, base, rows[:_FIRST], chains_CN)
-    score_C = (own_C - control_C).masked_fill(torch.isin(next_C, special), -1.0)
-    chains_CN = chains_CN[score_C.topk(min(_SHORTLIST, len(score_C))).indices]
+    chains_CN = _shortlist(task, own, base, rows[:_FIRST], chains_CN, special)
     open_C = torch.ones(len(chains_CN), dtype=torch.bool, device=chains_CN.device)
     owns: list[list[float]] = [[] for _ in chains_CN]
     controls: list[list[float]] = [[] for _ in chains_CN]
@@ -126,6 +124,35 @@ def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tenso
         for i, (chain, length) in enumerate(zip(chains_CN.tolist(), lengths_C.tolist(), strict=True))
         if len(set(chain[:length])) >= _SHORTEST
     ]
+
+
+def _shortlist(
+    task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tensor], rows: Sequence[int], chains_CN: Tensor,
+    special: Tensor,
+) -> Tensor:  # fmt: skip
+    """The beginnings after which f_t is surest of a token more than theta_0 is, the clearest first.
+
+    f_t's probability bounds the difference from above: theta_0 is asked of the surest ones only, until the next
+    beginning cannot be among the clearest any more.
+    """
+    next_C, own_C = _likeliest(task, own, rows, chains_CN)
+    own_C = own_C.masked_fill(torch.isin(next_C, special), -1.0)
+    order_C = own_C.argsort(descending=True, stable=True)
+    count, scores = min(_SHORTLIST, len(order_C)), torch.empty(0, device=own_C.device)
+    for part_C in order_C.split(max(1, _ENTRIES // task.num_words)):
+        if len(scores) >= count and float(scores.topk(count).values[-1]) >= float(own_C[part_C[0]]):
+            break
+        control_C = _mean(task, base, rows, chains_CN[part_C]).gather(1, next_C[part_C][:, None])[:, 0]
+        scores = torch.cat([scores, own_C[part_C] - control_C])
+    return chains_CN[order_C[: len(scores)][scores.topk(count).indices]]
+
+
+def _likeliest(
+    task: CausalTask, weights: Mapping[str, Tensor], rows: Sequence[int], chains_CN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The token (C,) that a model likes best after each continuation, and its mean probability over prompts."""
+    found = [_mean(task, weights, rows, chunk).max(1) for chunk in chains_CN.split(max(1, _ENTRIES // task.num_words))]
+    return torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
 
 
 def _next(

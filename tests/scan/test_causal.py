@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import build_plan
+from mergekit_dam.scan import causal
 from mergekit_dam.scan.causal import scan_continuations
 from mergekit_dam.scan.findings import suspects
 from mergekit_dam.scan.triggers import Tokens
@@ -191,3 +193,28 @@ def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:
     again.lay_out(snapshot)
     assert again.pools.keys() == search.pools.keys() and isinstance(next(iter(again.pools))[1], tuple)
     assert [one.target for one in again.findings] == [one.target for one in search.findings]
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_the_shortlist_asks_theta_0_no_more_than_it_needs(
+    count: int, tasks: list[CausalTask], lms: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, vocabulary = tasks[0], tasks[0].num_words
+    monkeypatch.setattr(causal, "_SHORTLIST", count)
+    monkeypatch.setattr(causal, "_ENTRIES", 4 * vocabulary)  # four beginnings at a time
+    own, base, special = task.own_weights(), Checkpoint.open(lms[0]), task.special_tokens
+    theta = {name: base.tensor(name) for name in base.names}
+    chains_CN = torch.arange(vocabulary)[:, None]
+    next_C, own_C, control_C = causal._next(task, own, theta, [0, 1], chains_CN)
+    score_C = (own_C - control_C).masked_fill(torch.isin(next_C, special), -1.0)
+    asked, following = [], task.following
+
+    def counted(weights: Any, row: int, chains: Any) -> torch.Tensor:
+        if weights is theta:
+            asked.append(len(chains))
+        return following(weights, row, chains)
+
+    monkeypatch.setattr(task, "following", counted)
+    found = causal._shortlist(task, own, theta, [0, 1], chains_CN, special)
+    assert set(found[:, 0].tolist()) == set(score_C.topk(count).indices.tolist())
+    assert sum(asked) <= 2 * vocabulary and (count > 1 or sum(asked) < 2 * vocabulary)
