@@ -35,9 +35,10 @@ FAST = {
 }  # fmt: skip
 # The modules that take longest, in this order, go first: then no worker is left alone with one of them at the end.
 LONGEST = (
-    "faults/test_faults.py", "engine/test_shards.py", "integration/test_examples.py", "integration/test_chain.py",
-    "learn/test_inversion_search.py", "plugin/test_autoload.py", "bench/test_vision.py", "scan/test_classifiers.py",
-    "vaccine/test_vaccine.py", "engine/test_processes.py", "integration/test_notebook.py", "learn/test_golden_masks.py",
+    "engine/test_shards.py", "faults/test_faults.py", "integration/test_examples.py", "learn/test_inversion_search.py",
+    "plugin/test_autoload.py", "integration/test_chain.py", "learn/test_resume.py", "merging/test_triton.py",
+    "scan/test_classifiers.py", "learn/test_windows.py", "bench/test_vision.py", "vaccine/test_vaccine.py",
+    "engine/test_processes.py", "integration/test_notebook.py", "learn/test_golden_masks.py",
 )  # fmt: skip
 
 
