@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from dam_bench.performance.scaling import BLOCK_OF_7B, Job, device_bytes, step_flops, step_seconds
+from dam_bench.performance.scaling import (
+    BLOCK_OF_7B,
+    BLOCK_OF_13B,
+    Job,
+    device_bytes,
+    step_flops,
+    step_seconds,
+    window_gigabytes,
+)
 from dam_bench.performance.shapes import make_models
 from dam_bench.performance.steps import PASSES, Case, _expect, measure, set_up
 from dam_bench.performance.windows import measure_window
@@ -72,6 +80,18 @@ def test_the_page_has_the_functions_figures() -> None:
         assert float(gigabytes) == pytest.approx(sum(device_bytes(job, int(processes)).values()) / GB, abs=0.06)
         expected = step_seconds(job, 16 * 128, flops=4e14, bandwidth=2e12, processes=int(processes))
         assert float(seconds) == pytest.approx(expected, abs=0.006)
+
+
+def test_the_page_on_windows_has_the_functions_figures() -> None:
+    page = (SCALING.parent / "windows.md").read_text("utf-8")
+    rows = re.findall(r"^\| (7B|13B) \| \d+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert [row[0] for row in rows] == ["7B", "13B"]
+    for (_, *figures), block in zip(rows, (BLOCK_OF_7B, BLOCK_OF_13B), strict=True):
+        for size, figure in zip((1, 2, 4), figures, strict=True):
+            assert float(figure) == pytest.approx(window_gigabytes(block, size), abs=0.06)
+    table = 152_000 * 4096
+    ends = device_bytes(Job(table, 4, computed=2, masks=5, entries=1 / 4096))
+    assert float(re.search(r"takes ([\d.]+) GB, since", page)[1]) == pytest.approx(sum(ends.values()) / GB, abs=0.06)  # type: ignore[index]
 
 
 def test_a_window_is_measured_beside_its_passes(tmp_path: Path) -> None:

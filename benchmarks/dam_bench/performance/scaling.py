@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BLOCK_OF_7B = 218e6  # parameters of one of 32 blocks
+BLOCK_OF_7B, BLOCK_OF_13B = 218e6, 317e6  # parameters of one of 32, of 40 blocks
 _FLOAT32 = 4
 _MOMENTS = 2  # of Adam, per logit
 _FORWARD, _BACKWARD = 2, 4  # floating-point operations per parameter and token
@@ -59,6 +59,12 @@ def device_bytes(job: Job, processes: int = 1) -> dict[str, float]:
         "frozen models": job.stored * (job.tasks + 1) * held / processes,
         "sums of dL/dM": _FLOAT32 * job.entries * job.parameters / processes if streamed else 0.0,
     }
+
+
+def window_gigabytes(block: float, size: int, tasks: int = 4) -> float:
+    """GB that a window of `size` blocks takes on one device in bfloat16, with an M2 per model, without activations."""
+    job = Job(size * block, tasks, computed=2, masks=tasks + 1)
+    return sum(device_bytes(job).values()) / 1e9
 
 
 def step_flops(job: Job, tokens: int, suspects: int = 0) -> float:
