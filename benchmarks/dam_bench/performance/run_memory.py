@@ -151,7 +151,10 @@ def computed(case: Case, parameters: int) -> float:
     """Bytes of one process by scaling.py; frozen models are mapped files."""
     block = sum(p.numel() for p in transformers.LlamaForCausalLM(config(1, case.width)).model.layers[0].parameters())
     share = min(case.window, case.layers) * block / parameters if isinstance(case.window, int) else 1.0
-    job = Job(parameters, case.tasks, stored=4, block=block / parameters, gather=case.gather, window=share)
+    masks = 2 if case.window == "all" else case.tasks + 1  # in windows each model has an M2
+    job = Job(
+        parameters, case.tasks, stored=4, masks=masks, block=block / parameters, gather=case.gather, window=share
+    )  # fmt: skip
     parts = device_bytes(job, case.processes)
     parts["frozen models"] = 0.0
     return sum(parts.values())
