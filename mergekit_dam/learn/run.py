@@ -209,6 +209,7 @@ def optimise(
     if instead is not None:
         told = {"students": instead.agreement, "vaccinated": instead.vaccine}
         metadata |= {key: value for key, value in told.items() if value}
+    shards.barrier()  # what others still read of the run is removed below
     if first:
         warn_about_masks(probabilities, coefficients)
         for checkpoint in inputs:

@@ -170,13 +170,14 @@ class TextTask(Task):
         parameters = self.parameters(weights)
         assert self._embedding is not None
         table_VD = parameters.get(self._embedding)
-        if perturb is None and table_VD is not None:
+        is_behind = table_VD is None and parameters.module is None  # the pass begins there, and only the shape counts
+        if perturb is None and not is_behind:
             return self.call(parameters, **inputs, **options)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if table_VD is None:  # the pass begins behind it, and only the shape counts
+        if is_behind:
             embedded = torch.zeros(*ids.shape, self.perturbation_shape[1], device=self.device)
         else:
-            embedded = F.embedding(ids, table_VD)
+            embedded = F.embedding(ids, parameters[self._embedding])
         if perturb is not None:
             embedded, extended = perturb(embedded.float(), mask)
             assert extended is not None
