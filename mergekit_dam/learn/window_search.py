@@ -218,8 +218,8 @@ class WindowSearch(ScannedSearch):
     def _refresh(self, window: Window, step: int) -> None:
         """New triggers, from what the merge so far makes of the samples and model t's own rest of that.
 
-        What gets through the windows that are merged is found so; as many times in all as where the whole model is
-        learned at once. Samples with the new triggers are taken to the window's edge.
+        What gets through the windows that are merged is found so. Samples with the new triggers are taken to the
+        window's edge.
         """
         if not self.pools:
             return
