@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class HiddenStates:
-    """States (L_i, D) of N samples; `at` opens or makes them.
+    """States (L_i, D) of N samples; `make` begins a file of them, `open` reads one.
 
     Args:
         path: of the file; another one beside it describes it.
