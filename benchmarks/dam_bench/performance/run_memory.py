@@ -176,15 +176,16 @@ def run(case: Case, paths: list[Path]) -> dict[str, Any]:
 
 
 def plot(results: list[dict[str, Any]]) -> Figure:
-    """Bytes per parameter against what the three panels vary; crosses are the arithmetic's."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
+    """Bytes per parameter against what three panels vary, and bytes against depth in windows; crosses are computed."""
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    axes = figure.subplots(1, 4)
+    whole = [r for r in results if r["window"] == "all"]
     standard = asdict(Case())
     panels = {"layers": "parameters (millions)", "tasks": "tasks", "processes": "processes"}
-    for panel, (varied, label) in zip(axes, panels.items(), strict=True):
+    for panel, (varied, label) in zip(axes, panels.items(), strict=False):
         for gather, marker in (("model", "o-"), ("block", "s--")):
             same = {k: v for k, v in standard.items() if k not in (varied, "gather")}
-            kept = [r for r in results if all(r[k] == v for k, v in same.items())]
+            kept = [r for r in whole if all(r[k] == v for k, v in same.items())]
             kept = sorted((r for r in kept if gather in (r["gather"], *["block"] * (r["processes"] == 1))), key=_size)
             if gather == "block" and varied != "processes":
                 continue
@@ -192,10 +193,15 @@ def plot(results: list[dict[str, Any]]) -> Figure:
             panel.plot(x, [r["bytes_per_parameter"] for r in kept], marker, label=f"gather: {gather}")
             panel.plot(x, [r["computed_bytes_per_parameter"] for r in kept], "kx")
         panel.set_xlabel(label)
+        panel.set_ylim(0, 1.1 * max(r["bytes_per_parameter"] for r in whole))
     axes[0].set_ylabel("peak bytes per parameter")
-    axes[0].set_ylim(0, 1.1 * max(r["bytes_per_parameter"] for r in results))
     axes[2].plot([], [], "kx", label="computed")
     axes[2].legend()
+    deep = sorted((r for r in results if r["window"] == 2 and r["width"] != standard["width"]), key=_size)
+    axes[3].plot([r["layers"] for r in deep], [max(r["bytes"]) / 1e9 for r in deep], "o-", label="window: 2")
+    axes[3].plot([r["layers"] for r in deep], [r["computed_bytes"] / 1e9 for r in deep], "kx")
+    axes[3].set(xlabel="blocks", ylabel="peak GB", ylim=(0, 1.3 * max(max(r["bytes"]) for r in deep) / 1e9))
+    axes[3].legend()
     return figure
 
 
