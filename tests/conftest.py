@@ -102,6 +102,15 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """base and two fine-tunes `a`, `b` whose table of words is their head as well."""
+    base = make_model("LlamaForCausalLM", tmp_path / "base", seed=0, tie_word_embeddings=True)
+    for i, name in enumerate("ab"):
+        make_model("LlamaForCausalLM", tmp_path / name, seed=i + 1, body=base, tie_word_embeddings=True)
+    return tmp_path
+
+
 Merge = Callable[..., Path]
 
 

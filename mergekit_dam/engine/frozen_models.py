@@ -54,7 +54,7 @@ class FrozenModels:
 
     def base_weights(self) -> Weights:
         """theta_0 by output name, whole."""
-        return self._fixed(self.base | self._whole({s.name: self._vectors.base(s.name) for s in self._changed}))
+        return self._all_moved(self.base | self._whole({s.name: self._vectors.base(s.name) for s in self._changed}))
 
     def own_weights(self, index: int) -> Weights:
         """theta_t by output name, whole, as stored: what no model changed is theta_0's."""
@@ -67,7 +67,7 @@ class FrozenModels:
         whole = self._whole(stored)
         read = found if self._lazy else whole  # the others are here
         self.bytes_read += sum(tensor.nbytes for tensor in read.values())
-        return self._fixed(found | whole)
+        return self._all_moved(found | whole)
 
     def models_here(self, name: str) -> list[Tensor | None]:
         """Our rows of theta_1..T of one tensor, on the device."""
@@ -81,10 +81,9 @@ class FrozenModels:
         """The stored tensors in place of our rows of them."""
         if self.shards.size == 1:
             return {}
-        found = {name: tensor for name, tensor in stored.items() if tensor is not None}
-        return {n: self.moved(t) for n, t in found.items()}
+        return {name: tensor for name, tensor in stored.items() if tensor is not None}
 
-    def _fixed(self, tensors: dict[str, Tensor]) -> Weights:
+    def _all_moved(self, tensors: Mapping[str, Tensor]) -> Weights:
         return {name: self.moved(tensor) for name, tensor in tensors.items()}
 
     def _placed(self, tensor: Tensor) -> Tensor:

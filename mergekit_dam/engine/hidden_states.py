@@ -50,8 +50,7 @@ class HiddenStates:
 
     def rename(self, path: Path) -> None:
         """Give the finished file its name."""
-        os.replace(self.path.with_suffix(".json"), path.with_suffix(".json"))
-        os.replace(self.path, path)
+        os.replace(self.path, path)  # what describes it has the same name under both
         self.path = path
 
     def lengths(self, rows_B: Tensor) -> list[int]:

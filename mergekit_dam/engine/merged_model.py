@@ -93,7 +93,8 @@ class MergedModel:
         lambdas = self._lambdas(coefficients)
         if self.blockwise and (in_step or self.shards.size == 1):
             return self._streamed(masks, lambdas)
-        weights = {name: self.frozen.moved(tensor) for name, tensor in self.frozen.base.items()}
+        changed = {spec.name for spec in self.changed}  # which are merged, and not sent as they are
+        weights = {n: self.frozen.moved(tensor) for n, tensor in self.frozen.base.items() if n not in changed}
         done: dict[str, Tensor] = {}
         for group in self._groups:
             if group.serves(masks):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -69,8 +70,7 @@ class BlockChain:
             return found[stop]
 
         def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            states = arguments[0] if arguments else named["hidden_states"]
-            return _replacing(noted(1, states))(_, arguments, named)
+            return _replacing(noted(1, _read(arguments, named)))(_, arguments, named)
 
         handles = [
             self.blocks[stop - 2].register_forward_hook(lambda _, __, hidden_BLD, stop=stop: noted(stop, hidden_BLD))
@@ -104,7 +104,7 @@ class BlockChain:
         """While this lasts, a pass ends with `_Reached` once the states are there that position `stop` reads."""
 
         def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            raise _Reached(arguments[0] if arguments else named["hidden_states"])
+            raise _Reached(_read(arguments, named))
 
         def after(_: nn.Module, __: Any, hidden_BLD: Tensor) -> None:
             raise _Reached(hidden_BLD)
@@ -125,6 +125,11 @@ class _Reached(Exception):
     def __init__(self, hidden_BLD: Tensor) -> None:
         super().__init__()
         self.hidden_BLD = hidden_BLD
+
+
+def _read(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """The hidden states that a block is called with."""
+    return torch.as_tensor(arguments[0] if arguments else named["hidden_states"])
 
 
 def _replacing(entering_BLD: Tensor) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.stand_ins import vaccinated
 from mergekit_dam.learn.students import wanted
-from mergekit_dam.merging.mask_keys import Granularity, mask_shape
+from mergekit_dam.merging.mask_keys import Granularity, mask_shape, table_granularity
 from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.scan.inversion import CHECKED
 from mergekit_dam.tasks import family_of
@@ -157,8 +157,8 @@ def largest_window(
 
 def _entries(spec: TensorSpec, granularity: Granularity) -> int:
     """Of a mask of a window, where tables of words have one per token."""
-    by_token = spec.vocabulary_axis == 0 and granularity == "element"
-    return math.prod(mask_shape(spec.shape, "row" if by_token else granularity))
+    is_table = spec.vocabulary_axis == 0
+    return math.prod(mask_shape(spec.shape, table_granularity(granularity) if is_table else granularity))
 
 
 def _work(plan: Plan, num_classes: int) -> tuple[int, int]:

@@ -56,9 +56,9 @@ class MaskFit:
         """M = M1 o M2 by tensor at the masks' probabilities."""
         return combined(self.masks)
 
-    def weights(self, *, in_step: bool = False) -> Weights:
-        """Merged weights by the masks as they are, see `MergedModel.weights`."""
-        return self.model.weights(self.combined(), self.coefficients, in_step=in_step)
+    def weights(self) -> Weights:
+        """Merged weights by the masks as they are, whole from the start: no step is made with them."""
+        return self.model.weights(self.combined(), self.coefficients, in_step=False)
 
     def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
         """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine.

@@ -121,12 +121,20 @@ class ScannedSearch(MaskSearch):
         if self.pools:
             self.begin_fit()
 
-        def scanned(suspect: Suspect) -> Mapping[str, Tensor]:
-            if suspect.carrier is None:
-                return self.tasks[suspect.task].own_weights()
-            return weights_of_others(self.tasks, suspect.task, base)
+        recover(
+            self.tasks, self.pools, self.shards, self.config, base, lambda suspect: self.scanned(suspect, base),
+            self.config.scan_steps, "model",
+        )  # fmt: skip
 
-        recover(self.tasks, self.pools, self.shards, self.config, base, scanned, self.config.scan_steps, "model")
+    def scanned(self, suspect: Suspect, base: Weights) -> Mapping[str, Tensor]:
+        """The weights in which a suspect was found: its model's own, or those of all other models.
+
+        Args:
+            base: theta_0 by output name.
+        """
+        if suspect.carrier is None:
+            return self.tasks[suspect.task].own_weights()
+        return weights_of_others(self.tasks, suspect.task, base)
 
     def _take_known(self) -> bool:
         """Whether another run has scanned these models so: its findings are then everyone's."""

@@ -17,6 +17,7 @@ Legend: T tasks, P masked tensors, B batch.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from mergekit_dam.engine.shards import Share
 from mergekit_dam.engine.snapshots import State
-from mergekit_dam.engine.streamed_weights import Weights
+from mergekit_dam.engine.streamed_weights import Weights, fixed
 from mergekit_dam.learn.fisher import Importance, importance_of
 from mergekit_dam.learn.fit import MaskFit
 from mergekit_dam.learn.losses import calibration_batch, distillation
@@ -38,7 +39,6 @@ from mergekit_dam.learn.trigger_pool import recover
 from mergekit_dam.learn.window_masks import WindowMasks
 from mergekit_dam.learn.window_states import MERGED, OWN, TaskStates, Window
 from mergekit_dam.models.plan import TensorSpec
-from mergekit_dam.scan.cross_task import weights_of_others
 from mergekit_dam.scan.findings import Suspect
 from mergekit_dam.tasks import Task
 
@@ -82,6 +82,8 @@ class WindowSearch(ScannedSearch):
         else:
             folder = self.snapshots.folder / FOLDER
         if first:
+            if not self.config.resume:
+                shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
         self.shards.barrier()
         self.folder = folder
@@ -186,30 +188,28 @@ class WindowSearch(ScannedSearch):
         self.part = self.model.part(owned)
         before = self.model.part(set(used) - owned)
         earlier = [w.number for w in self.windows[: window.number]] if before.mask_names else []
-        fixed = before.weights(*self.finished.of(before, earlier), in_step=False)
-        self.fixed = {name: weight.detach() for name, weight in fixed.items()}
+        self.fixed = fixed(before.weights(*self.finished.of(before, earlier), in_step=False))
         if self.part.mask_names:
             columns = 1 if self.config.coefficients == "task" else len(self.part.mask_names)
             start = self.start[:, :1].repeat(1, columns)
             # one M2 per model where the setting leaves it open: hidden states are harder to fit together than answers
             self._fit = MaskFit(self.part, self.config, start, suspects=True, by_token=True)
-        own = {
-            index: {**self.part.frozen.own_weights(index), **before.frozen.own_weights(index)} for index in self._mine
-        }
+
+        def own(index: int) -> Weights:
+            return {**self.part.frozen.own_weights(index), **before.frozen.own_weights(index)}
+
         self._scale: dict[int, float] = {}
         self._own: dict[int, Weights] = {}
         if self._ends(window):
-            self._own = {index: weights for index, weights in own.items() if not self.tasks[index].classifies}
+            self._own = {index: own(index) for index in self._mine if not self.tasks[index].classifies}
         else:
             for index in self._written:
-                self.states[index].advance(OWN, window, own[index])
+                self.states[index].advance(OWN, window, own(index))
             self.shards.barrier()
             nothing = torch.zeros(len(self.tasks), 1, device=self.model.device)  # lambda = 0 leaves theta_0
-            base = {
-                name: weight.detach()
-                for part in (self.part, before)
-                for name, weight in part.weights({}, nothing, in_step=False).items()
-            }
+            base: dict[str, Tensor] = {}
+            for part in (self.part, before):
+                base |= fixed(part.weights({}, nothing, in_step=False))
             for index in self._mine:
                 self._scale[index] = self.states[index].left_by(window, base, self.importance[index][window.stop])
         self.bytes_read += self.part.frozen.bytes_read + before.frozen.bytes_read
@@ -225,17 +225,14 @@ class WindowSearch(ScannedSearch):
             return
         names = {name for name, places in self._places.items() if places[0] < window.first}
         front = self.model.part(names)
-        merged = dict(front.weights(*self.finished.of(front, range(window.number)), in_step=False))
-        edge = {name: weight.detach() for name, weight in merged.items()}
+        edge = fixed(front.weights(*self.finished.of(front, range(window.number)), in_step=False))
+        merged = dict(edge)
         if step:
-            merged |= self.part.weights(*self.finished.pending(self._fit, self.part), in_step=False)
-        merged = {name: weight.detach() for name, weight in merged.items()}
+            merged |= fixed(self.part.weights(*self.finished.pending(self._fit, self.part), in_step=False))
         base = self.model.frozen.base_weights()
 
         def mixed(suspect: Suspect) -> Mapping[str, Tensor]:
-            task = self.tasks[suspect.task]
-            own = task.own_weights() if suspect.carrier is None else weights_of_others(self.tasks, task.index, base)
-            return {**own, **merged}
+            return {**self.scanned(suspect, base), **merged}
 
         key = ("window", window.number, step)
         recover(self.tasks, self.pools, self.shards, self.config, base, mixed, self.config.refresh_steps, *key)

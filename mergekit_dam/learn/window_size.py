@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Literal
 
 import psutil
 import torch
 
-from mergekit_dam.config import DamConfig
 from mergekit_dam.learn.estimate import MAPPED, estimate
-from mergekit_dam.models.compatible import is_chain
+from mergekit_dam.models.compatible import against_windows
 from mergekit_dam.models.plan import Plan
 
-LOG = logging.getLogger(__name__)
 _SIZES: tuple[Literal["all"] | int, ...] = ("all", 4, 2, 1)  # the larger the better (benchmarks/STUDY.md)
 _USABLE = 0.8  # of the memory that is free
 
@@ -29,18 +26,12 @@ def with_window(plan: Plan, device: torch.device | None) -> Plan:
     """
     if plan.config.window != "auto":
         return plan
-    if device is None or not can_be_cut(plan):
+    configs = [model.config for model in (plan.base, *plan.models)]
+    if device is None or against_windows(plan.config, configs) is not None:
         return _set(plan, "all")
     sizes, free = _SIZES, free_bytes(device)
     chosen = next((size for size in sizes if needed_bytes(_set(plan, size), device) <= _USABLE * free), sizes[-1])
     return _set(plan, chosen)
-
-
-def can_be_cut(plan: Plan) -> bool:
-    """Whether learning in windows would be possible."""
-    config: DamConfig = plan.config
-    whole = config.objective == "paper" or config.patience or config.gather == "block"
-    return not whole and all(is_chain(model.config) for model in (plan.base, *plan.models))
 
 
 def needed_bytes(plan: Plan, device: torch.device) -> int:

@@ -19,6 +19,11 @@ def mask_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) ->
     return (1,) * len(shape)
 
 
+def table_granularity(granularity: Granularity) -> Granularity:
+    """What one mask entry covers of a table with a row per token where a row shall have one entry at most."""
+    return "row" if granularity == "element" else granularity
+
+
 def own_key(model: int, name: str) -> str:
     """Key of a tensor in a mask that each model has its own of."""
     return f"{model}.{name}"

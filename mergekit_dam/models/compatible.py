@@ -132,22 +132,24 @@ def is_chain(config: PretrainedConfig) -> bool:
     return "CLIPModel" not in (config.architectures or ())
 
 
+def against_windows(config: DamConfig, configs: Sequence[PretrainedConfig]) -> str | None:
+    """What needs the whole model at a time, or is no chain of blocks; None where masks can be learned in windows."""
+    found = {
+        "objective: paper": config.objective == "paper", "patience": config.patience > 0,
+        "gather: block": config.gather == "block", "a CLIP of two towers": not all(map(is_chain, configs)),
+    }  # fmt: skip
+    return next((what for what, is_so in found.items() if is_so), None)
+
+
 def require_window(config: DamConfig, configs: Sequence[PretrainedConfig]) -> None:
-    """Refuse `window: N` with what needs the whole model at a time, or models that are no chain of blocks.
+    """Refuse `window: N` where masks cannot be learned so.
 
     Raises:
         DamError: what stands against it.
     """
-    if not isinstance(config.window, int):
-        return
-    against = {
-        "objective: paper": config.objective == "paper", "patience": config.patience > 0,
-        "gather: block": config.gather == "block",
-        "a CLIP of two towers": not all(map(is_chain, configs)),
-    }  # fmt: skip
-    for what, is_so in against.items():
-        if is_so:
-            raise DamError(
-                f"setting window: {config.window}", expected="objective inversion, and models of one chain of blocks",
-                got=what, cure="Set window: all, or leave one of the two out.",
-            )  # fmt: skip
+    what = against_windows(config, configs) if isinstance(config.window, int) else None
+    if what is not None:
+        raise DamError(
+            f"setting window: {config.window}", expected="objective inversion, and models of one chain of blocks",
+            got=what, cure="Set window: all, or leave one of the two out.",
+        )  # fmt: skip

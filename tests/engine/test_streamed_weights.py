@@ -12,17 +12,8 @@ from torch import Tensor, nn
 
 from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, streamed_blocks
 from tests.helpers.searching import learned
-from tests.helpers.tiny_models import make_model
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    base = make_model("LlamaForCausalLM", tmp_path / "base", seed=0, tie_word_embeddings=True)
-    for i, name in enumerate("ab"):
-        make_model("LlamaForCausalLM", tmp_path / name, seed=i + 1, body=base, tie_word_embeddings=True)
-    return tmp_path
 
 
 @pytest.mark.parametrize(

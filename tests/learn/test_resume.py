@@ -209,3 +209,19 @@ def test_only_code_that_has_a_part_in_masks_counts(tmp_path: Path, monkeypatch: 
             assert digest() == before, module
         path.write_bytes(content)
     assert digest() == before
+
+
+def test_resume_false_takes_no_window_of_an_earlier_run(
+    vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = _plan(vit, images, "windows", resume=False)
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 8)  # in the second window
+        with pytest.raises(Stopped):
+            find_or_learn(plan, quiet=True)
+    (masks,) = cache_folder().glob("*/run/windows/masks-0.safetensors")
+    masks.write_bytes(b"not a window's masks")
+    with monkeypatch.context() as patch:
+        written = _stop_at(patch, -1)
+        find_or_learn(plan, quiet=True)
+    assert len(written) == 3 + 1 + 3, "both windows; the scan is known"

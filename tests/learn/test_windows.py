@@ -26,7 +26,6 @@ from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import build_tasks
 from tests.conftest import FAST
 from tests.helpers.searching import CPU, new_search
-from tests.helpers.tiny_models import make_model
 
 # every class is a suspect, so that there are triggered streams
 SUSPECTS = {"suspicion": 0.0, "scan_steps": 2, "detection": "model", "refresh_every": 1000}
@@ -35,14 +34,6 @@ SUSPECTS = {"suspicion": 0.0, "scan_steps": 2, "detection": "model", "refresh_ev
 def _plan(root: Path, data: Path, **more: Any) -> Plan:
     refs = [ModelReference.parse(str(root / name)) for name in ("base", "a", "b")]
     return build_plan(refs[0], refs[1:], shared={**FAST, **SUSPECTS, "calibration": str(data), **more}, per_model={})
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    base = make_model("LlamaForCausalLM", tmp_path / "base", seed=0, tie_word_embeddings=True)
-    for i, name in enumerate("ab"):
-        make_model("LlamaForCausalLM", tmp_path / name, seed=i + 1, body=base, tie_word_embeddings=True)
-    return tmp_path
 
 
 @given(st.integers(2, 40), st.integers(1, 50))
