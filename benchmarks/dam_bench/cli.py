@@ -28,7 +28,7 @@ from mergekit_dam.errors import DamError
 @click.option("--add", multiple=True, help="A scenario of your own: 'name: task=attack(option=value,...) ...'.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Runs at a time; default: all cores.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each run.")
-@click.option("--gates/--no-gates", default=True, help="Stop when a gate fails (default), or go on.")
+@click.option("--gates/--no-gates", default=True, help="First run what the gates need and stop when one fails.")
 @click.option("--dry-run", is_flag=True, help="Say what there is to do and how long it takes.")
 @json_option
 @quiet_option

@@ -90,12 +90,12 @@ def bench(options: Options, note: Note) -> Outcome:
     suite = _suite(options)
     scenarios = (*suite.scenarios, *options.extra)
     chosen = _chosen(options.scenarios, {s.name: s for s in scenarios}, "scenario")
-    methods = [method_named(name) for name in _with_gates(options.methods)]
+    methods = [method_named(name) for name in _methods(options)]
     first = Job(
         suite.name, suite.preset, options.data, options.out / "models", options.out / "results", scenarios[0],
         scenarios, "base", options.seeds[0], options.threads,
     )  # fmt: skip
-    if scenarios[0] not in chosen:
+    if options.gates and scenarios[0] not in chosen:
         chosen = [scenarios[0], *chosen]  # the floor of every other scenario
     jobs = [
         replace(first, scenario=scenario, method=method.name, seed=seed)
@@ -152,9 +152,10 @@ def _chosen(names: Sequence[str], known: dict[str, Scenario], what: str) -> list
     return [known[name] for name in names] if names else list(known.values())
 
 
-def _with_gates(names: Sequence[str]) -> list[str]:
-    """Methods to run, references and undefended merges first, since the gates need them."""
-    return [*GATES, *(name for name in (names or METHODS) if name not in GATES)]
+def _methods(options: Options) -> list[str]:
+    """Methods to run: references and undefended merges first, which the gates need; without gates what was asked."""
+    names = list(options.methods or METHODS)
+    return [*GATES, *(name for name in names if name not in GATES)] if options.gates else names
 
 
 def _to_do(
