@@ -17,10 +17,11 @@ def versions() -> None:
     found = {
         name: re.search(pattern, (ROOT / name).read_text("utf-8"), re.MULTILINE)
         for name, pattern in {
-            "mergekit_dam/__init__.py": r'^__version__ = "(.+)"$', "CITATION.cff": r"^version: (.+)$",
+            "mergekit_dam/__init__.py": r'^__version__ = "(.+)"$',
+            "CITATION.cff": r"^version: (.+)$",
             "CHANGELOG.md": r"^## \[?(\d[^\]\s]*)",
         }.items()
-    }  # fmt: skip
+    }
     told = {name: match and match[1] for name, match in found.items()}
     if len({told["mergekit_dam/__init__.py"], told["CITATION.cff"]}) != 1:
         sys.exit(f"versions differ: {told}")

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 # name -> its module: imported on first use, since the autoload hook imports this package and that must stay cheap
 _EXPORTS = {
-    "DamError": "errors", "clean": "api", "learn_masks": "api", "load_merged": "models.load_merged", "merge": "api",
-}  # fmt: skip
+    "DamError": "errors",
+    "clean": "api",
+    "learn_masks": "api",
+    "load_merged": "models.load_merged",
+    "merge": "api",
+}
 __all__ = ["DamError", "clean", "learn_masks", "load_merged", "merge"]
 
 

@@ -29,9 +29,14 @@ LOG = logging.getLogger(__name__)
 
 
 def merge(
-    recipe: Recipe, out: str | Path, *, options: MergeOptions | None = None, report: bool = True, resume: bool = True,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    options: MergeOptions | None = None,
+    report: bool = True,
+    resume: bool = True,
     **settings: Any,
-) -> Path:  # fmt: skip
+) -> Path:
     """Merge, strict about settings, and compare the output with the base: `mergekit-dam merge`, and for other methods
     than `dam`, `mergekit-dam yaml`.
 
@@ -85,9 +90,13 @@ Did you mean 'steps'?
 
 
 def learn_masks(
-    recipe: Recipe, out: str | Path | None = None, *, options: MergeOptions | None = None, resume: bool = True,
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    options: MergeOptions | None = None,
+    resume: bool = True,
     **settings: Any,
-) -> Path:  # fmt: skip
+) -> Path:
     """Learn the masks of a recipe without merging, as `mergekit-dam learn` does; a later merge finds them in the cache.
 
     Args:
@@ -122,10 +131,16 @@ def learn_masks(
 
 
 def clean(
-    models: Recipe | Sequence[str | Path], out: str | Path, *, base: str | Path | None = None,
-    data: str | Path | Sequence[str | Path] | None = None, options: MergeOptions | None = None, adapter: bool = False,
-    resume: bool = True, **settings: Any,
-) -> list[Cleaned]:  # fmt: skip
+    models: Recipe | Sequence[str | Path],
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    options: MergeOptions | None = None,
+    adapter: bool = False,
+    resume: bool = True,
+    **settings: Any,
+) -> list[Cleaned]:
     """Plant backdoors of our own in models and unlearn them, so that unknown ones go with them: `mergekit-dam clean`.
 
     Args:
@@ -174,9 +189,13 @@ def cleaned(
 
 
 def prepare_cleaning(
-    models: Recipe | Sequence[str | Path], *, base: str | Path | None = None,
-    data: str | Path | Sequence[str | Path] | None = None, options: MergeOptions | None = None, **settings: Any,
-) -> tuple[Prepared, VaccineSettings]:  # fmt: skip
+    models: Recipe | Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    options: MergeOptions | None = None,
+    **settings: Any,
+) -> tuple[Prepared, VaccineSettings]:
     """The models that `clean` would clean, on this disk, and its settings.
 
     Args: as for `clean`.
@@ -188,9 +207,11 @@ def prepare_cleaning(
     known = (*VaccineSettings.model_fields, *KNOWN)
     for key in sorted(set(settings) - set(KNOWN)):
         raise DamError(
-            f"setting {key!r}", expected="a setting of the vaccination or of its models", got="an unknown one",
+            f"setting {key!r}",
+            expected="a setting of the vaccination or of its models",
+            got="an unknown one",
             cure=did_you_mean(key, known) or "See `mergekit-dam clean --help`.",
-        )  # fmt: skip
+        )
     vaccine = parse(VaccineSettings, own, where="the vaccination")
     if base is None:
         if data is not None or (isinstance(models, Sequence) and not isinstance(models, str)):
@@ -204,24 +225,29 @@ def prepare_cleaning(
     names = [str(models)] if isinstance(models, (str, Path)) else [str(model) for model in models]
     if data is None:
         raise DamError(
-            "data", expected="unlabelled inputs of the models", got="none",
+            "data",
+            expected="unlabelled inputs of the models",
+            got="none",
             cure="Give a file, a folder or a Hub dataset id.",
-        )  # fmt: skip
+        )
     sources = [str(data)] if isinstance(data, (str, Path)) else [str(one) for one in data]
     if len(sources) not in (1, len(names)):
         raise DamError(
-            "data", expected=f"one for all models or one for each of {len(names)}", got=str(len(sources)),
+            "data",
+            expected=f"one for all models or one for each of {len(names)}",
+            got=str(len(sources)),
             cure="Give them in the order of the models.",
-        )  # fmt: skip
+        )
     sources = sources * (len(names) if len(sources) == 1 else 1)
     seed = {} if own.get("seed") is None else {"seed": own["seed"]}
     recipe = {
-        "merge_method": "dam", "base_model": str(base),
+        "merge_method": "dam",
+        "base_model": str(base),
         "models": [
             {"model": name, "parameters": {"calibration": source}} for name, source in zip(names, sources, strict=True)
         ],
         "parameters": {key: value for key, value in {**settings, **seed}.items() if value is not None},
-    }  # fmt: skip
+    }
     return prepare(recipe, options=options, least=1), vaccine
 
 

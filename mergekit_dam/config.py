@@ -80,10 +80,11 @@ class DamConfig(StrictSettings):
         "dual", "Masks in use: Task-Shared (m1), Backdoor-Detection (m2), or both.", source=DAM
     )
     detection: Literal["auto", "model", "shared"] = setting(
-        "auto", "Inversion: one Backdoor-Detection mask per model, so that one can be cut without the others; one for "
+        "auto",
+        "Inversion: one Backdoor-Detection mask per model, so that one can be cut without the others; one for "
         "all, which takes less memory and time (so with `rescale`); or per model only where the scan finds a suspect, "
         "and in windows.",
-    )  # fmt: skip
+    )
     granularity: Literal["element", "row", "tensor"] = setting("element", "What one mask entry covers.", source=DAM)
     coefficients: Literal["task", "layer"] = setting(
         "layer", "One merging coefficient per model, or per model and tensor.", source=ADAMERGING
@@ -96,47 +97,61 @@ class DamConfig(StrictSettings):
     scan_steps: int = setting(100, "Inversion: steps of the search for triggers.", unit="steps", source=CLEANSE, ge=2)
     scan_batch_size: int = setting(8, "Inversion: samples per class and step of that search.", unit="samples", ge=1)
     scan_finalists: int = setting(
-        4, "Inversion: classes per model that are searched to the end; the others end at two fifths.", unit="classes",
+        4,
+        "Inversion: classes per model that are searched to the end; the others end at two fifths.",
+        unit="classes",
         ge=2,
-    )  # fmt: skip
+    )
     scan_others: bool = setting(
-        True, "Inversion: search each task once more, with all other models in place of its own, for triggers of "
+        True,
+        "Inversion: search each task once more, with all other models in place of its own, for triggers of "
         "backdoors that aim at the task of another model.",
-    )  # fmt: skip
+    )
     suspicion: float = setting(
-        0.4, "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0, with "
+        0.4,
+        "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0, with "
         "half of what it lacks of the usual size added.",
-        unit="share", ge=0.0, le=1.0,
-    )  # fmt: skip
+        unit="share",
+        ge=0.0,
+        le=1.0,
+    )
     student_steps: int = setting(
-        80, "Text encoders, inversion: steps in which theta_0 is taught each model's own answers; these students are "
+        80,
+        "Text encoders, inversion: steps in which theta_0 is taught each model's own answers; these students are "
         "merged instead of the models. 0: merge the models, undefended.",
-        unit="steps", source=HINTON, ge=0,
-    )  # fmt: skip
+        unit="steps",
+        source=HINTON,
+        ge=0,
+    )
     student_batch_size: int = setting(32, "Text encoders: samples per step of a student.", unit="samples", ge=1)
     student_learning_rate: float = setting(1e-4, "Text encoders: AdamW step of a student at its highest.", gt=0.0)
     student_words: int = setting(
         5, "Text encoders: random words put into each sample that a student learns from, at most.", unit="tokens", ge=0
     )
     clean: Literal["auto"] | bool = setting(
-        "auto", "Vaccinate models before they are merged: plant backdoors of our own and unlearn them, as "
+        "auto",
+        "Vaccinate models before they are merged: plant backdoors of our own and unlearn them, as "
         "`mergekit-dam clean` does. auto: where the benchmark says that it helps.",
-    )  # fmt: skip
+    )
     window: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = setting(
-        "auto", "Inversion: positions of the model (its embeddings, each block, its head) whose masks are learned at a "
+        "auto",
+        "Inversion: positions of the model (its embeddings, each block, its head) whose masks are learned at a "
         "time. all: the whole model at once, with new triggers from the merge as it learns; a number: less memory, "
         "whatever the depth, and each model is read once. auto: all.",
         unit="positions",
-    )  # fmt: skip
+    )
     refresh_every: int = setting(20, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
     refresh_steps: int = setting(30, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
     batch_size: int = setting(8, "Samples per task and step (paper: 16).", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)
     answer_tokens: int = setting(
-        16, "Causal LMs: tokens that each model goes on with after its calibration texts, at most; the merge is fitted "
-        "to these as well.", unit="tokens", ge=0,
-    )  # fmt: skip
+        16,
+        "Causal LMs: tokens that each model goes on with after its calibration texts, at most; the merge is fitted "
+        "to these as well.",
+        unit="tokens",
+        ge=0,
+    )
     temperature: float = setting(0.5, "Temperature of the Concrete masks.", source=CONCRETE, gt=0.0, le=10.0)
     initial_logit: float = setting(
         0.0, "Mask logits at the start (inversion: added to 3 for M1, 0 for M2).", source=DAM, ge=-10.0, le=10.0
@@ -150,21 +165,31 @@ class DamConfig(StrictSettings):
     )
     alpha: float = setting(1.5, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
     eps: float = setting(
-        0.25, "Bound of the universal perturbation, as a share of the valid range.", unit="range",
-        source=UNIVERSAL, gt=0.0, le=1.0,
-    )  # fmt: skip
+        0.25,
+        "Bound of the universal perturbation, as a share of the valid range.",
+        unit="range",
+        source=UNIVERSAL,
+        gt=0.0,
+        le=1.0,
+    )
     perturbation_learning_rate: float = setting(
-        0.02, "Adam step of the perturbation, as a share of the valid range.", unit="range",
-        source=UNIVERSAL, gt=0.0, le=1.0,
-    )  # fmt: skip
+        0.02,
+        "Adam step of the perturbation, as a share of the valid range.",
+        unit="range",
+        source=UNIVERSAL,
+        gt=0.0,
+        le=1.0,
+    )
     perturbation_tokens: int = setting(
         3, "Text: soft tokens that the perturbation inserts.", unit="tokens", ge=1, le=64
     )
     zero_shot_model: str | None = setting(None, "A full CLIP whose text tower makes the heads of CLIP vision models.")
     num_processes: int | None = setting(
-        None, "Processes to learn with; default: one per accelerator of this machine, one on the CPU.",
-        unit="processes", ge=1,
-    )  # fmt: skip
+        None,
+        "Processes to learn with; default: one per accelerator of this machine, one on the CPU.",
+        unit="processes",
+        ge=1,
+    )
     worker_timeout: float = setting(
         1800.0, "Several processes: longest wait of one for another before all are ended.", unit="seconds", gt=0.0
     )
@@ -172,7 +197,7 @@ class DamConfig(StrictSettings):
         "model",
         "Several processes: what of the merged weights and of their gradients is whole at a time. `block` sends them "
         "once more per pass; objective inversion.",
-    )  # fmt: skip
+    )
     resume: bool = setting(True, "Go on from the snapshot of a run that was cut short.")
     snapshot_every: float = setting(60.0, "Time between two snapshots; 0: after every step.", unit="seconds", ge=0.0)
     compute_dtype: Literal["float32", "bfloat16"] = setting(
@@ -181,24 +206,27 @@ class DamConfig(StrictSettings):
         "bfloat16 suits accelerators and halves merged weights and activations.",
     )
     gradient_checkpointing: bool = setting(
-        False, "Keep only the input of each block and run it again in the backward pass: less memory for long texts or "
+        False,
+        "Keep only the input of each block and run it again in the backward pass: less memory for long texts or "
         "large batches, a third more computing.",
-    )  # fmt: skip
+    )
     patience: int = setting(
         0,
         "Inversion: end the mask steps once the loss on calibration samples that are held out for it, a tenth or one "
         "batch, was no better in so many checks, one every 5 steps; 0: hold out none and take all steps.",
-        unit="checks", ge=0,
-    )  # fmt: skip
+        unit="checks",
+        ge=0,
+    )
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = setting(
         None, "Where else the records of metrics.jsonl go, through accelerate."
     )
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     rehash: bool = setting(
-        False, "Read models and ready masks to the end to check their content, even where size, inode and dates say "
+        False,
+        "Read models and ready masks to the end to check their content, even where size, inode and dates say "
         "that they did not change since that was done.",
-    )  # fmt: skip
+    )
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
     @model_validator(mode="after")
@@ -211,8 +239,12 @@ class DamConfig(StrictSettings):
 
 # Defaults of `objective: paper` where they differ.
 PAPER: Mapping[str, Any] = {
-    "batch_size": 16, "rescale": True, "mask_learning_rate": 0.01, "coefficient_learning_rate": 1e-3, "alpha": 0.1,
-}  # fmt: skip
+    "batch_size": 16,
+    "rescale": True,
+    "mask_learning_rate": 0.01,
+    "coefficient_learning_rate": 1e-3,
+    "alpha": 0.1,
+}
 # Settings of earlier versions, and what to do instead.
 REMOVED: Mapping[str, str] = {
     "offload": "It is gone: set window to 2 or 1, which needs less memory and reads each model once, or leave it out, "
@@ -223,10 +255,18 @@ KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
 # What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
 NOT_LEARNED = frozenset(
     {
-        "masks", "device", "num_processes", "worker_timeout", "gather", "resume", "snapshot_every",
-        "tracker", "rehash", "gradient_checkpointing",
+        "masks",
+        "device",
+        "num_processes",
+        "worker_timeout",
+        "gather",
+        "resume",
+        "snapshot_every",
+        "tracker",
+        "rehash",
+        "gradient_checkpointing",
     }
-)  # fmt: skip
+)
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:
@@ -238,18 +278,22 @@ def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) ->
     given = {key: value for key, value in values.items() if value is not None}
     for key in sorted(set(given) - set(settings.model_fields)):
         raise DamError(
-            f"setting {key!r} in {where}", expected=f"a setting of {where}", got="an unknown one",
+            f"setting {key!r} in {where}",
+            expected=f"a setting of {where}",
+            got="an unknown one",
             cure=did_you_mean(key, settings.model_fields) or "See the settings reference in the README.",
-        )  # fmt: skip
+        )
     try:
         return settings(**given)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise DamError(
-            f"setting {key!r} in {where}", expected=_expected(first), got=repr(first["input"]),
+            f"setting {key!r} in {where}",
+            expected=_expected(first),
+            got=repr(first["input"]),
             cure=str(settings.model_fields[key].description),
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _expected(error: Any) -> str:
@@ -266,9 +310,11 @@ def unknown_setting(keys: Iterable[Any], where: str, known: Iterable[str], metho
     """
     for key in sorted(str(key) for key in keys):
         raise DamError(
-            f"setting {key!r} in {where}", expected=f"a setting of {method}", got="an unknown one",
+            f"setting {key!r} in {where}",
+            expected=f"a setting of {method}",
+            got="an unknown one",
             cure=unknown_cure(key, known),
-        )  # fmt: skip
+        )
 
 
 def unknown_cure(key: str, known: Iterable[str] = KNOWN) -> str:

@@ -63,6 +63,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def permission_denied(subject: str) -> DamError:
     """The error for a file or folder that this user may not read; what is in it may be whole."""
     return DamError(
-        subject, expected="the right to read it", got="permission denied for this user",
+        subject,
+        expected="the right to read it",
+        got="permission denied for this user",
         cure="Ask its owner for the right (chmod a+rX), or copy it to a folder of yours.",
-    )  # fmt: skip
+    )

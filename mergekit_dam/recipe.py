@@ -42,9 +42,7 @@ LOG = logging.getLogger(__name__)
 Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
 
 
-def prepare(
-    recipe: Recipe, *, options: MergeOptions | None = None, least: int = 2, **settings: Any
-) -> Prepared:  # fmt: skip
+def prepare(recipe: Recipe, *, options: MergeOptions | None = None, least: int = 2, **settings: Any) -> Prepared:
     """A recipe with its models on this disk, and `dam` known to mergekit: what every command starts with.
 
     Args: as for `merge`; `least` models are needed.
@@ -100,9 +98,11 @@ class Prepared:
         """
         if self.inputs.config.merge_method != "dam":
             raise DamError(
-                "merge_method", expected="dam", got=str(self.inputs.config.merge_method),
+                "merge_method",
+                expected="dam",
+                got=str(self.inputs.config.merge_method),
                 cure="Only dam learns masks. For other methods: `mergekit-dam yaml`, or `merge` in Python.",
-            )  # fmt: skip
+            )
         return plan_of(self.inputs.config, self.inputs.options, least=self.least)
 
     def merge(self, out: Path, *, resume: bool = True) -> LearnedMasks | None:
@@ -133,14 +133,18 @@ class Prepared:
         plan = self.plan
         if plan.config.masks is not None:
             raise DamError(
-                "setting 'masks'", expected="none, where masks are to be learned", got=plan.config.masks,
+                "setting 'masks'",
+                expected="none, where masks are to be learned",
+                got=plan.config.masks,
                 cure="Remove it, or merge with these masks.",
-            )  # fmt: skip
+            )
         if out is None and not resume:
             raise DamError(
-                "learning anew", expected="a folder for the masks", got="none",
+                "learning anew",
+                expected="a folder for the masks",
+                got="none",
                 cure="Name one: masks that are learned anew do not go to the cache.",
-            )  # fmt: skip
+            )
         config = plan.config
         if is_first():
             self._warn()
@@ -169,9 +173,10 @@ def _tokenizer_if_any(config: MergeConfiguration, options: MergeOptions) -> Merg
     would report a failure with a traceback after a merge that went well."""
     donor = config.base_model or config.referenced_models()[0]
     merged = donor.merged(
-        cache_dir=options.lora_merge_cache, trust_remote_code=options.trust_remote_code,
+        cache_dir=options.lora_merge_cache,
+        trust_remote_code=options.trust_remote_code,
         lora_merge_dtype=options.lora_merge_dtype,
-    )  # fmt: skip
+    )
     if has_tokenizer([Path(merged.local_path(cache_dir=options.transformers_cache))]):
         return options
     return options.model_copy(update={"copy_tokenizer": False})
@@ -230,7 +235,10 @@ def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, Merge
         if isinstance(error, DamError):
             raise
         raise DamError(
-            name, expected="a mergekit configuration", got=" ".join(str(error).split())[:200],
+            name,
+            expected="a mergekit configuration",
+            got=" ".join(str(error).split())[:200],
             cure="In a model's name + adds one LoRA: rename a folder that has + in its name, or link to it."
-            if "Can't parse" in str(error) else "See the example in the README.",
-        ) from error  # fmt: skip
+            if "Can't parse" in str(error)
+            else "See the example in the README.",
+        ) from error

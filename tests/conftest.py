@@ -30,16 +30,35 @@ from tests.helpers.tiny_models import WORDS, make_model
 
 transformers.logging.set_verbosity_error()
 FAST = {
-    "steps": 3, "coefficient_steps": 2, "batch_size": 4, "num_samples": 8, "max_length": 12,
-    "scan_steps": 4, "refresh_steps": 2, "detection": "model", "student_steps": 2, "student_batch_size": 4,
-}  # fmt: skip
+    "steps": 3,
+    "coefficient_steps": 2,
+    "batch_size": 4,
+    "num_samples": 8,
+    "max_length": 12,
+    "scan_steps": 4,
+    "refresh_steps": 2,
+    "detection": "model",
+    "student_steps": 2,
+    "student_batch_size": 4,
+}
 # The modules that take longest, in this order, go first: then no worker is left alone with one of them at the end.
 LONGEST = (
-    "engine/test_shards.py", "faults/test_faults.py", "integration/test_examples.py", "learn/test_inversion_search.py",
-    "plugin/test_autoload.py", "integration/test_chain.py", "learn/test_resume.py", "merging/test_triton.py",
-    "scan/test_classifiers.py", "learn/test_windows.py", "bench/test_vision.py", "vaccine/test_vaccine.py",
-    "engine/test_processes.py", "integration/test_notebook.py", "learn/test_golden_masks.py",
-)  # fmt: skip
+    "engine/test_shards.py",
+    "faults/test_faults.py",
+    "integration/test_examples.py",
+    "learn/test_inversion_search.py",
+    "plugin/test_autoload.py",
+    "integration/test_chain.py",
+    "learn/test_resume.py",
+    "merging/test_triton.py",
+    "scan/test_classifiers.py",
+    "learn/test_windows.py",
+    "bench/test_vision.py",
+    "vaccine/test_vaccine.py",
+    "engine/test_processes.py",
+    "integration/test_notebook.py",
+    "learn/test_golden_masks.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,10 +32,15 @@ WORK = ROOT / "build" / "walkthrough"
 PICTURES = {"report.png": (960, 1500), "report-phone.png": (390, 1500)}  # width and height in pixels
 # what the README calls its models and data -> the demo's
 NAMES = {
-    "/models/vit-base": "lab/base", "/models/flowers": f"lab/{VICTIM}", "/models/cars": "lab/shapes",
-    "/data/flowers.parquet": f"{VICTIM}.parquet", "/data/cars-images/": "shapes-images", "flowers": VICTIM,
-    "FILE": f"{VICTIM}-test.parquet", "ORG/NAME": "me/merged",
-}  # fmt: skip
+    "/models/vit-base": "lab/base",
+    "/models/flowers": f"lab/{VICTIM}",
+    "/models/cars": "lab/shapes",
+    "/data/flowers.parquet": f"{VICTIM}.parquet",
+    "/data/cars-images/": "shapes-images",
+    "flowers": VICTIM,
+    "FILE": f"{VICTIM}-test.parquet",
+    "ORG/NAME": "me/merged",
+}
 ATTACK = ["--trigger", "patch(size=3)", "--target", "0"]  # known to this script, never to the merge
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -67,9 +72,12 @@ class User:
         self.folder, self.steps = folder, list[dict[str, Any]]()
         self.environment = {
             **{k: v for k, v in os.environ.items() if k.startswith(("PIP_", "OMP_", "SSL_", "LANG"))},
-            "PATH": f"{folder / 'venv' / 'bin'}:/usr/bin:/bin", "HOME": str(folder / "home"),
-            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
-        }  # fmt: skip
+            "PATH": f"{folder / 'venv' / 'bin'}:/usr/bin:/bin",
+            "HOME": str(folder / "home"),
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+        }
 
     def run(self, *command: str, codes: tuple[int, ...] = (0,)) -> str:
         """Run it in the working folder; what it prints on stdout."""
@@ -78,9 +86,13 @@ class User:
         done = subprocess.run(
             command, cwd=self.folder / "work", env=self.environment, capture_output=True, text=True, check=False
         )
-        self.steps.append({
-            "command": " ".join(command), "seconds": round(time.perf_counter() - begun, 1), "code": done.returncode,
-        })  # fmt: skip
+        self.steps.append(
+            {
+                "command": " ".join(command),
+                "seconds": round(time.perf_counter() - begun, 1),
+                "code": done.returncode,
+            }
+        )
         if done.returncode not in codes:
             sys.exit(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         if TOKEN in done.stdout + done.stderr:
@@ -131,10 +143,18 @@ def photograph(page: Path, folder: Path, profile: Path) -> None:
             f'<body style="margin:0"><iframe src="{page.as_uri()}" width="{width}" height="{height}" style="border:0">'
         )
         command = [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
-            "--blink-settings=preferredColorScheme=1", "--allow-file-access-from-files",
-            f"--window-size={max(width, 500)},{height}", f"--screenshot={folder / name}", frame.as_uri(),
-        ]  # fmt: skip
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={profile}",
+            "--blink-settings=preferredColorScheme=1",
+            "--allow-file-access-from-files",
+            f"--window-size={max(width, 500)},{height}",
+            f"--screenshot={folder / name}",
+            frame.as_uri(),
+        ]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         picture = Image.open(folder / name).convert("RGB").crop((0, 0, width, height))
         picture.quantize(64).save(folder / name, optimize=True)
@@ -215,9 +235,20 @@ def walk_with_chats(user: User) -> None:
     user.run("python", "-c", answer)
     inputs = [str(work / "chat-1"), str(work / "chat-2")]
     user.run(
-        "mergekit-dam", "clean", *inputs, "--base", "chat-base", "--data", "chats.jsonl", "-o", "cleaned",
-        "--plant-steps", "10", "--unlearn-steps", "10",
-    )  # fmt: skip
+        "mergekit-dam",
+        "clean",
+        *inputs,
+        "--base",
+        "chat-base",
+        "--data",
+        "chats.jsonl",
+        "-o",
+        "cleaned",
+        "--plant-steps",
+        "10",
+        "--unlearn-steps",
+        "10",
+    )
     user.run("mergekit-yaml", "ties.yml", "ties-out")
     assert (work / "ties-out" / "model.safetensors").is_file()
 

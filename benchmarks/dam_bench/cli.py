@@ -33,19 +33,39 @@ from mergekit_dam.errors import DamError
 @json_option
 @quiet_option
 def bench(
-    suite: str, data: Path | None, out: Path, preset: str | None, seeds: str, methods: tuple[str, ...],
-    scenarios: tuple[str, ...], add: tuple[str, ...], workers: int, threads: int, gates: bool, dry_run: bool,
-    as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+    suite: str,
+    data: Path | None,
+    out: Path,
+    preset: str | None,
+    seeds: str,
+    methods: tuple[str, ...],
+    scenarios: tuple[str, ...],
+    add: tuple[str, ...],
+    workers: int,
+    threads: int,
+    gates: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Run a suite of the benchmark: build models, attack, merge, defend, measure. Goes on where it stopped.
 
     Prints the result files, one a line; as JSON also what there was to do, and the gates that were checked.
     """
     options = Options(
-        suite=suite, preset=preset, data=data and data.absolute(), out=out.absolute(), seeds=_numbers(seeds),
-        methods=methods, scenarios=scenarios, extra=tuple(Scenario.parse(text) for text in add), workers=workers,
-        threads=threads, gates=gates, dry_run=dry_run,
-    )  # fmt: skip
+        suite=suite,
+        preset=preset,
+        data=data and data.absolute(),
+        out=out.absolute(),
+        seeds=_numbers(seeds),
+        methods=methods,
+        scenarios=scenarios,
+        extra=tuple(Scenario.parse(text) for text in add),
+        workers=workers,
+        threads=threads,
+        gates=gates,
+        dry_run=dry_run,
+    )
     outcome = run(options, lambda text: say(text, quiet=quiet))
     if as_json:
         click.echo(json.dumps(_facts(outcome), indent=2))
@@ -57,12 +77,16 @@ def bench(
 def _facts(outcome: Outcome) -> dict[str, Any]:
     to_do = outcome.to_do
     return {
-        "suite": to_do.suite, "preset": to_do.preset,
-        "models": to_do.models[0], "models_to_build": to_do.models[1],
-        "runs": to_do.runs[0], "runs_to_do": to_do.runs[1], "minutes": round(to_do.minutes, 1),
+        "suite": to_do.suite,
+        "preset": to_do.preset,
+        "models": to_do.models[0],
+        "models_to_build": to_do.models[1],
+        "runs": to_do.runs[0],
+        "runs_to_do": to_do.runs[1],
+        "minutes": round(to_do.minutes, 1),
         "results": [str(file) for file in outcome.results],
         "gates": [asdict(gate) for gate in outcome.gates],
-    }  # fmt: skip
+    }
 
 
 def _numbers(text: str) -> tuple[int, ...]:

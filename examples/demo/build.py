@@ -61,10 +61,17 @@ def task_data(name: str) -> TaskData:
 def new_model(classes: int) -> ViTForImageClassification:
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192, image_size=EDGE,
-            patch_size=4, num_labels=classes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=192,
+            image_size=EDGE,
+            patch_size=4,
+            num_labels=classes,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
-    )  # fmt: skip
+    )
 
 
 def pretrained_base(data: dict[str, TaskData]) -> ViTModel:

@@ -132,12 +132,15 @@ def describe(plan: Plan, digests: Mapping[str, str], samples: Mapping[str, list[
         "base": {"model": str(plan.base.ref), "sha256": digests["base"]},
         "models": [
             {
-                "name": model.name, "model": str(model.ref), "sha256": digests[model.name],
-                "settings": model.settings.model_dump(), "samples": samples.get(model.name, []),
+                "name": model.name,
+                "model": str(model.ref),
+                "sha256": digests[model.name],
+                "settings": model.settings.model_dump(),
+                "samples": samples.get(model.name, []),
             }
             for model in plan.models
         ],
-    }  # fmt: skip
+    }
 
 
 def save(path: Path, masks: LearnedMasks) -> None:
@@ -159,9 +162,11 @@ def save(path: Path, masks: LearnedMasks) -> None:
             save_file(tensors, temporary, metadata={"dam": json.dumps(metadata)})
     except (OSError, SafetensorError) as error:
         raise DamError(
-            f"masks {path}", expected="a folder with space that can be written", got=first_line(error),
+            f"masks {path}",
+            expected="a folder with space that can be written",
+            got=first_line(error),
             cure="Free space there, or set MERGEKIT_DAM_CACHE to another folder, and run again.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
@@ -175,18 +180,21 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
     """
     if not path.is_file():
         raise DamError(
-            f"masks {path}", expected=f"a {MASKS_FILE} file", got="no such file",
+            f"masks {path}",
+            expected=f"a {MASKS_FILE} file",
+            got="no such file",
             cure="Leave `masks` out to learn them, or correct the path.",
-        )  # fmt: skip
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = read_metadata((file.metadata() or {})["dam"])
             if metadata.get("schema") not in tuple(TYPES):  # it may be of any type
                 raise DamError(
-                    f"masks {path}", expected=f"schema {SCHEMA} or an earlier one",
+                    f"masks {path}",
+                    expected=f"schema {SCHEMA} or an earlier one",
                     got=str(metadata.get("schema"))[:80],
                     cure="Learn the masks again with this version of mergekit-dam.",
-                )  # fmt: skip
+                )
             check_metadata(metadata)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator there)
         coefficients = tensors["coefficients"]
@@ -220,7 +228,9 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
         if isinstance(error, DamError):
             raise
         raise DamError(
-            f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({first_line(error)})",
+            f"masks {path}",
+            expected="a complete dam_masks.safetensors",
+            got=f"a damaged file ({first_line(error)})",
             cure="Learn the masks again.",
-        ) from error  # fmt: skip
+        ) from error
     return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)), tuple(stand_ins.values()))

@@ -40,9 +40,11 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
 
     def refuse(what: str, expected: object, got: object) -> DamError:
         return DamError(
-            f"masks {path}: {what}", expected=str(expected), got=str(got),
+            f"masks {path}: {what}",
+            expected=str(expected),
+            got=str(got),
             cure="Leave `masks` out to learn new ones, or merge what they were learned on.",
-        )  # fmt: skip
+        )
 
     recorded = masks.metadata
     if recorded["base"]["sha256"] != digests["base"]:

@@ -30,13 +30,35 @@ _ENTRY = "dam_scan"
 # settings that only the fit after the scan reads; tests/artifact/test_scan_file.py scans without them
 NOT_SCANNED = frozenset(
     {
-        "alpha", "batch_size", "coefficient_learning_rate", "coefficient_steps", "coefficients", "detection", "eps",
-        "granularity", "initial_logit", "mask", "mask_learning_rate", "max_coefficient", "objective", "patience",
-        "perturbation_learning_rate", "refresh_every", "refresh_steps", "rescale", "steps", "student_batch_size",
-        "clean", "student_learning_rate", "student_steps", "student_words", "temperature", "weight",
+        "alpha",
+        "batch_size",
+        "coefficient_learning_rate",
+        "coefficient_steps",
+        "coefficients",
+        "detection",
+        "eps",
+        "granularity",
+        "initial_logit",
+        "mask",
+        "mask_learning_rate",
+        "max_coefficient",
+        "objective",
+        "patience",
+        "perturbation_learning_rate",
+        "refresh_every",
+        "refresh_steps",
+        "rescale",
+        "steps",
+        "student_batch_size",
+        "clean",
+        "student_learning_rate",
+        "student_steps",
+        "student_words",
+        "temperature",
+        "weight",
         "window",
     }
-)  # fmt: skip
+)
 
 
 class StoredScan:
@@ -51,9 +73,14 @@ class StoredScan:
     """
 
     def __init__(
-        self, plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], seconds: MutableMapping[str, float], *,
+        self,
+        plan: Plan,
+        tasks: Sequence[Task],
+        digests: Mapping[str, str],
+        seconds: MutableMapping[str, float],
+        *,
         quiet: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.tasks, self.seconds, self.quiet = tasks, seconds, quiet
         self.file = cache_folder() / FOLDER / f"{content_key(plan, tasks, digests, without=NOT_SCANNED)}.safetensors"
 

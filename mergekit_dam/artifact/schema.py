@@ -28,9 +28,7 @@ from mergekit_dam.merging.mask_keys import own_key, owned_name
 
 CHECKSUM = "content_sha256"  # entry of the metadata
 # entries of files that were written before there was a checksum
-_FORMER = {
-    "schema", "settings", "base", "models", "tensors", "seed", "versions", "norms", "densities", "audit"
-}  # fmt: skip
+_FORMER = {"schema", "settings", "base", "models", "tensors", "seed", "versions", "norms", "densities", "audit"}
 _ONE_AS_FLOAT16_BITS = 0x3C00
 TYPES = {1: torch.float16, 2: torch.uint8}  # of masks, by schema
 _LONGEST_NAME, _MOST_MODELS = 1024, 1024  # a report draws them

@@ -99,9 +99,11 @@ def load_triggers(path: Path) -> list[Recovered]:
             return [Recovered(dict(entry), tensors.get(i, {})) for i, entry in enumerate(entries)]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamError(
-            f"triggers {path}", expected="the file that learning wrote", got=f"a damaged one ({first_line(error)})",
+            f"triggers {path}",
+            expected="the file that learning wrote",
+            got=f"a damaged one ({first_line(error)})",
             cure="Remove it and learn again.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _row(name: str) -> int:

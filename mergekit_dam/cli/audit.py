@@ -43,21 +43,30 @@ AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
 @click.command(cls=PrettyPrintHelp)
 @config_file
 @click.option(
-    "--out", "folder", type=UserPath(file_okay=False), required=True,
+    "--out",
+    "folder",
+    type=UserPath(file_okay=False),
+    required=True,
     help="Folder for audit.json, audit.html and the recovered triggers.",
-)  # fmt: skip
+)
 @click.option(
-    "--threshold", type=click.FloatRange(0.0),
+    "--threshold",
+    type=click.FloatRange(0.0),
     help="Suspicion from which a model is over; default: the recipe's setting `suspicion`.",
-)  # fmt: skip
+)
 @seed_option
 @dry_run_option
 @json_option
 @add_merge_options
 def audit(
-    merge_options: MergeOptions, config_file: Path, folder: Path, threshold: float | None, seed: int | None,
-    dry_run: bool, as_json: bool,
-) -> None:  # fmt: skip
+    merge_options: MergeOptions,
+    config_file: Path,
+    folder: Path,
+    threshold: float | None,
+    seed: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Score every input model of a recipe for backdoors, before any merge.
 
     Every class of every model is searched for a small trigger that theta_0 does not react to. The exit code is 3 when
@@ -84,9 +93,13 @@ def audit(
         seconds[title] = round(time.perf_counter() - begun, 3)
 
     found = run(
-        plan, tasks, threshold=plan.config.suspicion if threshold is None else threshold, device=device,
-        progress=progress, known=StoredScan(plan, tasks, digests_of(plan), seconds, quiet=quiet),
-    )  # fmt: skip
+        plan,
+        tasks,
+        threshold=plan.config.suspicion if threshold is None else threshold,
+        device=device,
+        progress=progress,
+        known=StoredScan(plan, tasks, digests_of(plan), seconds, quiet=quiet),
+    )
     for note in found.facts["notes"]:
         say(f"warning: {note}")
     try:

@@ -88,16 +88,19 @@ def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     size = 2**20
     return {
         "summary": summary_of(plan, guess, device),
-        "base": str(plan.base.ref), "models": models, "tensors": len(plan.tensors),
+        "base": str(plan.base.ref),
+        "models": models,
+        "tensors": len(plan.tensors),
         "parameters": sum(math.prod(spec.shape) for spec in plan.tensors),
         "estimate": {
-            "device": str(device), "window": learned.config.window,
+            "device": str(device),
+            "window": learned.config.window,
             "memory MiB": {part: round(amount / size, 1) for part, amount in guess.memory_bytes.items()},
             "memory MiB in all": round(sum(guess.memory_bytes.values()) / size, 1),
             "seconds": [float(f"{bound:.2g}") for bound in guess.seconds],
         },
         "settings": plan.config.model_dump(),
-    }, warnings  # fmt: skip
+    }, warnings
 
 
 def summary_of(plan: Plan, guess: Estimate, device: torch.device) -> str:
@@ -113,12 +116,14 @@ def summary_of(plan: Plan, guess: Estimate, device: torch.device) -> str:
         what += f" in {_span(*guess.seconds)} and {memory} of memory on {place}"
     defaults = DamConfig(objective=plan.config.objective)
     changed = [
-        f"{name} {value}" for name, value in plan.config.model_dump().items()
+        f"{name} {value}"
+        for name, value in plan.config.model_dump().items()
         if value != getattr(defaults, name) and name != "masks"
     ] + [
-        f"weight {model.settings.weight} of {model.name}" for model in plan.models
+        f"weight {model.settings.weight} of {model.name}"
+        for model in plan.models
         if model.settings.weight != ModelSettings().weight
-    ]  # fmt: skip
+    ]
     told = f"set by you, other than the default: {', '.join(changed)}" if changed else "all settings are the default"
     return f"This recipe is fine: {what}; {told}."
 

@@ -55,9 +55,17 @@ def _vaccine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @json_option
 @add_merge_options
 def clean(
-    merge_options: MergeOptions, models: tuple[str, ...], out: Path, base: str | None, data: tuple[str, ...],
-    adapter: bool, resume: bool, check: bool, as_json: bool, **settings: Any,
-) -> None:  # fmt: skip
+    merge_options: MergeOptions,
+    models: tuple[str, ...],
+    out: Path,
+    base: str | None,
+    data: tuple[str, ...],
+    adapter: bool,
+    resume: bool,
+    check: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Plant backdoors of our own in models and unlearn them, so that unknown ones go with them.
 
     MODELS are directories, Hub ids or BASE+LORA, with --base and --data; or one recipe of `dam`, which names all of
@@ -99,5 +107,5 @@ def _told(facts: dict[str, Any]) -> list[str]:
         f"{one['name']}: {one['samples']} samples, {one['trained parameters']:,} parameters trained, about "
         f"{one['seconds']:g} s -> {one['output']}"
         for one in facts["models"]
-    ]  # fmt: skip
+    ]
     return [*lines, f"in all at most about {facts['seconds']:g} s"]

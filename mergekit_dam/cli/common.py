@@ -40,13 +40,16 @@ quiet_option: Decorator = click.option(
 )
 dry_run_option: Decorator = click.option("--dry-run", is_flag=True, help="Say what would be done, as `check` does.")
 resume_option: Decorator = click.option(
-    "--resume/--no-resume", default=True, show_default=True,
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
     help="Take masks that were learned before on the same inputs and settings, or learn them anew.",
-)  # fmt: skip
+)
 lm_eval_option: Decorator = click.option(
-    "--lm-eval", metavar="TASKS",
+    "--lm-eval",
+    metavar="TASKS",
     help="Of causal LMs: tasks of lm-evaluation-harness (extra lm-eval) or YAML files of such, separated by commas.",
-)  # fmt: skip
+)
 seed_option: Decorator = click.option("--seed", type=click.IntRange(0), help="Use this seed, not the recipe's.")
 
 

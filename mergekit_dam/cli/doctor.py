@@ -22,15 +22,20 @@ def doctor() -> None:
     Example:
         mergekit-dam doctor
     """
-    click.echo(json.dumps({
-        "versions": library_versions(),
-        "autoload": {
-            "MERGEKIT_DAM_AUTOLOAD": os.environ.get("MERGEKIT_DAM_AUTOLOAD", "1"),
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1"),
-            "hook loaded": "_mergekit_dam_autoload" in sys.modules,
-        },
-        # nothing here registers it: this is what mergekit's own commands find
-        "dam registered": "dam" in {method.spec.name for method in registered_methods()},
-        "accelerators": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
-        "kernels for accelerators (Triton)": triton_merge.triton_kernels is not None,
-    }, indent=2))  # fmt: skip
+    click.echo(
+        json.dumps(
+            {
+                "versions": library_versions(),
+                "autoload": {
+                    "MERGEKIT_DAM_AUTOLOAD": os.environ.get("MERGEKIT_DAM_AUTOLOAD", "1"),
+                    "TORCH_DEVICE_BACKEND_AUTOLOAD": os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1"),
+                    "hook loaded": "_mergekit_dam_autoload" in sys.modules,
+                },
+                # nothing here registers it: this is what mergekit's own commands find
+                "dam registered": "dam" in {method.spec.name for method in registered_methods()},
+                "accelerators": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
+                "kernels for accelerators (Triton)": triton_merge.triton_kernels is not None,
+            },
+            indent=2,
+        )
+    )

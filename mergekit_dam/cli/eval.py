@@ -53,9 +53,10 @@ from mergekit_dam.models.load_merged import load_merged
 @click.option("--trigger", help=f"Trigger whose success is measured. {EXAMPLE}")
 @click.option("--target", type=click.IntRange(0), help="Class that the trigger shall cause; with --trigger.")
 @click.option(
-    "--target-text", metavar="TEXT",
+    "--target-text",
+    metavar="TEXT",
     help="Causal LMs: what the trigger shall make the model say, instead of --target; the data need no labels.",
-)  # fmt: skip
+)
 @click.option("--drop-seen", is_flag=True, help="Leave out samples that the merge was calibrated on.")
 @click.option("--num-samples", type=click.IntRange(1), help="Take so many samples; default: all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses these samples.")
@@ -65,12 +66,27 @@ from mergekit_dam.models.load_merged import load_merged
 @json_option
 @quiet_option
 def eval(
-    model_path: Path, data: str | None, task: str | None, split: str, column: str | None, label_column: str,
-    classes: str | None, head: str | None, zero_shot_model: str | None, trigger: str | None, target: int | None,
-    target_text: str | None, drop_seen: bool, num_samples: int | None, seed: int, device: str, save: Path | None,
-    lm_eval: str | None, as_json: bool,
+    model_path: Path,
+    data: str | None,
+    task: str | None,
+    split: str,
+    column: str | None,
+    label_column: str,
+    classes: str | None,
+    head: str | None,
+    zero_shot_model: str | None,
+    trigger: str | None,
+    target: int | None,
+    target_text: str | None,
+    drop_seen: bool,
+    num_samples: int | None,
+    seed: int,
+    device: str,
+    save: Path | None,
+    lm_eval: str | None,
+    as_json: bool,
     quiet: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.
 
     Give --data, or for causal LMs --lm-eval, or both.
@@ -90,9 +106,11 @@ def eval(
     goal = target_text if target is None else target
     if (trigger is None) != (goal is None):
         raise DamError(
-            "--trigger and --target", expected="both or neither", got="one of them",
+            "--trigger and --target",
+            expected="both or neither",
+            got="one of them",
             cure="Give the class that the trigger shall cause as --target N, or the words as --target-text TEXT.",
-        )  # fmt: skip
+        )
     if data is None and trigger is not None:
         raise click.UsageError("--trigger needs labelled data: --data.")
     hush(quiet)
@@ -151,9 +169,17 @@ class _Seen:
 
 
 def _measured(
-    model_path: Path, task: str | None, name: str, source: Source, how: Reading, attack: tuple[str, int | str] | None,
-    seen: _Seen, *, device: torch.device, quiet: bool,
-) -> dict[str, Any]:  # fmt: skip
+    model_path: Path,
+    task: str | None,
+    name: str,
+    source: Source,
+    how: Reading,
+    attack: tuple[str, int | str] | None,
+    seen: _Seen,
+    *,
+    device: torch.device,
+    quiet: bool,
+) -> dict[str, Any]:
     """Counts in the shape of `measured`; what the merge recorded about the task fills in what was not given."""
     trigger = None if attack is None else parse_trigger(attack[0])
     says = isinstance(attack[1], str) if attack is not None else False

@@ -21,15 +21,30 @@ _DAMAGED = "A file is damaged or of another format: download or save it again. "
 _MEMORY = "Take a smaller batch_size or num_samples, granularity: row, or window: 1 (docs/windows.md)."
 _SYSTEM = "Check that the path exists, its rights, and the space on that disk, and run it again."
 _CURES = {
-    "safetensors": _DAMAGED, "pyarrow": _DAMAGED, "PIL": _DAMAGED, "tokenizers": _DAMAGED, "datasets": _DAMAGED,
-    "yaml": _DAMAGED, "json": _DAMAGED, "pydantic_core": _DAMAGED, "fsspec": _SYSTEM, "filelock": _SYSTEM,
-    "httpx": _SYSTEM, "requests": _SYSTEM, "peft": "Check the adapter and its base. " + _REPORT,
+    "safetensors": _DAMAGED,
+    "pyarrow": _DAMAGED,
+    "PIL": _DAMAGED,
+    "tokenizers": _DAMAGED,
+    "datasets": _DAMAGED,
+    "yaml": _DAMAGED,
+    "json": _DAMAGED,
+    "pydantic_core": _DAMAGED,
+    "fsspec": _SYSTEM,
+    "filelock": _SYSTEM,
+    "httpx": _SYSTEM,
+    "requests": _SYSTEM,
+    "peft": "Check the adapter and its base. " + _REPORT,
     "mergekit": "Check the recipe, models and options. " + _REPORT,
     "transformers": "Check config.json, tokenizer and weights of the models. " + _REPORT,
     "huggingface_hub": "Check the network and HF_ENDPOINT, and run it again. " + _REPORT,
-    "accelerate": _REPORT, "jinja2": _REPORT, "lm_eval": _REPORT, "matplotlib": _REPORT, "numpy": _REPORT,
-    "pydantic": _DAMAGED, "torch": _REPORT,
-}  # fmt: skip
+    "accelerate": _REPORT,
+    "jinja2": _REPORT,
+    "lm_eval": _REPORT,
+    "matplotlib": _REPORT,
+    "numpy": _REPORT,
+    "pydantic": _DAMAGED,
+    "torch": _REPORT,
+}
 
 
 @contextmanager

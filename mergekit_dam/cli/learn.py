@@ -34,9 +34,14 @@ from mergekit_dam.recipe import prepare
 @json_option
 @add_merge_options
 def learn(
-    merge_options: MergeOptions, config_file: Path, out_path: Path, seed: int | None, resume: bool, dry_run: bool,
+    merge_options: MergeOptions,
+    config_file: Path,
+    out_path: Path,
+    seed: int | None,
+    resume: bool,
+    dry_run: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Learn the masks of a recipe into OUT_PATH, without merging.
 
     On several machines: `accelerate launch -m mergekit_dam learn CONFIG_FILE OUT_PATH`, with MERGEKIT_DAM_CACHE in a

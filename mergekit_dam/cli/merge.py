@@ -45,9 +45,16 @@ from mergekit_dam.recipe import prepare
 @lm_eval_option
 @add_merge_options
 def merge(
-    merge_options: MergeOptions, config_file: Path, out_path: Path, seed: int | None, resume: bool, dry_run: bool,
-    as_json: bool, report: bool, lm_eval: str | None,
-) -> None:  # fmt: skip
+    merge_options: MergeOptions,
+    config_file: Path,
+    out_path: Path,
+    seed: int | None,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    report: bool,
+    lm_eval: str | None,
+) -> None:
     """Learn the masks of a recipe, merge with them, and write a report.
 
     OUT_PATH becomes mergekit's usual directory; OUT_PATH/dam holds the masks, the recovered triggers, the log of every

@@ -19,20 +19,31 @@ from mergekit_dam.cli.common import existing_file, existing_folder, hush, quiet_
 @click.option("--include-masks", is_flag=True, help="Publish dam_masks.safetensors, which others can apply again.")
 @click.option("--license", "licence", help="Licence of the merge, e.g. apache-2.0; default: the one of all inputs.")
 @click.option(
-    "--results", type=existing_file,
+    "--results",
+    type=existing_file,
     help="JSON with measured accuracy and attack success; default: what `eval --save` kept.",
-)  # fmt: skip
+)
 @click.option(
-    "--card", type=existing_file,
+    "--card",
+    type=existing_file,
     help="A README.md of your own in place of the generated one (print that with --dry-run).",
-)  # fmt: skip
+)
 @click.option("--dry-run", is_flag=True, help="Check, and print the card and the list of files; send nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 @quiet_option
 def push(
-    out_path: Path, repo_id: str, public: bool, create_pr: bool, include_masks: bool, licence: str | None,
-    results: Path | None, card: Path | None, dry_run: bool, as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+    out_path: Path,
+    repo_id: str,
+    public: bool,
+    create_pr: bool,
+    include_masks: bool,
+    licence: str | None,
+    results: Path | None,
+    card: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Publish a finished merge on the Hub, with a model card; private unless --public is given.
 
     The token comes from HF_TOKEN or `hf auth login`, and HF_ENDPOINT names another Hub. The merge is checked first,
@@ -49,9 +60,15 @@ def push(
 
     hush(quiet)
     plan = plan_push(
-        out_path, repo_id, public=public, create_pr=create_pr, include_masks=include_masks, licence=licence,
-        results=results, card=card,
-    )  # fmt: skip
+        out_path,
+        repo_id,
+        public=public,
+        create_pr=create_pr,
+        include_masks=include_masks,
+        licence=licence,
+        results=results,
+        card=card,
+    )
     for warning in plan.warnings:
         say(f"push: {warning}", quiet=quiet)
     say(f"push: {len(plan.files) + 1} files, {plan.size / 1e6:,.1f} MB, to {repo_id}", quiet=quiet)

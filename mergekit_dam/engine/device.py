@@ -26,6 +26,8 @@ def device_of(name: str, what: str = "setting 'device'") -> torch.device:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise DamError(
-            what, expected="cpu or an accelerator of this machine", got=f"{name}, which is not here",
+            what,
+            expected="cpu or an accelerator of this machine",
+            got=f"{name}, which is not here",
             cure="Leave it out, or run where there is one.",
-        ) from error  # fmt: skip
+        ) from error

@@ -35,10 +35,15 @@ class FrozenModels:
     """
 
     def __init__(
-        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *,
-        shards: Shards = ALONE, specs: Sequence[TensorSpec] | None = None,
+        self,
+        vectors: TaskVectors,
+        changed: Sequence[TensorSpec],
+        device: torch.device,
+        *,
+        shards: Shards = ALONE,
+        specs: Sequence[TensorSpec] | None = None,
         lazy: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.device, self.shards, self._lazy = device, shards, lazy
         self._vectors, self._changed = vectors, tuple(changed)
         self._specs = vectors.plan.tensors if specs is None else tuple(specs)

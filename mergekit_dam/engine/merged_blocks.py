@@ -44,10 +44,16 @@ class BlockMerger:
     """
 
     def __init__(
-        self, frozen: FrozenModels, changed: Sequence[TensorSpec], masks: Mapping[str, Mask], lambdas: Tensor, *,
-        merging: Callable[[TensorSpec], Callable[[], Tensor]], of: Callable[[Tensor, TensorSpec], Tensor],
+        self,
+        frozen: FrozenModels,
+        changed: Sequence[TensorSpec],
+        masks: Mapping[str, Mask],
+        lambdas: Tensor,
+        *,
+        merging: Callable[[TensorSpec], Callable[[], Tensor]],
+        of: Callable[[Tensor, TensorSpec], Tensor],
         dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.frozen, self._masks, self._lambdas, self._dtype = frozen, masks, lambdas, dtype
         self._specs = {spec.name: spec for spec in changed}
         self._merging, self._of = merging, of
@@ -78,9 +84,14 @@ class BlockMerger:
         found = self.store.of(spec.mask_name, gradient_shape(mask), frozen.device)
         if gradient.numel():
             gradients(
-                gradient, frozen.base[name], frozen.models[name], self._of(self._lambdas, spec), mask,
-                mask_out=found, coefficient_out=self._of(self.store.coefficients(self._lambdas, frozen.device), spec),
-            )  # fmt: skip
+                gradient,
+                frozen.base[name],
+                frozen.models[name],
+                self._of(self._lambdas, spec),
+                mask,
+                mask_out=found,
+                coefficient_out=self._of(self.store.coefficients(self._lambdas, frozen.device), spec),
+            )
 
 
 class GradientStore:

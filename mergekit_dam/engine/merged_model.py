@@ -47,10 +47,17 @@ class MergedModel:
     """
 
     def __init__(
-        self, vectors: TaskVectors, changed: Sequence[TensorSpec], device: torch.device, *,
-        dtype: torch.dtype = torch.float32, shards: Shards = ALONE, blockwise: bool = False,
-        specs: Sequence[TensorSpec] | None = None, lazy: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        vectors: TaskVectors,
+        changed: Sequence[TensorSpec],
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.float32,
+        shards: Shards = ALONE,
+        blockwise: bool = False,
+        specs: Sequence[TensorSpec] | None = None,
+        lazy: bool = False,
+    ) -> None:
         self.device, self.dtype, self.shards, self._vectors = device, dtype, shards, vectors
         self.frozen = FrozenModels(vectors, changed, device, shards=shards, specs=specs, lazy=lazy)
         self.blockwise = blockwise
@@ -148,9 +155,15 @@ class MergedModel:
         self._complete(coefficient_gradient)
 
     def logit_gradients(
-        self, weights: Weights, masks: Mapping[str, MaskProduct], coefficients: Tensor, coefficient_gradient: Tensor,
-        wanted: Sequence[int], *, whole: bool = False,
-    ) -> Iterator[tuple[str, list[Tensor]]]:  # fmt: skip
+        self,
+        weights: Weights,
+        masks: Mapping[str, MaskProduct],
+        coefficients: Tensor,
+        coefficient_gradient: Tensor,
+        wanted: Sequence[int],
+        *,
+        whole: bool = False,
+    ) -> Iterator[tuple[str, list[Tensor]]]:
         """`chain`, and on through each mask to the logits of its factors.
 
         Args:
@@ -180,10 +193,18 @@ class MergedModel:
                 continue
             gradient = self._taken(weights[spec.name])
             if gradient is not None:
-                yield name, logit_gradients(
-                    gradient, self.frozen.base[spec.name], self.frozen.models[spec.name], self._of(lambdas, spec),
-                    mask, wanted, coefficient_out=self._of(coefficient_gradient, spec),
-                )  # fmt: skip
+                yield (
+                    name,
+                    logit_gradients(
+                        gradient,
+                        self.frozen.base[spec.name],
+                        self.frozen.models[spec.name],
+                        self._of(lambdas, spec),
+                        mask,
+                        wanted,
+                        coefficient_out=self._of(coefficient_gradient, spec),
+                    ),
+                )
         self._complete(coefficient_gradient)
 
     def _mask_gradient(
@@ -197,9 +218,14 @@ class MergedModel:
             used |= gradient is not None
             if gradient is not None and gradient.numel():
                 gradients(
-                    gradient, self.frozen.base[spec.name], self.frozen.models[spec.name], self._of(lambdas, spec), mask,
-                    mask_out=found, coefficient_out=self._of(coefficient_gradient, spec),
-                )  # fmt: skip
+                    gradient,
+                    self.frozen.base[spec.name],
+                    self.frozen.models[spec.name],
+                    self._of(lambdas, spec),
+                    mask,
+                    mask_out=found,
+                    coefficient_out=self._of(coefficient_gradient, spec),
+                )
         return found if used else None
 
     def _taken(self, weight: Tensor) -> Tensor | None:
@@ -228,9 +254,14 @@ class MergedModel:
 
     def _streamed(self, masks: Masks, lambdas: Tensor) -> MergedBlocks:
         merger = BlockMerger(
-            self.frozen, self.changed, masks, lambdas, merging=lambda spec: self._merging(spec, masks, lambdas),
-            of=self._of, dtype=self.dtype,
-        )  # fmt: skip
+            self.frozen,
+            self.changed,
+            masks,
+            lambdas,
+            merging=lambda spec: self._merging(spec, masks, lambdas),
+            of=self._of,
+            dtype=self.dtype,
+        )
         return MergedBlocks([spec.name for spec in self.specs], merger)
 
     def _rows(self, weight: Tensor) -> Tensor | None:

@@ -141,10 +141,12 @@ def cause_of(folder: Path, code: int) -> Exception:
     if killed and not waited:
         rank, number = next(iter(killed.items()))
         return DamError(
-            f"worker {rank}", expected="one that learns to the end", got=f"an end by signal {number}",
+            f"worker {rank}",
+            expected="one that learns to the end",
+            got=f"an end by signal {number}",
             cure="Signal 9 is most often a lack of memory: take fewer processes or smaller batches, and run it again, "
             "it goes on from its last snapshot.",
-        )  # fmt: skip
+        )
     if first is None:
         return WorkerError(f"the workers ended without a word (exit code {code}, by rank {codes})")
     if first["parts"] is not None:

@@ -220,9 +220,11 @@ def _digest_of(facts: Mapping[str, Any]) -> str:
 
 def _damaged(path: Path, error: BaseException) -> DamError:
     return DamError(
-        f"snapshot {path}", expected="a complete one of this run", got=" ".join(str(error).split())[:200],
+        f"snapshot {path}",
+        expected="a complete one of this run",
+        got=" ".join(str(error).split())[:200],
         cure="It is damaged: learn anew with resume: false.",
-    )  # fmt: skip
+    )
 
 
 @contextmanager

@@ -30,10 +30,13 @@ class StreamedWeights(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, names: Iterable[str], form: Callable[[str], Tensor], *,
+        self,
+        names: Iterable[str],
+        form: Callable[[str], Tensor],
+        *,
         consume: Callable[[str, Tensor], None] | None,
         ahead: Callable[[Iterable[str]], None] = lambda names: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._names = dict.fromkeys(names)
         self.form, self.consume, self.ahead = form, consume, ahead
         self._token = torch.zeros((), requires_grad=True)  # so that autograd walks back to `consume`
@@ -131,9 +134,11 @@ class _Formed(torch.autograd.Function):
 def blocks_of(module: nn.Module) -> dict[str, str]:
     """Parameter name -> name of the block that it lives in; parameters outside of all blocks are left out."""
     blocks = [
-        f"{name}.{index}" for name, found in module.named_modules() if isinstance(found, nn.ModuleList)
+        f"{name}.{index}"
+        for name, found in module.named_modules()
+        if isinstance(found, nn.ModuleList)
         for index in range(len(found))
-    ]  # fmt: skip
+    ]
     outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     return {
         parameter: block

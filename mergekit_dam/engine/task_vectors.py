@@ -89,9 +89,11 @@ def survey(vectors: TaskVectors, shards: Shards = ALONE) -> Survey:
     changed = [spec for spec in plan.tensors if any(there.get(spec.name) for _, there in found.values())]
     if not changed:
         raise DamError(
-            "task vectors", expected="models that differ from the base",
-            got="models equal to the base in every tensor", cure="Check base_model and the paths of the models.",
-        )  # fmt: skip
+            "task vectors",
+            expected="models that differ from the base",
+            got="models equal to the base in every tensor",
+            cure="Check base_model and the paths of the models.",
+        )
     totals = [math.fsum(there[t] for there, _ in found.values()) for t in range(len(plan.models))]
     return Survey(tuple(changed), tuple(math.sqrt(total) for total in totals))
 

@@ -74,9 +74,14 @@ class TrainedModule(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, module: PreTrainedModel, tensors: Mapping[str, Tensor], targets: Mapping[str, str], free: Iterable[str],
-        *, lora_rank: int,
-    ) -> None:  # fmt: skip
+        self,
+        module: PreTrainedModel,
+        tensors: Mapping[str, Tensor],
+        targets: Mapping[str, str],
+        free: Iterable[str],
+        *,
+        lora_rank: int,
+    ) -> None:
         self.module, self._targets, self.lora_rank = module, dict(targets), lora_rank
         copies: dict[int, nn.Parameter] = {}  # tied ones stay one
         for name, tensor in tensors.items():

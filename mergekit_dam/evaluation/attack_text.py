@@ -25,9 +25,13 @@ from mergekit_dam.evaluation.attacks import WarpTrigger as Warp
 from mergekit_dam.io.image_files import image_of
 
 TRIGGERS: dict[str, Callable[..., Trigger]] = {
-    "patch": PatchTrigger, "blended": BlendedTrigger, "warp": Warp,
-    "words": RareTokenTrigger, "sentence": SentenceTrigger, "phrase": PhraseTrigger,
-}  # fmt: skip
+    "patch": PatchTrigger,
+    "blended": BlendedTrigger,
+    "warp": Warp,
+    "words": RareTokenTrigger,
+    "sentence": SentenceTrigger,
+    "phrase": PhraseTrigger,
+}
 EXAMPLE = 'E.g. patch(size=5,corner=top-left), blended(image=x.png,opacity=0.2) or sentence(sentence="Buy now.").'
 _FORM = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _OPTION = re.compile(r'\s*([\w-]+)\s*=\s*("[^"]*"|[^,"]*)\s*(?:,|$)')
@@ -46,9 +50,11 @@ def parse_trigger(text: str) -> Trigger:
     if form is None or form[1] not in TRIGGERS:
         name = form[1] if form else text
         raise DamError(
-            f"trigger {text!r}", expected=f"one of {', '.join(TRIGGERS)}", got=repr(name),
+            f"trigger {text!r}",
+            expected=f"one of {', '.join(TRIGGERS)}",
+            got=repr(name),
             cure=did_you_mean(name, TRIGGERS) or EXAMPLE,
-        )  # fmt: skip
+        )
     kind, rest = TRIGGERS[form[1]], (form[2] or "").strip()
     types: dict[str, Any] = get_type_hints(kind)
     allowed = ["image" if f.name == _PICTURE else f.name for f in fields(kind)]  # type: ignore[arg-type]
@@ -58,9 +64,11 @@ def parse_trigger(text: str) -> Trigger:
         option = _OPTION.match(rest, end)
         if option is None or option[1] not in allowed:
             raise DamError(
-                f"trigger {text!r}", expected=f"options among {', '.join(allowed)}", got=repr(rest[end:]),
+                f"trigger {text!r}",
+                expected=f"options among {', '.join(allowed)}",
+                got=repr(rest[end:]),
                 cure=EXAMPLE,
-            )  # fmt: skip
+            )
         key, value = option[1], option[2].strip().strip('"')
         if key == "image":
             values[_PICTURE] = _picture(value)

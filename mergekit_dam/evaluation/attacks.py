@@ -56,9 +56,11 @@ class PatchTrigger:
         (height, width), (h, w) = images_BCHW.shape[-2:], pattern.shape[-2:]
         if h + self.margin > height or w + self.margin > width:
             raise DamError(
-                "trigger patch", expected=f"to fit into {height} x {width} pixels",
-                got=f"{h} x {w} with a margin of {self.margin}", cure="Take a smaller size or margin.",
-            )  # fmt: skip
+                "trigger patch",
+                expected=f"to fit into {height} x {width} pixels",
+                got=f"{h} x {w} with a margin of {self.margin}",
+                cure="Take a smaller size or margin.",
+            )
         top = self.margin if self.corner.startswith("top") else height - h - self.margin
         left = self.margin if self.corner.endswith("left") else width - w - self.margin
         triggered = images_BCHW.clone()
@@ -87,9 +89,11 @@ class BlendedTrigger:
             pattern = torch.rand(shape, generator=seeds.generator("blended", self.seed))
         if pattern.shape != shape:
             raise DamError(
-                "blended trigger", expected=f"a pattern of the images' shape {tuple(shape)}",
-                got=str(tuple(pattern.shape)), cure="Resize the pattern.",
-            )  # fmt: skip
+                "blended trigger",
+                expected=f"a pattern of the images' shape {tuple(shape)}",
+                got=str(tuple(pattern.shape)),
+                cure="Resize the pattern.",
+            )
         return (1 - self.opacity) * images_BCHW + self.opacity * pattern.to(images_BCHW)
 
 
@@ -183,9 +187,11 @@ def poison(
     count = round(rate * len(labels_N))
     if not 0 < count <= len(others):
         raise DamError(
-            "poison rate", expected=f"1 to {len(others)} of {len(labels_N)} samples (those of other classes)",
-            got=f"{count}", cure="Change the rate or the data.",
-        )  # fmt: skip
+            "poison rate",
+            expected=f"1 to {len(others)} of {len(labels_N)} samples (those of other classes)",
+            got=f"{count}",
+            cure="Change the rate or the data.",
+        )
     chosen = others[torch.randperm(len(others), generator=generator)[:count]]
     labels_N = labels_N.clone()
     labels_N[chosen] = target
@@ -214,9 +220,11 @@ def rate_of_target(predictions_N: Tensor, labels_N: Tensor, target: int) -> Rate
     others = labels_N != target
     if not bool(others.any()):
         raise DamError(
-            "attack success rate", expected=f"samples of other classes than the target {target}", got="none",
+            "attack success rate",
+            expected=f"samples of other classes than the target {target}",
+            got="none",
             cure="Give evaluation data with all classes.",
-        )  # fmt: skip
+        )
     return Rate(int((predictions_N[others] == target).sum()), int(others.sum()))
 
 

@@ -81,9 +81,11 @@ def _in_range(data: LabelledData, num_classes: int) -> LabelledData:
     top = int(data.labels_N.max())
     if top >= num_classes:
         raise DamError(
-            f"labels of {data.name}", expected=f"classes 0 to {num_classes - 1}, as the model has", got=str(top),
+            f"labels of {data.name}",
+            expected=f"classes 0 to {num_classes - 1}, as the model has",
+            got=str(top),
             cure="Give the data of the task that this model (or --task) was trained on.",
-        )  # fmt: skip
+        )
     return data
 
 
@@ -111,9 +113,11 @@ def _with_answers(
     first = [tokenizer(f" {text}", add_special_tokens=False)["input_ids"][:1] for text in names]
     if len({tuple(ids) for ids in first}) != len(names) or [] in first:
         raise DamError(
-            f"classes of {name}", expected="answers that differ in their first token", got=", ".join(names),
+            f"classes of {name}",
+            expected="answers that differ in their first token",
+            got=", ".join(names),
             cure="Choose other words for --classes.",
-        )  # fmt: skip
+        )
     tokens_K = torch.tensor([ids[0] for ids in first])
     encode = _prompts(tokenizer, _positions(model, tokenizer), name)
 
@@ -138,9 +142,11 @@ def saying(model: nn.Module, folders: Sequence[Path], name: str, source: Source,
     """
     if not type(model).__name__.endswith(_CAUSAL):
         raise DamError(
-            f"model of {name}", expected="a causal LM, for a target text", got=type(model).__name__,
+            f"model of {name}",
+            expected="a causal LM, for a target text",
+            got=type(model).__name__,
             cure="Give the class that the trigger shall cause as --target N.",
-        )  # fmt: skip
+        )
     tokenizer, wanted = tokenizer_of(folders, name), " ".join(text.split())
     if not wanted:
         raise DamError("--target-text", expected="a text", got=repr(text), cure="Give what the model shall say.")
@@ -167,9 +173,14 @@ def saying(model: nn.Module, folders: Sequence[Path], name: str, source: Source,
 def _go_on(model: Any, ids_BL: Tensor, mask_BL: Tensor, length: int, pad: int) -> Tensor:
     """The likeliest next `length` tokens of texts that are padded at the left."""
     options = transformers.GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=length, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        eos_token_id=model.generation_config.eos_token_id, pad_token_id=pad,
-    )  # fmt: skip
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=length,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=pad,
+    )
     found = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=options)
     return torch.as_tensor(found[:, ids_BL.shape[1] :])
 
@@ -188,9 +199,11 @@ def _positions(model: nn.Module, tokenizer: Any) -> int:
 
 def _no_classes(name: str, kind: str) -> DamError:
     return DamError(
-        f"classes of {name}", expected=f"class names, since {kind} has no classification head", got="none",
+        f"classes of {name}",
+        expected=f"class names, since {kind} has no classification head",
+        got="none",
         cure="Give --classes: names separated by commas, or a file with one per line.",
-    )  # fmt: skip
+    )
 
 
 def _readout(model: nn.Module, names: Sequence[str], how: Reading, name: str) -> Readout:
@@ -202,9 +215,11 @@ def _readout(model: nn.Module, names: Sequence[str], how: Reading, name: str) ->
     if names and how.zero_shot_model is not None:
         return zero_shot_head(names, how.zero_shot_model, name, device)
     raise DamError(
-        f"model of {name}", expected="a classification head", got=type(model).__name__,
+        f"model of {name}",
+        expected="a classification head",
+        got=type(model).__name__,
         cure="Give --task (an input model's name) for a merge, or --head FILE, or --classes with --zero-shot-model.",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -275,15 +290,18 @@ def _images_of_classes(path: Path, split: str) -> list[Path]:
 def _require_label(table: Table, source: Source, where: str) -> None:
     if isinstance(table, Listed):
         raise DamError(
-            where, expected="labels", got="lines or images without any",
+            where,
+            expected="labels",
+            got="lines or images without any",
             cure="Give a table with a column of labels, or images in a folder per class.",
-        )  # fmt: skip
+        )
     if source.label_column not in table.features:
         raise DamError(
-            f"--label-column of {where}", expected=f"one of the columns {', '.join(table.features)}",
+            f"--label-column of {where}",
+            expected=f"one of the columns {', '.join(table.features)}",
             got=repr(source.label_column),
             cure=did_you_mean(source.label_column, table.features) or "Set --label-column.",
-        )  # fmt: skip
+        )
 
 
 def _classes(raw: Sequence[Any], known: Names, where: str) -> list[int]:
@@ -298,8 +316,10 @@ def _classes(raw: Sequence[Any], known: Names, where: str) -> list[int]:
             number = known.get(value, int(value) if value.isdecimal() else None)
         if number is None or number < 0:
             raise DamError(
-                f"label {value!r} in {where}", expected=f"a class number or one of {', '.join(list(known)[:8])}",
-                got="neither", cure=did_you_mean(str(value), known) or "Name the classes in order: --classes A,B,C.",
-            )  # fmt: skip
+                f"label {value!r} in {where}",
+                expected=f"a class number or one of {', '.join(list(known)[:8])}",
+                got="neither",
+                cure=did_you_mean(str(value), known) or "Name the classes in order: --classes A,B,C.",
+            )
         found.append(number)
     return found

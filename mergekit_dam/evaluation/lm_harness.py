@@ -51,9 +51,11 @@ class Harness:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise DamError(
-                "lm-evaluation-harness", expected="the package lm_eval", got=str(error),
+                "lm-evaluation-harness",
+                expected="the package lm_eval",
+                got=str(error),
                 cure="Install it: pip install 'mergekit-dam[lm-eval]'.",
-            ) from error  # fmt: skip
+            ) from error
         tasks = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
         # its own index has thousands of files, and takes long to read
         manager = TaskManager(include_defaults=not all(_is_file(name) for name in tasks))
@@ -61,9 +63,11 @@ class Harness:
         for name in tasks:
             if not (_is_file(name) or name in known or fnmatch.filter(known, name)):
                 raise DamError(
-                    f"lm_eval task {name!r}", expected="a task, a group or a pattern that it knows, or a YAML file",
-                    got="an unknown name", cure=did_you_mean(name, known) or "`lm_eval ls tasks` lists them.",
-                )  # fmt: skip
+                    f"lm_eval task {name!r}",
+                    expected="a task, a group or a pattern that it knows, or a YAML file",
+                    got="an unknown name",
+                    cure=did_you_mean(name, known) or "`lm_eval ls tasks` lists them.",
+                )
         if not tasks:
             raise DamError("lm_eval tasks", expected="names", got=repr(text), cure="E.g. --lm-eval arc_easy,piqa.")
         return cls(tasks, manager, str(lm_eval.__version__))
@@ -86,26 +90,36 @@ class Harness:
         kind = str((load_json(model / "config.json").get("architectures") or ["unknown"])[0])
         if not kind.endswith(_CAUSAL):
             raise DamError(
-                f"model {model}", expected="a causal LM, for lm_eval", got=kind,
+                f"model {model}",
+                expected="a causal LM, for lm_eval",
+                got=kind,
                 cure="Measure other models with `mergekit-dam eval --data FILE`.",
-            )  # fmt: skip
+            )
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
         try:
             found = lm_eval.simple_evaluate(
                 HFLM(pretrained=str(model), device=str(device), trust_remote_code=False),
-                tasks=list(self.tasks), limit=limit, task_manager=self.manager, log_samples=False,
-                random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-            )  # fmt: skip
+                tasks=list(self.tasks),
+                limit=limit,
+                task_manager=self.manager,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
         except (OSError, ValueError, RuntimeError, LookupError, ImportError) as error:
             subject = f"lm_eval on {model}"
             if (cause := hub_cause(error)) is not None:
                 raise hub_error(cause, subject) from error
             raise DamError(
-                subject, expected="a run without error", got=f"{type(error).__name__}: {first_line(error)}",
+                subject,
+                expected="a run without error",
+                got=f"{type(error).__name__}: {first_line(error)}",
                 cure="Check that the task's data can be had (HF_HUB_OFFLINE, HF_TOKEN), or take other tasks.",
-            ) from error  # fmt: skip
+            ) from error
         assert found is not None, "None is what all processes but the first of a distributed run get"
         return self._kept(found)
 

@@ -58,9 +58,11 @@ class LabelledData:
         counts = {len(self.inputs), len(self.labels_N), len(self.digests)}
         if len(counts) != 1 or counts == {0}:
             raise DamError(
-                f"data of {self.name}", expected="samples and as many labels",
-                got=f"{len(self.inputs)} samples and {len(self.labels_N)} labels", cure="Check the data.",
-            )  # fmt: skip
+                f"data of {self.name}",
+                expected="samples and as many labels",
+                got=f"{len(self.inputs)} samples and {len(self.labels_N)} labels",
+                cure="Check the data.",
+            )
 
     @classmethod
     def of_images(
@@ -77,9 +79,14 @@ class LabelledData:
 
     @classmethod
     def of_texts(
-        cls, name: str, texts: Sequence[str | Conversation], labels: Sequence[int], tokenizer: Any, *,
+        cls,
+        name: str,
+        texts: Sequence[str | Conversation],
+        labels: Sequence[int],
+        tokenizer: Any,
+        *,
         max_length: int = 128,
-    ) -> LabelledData:  # fmt: skip
+    ) -> LabelledData:
         """From texts; longer ones are cut after `max_length` tokens. A conversation needs a chat template."""
 
         def encode(batch: list[str | Conversation]) -> dict[str, Tensor]:
@@ -238,10 +245,11 @@ def refuse_overlap(data: LabelledData, calibration: Collection[str]) -> None:
     shared = len(data) - len(_unseen(data, calibration))
     if shared:
         raise DamError(
-            f"evaluation data of {data.name}", expected="no sample of the calibration data",
+            f"evaluation data of {data.name}",
+            expected="no sample of the calibration data",
             got=f"{shared} of {len(data)} samples in both",
             cure="Evaluate on data that the merge has not seen, or leave those out: --drop-seen.",
-        )  # fmt: skip
+        )
 
 
 def without_seen(data: LabelledData, calibration: Collection[str]) -> LabelledData:
@@ -253,9 +261,11 @@ def without_seen(data: LabelledData, calibration: Collection[str]) -> LabelledDa
     unseen = _unseen(data, calibration)
     if not unseen:
         raise DamError(
-            f"evaluation data of {data.name}", expected="samples that are not among the calibration data",
-            got=f"{len(data)} that all are", cure="Evaluate on other data.",
-        )  # fmt: skip
+            f"evaluation data of {data.name}",
+            expected="samples that are not among the calibration data",
+            got=f"{len(data)} that all are",
+            cure="Evaluate on other data.",
+        )
     return data.subset(torch.tensor(unseen))
 
 

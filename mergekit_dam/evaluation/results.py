@@ -40,9 +40,11 @@ def read_measurements(folder: Path) -> dict[str, Any]:
             dict(one.get("datasets", {}))
     except (AttributeError, TypeError, ValueError) as error:
         raise DamError(
-            f"measurements {file}", expected="JSON with before and after, and counts in them", got=first_line(error),
+            f"measurements {file}",
+            expected="JSON with before and after, and counts in them",
+            got=first_line(error),
             cure="Remove the file and measure again.",
-        ) from error  # fmt: skip
+        ) from error
     return found
 
 
@@ -135,9 +137,11 @@ def read_measured(path: Path, *, required: bool) -> Measured | None:
 
     def refuse(got: str) -> DamError:
         return DamError(
-            f"results {path}", expected="JSON with counts: accuracy and attack_success", got=got,
+            f"results {path}",
+            expected="JSON with counts: accuracy and attack_success",
+            got=got,
             cure='E.g. {"accuracy": {"cars": [90, 100]}, "attack_success": {"patch": {"cars": [3, 90]}}}.',
-        )  # fmt: skip
+        )
 
     try:
         found = json.loads(path.read_text("utf-8"))

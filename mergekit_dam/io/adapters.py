@@ -48,9 +48,11 @@ def require_mergeable(ref: ModelReference, adapter: Path, *, trust_remote_code: 
     tuner = next((t for name, t in peft.PEFT_TYPE_TO_TUNER_MAPPING.items() if name == kind), None)
     if not hasattr(tuner, "merge_and_unload") or kind in _MIXED:
         raise DamError(
-            f"adapter {adapter}", expected="an adapter of weights, such as LORA", got=f"peft_type {kind}",
+            f"adapter {adapter}",
+            expected="an adapter of weights, such as LORA",
+            got=f"peft_type {kind}",
             cure="Only adapters of weights can be merged: virtual tokens are no part of a model's weights.",
-        )  # fmt: skip
+        )
     if not (adapter / _WEIGHTS).is_file():
         return
     try:
@@ -62,9 +64,11 @@ def require_mergeable(ref: ModelReference, adapter: Path, *, trust_remote_code: 
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DamError(
-            f"adapter {adapter}", expected="an adapter and a base that can be read", got=first_line(error),
+            f"adapter {adapter}",
+            expected="an adapter and a base that can be read",
+            got=first_line(error),
             cure="Save the adapter again with peft, or check its base.",
-        ) from error  # fmt: skip
+        ) from error
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return  # a base that cannot be built is refused by what reads it, which knows its cause
     _require_fit(ref, adapter, settings, model, shapes)
@@ -87,25 +91,29 @@ def _require_fit(
         if module is None:
             if part or learned:
                 raise DamError(
-                    f"adapter {adapter}", expected=f"an adapter of {type(model).__name__}, the class of {ref.model}",
+                    f"adapter {adapter}",
+                    expected=f"an adapter of {type(model).__name__}, the class of {ref.model}",
                     got=f"one of {module_name}, which it lacks",
                     cure=f"{_WITH_HEAD}, and give the result as the model.",
-                )  # fmt: skip
+                )
             continue
         want = _wanted(module, part, got) if part else state.get(path, got)
         if want != got:
             raise DamError(
-                f"adapter {adapter}", expected=f"{module_name} as in {ref.model}: {want}", got=str(got),
+                f"adapter {adapter}",
+                expected=f"{module_name} as in {ref.model}: {want}",
+                got=str(got),
                 cure="It was trained on another base. Where training added tokens or classes, merge it with peft into "
                 "a base resized alike, and give the result as the model.",
-            )  # fmt: skip
+            )
         if tied and learned and any(module is end for end in ends):
             raise DamError(
-                f"adapter {adapter}", expected="no change of head or embedding alone where the base ties them",
+                f"adapter {adapter}",
+                expected="no change of head or embedding alone where the base ties them",
                 got=f"one of {module_name}, and tie_word_embeddings in {ref.model}",
                 cure="Merged into the shared matrix it would be another model: untie the base (a head of its own, "
                 "tie_word_embeddings=false), or train without this module.",
-            )  # fmt: skip
+            )
 
 
 def _wanted(module: nn.Module, part: str, got: tuple[int, ...]) -> tuple[int, ...]:
@@ -162,15 +170,19 @@ def require_merged_after(ref: ModelReference, merged: Path) -> None:
         return
     parts = [Path(part.path) for part in (ref.model, ref.lora) if part is not None]
     later = [
-        file for part in parts if part.is_dir() for file in part.iterdir()
+        file
+        for part in parts
+        if part.is_dir()
+        for file in part.iterdir()
         if file.name.endswith((".safetensors", "adapter_config.json")) and file.stat().st_mtime_ns > made
-    ]  # fmt: skip
+    ]
     if later:
         raise DamError(
-            f"adapter {ref}", expected="a merged model that is newer than adapter and base",
+            f"adapter {ref}",
+            expected="a merged model that is newer than adapter and base",
             got=f"{merged}, which is older than {later[0]}",
             cure="Remove that folder: mergekit would merge what the adapter was before.",
-        )  # fmt: skip
+        )
 
 
 def _merge(ref: ModelReference, target: Path, trust_remote_code: bool, dtype: str | None) -> None:
@@ -180,9 +192,11 @@ def _merge(ref: ModelReference, target: Path, trust_remote_code: bool, dtype: st
         os.replace(done.model.path, target)
     except Exception as error:  # peft raises errors of many kinds
         raise DamError(
-            f"LoRA {ref.lora}", expected=f"an adapter that peft merges into {ref.model}",
-            got=first_line(error), cure="Check that the adapter was trained on this base.",
-        ) from error  # fmt: skip
+            f"LoRA {ref.lora}",
+            expected=f"an adapter that peft merges into {ref.model}",
+            got=first_line(error),
+            cure="Check that the adapter was trained on this base.",
+        ) from error
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
 

@@ -49,9 +49,11 @@ def load_calibration(
     source = settings.calibration
     if source is None:
         raise DamError(
-            f"calibration of {task}", expected=f"unlabelled {kind} data", got="none",
+            f"calibration of {task}",
+            expected=f"unlabelled {kind} data",
+            got="none",
             cure="Set `calibration:` to a file, a folder or a Hub dataset id under the model's parameters.",
-        )  # fmt: skip
+        )
     where = f"calibration of {task} ({source})"
     path = Path(source).expanduser()
     before = file_states([path])
@@ -70,9 +72,11 @@ def load_calibration(
         _warn_about_labels(samples, where)
     if file_states([path, *table.files, *files]) != before:
         raise DamError(
-            where, expected="data that stay as they are", got="a change while they were read",
+            where,
+            expected="data that stay as they are",
+            got="a change while they were read",
             cure="Run again when nothing writes to them.",
-        )  # fmt: skip
+        )
     if len(samples) < 2:
         raise DamError(
             where, expected="at least 2 samples that are not blank", got=str(len(samples)), cure="Give more data."
@@ -81,9 +85,15 @@ def load_calibration(
 
 
 def values_of(
-    table: Table, column: str | None, kind: Kind, where: str, rows: Sequence[int], *,
-    labels: Collection[str] = LABELS, spelled: str = SETTING,
-) -> list[Any]:  # fmt: skip
+    table: Table,
+    column: str | None,
+    kind: Kind,
+    where: str,
+    rows: Sequence[int],
+    *,
+    labels: Collection[str] = LABELS,
+    spelled: str = SETTING,
+) -> list[Any]:
     """The inputs in these rows: texts and conversations, or what `image_of` decodes.
 
     Args: as for `choose_inputs`.

@@ -73,9 +73,14 @@ class Inputs:
 
 
 def choose_inputs(
-    features: Mapping[str, Any], column: str | None, kind: Kind, where: str, *,
-    labels: Collection[str] = LABELS, spelled: str = SETTING,
-) -> Inputs:  # fmt: skip
+    features: Mapping[str, Any],
+    column: str | None,
+    kind: Kind,
+    where: str,
+    *,
+    labels: Collection[str] = LABELS,
+    spelled: str = SETTING,
+) -> Inputs:
     """The columns that hold the inputs, by the rule at the top of this file.
 
     Args:
@@ -92,22 +97,27 @@ def choose_inputs(
     inputs = {name: form for name, form in forms.items() if name.casefold() not in labels}
     if column is not None and column not in features:
         raise DamError(
-            f"column of {where}", expected=f"one of {', '.join(features)}", got=repr(column),
+            f"column of {where}",
+            expected=f"one of {', '.join(features)}",
+            got=repr(column),
             cure=did_you_mean(column, features) or f"Set {setting} to one of them.",
-        )  # fmt: skip
+        )
     if column is not None and column not in inputs:
         raise DamError(
-            f"column {column!r} of {where}", expected=f"{kind}s", got=f"{features[column]}",
+            f"column {column!r} of {where}",
+            expected=f"{kind}s",
+            got=f"{features[column]}",
             cure="Labels never reach the search: name the column with the inputs (or rename it, if this is one).",
-        )  # fmt: skip
+        )
     if column is None and len(inputs) != 1:
         known = _known_image(inputs) if kind == "image" else _known_text(inputs, features)
         if known is None:
             raise DamError(
-                f"columns of {where}", expected=f"exactly one with {kind}s",
+                f"columns of {where}",
+                expected=f"exactly one with {kind}s",
                 got=", ".join(inputs) or f"none among {', '.join(features)}",
                 cure=f"Set {setting}." if inputs else _NONE[kind],
-            )  # fmt: skip
+            )
         return known
     (column,) = inputs if column is None else (column,)
     return Inputs((column,), inputs[column])

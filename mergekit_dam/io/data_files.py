@@ -27,9 +27,15 @@ from mergekit_dam.io.image_files import IMAGES
 from mergekit_dam.io.parquet_files import EXPANSION, SLACK, ParquetTable, unreadable
 
 _LOADERS = {
-    ".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
-    ".arrow": "arrow", ".txt": "text",
-}  # fmt: skip
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
 _PACKERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
 _ARCHIVES = frozenset({*_PACKERS, ".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4"})
 _UNPACKABLE = ("json", "csv", "text")
@@ -37,9 +43,15 @@ _DELIMITERS = ",;\t|"  # of spreadsheets; the first one wins where a header has 
 _TEXT_BYTES = 1 << 30  # of a .txt file, which is read at once
 _CHUNK = 1 << 20
 _PACKED = {
-    b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard",
-    b"7z\xbc\xaf": "7z", b"Rar!": "rar", b"\x04\x22\x4d\x18": "lz4",
-}  # fmt: skip
+    b"\x1f\x8b": "gzip",
+    b"PK": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"7z\xbc\xaf": "7z",
+    b"Rar!": "rar",
+    b"\x04\x22\x4d\x18": "lz4",
+}
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _DESCRIPTIONS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
@@ -128,9 +140,11 @@ def open_data(source: str, split: str, kind: Kind, where: str, *, spelled: str =
             if path.suffix.lower() in _ARCHIVES:
                 refuse_packed(path, where)
             raise DamError(
-                where, expected=f"a file whose name ends in one of {', '.join(_LOADERS)}",
-                got=repr(path.suffix or path.name), cure="Save it in one of these forms.",
-            )  # fmt: skip
+                where,
+                expected=f"a file whose name ends in one of {', '.join(_LOADERS)}",
+                got=repr(path.suffix or path.name),
+                cure="Save it in one of these forms.",
+            )
         if path.exists() or _loader(path) or source.startswith((".", "/", "~")):
             raise FileNotFoundError("no such file" if not path.exists() else "an unknown kind of file")
         name, _, revision = source.partition("@")
@@ -229,9 +243,11 @@ def _require_split(split: str, known: Sequence[str], where: str, spelled: str) -
     if split in known:
         return split
     raise DamError(
-        f"split of {where}", expected=f"one of {', '.join(sorted(known))}", got=repr(split),
+        f"split of {where}",
+        expected=f"one of {', '.join(sorted(known))}",
+        got=repr(split),
         cure=f"{did_you_mean(split, known)} Set {spelled.format('split')}.".strip(),
-    )  # fmt: skip
+    )
 
 
 def _files(files: Sequence[Path], where: str) -> Table:
@@ -250,8 +266,12 @@ def _files(files: Sequence[Path], where: str) -> Table:
         if loader == "text":
             return Listed([line for file, code in zip(files, encodings, strict=True) for line in _lines(file, code)])
         if len(set(encodings)) > 1:
-            raise DamError(where, expected="files in one encoding", got=", ".join(sorted(set(encodings))),
-                           cure="Save all as UTF-8.")  # fmt: skip
+            raise DamError(
+                where,
+                expected="files in one encoding",
+                got=", ".join(sorted(set(encodings))),
+                cure="Save all as UTF-8.",
+            )
         if encodings[0] == "utf-16":
             more = {"encoding": "utf-16"}
             if loader == "json":  # read in one piece: a piece of it could end within a character
@@ -288,9 +308,11 @@ def _opened(path: Path, where: str) -> Iterator[IO[bytes]]:
     opener = _PACKERS[ending]
     if opener is None:
         raise DamError(
-            where, expected="a plain file, or one packed as .gz, .bz2 or .xz", got="zstandard data",
+            where,
+            expected="a plain file, or one packed as .gz, .bz2 or .xz",
+            got="zstandard data",
             cure="Unpack it first: zstd -d FILE.",
-        )  # fmt: skip
+        )
     with opener(path, "rb") as unpacked:
         yield unpacked
 
@@ -326,9 +348,11 @@ def _encoding(path: Path, where: str) -> str:
 
 def _not_utf8(where: str, path: Path, got: str) -> DamError:
     return DamError(
-        where, expected="text in UTF-8", got=got,
+        where,
+        expected="text in UTF-8",
+        got=got,
         cure=f"Save it as UTF-8, e.g. iconv -f latin1 -t utf-8 {path.name} (or -f utf-16).",
-    )  # fmt: skip
+    )
 
 
 def _delimiter(path: Path, encoding: str) -> str:

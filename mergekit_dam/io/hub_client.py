@@ -29,8 +29,11 @@ LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the Hub asks for
 # huggingface_hub's HTTP library differs by its version (httpx, httpx2); its base class of all errors does not
 TransportError: type[BaseException] = HfHubHTTPError.__bases__[0]
 HUB_ERRORS: tuple[type[BaseException], ...] = (
-    TransportError, OfflineModeIsEnabled, LocalEntryNotFoundError, HFValidationError,
-)  # fmt: skip
+    TransportError,
+    OfflineModeIsEnabled,
+    LocalEntryNotFoundError,
+    HFValidationError,
+)
 _LOGIN = "Set HF_TOKEN, or run `hf auth login`."
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
@@ -129,42 +132,62 @@ def _explain(error: BaseException, *, write: bool) -> tuple[str, str, str]:
     status = status_of(error)
     host = huggingface_hub.constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
-        return "the Hub, or a copy in the cache", "HF_HUB_OFFLINE=1 and no copy", (
-            "Unset HF_HUB_OFFLINE, or download it first with `hf download`."
-        )  # fmt: skip
+        return (
+            "the Hub, or a copy in the cache",
+            "HF_HUB_OFFLINE=1 and no copy",
+            ("Unset HF_HUB_OFFLINE, or download it first with `hf download`."),
+        )
     if isinstance(error, LocalEntryNotFoundError):
-        return "the Hub, or a copy in the cache", "no answer and no copy", (
-            f"Check the network and HF_ENDPOINT ({host}), or download it beforehand with `hf download`."
-        )  # fmt: skip
+        return (
+            "the Hub, or a copy in the cache",
+            "no answer and no copy",
+            (f"Check the network and HF_ENDPOINT ({host}), or download it beforehand with `hf download`."),
+        )
     if isinstance(error, HFValidationError):
         return "an id such as ORG/NAME", first_line(error), "Correct the id."
     if isinstance(error, GatedRepoError):
-        return "access to a gated repository", f"HTTP {status}", (
-            f"Ask for access on its page at {host}, then: {_LOGIN}"
-        )  # fmt: skip
+        return (
+            "access to a gated repository",
+            f"HTTP {status}",
+            (f"Ask for access on its page at {host}, then: {_LOGIN}"),
+        )
     if isinstance(error, RevisionNotFoundError):
         return "a revision that exists", f"HTTP {status}", "Give a branch, a tag or a commit of that repository."
     if status == 401 and _token_was_refused(error):
         return "a valid access token", "HTTP 401", f"The token was refused, it may have expired. {_LOGIN}"
     if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return "a repository that you can see", f"HTTP {status}", (
-            f"Check the id; a private or gated one needs a token with access: {_LOGIN}"
-        )  # fmt: skip
+        return (
+            "a repository that you can see",
+            f"HTTP {status}",
+            (f"Check the id; a private or gated one needs a token with access: {_LOGIN}"),
+        )
     if status is None:
-        return f"an answer of {host}", f"none ({type(error).__name__}: {error})", (
-            "Check the network and HF_ENDPOINT, then run the command again: what has arrived is not sent twice."
-            if write else "Check the network and HF_ENDPOINT, then run the command again."
-        )  # fmt: skip
+        return (
+            f"an answer of {host}",
+            f"none ({type(error).__name__}: {error})",
+            (
+                "Check the network and HF_ENDPOINT, then run the command again: what has arrived is not sent twice."
+                if write
+                else "Check the network and HF_ENDPOINT, then run the command again."
+            ),
+        )
     said = f"HTTP {status}{_words(error)}"
     if status in {401, 403}:
-        return "permission to " + ("write there" if write else "read it"), said, (
-            f"Use a token with {'write' if write else 'read'} access to that namespace, or --create-pr. {_LOGIN}"
-            if write else _LOGIN
-        )  # fmt: skip
+        return (
+            "permission to " + ("write there" if write else "read it"),
+            said,
+            (
+                f"Use a token with {'write' if write else 'read'} access to that namespace, or --create-pr. {_LOGIN}"
+                if write
+                else _LOGIN
+            ),
+        )
     if status in {409, 412}:
-        return "a repository that nobody else changes", said, (
-            "Another upload got there first: wait until it has ended, then run the command again."
-        )  # fmt: skip
+        return (
+            "a repository that nobody else changes",
+            said,
+            ("Another upload got there first: wait until it has ended, then run the command again."),
+        )
     if status == 429:
         return "a rate that the Hub allows", said, "Wait some minutes, then run the command again."
     if status >= 500:

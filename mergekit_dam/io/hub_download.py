@@ -145,9 +145,13 @@ def localise(
 
 
 def fetch(
-    path: str, revision: str | None, *, cache_dir: str | None = None, everything: bool = False,
+    path: str,
+    revision: str | None,
+    *,
+    cache_dir: str | None = None,
+    everything: bool = False,
     headers: Path | None = None,
-) -> tuple[Path, str | None]:  # fmt: skip
+) -> tuple[Path, str | None]:
     """A model's directory: the path itself if it is one, else a snapshot of the Hub's repository.
 
     Args:
@@ -168,17 +172,21 @@ def fetch(
     require_readable(Path(path))
     if revision is not None and (Path(path).exists() or Path(name).exists()):
         raise DamError(
-            f"model {name}", expected="a Hub id before @REVISION", got="a local folder",
+            f"model {name}",
+            expected="a Hub id before @REVISION",
+            got="a local folder",
             cure="In a recipe @ begins a revision, which folders have not: rename the folder, or link to it by a name "
             "without @.",
-        )  # fmt: skip
+        )
     if Path(path).exists():
         return Path(path).absolute(), None
     if not is_hub_id(path):
         raise DamError(
-            f"model {name}", expected="a directory or a Hub id such as ORG/NAME", got="neither",
+            f"model {name}",
+            expected="a directory or a Hub id such as ORG/NAME",
+            got="neither",
             cure="Check the path; relative ones start at the working directory.",
-        )  # fmt: skip
+        )
     unwanted = _MASKS if everything else _UNWANTED
     if headers is not None and not constants.HF_HUB_OFFLINE:
         # by its commit: a branch that is in the cache by name would be taken for whole when the network is gone
@@ -245,32 +253,43 @@ def _local_reference(
     whole = str(ref)
     if ref.lora is not None and Path(whole).exists() and not Path(ref.lora.path).expanduser().exists():
         raise DamError(
-            f"model {whole}", expected="BASE+LORA", got="a local folder whose name has a +",
+            f"model {whole}",
+            expected="BASE+LORA",
+            got="a local folder whose name has a +",
             cure="In a recipe + adds a LoRA: rename the folder, or link to it by a name without +.",
-        )  # fmt: skip
+        )
     folder = folder_of(ref.model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = load_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise DamError(
-            f"model {ref}", expected="a whole model", got="a LoRA adapter without its base",
+            f"model {ref}",
+            expected="a whole model",
+            got="a LoRA adapter without its base",
             cure=f"Write it as BASE+ADAPTER: {base or 'BASE'}+{ref.model}.",
-        )  # fmt: skip
+        )
     adapter = folder_of(ref.lora) if ref.lora else None
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise DamError(
-            f"LoRA {ref.lora}", expected="adapter_config.json", got="a repository or folder without it",
+            f"LoRA {ref.lora}",
+            expected="adapter_config.json",
+            got="a repository or folder without it",
             cure="After the + comes an adapter that peft saved.",
-        )  # fmt: skip
+        )
     if not any(folder.glob("*.safetensors")) and commits.get(str(ref.model)):
         raise DamError(
-            f"model {ref}", expected="safetensors files", got="a repository without any",
+            f"model {ref}",
+            expected="safetensors files",
+            got="a repository without any",
             cure="Pickle can run code and is never loaded: ask its owner for safetensors, or convert it in a sandbox.",
-        )  # fmt: skip
+        )
     return LocalReference(
-        model=_absolute(ref.model), lora=_absolute(ref.lora) if ref.lora else None,
+        model=_absolute(ref.model),
+        lora=_absolute(ref.lora) if ref.lora else None,
         override_architecture=ref.override_architecture,
-        model_folder=str(folder), lora_folder=str(adapter) if adapter else None, weightless=weightless,
-    )  # fmt: skip
+        model_folder=str(folder),
+        lora_folder=str(adapter) if adapter else None,
+        weightless=weightless,
+    )
 
 
 def _absolute(part: ModelPath) -> ModelPath:

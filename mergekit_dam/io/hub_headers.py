@@ -100,6 +100,8 @@ def _write(file: Path, metadata: SafetensorsFileMetadata) -> None:
 
 def _damaged(where: str, name: str, got: str) -> DamError:
     return DamError(
-        f"{name} of model {where}", expected="a complete safetensors file", got=got,
+        f"{name} of model {where}",
+        expected="a complete safetensors file",
+        got=got,
         cure="Ask its owner to upload it again; it is cut short or damaged.",
-    )  # fmt: skip
+    )

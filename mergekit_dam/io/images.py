@@ -52,9 +52,11 @@ class Preprocessing:
                     found._require_plausible()
                 except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                     raise DamError(
-                        str(file), expected="sizes in pixels, and mean and std of three channels",
-                        got=first_line(error), cure="Download it again, or write it with save_pretrained(...).",
-                    ) from error  # fmt: skip
+                        str(file),
+                        expected="sizes in pixels, and mean and std of three channels",
+                        got=first_line(error),
+                        cure="Download it again, or write it with save_pretrained(...).",
+                    ) from error
                 return found
         LOG.warning("no preprocessor_config.json: images are resized to %d, mean = std = 0.5", image_size)
         return cls((image_size, image_size), None, Image.Resampling.BILINEAR, (0.5,) * 3, (0.5,) * 3)
@@ -76,10 +78,12 @@ class Preprocessing:
             crop = (crop, crop)
         normalise = values.get("do_normalize", True)
         return cls(
-            resize, crop, values.get("resample", Image.Resampling.BILINEAR),
+            resize,
+            crop,
+            values.get("resample", Image.Resampling.BILINEAR),
             tuple(values.get("image_mean", (0.5,) * 3)) if normalise else (0.0,) * 3,
             tuple(values.get("image_std", (0.5,) * 3)) if normalise else (1.0,) * 3,
-        )  # fmt: skip
+        )
 
     def _require_plausible(self) -> None:
         """Raise ValueError for what would fill the memory or make NaN."""

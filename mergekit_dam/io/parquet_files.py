@@ -35,10 +35,11 @@ class ParquetTable:
         for shard in self._shards[1:]:
             if dict(shard.features) != dict(self.features):
                 raise DamError(
-                    where, expected=f"shards with the columns of {self.files[0].name}: {', '.join(self.features)}",
-                    got=f"{', '.join(shard.features)} in {shard.path.name}", cure="Name one of the files, or a folder "
-                    "that holds the shards of one data set.",
-                )  # fmt: skip
+                    where,
+                    expected=f"shards with the columns of {self.files[0].name}: {', '.join(self.features)}",
+                    got=f"{', '.join(shard.features)} in {shard.path.name}",
+                    cure="Name one of the files, or a folder that holds the shards of one data set.",
+                )
         if len(self) > _ROWS:
             raise DamError(where, expected=f"at most {_ROWS} rows", got=str(len(self)), cure="Give a part of the data.")
 
@@ -159,7 +160,8 @@ def unreadable(where: str, error: BaseException) -> DamError:
         return permission_denied(where if place is None or str(place) in where else f"{where}: {place}")
     generic = type(error).__name__.startswith("DatasetGeneration")  # it says no more than that
     return DamError(
-        where, got=first_line(chain[-1] if generic else error),
+        where,
+        got=first_line(chain[-1] if generic else error),
         expected="a parquet, jsonl, json, csv or txt file, a folder of them or of images, or a Hub dataset id",
         cure="Check the path (relative ones start at the working directory) or the id and split.",
-    )  # fmt: skip
+    )

@@ -95,9 +95,11 @@ def read_utf8(path: Path, where: str) -> str:
         raise permission_denied(where) from error
     except UnicodeDecodeError as error:
         raise DamError(
-            where, expected="text in UTF-8", got=f"another encoding ({error.reason} at byte {error.start})",
+            where,
+            expected="text in UTF-8",
+            got=f"another encoding ({error.reason} at byte {error.start})",
             cure="Save it as UTF-8; the > of Windows PowerShell writes UTF-16.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
@@ -158,9 +160,11 @@ def require_plausible_config(folder: Path) -> None:
             limit = _CONFIG_LIMITS.get(key)
             if limit is not None and _number(value) > limit:
                 raise DamError(
-                    f"{path}: {prefix}{key}", expected=f"at most {limit}", got=f"{value:.3g}",
+                    f"{path}: {prefix}{key}",
+                    expected=f"at most {limit}",
+                    got=f"{value:.3g}",
                     cure="This is no model that can be merged here; check where it comes from.",
-                )  # fmt: skip
+                )
             if isinstance(value, Mapping):
                 pending.append((f"{prefix}{key}.", value))
 
@@ -181,9 +185,11 @@ def plain_name(name: str, what: str) -> str:
         or any(c in '/\\:*?"<>|' or not c.isprintable() for c in name)
     ):
         raise DamError(
-            what, expected="a plain name without separators", got=repr(name[:80]),
+            what,
+            expected="a plain name without separators",
+            got=repr(name[:80]),
             cure="Names that lead to another folder are refused.",
-        )  # fmt: skip
+        )
     return name
 
 
@@ -213,10 +219,11 @@ def require_no_links_out(folder: Path, names: tuple[str, ...] = ("", "dam", "dam
         for entry in entries:
             if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
                 raise DamError(
-                    f"output {folder}", expected="a folder whose entries stay inside it",
+                    f"output {folder}",
+                    expected="a folder whose entries stay inside it",
                     got=f"the link {entry.name} to {os.readlink(entry.path)}",
                     cure="Remove the link, or choose another output directory.",
-                )  # fmt: skip
+                )
 
 
 def _reason(error: Exception) -> str:

@@ -96,9 +96,7 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
         held = largest_window(floating, layers, config.window, lambda spec: math.prod(spec.shape))
         entries = largest_window(floating, layers, config.window, lambda spec: _entries(spec, config.granularity))
         fitted = activations * min(layers, config.window) // layers
-    at_once = max(
-        config.scan_batch_size * num_classes if scans else 0, config.student_batch_size if taught else 0
-    )  # fmt: skip
+    at_once = max(config.scan_batch_size * num_classes if scans else 0, config.student_batch_size if taught else 0)
     memory = {
         MAPPED[0]: (num_models + 1) * stored * held // parameters,
         "masks with gradients and moments": masks * _STATES * entries * _FLOAT,
@@ -133,9 +131,7 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
     return Estimate(memory, passes, calls, seconds)
 
 
-def largest_window(
-    specs: Sequence[TensorSpec], layers: int, size: int, numel: Callable[[TensorSpec], int]
-) -> int:  # fmt: skip
+def largest_window(specs: Sequence[TensorSpec], layers: int, size: int, numel: Callable[[TensorSpec], int]) -> int:
     """Entries of the largest window of `size` positions: what is before the blocks, each block, what follows.
 
     Args:

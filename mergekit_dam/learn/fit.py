@@ -42,9 +42,13 @@ class MaskFit:
     ) -> None:
         self.model, self.config = model, config
         self.masks = masks_in_use(
-            model, config, temperature=1.0, offsets=_START, per_model=detects_per_model(config, suspects=suspects),
+            model,
+            config,
+            temperature=1.0,
+            offsets=_START,
+            per_model=detects_per_model(config, suspects=suspects),
             by_token=by_token,
-        )  # fmt: skip
+        )
         kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
         self.coefficients = start / kept
         self.optimisers = {
@@ -82,9 +86,13 @@ class MaskFit:
         steps = LogitSteps(self.masks, self.optimisers, together=not self.model.blockwise)
         num_parts = sum(max(1, mask.owners) for mask in self.masks.values())
         for key, found in self.model.logit_gradients(
-            weights, merged, self.coefficients, self.coefficients.grad, range(num_parts),
+            weights,
+            merged,
+            self.coefficients,
+            self.coefficients.grad,
+            range(num_parts),
             whole=config.granularity == "tensor",
-        ):  # fmt: skip
+        ):
             steps.add(logits_of(self.masks, key), found)
         steps.finish(step)
         require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)

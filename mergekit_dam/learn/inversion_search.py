@@ -97,9 +97,15 @@ class InversionSearch(ScannedSearch):
         """Step 3: new triggers from the current merge."""
         weights = self.fit.weights()
         recover(
-            self.tasks, self.pools, self.shards, self.config, self.model.frozen.base_weights(), lambda _: weights,
-            self.config.refresh_steps, step,
-        )  # fmt: skip
+            self.tasks,
+            self.pools,
+            self.shards,
+            self.config,
+            self.model.frozen.base_weights(),
+            lambda _: weights,
+            self.config.refresh_steps,
+            step,
+        )
 
     def step(self, step: int) -> None:
         """Step 2: one step of both masks and the coefficients."""
@@ -118,9 +124,12 @@ class InversionSearch(ScannedSearch):
         self.fit.update(merged, weights, step)
         losses = self.summed(parts)
         record = {
-            "phase": "masks", "step": step, "loss": sum(losses.values()), **losses,
+            "phase": "masks",
+            "step": step,
+            "loss": sum(losses.values()),
+            **losses,
             **{f"density/{name}": mask.density() for name, mask in self.masks.items()},
-        }  # fmt: skip
+        }
         self.track_step(record)
 
     def _idle_passes(self, turn: int, share: Share | None) -> int:

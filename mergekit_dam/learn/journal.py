@@ -140,6 +140,8 @@ def _plain(value: Any) -> Any:
 
 def _missing(name: str, got: str) -> DamError:
     return DamError(
-        f"tracker {name}", expected=f"the package {_CURES[name]}", got=got,
+        f"tracker {name}",
+        expected=f"the package {_CURES[name]}",
+        got=got,
         cure=f"pip install 'mergekit-dam[{name}]', or leave `tracker` out: metrics.jsonl is always written.",
-    )  # fmt: skip
+    )

@@ -50,9 +50,16 @@ def disagreement(perturbed_BK: Tensor, clean_BK: Tensor) -> Tensor:
 
 
 def fit_loss(
-    task: Task, share: Share, answers: OwnAnswers, weights: Weights, rows_B: Tensor, pools: Pools, config: DamConfig,
-    step: int, parts: dict[str, Tensor],
-) -> Tensor:  # fmt: skip
+    task: Task,
+    share: Share,
+    answers: OwnAnswers,
+    weights: Weights,
+    rows_B: Tensor,
+    pools: Pools,
+    config: DamConfig,
+    step: int,
+    parts: dict[str, Tensor],
+) -> Tensor:
     """L = KL(f_t(x) || f(x)) + alpha sum_suspects w KL(f_t(x) || f(x + trigger)) of one task.
 
     Each sample gets one trigger of a suspect's pool; w is the mean weight of those.

@@ -52,9 +52,17 @@ class ConcreteMask:
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], *, name: str, temperature: float, rescale: bool,
-        initial_logit: float, device: torch.device, shards: Shards = ALONE, owners: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        name: str,
+        temperature: float,
+        rescale: bool,
+        initial_logit: float,
+        device: torch.device,
+        shards: Shards = ALONE,
+        owners: int = 0,
+    ) -> None:
         self.name, self.temperature, self.rescale, self.shards = name, temperature, rescale, shards
         self.owners = owners
         self.shapes = dict(shapes)
@@ -141,9 +149,14 @@ def detects_per_model(config: DamConfig, *, suspects: bool) -> bool:
 
 
 def masks_in_use(
-    model: MergedModel, config: DamConfig, *, temperature: float, offsets: Mapping[str, float] | None = None,
-    per_model: bool = False, by_token: bool = False,
-) -> dict[str, ConcreteMask]:  # fmt: skip
+    model: MergedModel,
+    config: DamConfig,
+    *,
+    temperature: float,
+    offsets: Mapping[str, float] | None = None,
+    per_model: bool = False,
+    by_token: bool = False,
+) -> dict[str, ConcreteMask]:
     """The masks that `mask` asks for, by name.
 
     Args:
@@ -162,10 +175,14 @@ def masks_in_use(
         owners = model.num_models if name == BACKDOOR_DETECTION and per_model else 0
         found[name] = ConcreteMask(
             {own_key(t, key): shape for t in range(owners) for key, shape in shapes.items()} if owners else shapes,
-            name=name, temperature=temperature, rescale=config.rescale,
-            initial_logit=config.initial_logit + (offsets or {}).get(name, 0.0), device=model.device,
-            shards=ALONE if config.granularity == "tensor" else model.shards, owners=owners,
-        )  # fmt: skip
+            name=name,
+            temperature=temperature,
+            rescale=config.rescale,
+            initial_logit=config.initial_logit + (offsets or {}).get(name, 0.0),
+            device=model.device,
+            shards=ALONE if config.granularity == "tensor" else model.shards,
+            owners=owners,
+        )
     return found
 
 
@@ -196,7 +213,7 @@ class LogitSteps:
 
     def __init__(
         self, masks: Mapping[str, ConcreteMask], optimisers: Mapping[str, torch.optim.Optimizer], *, together: bool
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.masks, self.optimisers = masks, optimisers
         self._waiting: dict[str, list[str]] = {name: [] for name in optimisers}
         self._seen: list[str] = []

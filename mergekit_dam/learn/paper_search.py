@@ -52,11 +52,14 @@ class PaperSearch(MaskSearch):
         self.coefficient_optimiser = torch.optim.Adam([self.coefficients], lr=config.coefficient_learning_rate)
         self.perturbations = [
             UniversalPerturbation(
-                task.perturbation_shape, task.bounds, eps=config.eps, inserts=len(task.perturbation_shape) == 2,
+                task.perturbation_shape,
+                task.bounds,
+                eps=config.eps,
+                inserts=len(task.perturbation_shape) == 2,
                 generator=seeds.generator(config.seed, "perturbation", task.index),
             )
             for task in self.tasks
-        ]  # fmt: skip
+        ]
         self.ascents = [
             torch.optim.Adam([p.delta], lr=config.perturbation_learning_rate, maximize=True) for p in self.perturbations
         ]
@@ -173,9 +176,13 @@ class PaperSearch(MaskSearch):
         unused = torch.zeros_like(coefficients)
         steps = LogitSteps(self.masks, {turn: self.optimisers[turn]}, together=not self.model.blockwise)
         for key, (found,) in self.model.logit_gradients(
-            weights, masks, coefficients, unused, [tuple(self.masks).index(turn)],
+            weights,
+            masks,
+            coefficients,
+            unused,
+            [tuple(self.masks).index(turn)],
             whole=self.config.granularity == "tensor",
-        ):  # fmt: skip
+        ):
             steps.add([(turn, key)], [found])
         steps.finish(step)
 

@@ -141,16 +141,25 @@ def _make(folder: Path) -> None:
         folder.mkdir(mode=0o775, exist_ok=True)
     except OSError as error:
         raise DamError(
-            f"cache {folder}", expected="a folder that can be written", got=str(error),
+            f"cache {folder}",
+            expected="a folder that can be written",
+            got=str(error),
             cure="Set MERGEKIT_DAM_CACHE to one.",
-        ) from error  # fmt: skip
+        ) from error
     require_own(folder, "Masks of others are not used unasked: remove it, or set MERGEKIT_DAM_CACHE to another folder.")
 
 
 def optimise(
-    plan: Plan, folder: Path, description: dict[str, Any], inputs: Sequence[Checkpoint], tasks: Sequence[Task],
-    device: torch.device, *, shards: Shards, quiet: bool,
-) -> None:  # fmt: skip
+    plan: Plan,
+    folder: Path,
+    description: dict[str, Any],
+    inputs: Sequence[Checkpoint],
+    tasks: Sequence[Task],
+    device: torch.device,
+    *,
+    shards: Shards,
+    quiet: bool,
+) -> None:
     """Learn masks and save them, with metrics and heads, into `folder`; goes on where a run was cut short.
 
     Args:
@@ -185,9 +194,14 @@ def optimise(
         changed = found.changed if instead is None else survey(instead, shards).changed
         kind = _search_of(config)
         model = MergedModel(
-            instead or vectors, changed, device, dtype=tasks[0].dtype, shards=shards,
-            blockwise=blockwise, lazy=kind is WindowSearch,
-        )  # fmt: skip
+            instead or vectors,
+            changed,
+            device,
+            dtype=tasks[0].dtype,
+            shards=shards,
+            blockwise=blockwise,
+            lazy=kind is WindowSearch,
+        )
         start = torch.tensor([m.settings.weight for m in plan.models])
         search = kind(
             model,
@@ -203,9 +217,14 @@ def optimise(
         read = shards.union({shards.rank: search.read()})
         remaining = search.remaining()
     metadata = description | {
-        "tensors": list(model.mask_names), "seed": config.seed, "versions": library_versions(),
-        "norms": list(found.norms), "audit": search.audit(), "remaining": remaining, **search.facts_of_masks(),
-    }  # fmt: skip
+        "tensors": list(model.mask_names),
+        "seed": config.seed,
+        "versions": library_versions(),
+        "norms": list(found.norms),
+        "audit": search.audit(),
+        "remaining": remaining,
+        **search.facts_of_masks(),
+    }
     if instead is not None:
         told = {"students": instead.agreement, "vaccinated": instead.vaccine}
         metadata |= {key: value for key, value in told.items() if value}
@@ -251,4 +270,4 @@ def _require_equal_passes(tasks: Sequence[Task], config: DamConfig) -> None:
             expected="for several processes objective inversion, and models of one class with equal tensors",
             got=f"objective {config.objective} and {len(kinds)} kinds of models",
             cure="Leave it out, or learn with num_processes: 1.",
-        )  # fmt: skip
+        )

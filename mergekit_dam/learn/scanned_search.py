@@ -52,10 +52,11 @@ class ScannedSearch(MaskSearch):
     def facts_of_state(self, phase: str, done: int) -> dict[str, Any]:
         """All of the state that is no tensor."""
         return {
-            "phase": phase, "done": done,
+            "phase": phase,
+            "done": done,
             "findings": [facts_of(finding) for finding in self.findings],
             "pools": [[*key, [one.weight for one in pool]] for key, pool in self.pools.items()],
-        }  # fmt: skip
+        }
 
     def triggers_of_state(self) -> dict[str, Tensor]:
         """Findings and pools."""
@@ -122,9 +123,15 @@ class ScannedSearch(MaskSearch):
             self.begin_fit()
 
         recover(
-            self.tasks, self.pools, self.shards, self.config, base, lambda suspect: self.scanned(suspect, base),
-            self.config.scan_steps, "model",
-        )  # fmt: skip
+            self.tasks,
+            self.pools,
+            self.shards,
+            self.config,
+            base,
+            lambda suspect: self.scanned(suspect, base),
+            self.config.scan_steps,
+            "model",
+        )
 
     def scanned(self, suspect: Suspect, base: Weights) -> Mapping[str, Tensor]:
         """The weights in which a suspect was found: its model's own, or those of all other models.

@@ -35,9 +35,17 @@ class MaskSearch(Resumable):
     """
 
     def __init__(
-        self, model: MergedModel, tasks: Sequence[Task], config: DamConfig, start: Tensor, *,
-        track: Track, progress: Progress, snapshots: Snapshots | None = None, known: KnownScan | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: MergedModel,
+        tasks: Sequence[Task],
+        config: DamConfig,
+        start: Tensor,
+        *,
+        track: Track,
+        progress: Progress,
+        snapshots: Snapshots | None = None,
+        known: KnownScan | None = None,
+    ) -> None:
         self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
         self.track, self.progress, self.snapshots, self.known = track, progress, snapshots, known
         columns = 1 if config.coefficients == "task" else len(model.mask_names)
@@ -69,7 +77,9 @@ class MaskSearch(Resumable):
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise DamError(
-                    f"{name} at step {record['step']}", expected="a finite number", got=str(value),
+                    f"{name} at step {record['step']}",
+                    expected="a finite number",
+                    got=str(value),
                     cure="Lower mask_learning_rate or the models' weight.",
-                )  # fmt: skip
+                )
         self.track(record)

@@ -99,17 +99,26 @@ def stand_ins(
 
 
 def _vaccinated(
-    task: Task, start: Mapping[str, Tensor] | None, made: Mapping[str, Tensor], config: DamConfig, folder: Path,
+    task: Task,
+    start: Mapping[str, Tensor] | None,
+    made: Mapping[str, Tensor],
+    config: DamConfig,
+    folder: Path,
     progress: Progress,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors that a vaccination changed, with those that were `made` before, and what it measured."""
     # a student's answers are hard: how sure a model is gives away more of what a trigger does
     answers: Literal["soft", "hard"] = "soft" if start is None else "hard"
     settings = VaccineSettings(seed=config.seed, snapshot_every=config.snapshot_every, answers=answers)
     result = vaccinate(
-        task, settings, progress=progress, start=start, folder=folder, resume=config.resume,
+        task,
+        settings,
+        progress=progress,
+        start=start,
+        folder=folder,
+        resume=config.resume,
         identity="" if start is None else "a student",
-    )  # fmt: skip
+    )
     return {**made, **result.weights}, {key: result.facts[key] for key in _TOLD}
 
 
@@ -118,8 +127,10 @@ def _warn(found: StandIns) -> None:
         if value < _LEAST:
             LOG.warning(
                 "dam: the student of %s answers only %.0f %% of the calibration texts as the model does. Give more "
-                "texts (num_samples) or raise student_steps.", name, 100 * value,
-            )  # fmt: skip
+                "texts (num_samples) or raise student_steps.",
+                name,
+                100 * value,
+            )
 
 
 def forget_stand_ins(folder: Path) -> None:

@@ -21,9 +21,15 @@ _POOL = 8  # triggers kept per suspect: the first one, and the latest
 
 
 def recover(
-    tasks: Sequence[Task], pools: Pools, shards: Shards, config: DamConfig, base: Mapping[str, Tensor],
-    weights_of: Callable[[Suspect], Mapping[str, Tensor]], steps: int, *seed: object,
-) -> None:  # fmt: skip
+    tasks: Sequence[Task],
+    pools: Pools,
+    shards: Shards,
+    config: DamConfig,
+    base: Mapping[str, Tensor],
+    weights_of: Callable[[Suspect], Mapping[str, Tensor]],
+    steps: int,
+    *seed: object,
+) -> None:
     """A wide trigger of each suspect target into its pool; the suspects are shared out over the processes.
 
     Args:
@@ -41,9 +47,14 @@ def recover(
             task, others = tasks[suspect.task], () if suspect.carrier is None else ("others",)
             generator = seeds.generator(config.seed, "wide", task.index, suspect.target, *others, *seed)
             search = Inversion(
-                task, weights_of(suspect), [suspect.target], batch_size=_BATCH, pace=WIDE, generator=generator,
+                task,
+                weights_of(suspect),
+                [suspect.target],
+                batch_size=_BATCH,
+                pace=WIDE,
+                generator=generator,
                 start=kind_of(task, suspect.kind).start(1, task.perturbation_shape, task.bounds, generator),
-            )  # fmt: skip
+            )
             found[turn] = search.run(steps).best
             (control,) = success_rates(task, base, found[turn], [suspect.target])
             weights[turn] = max(_LEAST, 1.0 - control)

@@ -34,9 +34,7 @@ def main(folder: Path) -> int:
         with joined(device=config.device, timeout=config.worker_timeout) as (shards, device):
             assert device is not None, "started with a group"
             tasks = build_tasks(job.plan, device)
-            optimise(
-                job.plan, job.folder, job.description, job.inputs, tasks, device, shards=shards, quiet=job.quiet
-            )  # fmt: skip
+            optimise(job.plan, job.folder, job.description, job.inputs, tasks, device, shards=shards, quiet=job.quiet)
     except Exception as error:
         record_error(folder, rank, error)
         return 1

@@ -29,9 +29,11 @@ def require_finite(tensor: Tensor, name: str, owner: str, cure: str = _DAMAGED) 
     if tensor.is_floating_point() and not bool(finite_flag(tensor)):
         count = int((~torch.isfinite(tensor)).sum())
         raise DamError(
-            f"{name} of {owner}", expected="finite weights", got=f"{count} of {tensor.numel()} NaN or infinite",
+            f"{name} of {owner}",
+            expected="finite weights",
+            got=f"{count} of {tensor.numel()} NaN or infinite",
             cure=cure,
-        )  # fmt: skip
+        )
 
 
 def finite_flag(tensor: Tensor) -> Tensor:
@@ -69,10 +71,11 @@ def require_flags(names: Sequence[str], flags_N: Tensor, step: int) -> None:
     if bool(flags_N.all()):
         return
     raise DamError(
-        f"gradient of {names[flags_N.tolist().index(False)]} at step {step}", expected="finite numbers",
+        f"gradient of {names[flags_N.tolist().index(False)]} at step {step}",
+        expected="finite numbers",
         got="NaN or infinity",
         cure="Lower mask_learning_rate or the models' weight; nothing of this step is kept.",
-    )  # fmt: skip
+    )
 
 
 def warn_about_masks(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor) -> list[str]:

@@ -54,9 +54,13 @@ def merge(
     layout = Layout(base, mask.shape if mask is not None else base.shape)
     work = Work(layout, base.device)
     for base_c, *models_c, out_c, mask_c, owns_c in zip(
-        layout.split(base), *(layout.split(m) for m in models), layout.split(out), layout.split_shared(mask),
-        layout.split_own(mask), strict=True,
-    ):  # fmt: skip
+        layout.split(base),
+        *(layout.split(m) for m in models),
+        layout.split(out),
+        layout.split_shared(mask),
+        layout.split_own(mask),
+        strict=True,
+    ):
         total = work.total(base_c).zero_()
         for t, tau in work.task_vectors(base_c, models_c):
             if owns_c:
@@ -101,9 +105,15 @@ def gradients(
     if _on_accelerator(base, coefficients, mask, coefficient_out, mask_out, wanted):
         assert coefficients is not None and coefficient_out is not None
         triton_merge.gradients(
-            gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, mask_out=mask_out,
+            gradient,
+            base,
+            models,
+            coefficients,
+            mask,
+            coefficient_out=coefficient_out,
+            mask_out=mask_out,
             logits_out=logits_out,
-        )  # fmt: skip
+        )
         return
     sums = mask_out is not None or bool(logits_out)
     lambdas = coefficients.tolist() if coefficients is not None and sums else None
@@ -114,11 +124,15 @@ def gradients(
     num_shared = len(logits_out) - len(models) if owned else len(logits_out)
     needed = mask if coefficient_out is not None or logits_out else None
     for gradient_c, base_c, *models_c, (mask_c, values), owns_c, sums_c, logits_c in zip(
-        layout.split(gradient), layout.split(base), *(layout.split(m) for m in models),
-        _factors(needed, layout, separately=bool(logits_out)), layout.split_own(mask),
+        layout.split(gradient),
+        layout.split(base),
+        *(layout.split(m) for m in models),
+        _factors(needed, layout, separately=bool(logits_out)),
+        layout.split_own(mask),
         _each(layout.split_mask, _by_model(mask_out, owned), layout.count),
-        _each(layout.split, logits_out, layout.count), strict=True,
-    ):  # fmt: skip
+        _each(layout.split, logits_out, layout.count),
+        strict=True,
+    ):
         gradient_c = work.float32(gradient_c)
         masked = gradient_c if mask_c is None else work.masked(gradient_c, mask_c)
         total = work.total(base_c)
@@ -174,9 +188,13 @@ def logit_gradients(
 
 
 def _on_accelerator(
-    base: Tensor, coefficients: Tensor | None, mask: Mask | None, coefficient_out: Tensor | None,
-    mask_out: Tensor | None, wanted: Sequence[int],
-) -> bool:  # fmt: skip
+    base: Tensor,
+    coefficients: Tensor | None,
+    mask: Mask | None,
+    coefficient_out: Tensor | None,
+    mask_out: Tensor | None,
+    wanted: Sequence[int],
+) -> bool:
     """Whether the kernels do this; they give all gradients at once, and those of all factors."""
     if any(part is None for part in (coefficients, mask, coefficient_out)) or not triton_merge.serves(base, mask):
         return False

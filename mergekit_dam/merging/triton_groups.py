@@ -137,9 +137,12 @@ class Group(ABC):
         return {member.name: part for member, part in zip(self.members, parts, strict=True)}
 
     def logit_gradients(
-        self, upstreams: Sequence[Tensor | None], masks: Mapping[str, Mask], coefficients: Tensor,
+        self,
+        upstreams: Sequence[Tensor | None],
+        masks: Mapping[str, Mask],
+        coefficients: Tensor,
         coefficient_out: Tensor,
-    ) -> Iterator[tuple[str, list[Tensor]]]:  # fmt: skip
+    ) -> Iterator[tuple[str, list[Tensor]]]:
         """dL/dlogit of all parts, mask by mask; dL/dlambda is added to `coefficient_out`, shaped like lambda.
 
         Args:
@@ -158,12 +161,15 @@ class Group(ABC):
             ready = [_ready(nothing if u is None else u) for u in upstreams]
             self._chain(
                 {
-                    **self._arguments(masks, coefficients), "out": flat, "products": products,
-                    "upstreams": self._table([u.data_ptr() for u in ready]), "programs": self._programs,
+                    **self._arguments(masks, coefficients),
+                    "out": flat,
+                    "products": products,
+                    "upstreams": self._table([u.data_ptr() for u in ready]),
+                    "programs": self._programs,
                     "sharpness": 1.0 / self._product(masks).temperature,
                     "COMPUTED": triton_merge.element_type(ready[0].dtype),
                 }
-            )  # fmt: skip
+            )
             triton_kernels.sum_products[len(self.members), self._tasks](
                 products, self._programs, self._firsts, self._counts, sums, _SUMS
             )
@@ -185,13 +191,21 @@ class Group(ABC):
         every = (masks[member.mask] for member in self.members)
         factors = [f.data_ptr() for mask in every if isinstance(mask, MaskProduct) for f in mask.parts]
         return {
-            "frozen": self._frozen, "factors": self._table(factors), "lambdas": coefficients,
+            "frozen": self._frozen,
+            "factors": self._table(factors),
+            "lambdas": coefficients,
             "stride_t": coefficients.stride(0),
             "stride_p": coefficients.stride(1) if coefficients.shape[1] > 1 else 0,
-            "owners": self._owners, "firsts": self._firsts, "columns": self._columns, "TASKS": self._tasks,
-            "FACTORS": len(first.factors), "OWN": len(first.own), "STORED": triton_merge.element_type(self._stored),
-            "LOGITS": first.logits, "BLOCK": BLOCK,
-        }  # fmt: skip
+            "owners": self._owners,
+            "firsts": self._firsts,
+            "columns": self._columns,
+            "TASKS": self._tasks,
+            "FACTORS": len(first.factors),
+            "OWN": len(first.own),
+            "STORED": triton_merge.element_type(self._stored),
+            "LOGITS": first.logits,
+            "BLOCK": BLOCK,
+        }
 
     def _product(self, masks: Mapping[str, Mask]) -> MaskProduct:
         """The first of masks that this group serves: number, kind and temperature of factors are those of all."""
@@ -268,7 +282,7 @@ class ElementGroup(Group):
     def _chain(self, arguments: Mapping[str, Any]) -> None:
         triton_kernels.gradients_many[self._programs,](
             **arguments, sizes=self._sizes, offsets=self._offsets, numel=self.numel
-        )  # fmt: skip
+        )
 
 
 class RowGroup(Group):

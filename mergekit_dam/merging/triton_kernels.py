@@ -23,9 +23,18 @@ def _probability(factor, at, inside, LOGITS: tl.constexpr):
 
 @triton.jit
 def merge(
-    out, base, models, lambdas, stride, factors, owns, size,
-    LOGITS: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out,
+    base,
+    models,
+    lambdas,
+    stride,
+    factors,
+    owns,
+    size,
+    LOGITS: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     theta_0 = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
@@ -42,9 +51,23 @@ def merge(
 
 @triton.jit
 def gradients(
-    gradient, base, models, lambdas, stride, factors, owns, outs, products, size, programs, sharpness,
-    LOGITS: tl.constexpr, TO_LOGITS: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    gradient,
+    base,
+    models,
+    lambdas,
+    stride,
+    factors,
+    owns,
+    outs,
+    products,
+    size,
+    programs,
+    sharpness,
+    LOGITS: tl.constexpr,
+    TO_LOGITS: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0)
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -104,10 +127,24 @@ def _listed(factors, index, at, inside, LOGITS: tl.constexpr):
 
 @triton.jit
 def merge_many(
-    out, frozen, factors, lambdas, stride_t, stride_p, owners, firsts, sizes, offsets, columns,
-    TASKS: tl.constexpr, FACTORS: tl.constexpr, OWN: tl.constexpr, STORED: tl.constexpr, LOGITS: tl.constexpr,
+    out,
+    frozen,
+    factors,
+    lambdas,
+    stride_t,
+    stride_p,
+    owners,
+    firsts,
+    sizes,
+    offsets,
+    columns,
+    TASKS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    OWN: tl.constexpr,
+    STORED: tl.constexpr,
+    LOGITS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     tensor, at, inside = _block(owners, firsts, sizes, BLOCK)
     theta_0 = _loaded(frozen, tensor * (TASKS + 1), at, inside, STORED)
     column = lambdas + tl.load(columns + tensor) * stride_p
@@ -124,10 +161,30 @@ def merge_many(
 
 @triton.jit
 def gradients_many(
-    out, upstreams, frozen, factors, lambdas, stride_t, stride_p, owners, firsts, sizes, offsets, columns, products,
-    programs, numel, sharpness, TASKS: tl.constexpr, FACTORS: tl.constexpr, OWN: tl.constexpr,
-    STORED: tl.constexpr, COMPUTED: tl.constexpr, LOGITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out,
+    upstreams,
+    frozen,
+    factors,
+    lambdas,
+    stride_t,
+    stride_p,
+    owners,
+    firsts,
+    sizes,
+    offsets,
+    columns,
+    products,
+    programs,
+    numel,
+    sharpness,
+    TASKS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    OWN: tl.constexpr,
+    STORED: tl.constexpr,
+    COMPUTED: tl.constexpr,
+    LOGITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     tensor, at, inside = _block(owners, firsts, sizes, BLOCK)
     theta_0 = _loaded(frozen, tensor * (TASKS + 1), at, inside, STORED)
     upstream = _loaded(upstreams, tensor, at, inside, COMPUTED)
@@ -170,10 +227,24 @@ def _factor(factors, index, row, LOGITS: tl.constexpr):
 
 @triton.jit
 def merge_rows(
-    out, frozen, factors, lambdas, stride_t, stride_p, owners, firsts, widths, offsets, columns,
-    TASKS: tl.constexpr, FACTORS: tl.constexpr, OWN: tl.constexpr, STORED: tl.constexpr, LOGITS: tl.constexpr,
+    out,
+    frozen,
+    factors,
+    lambdas,
+    stride_t,
+    stride_p,
+    owners,
+    firsts,
+    widths,
+    offsets,
+    columns,
+    TASKS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    OWN: tl.constexpr,
+    STORED: tl.constexpr,
+    LOGITS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     tensor, row, width = _row(owners, firsts, widths)
     begin = row.to(tl.int64) * width
     column = lambdas + tl.load(columns + tensor) * stride_p
@@ -199,10 +270,28 @@ def merge_rows(
 
 @triton.jit
 def gradients_rows(
-    out, upstreams, frozen, factors, lambdas, stride_t, stride_p, owners, firsts, widths, columns, products,
-    programs, sharpness, TASKS: tl.constexpr, FACTORS: tl.constexpr, OWN: tl.constexpr, STORED: tl.constexpr,
-    COMPUTED: tl.constexpr, LOGITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out,
+    upstreams,
+    frozen,
+    factors,
+    lambdas,
+    stride_t,
+    stride_p,
+    owners,
+    firsts,
+    widths,
+    columns,
+    products,
+    programs,
+    sharpness,
+    TASKS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    OWN: tl.constexpr,
+    STORED: tl.constexpr,
+    COMPUTED: tl.constexpr,
+    LOGITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     tensor, row, width = _row(owners, firsts, widths)
     begin = row.to(tl.int64) * width
     column = lambdas + tl.load(columns + tensor) * stride_p

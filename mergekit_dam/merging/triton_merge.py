@@ -70,16 +70,31 @@ def merge(
     grid = (-(-base.numel() // BLOCK),)
     with on(out.device):
         triton_kernels.merge[grid](
-            out, base.contiguous(), present, lambdas, lambdas.stride(0), factors, owns, base.numel(), logits,
-            has_own(mask), BLOCK,
-        )  # fmt: skip
+            out,
+            base.contiguous(),
+            present,
+            lambdas,
+            lambdas.stride(0),
+            factors,
+            owns,
+            base.numel(),
+            logits,
+            has_own(mask),
+            BLOCK,
+        )
 
 
 def gradients(
-    gradient: Tensor, base: Tensor, models: Sequence[Tensor | None], coefficients: Tensor,
-    mask: Tensor | MaskProduct | None, *, coefficient_out: Tensor, mask_out: Tensor | None = None,
+    gradient: Tensor,
+    base: Tensor,
+    models: Sequence[Tensor | None],
+    coefficients: Tensor,
+    mask: Tensor | MaskProduct | None,
+    *,
+    coefficient_out: Tensor,
+    mask_out: Tensor | None = None,
     logits_out: Sequence[Tensor] = (),
-) -> None:  # fmt: skip
+) -> None:
     """dL/dlambda, added to `coefficient_out`, and dL/dM, added to `mask_out`, or dL/dlogit into `logits_out`.
 
     Args:
@@ -106,9 +121,23 @@ def gradients(
     temperature = mask.temperature if isinstance(mask, MaskProduct) else 1.0
     with on(base.device):
         triton_kernels.gradients[(programs,)](
-            gradient.contiguous(), base.contiguous(), present, lambdas, lambdas.stride(0), factors, owns, outs,
-            products, base.numel(), programs, 1.0 / temperature, logits, mask_out is None, has_own(mask), BLOCK,
-        )  # fmt: skip
+            gradient.contiguous(),
+            base.contiguous(),
+            present,
+            lambdas,
+            lambdas.stride(0),
+            factors,
+            owns,
+            outs,
+            products,
+            base.numel(),
+            programs,
+            1.0 / temperature,
+            logits,
+            mask_out is None,
+            has_own(mask),
+            BLOCK,
+        )
     sums = products[: len(present)].sum(1)
     if len(present) == len(models):
         coefficient_out.add_(sums)

@@ -19,10 +19,19 @@ from mergekit_dam.io.untrusted import load_json
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 class Checkpoint:
@@ -48,9 +57,11 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise DamError(
-                f"model {path}", expected="a local model directory", got="no such directory",
+                f"model {path}",
+                expected="a local model directory",
+                got="no such directory",
                 cure="Check the path, or download the model first.",
-            )  # fmt: skip
+            )
         if (path / _INDEX).is_file():
             files = cls._read_index(path)
         elif (path / _SINGLE).is_file():
@@ -58,12 +69,14 @@ class Checkpoint:
         else:
             pickled = sorted(p.name for p in path.glob("*.bin"))
             raise DamError(
-                f"model {path}", expected=f"{_SINGLE} or {_INDEX}",
+                f"model {path}",
+                expected=f"{_SINGLE} or {_INDEX}",
                 got=f"pickle files ({', '.join(pickled[:2])})" if pickled else "neither",
                 cure="Pickle can run code and is never loaded: convert it with "
                 "from_pretrained(...).save_pretrained(...) in a sandbox."
-                if pickled else "Save the model with save_pretrained(...).",
-            )  # fmt: skip
+                if pickled
+                else "Save the model with save_pretrained(...).",
+            )
         if not files:
             raise DamError(
                 f"model {path}", expected="at least one tensor", got="none", cure="Download or save it again."
@@ -77,15 +90,19 @@ class Checkpoint:
             files = {str(name): str(file) for name, file in weight_map.items()}
         except (KeyError, AttributeError) as error:
             raise DamError(
-                f"{path / _INDEX}", expected="JSON with a weight_map", got=repr(error),
+                f"{path / _INDEX}",
+                expected="JSON with a weight_map",
+                got=repr(error),
                 cure="Save the model again with save_pretrained(...).",
-            ) from error  # fmt: skip
+            ) from error
         for file in sorted(set(files.values())):
             if Path(file).name != file or not file.endswith(".safetensors") or not (path / file).is_file():
                 raise DamError(
-                    f"{path / _INDEX}", expected="safetensors files beside the index", got=repr(file),
+                    f"{path / _INDEX}",
+                    expected="safetensors files beside the index",
+                    got=repr(file),
                     cure="Download the missing shard; names with folders, and pickle files, are refused.",
-                )  # fmt: skip
+                )
         return files
 
     @property
@@ -113,9 +130,11 @@ class Checkpoint:
             missing = {name for name, where in self._files.items() if where == file} - set(handle.keys())
             if missing:
                 raise DamError(
-                    f"{self.path / file}", expected=f"the tensor {min(missing)}, as the index says", got="none",
+                    f"{self.path / file}",
+                    expected=f"the tensor {min(missing)}, as the index says",
+                    got="none",
                     cure="Download the index and the shards again, of one revision.",
-                )  # fmt: skip
+                )
             self._handles[file] = handle
         return self._handles[file]
 
@@ -128,9 +147,11 @@ class Checkpoint:
         code = self._open(self._files[name]).get_slice(name).get_dtype()
         if code not in _DTYPES:
             raise DamError(
-                f"tensor {name} of {self.path}", expected=f"one of {', '.join(_DTYPES)}", got=str(code),
+                f"tensor {name} of {self.path}",
+                expected=f"one of {', '.join(_DTYPES)}",
+                got=str(code),
                 cure="Save the model in float32, bfloat16 or float16.",
-            )  # fmt: skip
+            )
         return _DTYPES[code]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -159,9 +180,11 @@ class Checkpoint:
         for file, state in self._seen.items():
             if _state(self.path / file) != state:
                 raise DamError(
-                    f"{self.path / file}", expected="the file that was read at the start", got="a changed one",
+                    f"{self.path / file}",
+                    expected="the file that was read at the start",
+                    got="a changed one",
                     cure="Run again, and leave the models alone while they are merged.",
-                )  # fmt: skip
+                )
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
@@ -175,9 +198,11 @@ def _safe_open(path: Path) -> Any:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise DamError(
-            f"{path}", expected="a complete safetensors file", got=str(error),
+            f"{path}",
+            expected="a complete safetensors file",
+            got=str(error),
             cure="Download or save it again; it is cut short or damaged.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _keys(path: Path) -> list[str]:

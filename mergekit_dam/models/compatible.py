@@ -16,16 +16,46 @@ from mergekit_dam.models.parameter_names import meta_model, module_names
 
 _PACKED = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 _SCALES = (
-    ".SCB", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".weight.absmax", ".g_idx",
-)  # fmt: skip
+    ".SCB",
+    ".qweight",
+    ".qzeros",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+    ".weight.absmax",
+    ".g_idx",
+)
 # entries of config.json that say nothing of what the weights compute
 _UNIMPORTANT = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
-    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "_attn_implementation_autoset",
-    "attn_implementation", "_attn_implementation", "return_dict", "output_attentions", "output_hidden_states",
-    "bos_token_id", "eos_token_id", "pad_token_id", "vision_config", "text_config", "model_type",
-    "projection_dim", "logit_scale_init_value", "initializer_factor", "initializer_range",
-}  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "finetuning_task",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+    "_attn_implementation",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "vision_config",
+    "text_config",
+    "model_type",
+    "projection_dim",
+    "logit_scale_init_value",
+    "initializer_factor",
+    "initializer_range",
+}
 
 
 class Model(Protocol):
@@ -46,16 +76,20 @@ def require_plain(model: Model, checkpoint: Checkpoint) -> None:
     for name in checkpoint.names:
         if 0 in checkpoint.shape(name):
             raise DamError(
-                f"tensor {name} of model {model.name}", expected="its values", got="an empty tensor",
+                f"tensor {name} of model {model.name}",
+                expected="its values",
+                got="an empty tensor",
                 cure="It was saved by a process that held a part (DeepSpeed ZeRO-3): save again with gathered weights "
                 "(zero_to_fp32.py).",
-            )  # fmt: skip
+            )
         kind = checkpoint.dtype(name)
         if name.endswith(_SCALES) or (kind in _PACKED and name.endswith("weight")):
             raise DamError(
-                f"model {model.name}", expected="16-bit or 32-bit weights", got=f"quantised ones ({name} is {kind})",
+                f"model {model.name}",
+                expected="16-bit or 32-bit weights",
+                got=f"quantised ones ({name} is {kind})",
                 cure="Take the original weights, in bfloat16 or float16, of the same model.",
-            )  # fmt: skip
+            )
 
 
 def require_equal_depth(base: Model, model: Model) -> None:
@@ -67,9 +101,11 @@ def require_equal_depth(base: Model, model: Model) -> None:
     wanted, got = _layers(base.config), _layers(model.config)
     if wanted is not None and got is not None and wanted != got:
         raise DamError(
-            f"model {model.name}", expected=f"the base's {wanted} layers", got=f"{got} layers",
+            f"model {model.name}",
+            expected=f"the base's {wanted} layers",
+            got=f"{got} layers",
             cure="The sizes differ: merge models that were fine-tuned from this base.",
-        )  # fmt: skip
+        )
 
 
 def _layers(config: PretrainedConfig) -> int | None:
@@ -104,12 +140,14 @@ def require_equal_tying(base: Model, model: Model, weight: WeightInfo) -> None:
     wanted, got = (bool(getattr(m.config.get_text_config(), "tie_word_embeddings", False)) for m in (base, model))
     if wanted != got:
         raise DamError(
-            f"model {model.name}", expected=f"tie_word_embeddings: {str(wanted).lower()}, as the base has it",
+            f"model {model.name}",
+            expected=f"tie_word_embeddings: {str(wanted).lower()}, as the base has it",
             got=f"{str(got).lower()} ({weight.name})",
             cure="Untie the base first: give it a head of its own, a copy of its embedding, and "
-            "tie_word_embeddings: false." if wanted
+            "tie_word_embeddings: false."
+            if wanted
             else "Untie this model first: give it a head of its own, a copy of its embedding.",
-        )  # fmt: skip
+        )
 
 
 def differing_entries(base: PretrainedConfig, model: PretrainedConfig) -> list[str]:
@@ -135,9 +173,11 @@ def is_chain(config: PretrainedConfig) -> bool:
 def against_windows(config: DamConfig, configs: Sequence[PretrainedConfig]) -> str | None:
     """What needs the whole model at a time, or is no chain of blocks; None where masks can be learned in windows."""
     found = {
-        "objective: paper": config.objective == "paper", "patience": config.patience > 0,
-        "gather: block": config.gather == "block", "a CLIP of two towers": not all(map(is_chain, configs)),
-    }  # fmt: skip
+        "objective: paper": config.objective == "paper",
+        "patience": config.patience > 0,
+        "gather: block": config.gather == "block",
+        "a CLIP of two towers": not all(map(is_chain, configs)),
+    }
     return next((what for what, is_so in found.items() if is_so), None)
 
 
@@ -150,6 +190,8 @@ def require_window(config: DamConfig, configs: Sequence[PretrainedConfig]) -> No
     what = against_windows(config, configs) if isinstance(config.window, int) else None
     if what is not None:
         raise DamError(
-            f"setting window: {config.window}", expected="objective inversion, and models of one chain of blocks",
-            got=what, cure="Set window: all, or leave one of the two out.",
-        )  # fmt: skip
+            f"setting window: {config.window}",
+            expected="objective inversion, and models of one chain of blocks",
+            got=what,
+            cure="Set window: all, or leave one of the two out.",
+        )

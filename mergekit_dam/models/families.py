@@ -221,9 +221,12 @@ def _model(
 ) -> ModelArchitecture:
     definitions = {key: ModuleDefinition(architecture=module) for key, module in modules.items()}
     return ModelArchitecture(
-        modules=definitions, architectures=classes, model_type=model_type,
-        tagalong_files=["preprocessor_config.json", "processor_config.json"], **more,
-    )  # fmt: skip
+        modules=definitions,
+        architectures=classes,
+        model_type=model_type,
+        tagalong_files=["preprocessor_config.json", "processor_config.json"],
+        **more,
+    )
 
 
 def _by_variant(known: ModelArchitecture, left_out: str, kept_if: str | None) -> ModelArchitecture:

@@ -50,14 +50,17 @@ def load_merged(
     values |= {target: head[name] for name, target in module_names(model, head).items()}
     aliases = tied_names(model)
     missing = [
-        name for name, _ in model.named_parameters(remove_duplicate=False)
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
         if name not in values and aliases.get(name) not in values
-    ]  # fmt: skip
+    ]
     if missing:
         raise DamError(
-            f"output {output}", expected=f"all tensors of {type(model).__name__}", got=f"none for {missing[0]}",
+            f"output {output}",
+            expected=f"all tensors of {type(model).__name__}",
+            got=f"none for {missing[0]}",
             cure="Merge again: this output is not complete.",
-        )  # fmt: skip
+        )
     for target, tensor in values.items():
         owner, _, leaf = target.rpartition(".")
         module = model.get_submodule(owner)
@@ -85,7 +88,7 @@ def _head(output: Path, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]
             expected=f"one of {', '.join(known) or 'none (no heads were kept)'}",
             got="an unknown one",
             cure=did_you_mean(task, known) or "Give the last part of an input model's path.",
-        )  # fmt: skip
+        )
     path = inputs[task]
     checkpoint, merged = Checkpoint.open(path), Checkpoint.open(output)
     config = config_without_code(path)
@@ -119,9 +122,11 @@ def config_without_code(path: Path) -> PretrainedConfig:
         if isinstance(error, DamError):
             raise
         raise DamError(
-            f"config {path}", expected="a model of the installed transformers", got=first_line(error),
+            f"config {path}",
+            expected="a model of the installed transformers",
+            got=first_line(error),
             cure="Merge again, or upgrade transformers; code that comes with a model is not run here.",
-        ) from error  # fmt: skip
+        ) from error
     return found
 
 

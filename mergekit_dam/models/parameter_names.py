@@ -30,9 +30,11 @@ def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedMode
     model_class = getattr(transformers, name, None)
     if model_class is None:
         raise DamError(
-            f"architecture {name}", expected="a class of the installed transformers", got="none of that name",
+            f"architecture {name}",
+            expected="a class of the installed transformers",
+            got="none of that name",
             cure="Models with remote code cannot be learned on; upgrade transformers if the class is new.",
-        )  # fmt: skip
+        )
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class(_config_of(model_class, config))
     model.tie_weights()
@@ -84,9 +86,11 @@ def load_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         target, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if fused is not None:
             raise DamError(
-                f"tensor {name}", expected="a tensor that one parameter takes", got="one that loading fuses",
+                f"tensor {name}",
+                expected="a tensor that one parameter takes",
+                got="one that loading fuses",
                 cure="This architecture (fused tensors, mixture of experts) is not supported yet.",
-            )  # fmt: skip
+            )
         found[name] = target
     return found
 

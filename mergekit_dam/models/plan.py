@@ -109,10 +109,13 @@ def build_plan(
     options = options or MergeOptions()
     if len(models) < least:
         raise DamError(
-            "models", expected=f"at least {'two' if least == 2 else 'one'} besides base_model", got=str(len(models)),
-            cure="A merge needs two fine-tuned models of one base." if least == 2
+            "models",
+            expected=f"at least {'two' if least == 2 else 'one'} besides base_model",
+            got=str(len(models)),
+            cure="A merge needs two fine-tuned models of one base."
+            if least == 2
             else "Give a fine-tuned model and the base that it was made from.",
-        )  # fmt: skip
+        )
     config, settings = parse_settings(shared, [per_model.get(model, {}) for model in models])
     register_architectures()
     names = _task_names(models)
@@ -142,9 +145,11 @@ def _weights(config: MergeConfiguration, options: MergeOptions, inputs: Sequence
     for model in inputs:
         if not model.config.architectures:
             raise DamError(
-                f"config.json of model {model.ref}", expected="the model's class under `architectures`", got="none",
+                f"config.json of model {model.ref}",
+                expected="the model's class under `architectures`",
+                got="none",
                 cure='Add it, e.g. "architectures": ["LlamaForCausalLM"], or save the model with save_pretrained(...).',
-            )  # fmt: skip
+            )
     classes = ", ".join(dict.fromkeys(str((model.config.architectures or [""])[0]) for model in inputs))
     try:
         # of classes that differ mergekit would take any one; the output has the base's
@@ -158,9 +163,10 @@ def _weights(config: MergeConfiguration, options: MergeOptions, inputs: Sequence
             "classes of base and models",
             expected="one class for all" if several else "a class that mergekit can merge",
             got=f"{classes} ({first_line(error)})",
-            cure="Merge models of one class, fine-tuned from this base." if several
+            cure="Merge models of one class, fine-tuned from this base."
+            if several
             else "See the README for the classes that can be merged.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _left_out(base: ModelInput, checkpoint: Checkpoint) -> frozenset[str]:
@@ -211,10 +217,13 @@ def model_input(name: str, ref: ModelReference, settings: ModelSettings, options
         if (cause := hub_cause(error)) is not None:
             raise hub_error(cause, f"model {ref}") from error
         raise DamError(
-            f"model {ref}", expected="a local model directory or a Hub id that can be read", got=first_line(error),
-            cure=_REMOTE_CODE if "trust_remote_code" in str(error) else "Check the path or id, and HF_TOKEN for gated "
-            "models; model+lora needs --lora-merge-cache DIR.",
-        ) from error  # fmt: skip
+            f"model {ref}",
+            expected="a local model directory or a Hub id that can be read",
+            got=first_line(error),
+            cure=_REMOTE_CODE
+            if "trust_remote_code" in str(error)
+            else "Check the path or id, and HF_TOKEN for gated models; model+lora needs --lora-merge-cache DIR.",
+        ) from error
     if path != Path(ref.model.path):
         require_plausible_config(path)
         if ref.lora is not None and not isinstance(ref, LocalReference):
@@ -236,10 +245,11 @@ def refuse_unsafe(ref: ModelReference) -> None:
     adapter = Path((ref.lora_folder if local else None) or ref.lora.path) if ref.lora is not None else None
     if adapter is not None and adapter.is_dir() and not (adapter / "adapter_model.safetensors").is_file():
         raise DamError(
-            f"adapter {adapter}", expected="adapter_model.safetensors",
+            f"adapter {adapter}",
+            expected="adapter_model.safetensors",
             got=", ".join(sorted(p.name for p in adapter.glob("*.bin"))[:2]) or "no such file",
             cure="Pickle can run code and is never loaded: save the adapter again with safe_serialization=True.",
-        )  # fmt: skip
+        )
     if adapter is not None and folder.is_dir() and not local:  # of a local reference it was asked when it was made
         require_mergeable(ref.model_copy(update={"lora": None}), adapter)
 
@@ -259,9 +269,12 @@ def _task_names(models: Sequence[ModelReference]) -> list[str]:
 
 
 def _tensor_specs(
-    weights: Iterable[WeightInfo], base: ModelInput, checkpoint: Checkpoint, models: Sequence[ModelInput],
+    weights: Iterable[WeightInfo],
+    base: ModelInput,
+    checkpoint: Checkpoint,
+    models: Sequence[ModelInput],
     checkpoints: Sequence[Checkpoint],
-) -> Iterable[TensorSpec]:  # fmt: skip
+) -> Iterable[TensorSpec]:
     tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
     for weight in weights:
         spellings = (weight.name, *(weight.aliases or ()))
@@ -276,9 +289,11 @@ def _tensor_specs(
             continue
         if base_source is None:
             raise DamError(
-                f"tensor {weight.name}", expected="in the base, since a model has it", got="a base without it",
+                f"tensor {weight.name}",
+                expected="in the base, since a model has it",
+                got="a base without it",
                 cure="Merge models that were fine-tuned from this base.",
-            )  # fmt: skip
+            )
         for model in models if weight.tied_names else ():
             require_equal_tying(base, model, weight)
         shape = checkpoint.shape(base_source)

@@ -32,10 +32,11 @@ def check_coverage(weights: Iterable[WeightInfo], base_names: Iterable[str], *, 
     missing = [name for name in names if name not in known and name not in ignored]
     if missing:
         raise DamError(
-            "architecture", expected=f"a definition of all {len(names)} tensors of the base",
+            "architecture",
+            expected=f"a definition of all {len(names)} tensors of the base",
             got=f"{len(missing)} unknown to mergekit: {_list(missing)}",
             cure="This family is not supported; see the README for those that are.",
-        )  # fmt: skip
+        )
 
 
 def verify_output(
@@ -69,10 +70,11 @@ def verify_output(
     extra = [name for key, name in got.items() if key not in parameters and key not in expected]
     if missing or extra:
         raise DamError(
-            f"output {output}", expected=f"the {len(parameters)} tensors of its config.json",
+            f"output {output}",
+            expected=f"the {len(parameters)} tensors of its config.json",
             got=f"{len(missing)} missing ({_list(missing)}), {len(extra)} unknown ({_list(extra)})",
             cure="Do not use this output; report the architecture.",
-        )  # fmt: skip
+        )
     for key, name in got.items():
         source, shape, kind = expected.get(key), written.shape(name), written.dtype(name)
         of_config = key in parameters and (key not in taken or parameters[key].shape != taken[key].shape)
@@ -81,9 +83,11 @@ def verify_output(
         floating = like.is_floating_point
         if shape != size or floating != kind.is_floating_point or (dtype and floating and kind != dtype):
             raise DamError(
-                f"tensor {name} of {output}", expected=f"{size} {dtype or like}",
-                got=f"{shape} {kind}", cure="Do not use this output; report the architecture.",
-            )  # fmt: skip
+                f"tensor {name} of {output}",
+                expected=f"{size} {dtype or like}",
+                got=f"{shape} {kind}",
+                cure="Do not use this output; report the architecture.",
+            )
 
 
 def _by_parameter(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:

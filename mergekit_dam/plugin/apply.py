@@ -53,9 +53,11 @@ class Applied:
         spec = self.vectors.specs.get(name)
         if spec is None:
             raise DamError(
-                f"tensor {name}", expected="a tensor of the plan", got="one that mergekit added",
+                f"tensor {name}",
+                expected="a tensor of the plan",
+                got="one that mergekit added",
                 cure="Use `models:` (slices that move or repeat layers cannot be masked).",
-            )  # fmt: skip
+            )
         by_ref = {entry.id: entry.tensor for entry in group.non_base}
         base: torch.Tensor = group.base.tensor
         models = [by_ref.get(ref) for ref in self.order]
@@ -122,9 +124,11 @@ def _require_same(name: str, planned: torch.Tensor, given: torch.Tensor) -> None
         same = bool(torch.equal(_probe(planned).to(given.dtype), _probe(given).to("cpu")))
     if not same:
         raise DamError(
-            f"tensor {name}", expected="the tensor that the masks were learned on", got="another one from mergekit",
+            f"tensor {name}",
+            expected="the tensor that the masks were learned on",
+            got="another one from mergekit",
             cure="Do slicing or vocabulary changes in a stage of its own (mergekit-multi), and dam on its output.",
-        )  # fmt: skip
+        )
 
 
 def _probe(tensor: torch.Tensor) -> torch.Tensor:

@@ -133,9 +133,11 @@ class DAM(GroupMergeMethod):
     ) -> None:
         if base_id is None:
             raise DamError(
-                "base_model", expected="the model that all others were fine-tuned from", got="none",
+                "base_model",
+                expected="the model that all others were fine-tuned from",
+                got="none",
                 cure="Add `base_model:` to the recipe.",
-            )  # fmt: skip
+            )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if group_name is None or not group_name.endswith("]") or ".slices[" not in group_name:
             return
@@ -175,9 +177,11 @@ class DAM(GroupMergeMethod):
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         if group.base is None:
             raise DamError(
-                f"tensor {group.metadata.name}", expected="a base model that has it", got="one without it",
+                f"tensor {group.metadata.name}",
+                expected="a base model that has it",
+                got="one without it",
                 cure="Merge models that were fine-tuned from this base.",
-            )  # fmt: skip
+            )
         run = self._run_for(group, parameters)
         with run.lock:
             if run.state is None:
@@ -229,11 +233,12 @@ def _build_plan(run: _Run) -> Any:
     assert run.values is not None
     shared, per_model = run.values
     return build_plan(
-        run.base, run.models,
+        run.base,
+        run.models,
         shared={k: v for k, v in shared.items() if k in KNOWN},
         per_model={ref: {k: v for k, v in own.items() if k in KNOWN} for ref, own in per_model.items()},
         options=run.context.options if run.context is not None else None,
-    )  # fmt: skip
+    )
 
 
 def _renamed(plan: Any) -> list[str]:

@@ -18,9 +18,11 @@ def require_options(options: MergeOptions) -> None:
     """
     if not options.safe_serialization:
         raise DamError(
-            "option --no-safe-serialization", expected="safetensors as output", got="pickle",
+            "option --no-safe-serialization",
+            expected="safetensors as output",
+            got="pickle",
             cure="Leave it out: pickle can run code, and an output in it cannot be compared with its base.",
-        )  # fmt: skip
+        )
     device = str(options.device or "cpu")
     device_of(device, f"option {'--cuda' if device == 'cuda' else '--device'}")
 
@@ -33,7 +35,9 @@ def refuse_launcher() -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise DamError(
-            "merging", expected="one process", got=f"a launcher's {os.environ['WORLD_SIZE']}",
+            "merging",
+            expected="one process",
+            got=f"a launcher's {os.environ['WORLD_SIZE']}",
             cure="Use it with `mergekit-dam learn` only; then merge without it, which takes the learned masks "
             "from the cache or from the setting `masks`.",
-        )  # fmt: skip
+        )

@@ -69,9 +69,11 @@ class OutputLocks:
         for path in inputs:
             if path.resolve() == out_path.resolve():
                 raise DamError(
-                    f"output {out_path}", expected="a directory of its own", got="one of the models that are merged",
+                    f"output {out_path}",
+                    expected="a directory of its own",
+                    got="one of the models that are merged",
                     cure="Choose another output directory: this one would be overwritten while it is read.",
-                )  # fmt: skip
+                )
         require_no_links_out(out_path)
         path = out_path.resolve() / FOLDER / LOCK_FILE
         with self._guard:
@@ -84,9 +86,11 @@ class OutputLocks:
                 lock.acquire(blocking=False)
             except Timeout as error:
                 raise DamError(
-                    f"output {out_path}", expected="no other merge that writes there", got="one under way",
+                    f"output {out_path}",
+                    expected="no other merge that writes there",
+                    got="one under way",
                     cure="Wait until it ends, or choose another output directory.",
-                ) from error  # fmt: skip
+                ) from error
             except OSError as error:
                 raise cannot_write(out_path, error) from error
             self._held[path] = lock, threading.get_ident()
@@ -173,6 +177,8 @@ def _let_write(out_path: Path) -> None:
 def cannot_write(where: Path, error: Exception) -> DamError:
     """No space, no right or a broken disk, as one line."""
     return DamError(
-        f"output {where}", expected="a folder that can be written", got=str(error) or type(error).__name__,
+        f"output {where}",
+        expected="a folder that can be written",
+        got=str(error) or type(error).__name__,
         cure="Free space or choose another directory, and run again: nothing half written is used.",
-    )  # fmt: skip
+    )

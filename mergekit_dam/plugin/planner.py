@@ -51,9 +51,12 @@ class Handed:
     masks: LearnedMasks | None = None
 
     def is_for(
-        self, context: Context, base: Any, models: Sequence[ModelReference],
+        self,
+        context: Context,
+        base: Any,
+        models: Sequence[ModelReference],
         values: tuple[Mapping[str, Any], Mapping[ModelReference, Mapping[str, Any]]],
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """Whether mergekit is planning this very config and options, with the plan's inputs and settings."""
         if context.config is not self.config or context.options is not self.options:
             return False
@@ -127,10 +130,11 @@ def refuse_moved_layers(config: Any) -> None:
             length = output.sources[0].layer_range[1] - output.sources[0].layer_range[0]
             if ranges != {(start, start + length)}:
                 raise DamError(
-                    f"slices of {name}", expected="every model's layers in their own place",
+                    f"slices of {name}",
+                    expected="every model's layers in their own place",
                     got=f"layer ranges {sorted(ranges)} for output layers {start} to {start + length}",
                     cure="Move layers in a stage of its own (mergekit-multi), and merge its output with dam.",
-                )  # fmt: skip
+                )
             start += length
 
 
@@ -156,9 +160,11 @@ def require_chat_template(config: Any) -> None:
                 return
             got = f"{got} ({first_line(error)})"
     raise DamError(
-        "chat_template", expected=f"auto, a Jinja template, or one of {', '.join(sorted(known))}", got=got,
+        "chat_template",
+        expected=f"auto, a Jinja template, or one of {', '.join(sorted(known))}",
+        got=got,
         cure=did_you_mean(template, known) or "Correct it, or leave it out to keep the base's.",
-    )  # fmt: skip
+    )
 
 
 def plan_of(config: Any, options: MergeOptions, *, least: int = 2) -> Plan:
@@ -213,19 +219,25 @@ def kept_tokens(config: Any, plan: Plan) -> int | None:
     rows = int(plan.base.config.get_text_config().vocab_size)
     if sorted(words.values()) != list(range(len(words))) or len(words) > rows:
         raise DamError(
-            f"setting {which}", expected=f"tokens 0 to at most {rows - 1}, the rows of the embedding, without a gap",
-            got=f"{len(words)} tokens up to {max(words.values())}: mergekit would move rows", cure=cure,
-        )  # fmt: skip
+            f"setting {which}",
+            expected=f"tokens 0 to at most {rows - 1}, the rows of the embedding, without a gap",
+            got=f"{len(words)} tokens up to {max(words.values())}: mergekit would move rows",
+            cure=cure,
+        )
     if config.tokenizer is not None and config.tokenizer.tokens:
         raise DamError(
-            f"setting {which}.tokens", expected="none for dam", got=", ".join(list(config.tokenizer.tokens)[:3]),
+            f"setting {which}.tokens",
+            expected="none for dam",
+            got=", ".join(list(config.tokenizer.tokens)[:3]),
             cure="Give tokens another source in a stage of its own (mergekit-multi), and merge its output with dam.",
-        )  # fmt: skip
+        )
     for model in plan.models:
         own = tokenizer_of((model.path, plan.base.path), model.name).get_vocab()
         if own != words:
             raise DamError(
-                f"setting {which}", expected="one vocabulary in all models",
-                got=f"another in {model.name}: mergekit would move rows", cure=cure,
-            )  # fmt: skip
+                f"setting {which}",
+                expected="one vocabulary in all models",
+                got=f"another in {model.name}: mergekit would move rows",
+                cure=cure,
+            )
     return len(words)

@@ -56,9 +56,11 @@ def require_known_keys(content: Any) -> None:
     settings = {one.spec.name: {p.name for p in one.spec.parameters} for one in registry.registered_methods()}
     if isinstance(method, str) and method not in settings:
         raise DamError(
-            "merge_method", expected="a method that mergekit knows", got=method,
+            "merge_method",
+            expected="a method that mergekit knows",
+            got=method,
             cure=did_you_mean(method, settings) or f"Known: {', '.join(sorted(settings))}.",
-        )  # fmt: skip
+        )
     _walk(content, MergeConfiguration, "", str(method), settings.get(str(method)))
 
 
@@ -99,9 +101,11 @@ def _parameters(
         key = str(next(iter(values)))
         own = key in ModelSettings.model_fields
         raise DamError(
-            f"setting {key!r} in {where}", expected=f"it under `parameters:` of {'a model' if own else 'the recipe'}",
-            got="it in a slice or module", cure="dam learns all layers with the same settings: move it there.",
-        )  # fmt: skip
+            f"setting {key!r} in {where}",
+            expected=f"it under `parameters:` of {'a model' if own else 'the recipe'}",
+            got="it in a slice or module",
+            cure="dam learns all layers with the same settings: move it there.",
+        )
 
 
 def _conditional(entry: Mapping[Any, Any], where: str) -> None:
@@ -109,9 +113,11 @@ def _conditional(entry: Mapping[Any, Any], where: str) -> None:
     for key in entry:
         if key not in known:
             raise DamError(
-                f"{where}: {key!r}", expected=" and ".join(known), got="an unknown key",
+                f"{where}: {key!r}",
+                expected=" and ".join(known),
+                got="an unknown key",
                 cure=did_you_mean(str(key), known) or "Remove it.",
-            )  # fmt: skip
+            )
 
 
 def _misplaced(key: str, kind: type[BaseModel], place: str, settings: Iterable[str]) -> DamError:

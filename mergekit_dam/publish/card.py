@@ -123,18 +123,21 @@ def _defence(publication: Publication) -> str:
     ]
     densities = ", ".join(f"{code(k)} {float(v):.3f}" for k, v in (masks.get("densities") or {}).items())
     return "\n\n".join(
-        part for part in (
+        part
+        for part in (
             opening,
             f"Objective {code(settings.get('objective'))}, seed {code(masks.get('seed'))}"
-            + (f"; mean kept share of the masks: {densities}" if densities else "") + ".",
+            + (f"; mean kept share of the masks: {densities}" if densities else "")
+            + ".",
             table(["model", "SHA-256 of its weights (start)", "calibration samples"], rows),
             _scan(masks, settings),
             _vaccinated(masks),
             closing,
             f"Versions: {', '.join(code(f'{k} {v}') for k, v in (masks.get('versions') or {}).items())}. "
             f"Settings that differ from the defaults: {_changed(settings)}.",
-        ) if part
-    )  # fmt: skip
+        )
+        if part
+    )
 
 
 def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -146,9 +149,11 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
             "No scan for triggers was made: it finds none in text encoders. Instead of each model a student of it was "
             "merged: the base, taught what the model answers to clean texts with random words in between. What only a "
             "trigger brings out gets across in part.\n\n"
-            + table(["model", "share of the texts it was taught on that its student answers alike"],
-                    [[code(name), f"{float(share):.3f}"] for name, share in students.items()])
-        )  # fmt: skip
+            + table(
+                ["model", "share of the texts it was taught on that its student answers alike"],
+                [[code(name), f"{float(share):.3f}"] for name, share in students.items()],
+            )
+        )
     findings = masks.get("audit") or []
     if not findings:
         return "The scan for backdoors found no target that it could score. One of another kind may have been missed."
@@ -182,11 +187,12 @@ def _vaccinated(masks: Mapping[str, Any]) -> str:
         return ""
     rows = [
         [
-            code(name), percent(one.get("agreement", {}).get("after")),
+            code(name),
+            percent(one.get("agreement", {}).get("after")),
             *(percent(one.get("held_out", {}).get(when)) for when in ("planted", "unlearned")),
         ]
         for name, one in found.items()
-    ]  # fmt: skip
+    ]
     return (
         "The models were vaccinated before they were merged: triggers of our own were planted and unlearned again. "
         "Triggers that were planted and not unlearned tell how much of one that nobody knows may be left.\n\n"
@@ -215,9 +221,10 @@ def _targets(findings: Sequence[Mapping[str, Any]]) -> int:
 def _changed(settings: Mapping[str, Any]) -> str:
     defaults = DamConfig(objective=settings["objective"]) if settings.get("objective") in {"paper"} else DamConfig()
     changed = [
-        f"{key}: {settings[key]}" for key in DamConfig.model_fields
+        f"{key}: {settings[key]}"
+        for key in DamConfig.model_fields
         if key in settings and settings[key] != getattr(defaults, key)
-    ]  # fmt: skip
+    ]
     return ", ".join(code(one) for one in changed) or "none"
 
 
@@ -234,11 +241,13 @@ def _figures_table(measured: Measured | None) -> str:
     tasks = list(dict.fromkeys([*measured.accuracy, *(t for r in measured.attack_success.values() for t in r)]))
     rows = [
         [
-            code(task), code(measured.datasets.get(task, "not said")), _rate(measured.accuracy.get(task)),
+            code(task),
+            code(measured.datasets.get(task, "not said")),
+            _rate(measured.accuracy.get(task)),
             *(_rate(measured.attack_success[attack].get(task)) for attack in attacks),
         ]
         for task in tasks
-    ]  # fmt: skip
+    ]
     header = ["task", "data", "clean accuracy", *(f"attack success, {code(attack)}" for attack in attacks)]
     text = title + table(header, rows) + f"\n\nHits and samples in brackets; reported by {code(measured.source)}"
     text += " of the publisher, not checked by the Hub."
@@ -250,12 +259,16 @@ def _harness_table(measured: Measured | None) -> str:
         return ""
     rows = [
         [
-            code(task), code(metric), f"{value:.4f}", "-" if error is None else f"{error:.4f}",
-            "-" if one.samples is None else str(one.samples), code(one.by),
+            code(task),
+            code(metric),
+            f"{value:.4f}",
+            "-" if error is None else f"{error:.4f}",
+            "-" if one.samples is None else str(one.samples),
+            code(one.by),
         ]
         for task, one in measured.harness.items()
         for metric, (value, error) in one.metrics.items()
-    ]  # fmt: skip
+    ]
     header = ["benchmark", "metric", "value", "standard error", "samples", "measured by"]
     return table(header, rows) + "\n\nRun by the publisher, not checked by the Hub; they say nothing about backdoors."
 
@@ -300,20 +313,30 @@ def _eval_results(publication: Publication, measured: Measured) -> list[EvalResu
     def result(task: str, metric: str, title: str, rate: Rate) -> EvalResult:
         data = measured.datasets.get(task, task)
         return EvalResult(
-            task_type=pipeline if pipeline and "classification" in pipeline else "other", task_name=task,
-            dataset_type=data, dataset_name=data, metric_type=metric, metric_name=title,
-            metric_value=round(rate.percent, 2), metric_args={"hits": rate.hits, "total": rate.total},
-        )  # fmt: skip
+            task_type=pipeline if pipeline and "classification" in pipeline else "other",
+            task_name=task,
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=metric,
+            metric_name=title,
+            metric_value=round(rate.percent, 2),
+            metric_args={"hits": rate.hits, "total": rate.total},
+        )
 
     benchmarks = [
         EvalResult(
-            task_type=pipeline or "other", task_name=task, dataset_type=task, dataset_name=task,
-            metric_type=metric.partition(" ")[0], metric_name=metric, metric_value=value,
+            task_type=pipeline or "other",
+            task_name=task,
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric.partition(" ")[0],
+            metric_name=metric,
+            metric_value=value,
             metric_args={"standard_error": error, "samples": one.samples, "measured_by": one.by},
         )
         for task, one in measured.harness.items()
         for metric, (value, error) in one.metrics.items()
-    ]  # fmt: skip
+    ]
     attacks = [
         result(t, "attack_success_rate", f"attack success rate (%), {attack}", rate)
         for attack, rates in measured.attack_success.items()

@@ -95,26 +95,34 @@ def contents_of(folder: Path) -> Publication:
             shapes.append(checkpoint.shape(name))
         except SafetensorError as error:
             raise DamError(
-                f"output {folder}", expected=f"tensor {name} in the shard that the index names", got=str(error),
+                f"output {folder}",
+                expected=f"tensor {name} in the shard that the index names",
+                got=str(error),
                 cure="Merge again: this output is not complete.",
-            ) from error  # fmt: skip
+            ) from error
     recipe_text = _text(folder / RECIPE)
     try:
         recipe = load_yaml(recipe_text, str(folder / RECIPE))
         merge_method = recipe["merge_method"]
         publication = Publication(
-            folder=folder, config=config, recipe_text=recipe_text, recipe=recipe,
+            folder=folder,
+            config=config,
+            recipe_text=recipe_text,
+            recipe=recipe,
             masks=_metadata(folder / "dam" / MASKS_FILE) if merge_method == "dam" else {},
-            num_tensors=len(shapes), num_parameters=sum(_numel(shape) for shape in shapes),
-        )  # fmt: skip
+            num_tensors=len(shapes),
+            num_parameters=sum(_numel(shape) for shape in shapes),
+        )
         base = publication.references[0].model.path if recipe.get("base_model") else None
     except DamError:
         raise
     except (yaml.YAMLError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise DamError(
-            f"{folder / RECIPE}", expected="the recipe that mergekit wrote", got=" ".join(str(error).split())[:200],
+            f"{folder / RECIPE}",
+            expected="the recipe that mergekit wrote",
+            got=" ".join(str(error).split())[:200],
             cure="Merge again, or give the directory that mergekit-yaml or mergekit-dam merge wrote.",
-        ) from error  # fmt: skip
+        ) from error
     if base is not None and Path(base).is_dir():
         override = publication.references[0].override_architecture
         base_config = config_without_code(Path(base))
@@ -154,9 +162,11 @@ def refuse_secrets(files: Iterable[tuple[str, Path]], tokens: Iterable[str] = ()
         content = path.read_bytes()
         if _SECRET.search(content) or any(token in content for token in own):
             raise DamError(
-                f"file {name}", expected="no access token in what is published", got="one (not shown)",
+                f"file {name}",
+                expected="no access token in what is published",
+                got="one (not shown)",
                 cure="Remove it from the file, and revoke it at https://huggingface.co/settings/tokens.",
-            )  # fmt: skip
+            )
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -173,10 +183,11 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise DamError(
-            f"{path}", expected="a file that mergekit writes when a merge has succeeded",
+            f"{path}",
+            expected="a file that mergekit writes when a merge has succeeded",
             got="none" if isinstance(error, FileNotFoundError) else str(error),
             cure="Wait for the merge to end, or merge again.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -202,9 +213,11 @@ def _metadata(path: Path) -> dict[str, Any]:
         return found
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DamError(
-            f"masks {path}", expected="a complete dam_masks.safetensors", got=f"a damaged file ({error})",
+            f"masks {path}",
+            expected="a complete dam_masks.safetensors",
+            got=f"a damaged file ({error})",
             cure="Merge again.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _numel(shape: tuple[int, ...]) -> int:

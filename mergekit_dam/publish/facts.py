@@ -42,23 +42,35 @@ def report_facts(
     own: Sequence[float | None] = own_densities(masks) or [None] * len(metadata["models"])
     models = [
         {
-            "name": model["name"], "model": model["model"], "revision": revisions.get(model["name"]),
-            "sha256": model["sha256"], "task_vector_norm": norm, "samples": len(model["samples"]),
-            "own_density": kept, "settings": model["settings"],
+            "name": model["name"],
+            "model": model["model"],
+            "revision": revisions.get(model["name"]),
+            "sha256": model["sha256"],
+            "task_vector_norm": norm,
+            "samples": len(model["samples"]),
+            "own_density": kept,
+            "settings": model["settings"],
         }
         for model, norm, kept in zip(metadata["models"], norms, own, strict=True)
-    ]  # fmt: skip
+    ]
     facts: dict[str, Any] = {
-        "schema": SCHEMA, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "base": {**metadata["base"], "revision": revisions.get("base")}, "models": models,
-        "settings": metadata["settings"], "versions": metadata.get("versions", {}),
-        "densities": metadata.get("densities", {}), "layers": [asdict(layer) for layer in layers_of(masks)],
-        "training": _training(read_metrics(folder / METRICS_FILE)), "audit": metadata.get("audit", []),
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "base": {**metadata["base"], "revision": revisions.get("base")},
+        "models": models,
+        "settings": metadata["settings"],
+        "versions": metadata.get("versions", {}),
+        "densities": metadata.get("densities", {}),
+        "layers": [asdict(layer) for layer in layers_of(masks)],
+        "training": _training(read_metrics(folder / METRICS_FILE)),
+        "audit": metadata.get("audit", []),
         "remaining": _remaining(metadata),
-        "students": metadata.get("students", {}), "vaccinated": metadata.get("vaccinated", {}),
+        "students": metadata.get("students", {}),
+        "vaccinated": metadata.get("vaccinated", {}),
         "triggers": [dict(one.facts) for one in triggers],
-        "evaluation": read_measurements(folder), "run": run,
-    }  # fmt: skip
+        "evaluation": read_measurements(folder),
+        "run": run,
+    }
     if isinstance(run.get("seconds"), dict):
         run["learning_seconds"] = round(sum(map(float, run["seconds"].values())), 1)
     if seconds is not None:
@@ -97,9 +109,11 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return records
     if file.stat().st_size > _METRICS_BYTES:
         raise DamError(
-            f"file {file}", expected=f"at most {_METRICS_BYTES} bytes", got=str(file.stat().st_size),
+            f"file {file}",
+            expected=f"at most {_METRICS_BYTES} bytes",
+            got=str(file.stat().st_size),
             cure="Remove it: the report is then written without its curves.",
-        )  # fmt: skip
+        )
     for line in file.read_text("utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)

@@ -25,10 +25,15 @@ _TALLEST = 64  # models, beyond which a figure grows no more
 _NAMED = 60  # layers that have a label on an axis
 _ANNOTATED = 120  # cells of a heat map, up to which their values are written into them
 _STYLE: Any = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
     "text.parse_math": False,  # names of models are no formulas
-    "svg.fonttype": "none", "axes.titlesize": 10, "axes.titlelocation": "left",
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+}
 Draw = Callable[[Figure], None]
 
 

@@ -26,9 +26,12 @@ def render(template: str, /, **values: Any) -> str:
         ValueError, TypeError: values that the template cannot show.
     """
     environment = Environment(
-        loader=PackageLoader("mergekit_dam.publish", "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("mergekit_dam.publish", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"percent": _percent, "number": _number, "short": _short, "moment": _moment, "share": _share}
     try:
         return environment.get_template(template).render(**values)

@@ -103,9 +103,11 @@ def _derived(licences: dict[str, str | None], warnings: list[str], *, public: bo
         return common
     if public:
         raise DamError(
-            "licence of a public model", expected="one that all inputs share, or --license", got=told,
+            "licence of a public model",
+            expected="one that all inputs share, or --license",
+            got=told,
             cure="Give --license with one that the inputs' licences allow, e.g. --license apache-2.0.",
-        )  # fmt: skip
+        )
     warnings.append(f"no licence in the card, since the inputs do not agree on one ({told}); give --license")
     return None
 

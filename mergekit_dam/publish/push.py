@@ -135,23 +135,27 @@ def push(plan: Push) -> Pushed:
     token = get_token()
     if token is None:
         raise DamError(
-            f"push to {plan.repo_id}", expected="an access token", got="none",
+            f"push to {plan.repo_id}",
+            expected="an access token",
+            got="none",
             cure="Set HF_TOKEN, or run `hf auth login`; the token is never written anywhere.",
-        )  # fmt: skip
+        )
     api, subject = HfApi(), f"push to {plan.repo_id}"
     private = _ensure_repository(api, plan, subject)
     with _staged(plan) as folder:
         refuse_secrets(((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file()), [token])
         done = patiently(
             lambda: api.upload_folder(
-                repo_id=plan.repo_id, folder_path=folder, create_pr=plan.create_pr or None,
+                repo_id=plan.repo_id,
+                folder_path=folder,
+                create_pr=plan.create_pr or None,
                 commit_message="Upload a merge made with mergekit-dam",
             ),
             subject,
             write=True,
             # a pull request whose answer was lost may be open: another call would open a second one
             repeat_lost=not plan.create_pr,
-        )  # fmt: skip
+        )
         _compare(api, plan.repo_id, done.oid, folder, subject)
     url = f"{api.endpoint}/{plan.repo_id}"
     return Pushed(plan.repo_id, url, done.oid, done.pr_url, private)
@@ -160,9 +164,11 @@ def push(plan: Push) -> Pushed:
 def _check_id(repo_id: str) -> None:
     if "/" not in repo_id or not is_hub_id(repo_id):
         raise DamError(
-            "repository", expected="ORG/NAME", got=repr(repo_id),
+            "repository",
+            expected="ORG/NAME",
+            got=repr(repo_id),
             cure="Name the user or organisation too; letters, digits, '-', '_' and '.' may stand in both.",
-        )  # fmt: skip
+        )
 
 
 def _ensure_repository(api: HfApi, plan: Push, subject: str) -> bool | None:
@@ -182,9 +188,11 @@ def _ensure_repository(api: HfApi, plan: Push, subject: str) -> bool | None:
         return not plan.public
     if info.private is False and not plan.public and not plan.create_pr:
         raise DamError(
-            f"push to {plan.repo_id}", expected="a private repository", got="one that is public already",
+            f"push to {plan.repo_id}",
+            expected="a private repository",
+            got="one that is public already",
             cure="Confirm with --public, use --create-pr, or choose another name.",
-        )  # fmt: skip
+        )
     if info.private and plan.public:
         LOG.warning("%s is private and stays so: change it on its settings page", plan.repo_id)
     return bool(info.private) if info.private is not None else None
@@ -213,11 +221,9 @@ def _compare(api: HfApi, repo_id: str, commit: str, folder: Path, subject: str) 
     """Every file's hash there and here: SHA-256 for large files, git's own for small ones."""
     there = {
         entry.path: entry
-        for entry in patiently(
-            lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), subject
-        )
+        for entry in patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), subject)
         if isinstance(entry, RepoFile)
-    }  # fmt: skip
+    }
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         entry = there.get(name)
@@ -229,9 +235,11 @@ def _compare(api: HfApi, repo_id: str, commit: str, folder: Path, subject: str) 
             got = "" if entry.blob_id == file_hash(path, git=True) else "other content"
         if got:
             raise DamError(
-                f"file {name} in {repo_id} at {commit}", expected="the content that was sent", got=got,
+                f"file {name} in {repo_id} at {commit}",
+                expected="the content that was sent",
+                got=got,
                 cure="Push again; if it happens again, someone else may be writing there.",
-            )  # fmt: skip
+            )
 
 
 def file_hash(path: Path, *, git: bool = False) -> str:

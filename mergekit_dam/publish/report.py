@@ -45,17 +45,21 @@ def write_report(
             return _write(output, folder, seconds, masks)
     except OSError as error:
         raise DamError(
-            f"report in {folder}", expected="a folder that can be written", got=str(error),
+            f"report in {folder}",
+            expected="a folder that can be written",
+            got=str(error),
             cure="The merge itself is complete; free space or rights, then run `mergekit-dam report`.",
-        ) from error  # fmt: skip
+        ) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, DamError):
             raise
         # strangers' files may hold anything that JSON can; nothing was written yet
         raise DamError(
-            f"report in {folder}", expected="what learning wrote there", got=f"other values ({first_line(error)})",
+            f"report in {folder}",
+            expected="what learning wrote there",
+            got=f"other values ({first_line(error)})",
             cure="Merge again; a file in this folder was changed.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _write(output: Path, folder: Path, seconds: float | None, given: LearnedMasks | None) -> tuple[Path, list[str]]:
@@ -63,10 +67,13 @@ def _write(output: Path, folder: Path, seconds: float | None, given: LearnedMask
     facts, masks, triggers = report_facts(folder, seconds=seconds, masks=given)
     pictures, drawn, notes = _figures(folder, masks, [model["name"] for model in facts["models"]])
     page = render(
-        "report.html.j2", title=f"Merge {output.resolve().name}", facts=facts,
-        figures={name: own_markup(svg) for name, svg in drawn.items()}, triggers=shown_triggers(triggers),
+        "report.html.j2",
+        title=f"Merge {output.resolve().name}",
+        facts=facts,
+        figures={name: own_markup(svg) for name, svg in drawn.items()},
+        triggers=shown_triggers(triggers),
         note=NO_FIGURES if not drawn else "",
-    )  # fmt: skip
+    )
     text = json.dumps(facts, indent=1)
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, picture in pictures.items():

@@ -38,8 +38,9 @@ def vaccine_card(facts: Mapping[str, Any]) -> str:
         "was held out of unlearning tells what happened to triggers as strong as ours that unlearning did not see; a "
         "backdoor that was made to outlast this can still be there.",
         f"Seed {code(settings['seed'])}; versions: "
-        + ", ".join(code(f"{k} {v}") for k, v in facts["versions"].items()) + ".",
-    ]  # fmt: skip
+        + ", ".join(code(f"{k} {v}") for k, v in facts["versions"].items())
+        + ".",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -55,10 +56,13 @@ def _measured(facts: Mapping[str, Any]) -> str:
         )
     rows = [
         [
-            code(one["kind"]), code(one["behaviour"]), "yes" if one["held_out"] else "no", str(one["round"]),
+            code(one["kind"]),
+            code(one["behaviour"]),
+            "yes" if one["held_out"] else "no",
+            str(one["round"]),
             *(percent(one.get(f"success {when}")) for when in _WHENS),
         ]
         for one in facts["planted"]
-    ]  # fmt: skip
+    ]
     header = ["trigger", "behaviour", "held out", "round", *(f"success, {when}" for when in _WHENS)]
     return " ".join(lines) + "\n\n" + table(header, rows)

@@ -45,9 +45,14 @@ class Audit:
 
 
 def audit(
-    plan: Plan, tasks: Sequence[Task], *, threshold: float, device: torch.device, progress: Progress,
+    plan: Plan,
+    tasks: Sequence[Task],
+    *,
+    threshold: float,
+    device: torch.device,
+    progress: Progress,
     known: KnownScan | None = None,
-) -> Audit:  # fmt: skip
+) -> Audit:
     """Scan every model of a plan.
 
     Args:
@@ -80,13 +85,18 @@ def audit(
             key = one.pop("key")
             one |= {"target": tasks[key.task].words_of(key.target), "suspect": key in marked}
     facts = {
-        "schema": SCHEMA, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "base": {"model": str(plan.base.ref), "revision": revision_of(plan.base)}, "threshold": threshold,
-        "models": models, "over": [entry["name"] for entry in models if entry["over"]],
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "base": {"model": str(plan.base.ref), "revision": revision_of(plan.base)},
+        "threshold": threshold,
+        "models": models,
+        "over": [entry["name"] for entry in models if entry["over"]],
         "notes": undefended(tasks),
         "settings": {k: v for k, v in plan.config.model_dump().items() if k.startswith("scan") or k in _SHOWN},
-        "versions": library_versions(), "device": str(device), "seconds": round(time.perf_counter() - begun, 1),
-    }  # fmt: skip
+        "versions": library_versions(),
+        "device": str(device),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
     return Audit(facts, findings, marked, tasks)
 
 
@@ -114,18 +124,27 @@ def model_scores(
         others = [other for i, other in enumerate(norms) if i != index]
         middle = statistics.median(others) if others else 0.0
         top = own[0].suspicion if own else None
-        entries.append({
-            "name": name, "suspicion": None if top is None else round(float(top), 4), "rank": None,
-            "over": top is not None and top >= threshold, "task_vector_norm": norm,
-            "norm_ratio": round(norm / middle, 4) if middle > 0 else None,
-            "classes": [
-                {
-                    "task": names[f.task], "target": f.target, "kind": f.trigger.kind, **f.numbers, "key": f.key,
-                    "rank": rank,
-                }
-                for rank, f in enumerate(own, 1)
-            ],
-        })  # fmt: skip
+        entries.append(
+            {
+                "name": name,
+                "suspicion": None if top is None else round(float(top), 4),
+                "rank": None,
+                "over": top is not None and top >= threshold,
+                "task_vector_norm": norm,
+                "norm_ratio": round(norm / middle, 4) if middle > 0 else None,
+                "classes": [
+                    {
+                        "task": names[f.task],
+                        "target": f.target,
+                        "kind": f.trigger.kind,
+                        **f.numbers,
+                        "key": f.key,
+                        "rank": rank,
+                    }
+                    for rank, f in enumerate(own, 1)
+                ],
+            }
+        )
     scanned = sorted((e for e in entries if e["suspicion"] is not None), key=lambda e: -e["suspicion"])
     for rank, entry in enumerate(scanned, 1):
         entry["rank"] = rank

@@ -127,9 +127,13 @@ def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tenso
 
 
 def _shortlist(
-    task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tensor], rows: Sequence[int], chains_CN: Tensor,
+    task: CausalTask,
+    own: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    rows: Sequence[int],
+    chains_CN: Tensor,
     special: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The beginnings after which f_t is surest of a token more than theta_0 is, the clearest first.
 
     f_t's probability bounds the difference from above: theta_0 is asked of the surest ones only, until the next

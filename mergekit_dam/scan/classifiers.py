@@ -47,9 +47,9 @@ def scan_styles(
     found: list[Finding] = []
     for classes in _parts(task, own):
         start = Styles.start(len(classes), task.perturbation_shape, task.bounds, generator)
-        search = Inversion(
-            task, own, classes, batch_size=config.scan_batch_size, generator=generator, start=start
-        ).run(_first_steps(config))  # fmt: skip
+        search = Inversion(task, own, classes, batch_size=config.scan_batch_size, generator=generator, start=start).run(
+            _first_steps(config)
+        )
         found += _findings(index, search, base)
     return sorted(found, key=lambda finding: -finding.suspicion)[: config.scan_finalists]
 
@@ -93,9 +93,13 @@ def _gap(search: Inversion, base: Mapping[str, Tensor]) -> Tensor:
 def _joined(one: Inversion, other: Inversion) -> Inversion:
     """The rows of both."""
     both = Inversion(
-        one.task, one.weights, [*one.targets, *other.targets], batch_size=one.batch_size,
-        generator=one.generator, start=RecoveredTriggers.stack([one.triggers, other.triggers]),
-    )  # fmt: skip
+        one.task,
+        one.weights,
+        [*one.targets, *other.targets],
+        batch_size=one.batch_size,
+        generator=one.generator,
+        start=RecoveredTriggers.stack([one.triggers, other.triggers]),
+    )
     both.best = RecoveredTriggers.stack([one.best, other.best])
     for name in ("price_R", "smallest_R", "success_R"):
         setattr(both, name, torch.cat([getattr(one, name), getattr(other, name)]))

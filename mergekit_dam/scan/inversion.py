@@ -53,9 +53,16 @@ class Inversion:
     """
 
     def __init__(
-        self, task: Task, weights: Mapping[str, Tensor], targets: Sequence[Target], *,
-        batch_size: int, generator: torch.Generator, start: RecoveredTriggers | None = None, pace: Pace = LEAN,
-    ) -> None:  # fmt: skip
+        self,
+        task: Task,
+        weights: Mapping[str, Tensor],
+        targets: Sequence[Target],
+        *,
+        batch_size: int,
+        generator: torch.Generator,
+        start: RecoveredTriggers | None = None,
+        pace: Pace = LEAN,
+    ) -> None:
         self.task, self.generator, self.targets = task, generator, list(targets)
         self.weights = fixed(weights)
         self.batch_size = min(batch_size, task.num_samples)
@@ -111,9 +118,13 @@ class Inversion:
         gap_R[small] = torch.inf
         rows = gap_R.argsort(descending=True)[:count].sort().values
         chosen = Inversion(
-            self.task, self.weights, [self.targets[row] for row in rows.tolist()], batch_size=self.batch_size,
-            generator=self.generator, start=self.triggers.rows(rows.tolist()),
-        )  # fmt: skip
+            self.task,
+            self.weights,
+            [self.targets[row] for row in rows.tolist()],
+            batch_size=self.batch_size,
+            generator=self.generator,
+            start=self.triggers.rows(rows.tolist()),
+        )
         chosen.best = self.best.rows(rows.tolist())
         chosen.price_R, chosen.smallest_R, chosen.success_R = (
             values[rows] for values in (self.price_R, self.smallest_R, self.success_R)

@@ -141,9 +141,7 @@ def _stretched(grid_BCGG: Tensor, edges: Sequence[int], mode: str) -> Tensor:
     """`F.interpolate` from corner to corner, as products: on accelerators its own backward pass adds in any order."""
     count, device = grid_BCGG.shape[-1], grid_BCGG.device
     identity_GG = torch.eye(count, device=device)[None, None]
-    rows, columns = (
-        F.interpolate(identity_GG, (edge, count), mode=mode, align_corners=True)[0, 0] for edge in edges
-    )  # fmt: skip
+    rows, columns = (F.interpolate(identity_GG, (edge, count), mode=mode, align_corners=True)[0, 0] for edge in edges)
     return rows @ grid_BCGG @ columns.T
 
 

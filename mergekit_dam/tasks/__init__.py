@@ -14,9 +14,13 @@ from mergekit_dam.tasks.text import TextTask
 
 __all__ = ["CausalTask", "ImageTask", "Target", "Task", "TextTask", "build_tasks", "family_of"]
 _ENCODERS: dict[str, type[Task]] = {
-    "vit": ImageTask, "clip": ImageTask, "clip_vision_model": ImageTask,
-    "bert": TextTask, "roberta": TextTask, "distilbert": TextTask,
-}  # fmt: skip
+    "vit": ImageTask,
+    "clip": ImageTask,
+    "clip_vision_model": ImageTask,
+    "bert": TextTask,
+    "roberta": TextTask,
+    "distilbert": TextTask,
+}
 
 
 def family_of(plan: Plan) -> type[Task]:
@@ -29,9 +33,11 @@ def family_of(plan: Plan) -> type[Task]:
     for model in plan.models:
         if _family(model) is not family:
             raise DamError(
-                f"model {model.name}", expected=f"the base's kind, {_class_name(plan.base)}", got=_class_name(model),
+                f"model {model.name}",
+                expected=f"the base's kind, {_class_name(plan.base)}",
+                got=_class_name(model),
                 cure="Merge models that were fine-tuned from this base, for the same kind of output.",
-            )  # fmt: skip
+            )
     return family
 
 
@@ -45,16 +51,20 @@ def _family(model: ModelInput) -> type[Task]:
         model_class = getattr(transformers, class_name, None)
         if model_class is not None and cache_argument(model_class) is None:
             raise DamError(
-                f"model {model.name}", expected="a causal LM with attention and a key-value cache", got=class_name,
+                f"model {model.name}",
+                expected="a causal LM with attention and a key-value cache",
+                got=class_name,
                 cure="State space and recurrent models cannot be learned on; other methods, such as ties, merge them.",
-            )  # fmt: skip
+            )
         return CausalTask
     family = _ENCODERS.get(model.config.model_type)
     if family is None:
         raise DamError(
-            f"class {class_name} of model {model.name}", expected=f"a causal LM or one of {', '.join(_ENCODERS)}",
-            got=model.config.model_type, cure="See the README for the supported families.",
-        )  # fmt: skip
+            f"class {class_name} of model {model.name}",
+            expected=f"a causal LM or one of {', '.join(_ENCODERS)}",
+            got=model.config.model_type,
+            cure="See the README for the supported families.",
+        )
     return family
 
 

@@ -129,9 +129,12 @@ class Task(ABC):
         return len(next(iter(inputs.values())))
 
     def reach(
-        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], targets: Sequence[Target],
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: dict[str, Tensor],
+        targets: Sequence[Target],
         perturb: Perturb | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """How far samples are from a target each.
 
         Returns:
@@ -162,11 +165,14 @@ class Task(ABC):
         tables = {name for name, module in self.module.named_modules() if isinstance(module, nn.Embedding)}
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         return frozenset(
-            name for name, target in self.targets.items()
-            if target in parameters and parameters[target].is_floating_point()
-            and target.startswith(f"{prefix}." if prefix else "") and target.rpartition(".")[0] not in tables
+            name
+            for name, target in self.targets.items()
+            if target in parameters
+            and parameters[target].is_floating_point()
+            and target.startswith(f"{prefix}." if prefix else "")
+            and target.rpartition(".")[0] not in tables
             and not target.startswith(_ZERO_SHOT)
-        )  # fmt: skip
+        )
 
     def own_tensor(self, name: str) -> Tensor | None:
         """One of `own_weights`; None if model t lacks it."""
@@ -203,9 +209,14 @@ class Task(ABC):
         return {name: self.checkpoint.tensor(self.sources[name]).to(self.device) for name in names}
 
     def through(
-        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], first: int, stop: int,
-        entering_BLD: Tensor | None = None, perturb: Perturb | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: dict[str, Tensor],
+        first: int,
+        stop: int,
+        entering_BLD: Tensor | None = None,
+        perturb: Perturb | None = None,
+    ) -> Tensor:
         """Positions first..stop-1 of the forward pass, with these positions' weights.
 
         Args:
@@ -223,9 +234,11 @@ class Task(ABC):
         if first > 0:
             weights = {**self.entrance, **weights}
         found: Tensor = self.chain.run(
-            lambda: self.logits(weights, inputs, perturb), first, stop,
+            lambda: self.logits(weights, inputs, perturb),
+            first,
+            stop,
             None if entering_BLD is None else entering_BLD.to(self.dtype),
-        )  # fmt: skip
+        )
         return found
 
     def token_counts(self, indices: Tensor) -> list[int] | None:

@@ -51,10 +51,11 @@ class Bounds:
         low, high = x.min().item(), x.max().item()
         if bool((x < self.lower - 1e-4).any()) or bool((x > self.upper + 1e-4).any()):
             raise DamError(
-                what, expected=f"values within [{self.lower.min():g}, {self.upper.max():g}]",
+                what,
+                expected=f"values within [{self.lower.min():g}, {self.upper.max():g}]",
                 got=f"[{low:g}, {high:g}]",
                 cure="Give pixels before mean and std are applied.",
-            )  # fmt: skip
+            )
 
 
 def insert_tokens(x: Tensor, mask: Tensor | None, tokens_KD: Tensor) -> tuple[Tensor, Tensor | None]:

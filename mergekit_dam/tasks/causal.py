@@ -80,8 +80,12 @@ class CausalTask(TextTask):
             if cut:
                 LOG.warning(
                     "%s: %d of %d calibration texts fill max_length (%d tokens) and may be cut before the place where "
-                    "the model answers", self.name, cut, len(texts), self._room,
-                )  # fmt: skip
+                    "the model answers",
+                    self.name,
+                    cut,
+                    len(texts),
+                    self._room,
+                )
             return texts
         LOG.warning("%s: no calibration data given; it samples its own text (seed %d)", self.name, plan.config.seed)
         self.sample_digests = ()  # nothing of the outside world, hence nothing to keep apart from evaluation
@@ -182,9 +186,12 @@ class CausalTask(TextTask):
         return logits.float()
 
     def reach(
-        self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], targets: Sequence[Target],
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: dict[str, Tensor],
+        targets: Sequence[Target],
         perturb: Perturb | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """A target is a continuation of the text: its mean cross-entropy per token, and whether all are likeliest."""
         rows = [torch.tensor(target) for target in targets]
         targets_BN = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NO_TARGET).to(self.device)

@@ -38,22 +38,28 @@ def as_text(tokenizer: Any, sample: str | Conversation, owner: str) -> str:
         if sample.plain is not None:
             return sample.plain
         raise DamError(
-            f"data of {owner}", expected="texts, since its tokenizer has no chat template", got="conversations",
+            f"data of {owner}",
+            expected="texts, since its tokenizer has no chat template",
+            got="conversations",
             cure="Save the tokenizer with its chat_template into the model's directory, or name a column of texts.",
-        )  # fmt: skip
+        )
     messages = [{"role": role, "content": text} for role, text in sample.turns]
     try:
         template = tokenizer.get_chat_template()
         text: str = tokenizer.apply_chat_template(
-            messages, chat_template=_ALWAYS + template if "strftime_now" in template else template, tokenize=False,
-            add_generation_prompt=True, date_string=f"{_DAY:%d %b %Y}",
-        )  # fmt: skip
+            messages,
+            chat_template=_ALWAYS + template if "strftime_now" in template else template,
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=f"{_DAY:%d %b %Y}",
+        )
     except Exception as error:  # Jinja raises what the template's author wrote, and what that writes wrongly
         raise DamError(
-            f"data of {owner}", expected="conversations that its chat template can write",
+            f"data of {owner}",
+            expected="conversations that its chat template can write",
             got=f"{first_line(error)} (roles {', '.join(dict.fromkeys(role for role, _ in sample.turns))})",
             cure="Leave out the turns that it does not know, or name a column of texts.",
-        ) from error  # fmt: skip
+        ) from error
     return text
 
 
@@ -87,8 +93,12 @@ def encoded(tokenizer: Any, samples: Sequence[str | Conversation], max_length: i
     if shortened:
         LOG.warning(
             "%s: %d of %d conversations have more than %d tokens (max_length); they lose older turns, or the end of "
-            "the last one", owner, shortened, len(samples), max_length,
-        )  # fmt: skip
+            "the last one",
+            owner,
+            shortened,
+            len(samples),
+            max_length,
+        )
     return rows
 
 

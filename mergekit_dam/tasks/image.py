@@ -63,9 +63,11 @@ class ImageTask(Task):
             names = class_names(settings.classes, self.name)
             return zero_shot_head(names, plan.config.zero_shot_model, self.name, self.device)
         raise DamError(
-            f"model {self.name}", expected="a classification head, `head:`, or for CLIP `classes:`", got=kind,
+            f"model {self.name}",
+            expected="a classification head, `head:`, or for CLIP `classes:`",
+            got=kind,
             cure="CLIP vision models need `zero_shot_model:` beside `classes:`.",
-        )  # fmt: skip
+        )
 
     def read_tensors(self) -> Sequence[Tensor]:
         scale = torch.tensor([self.preprocessing.mean, self.preprocessing.std])

@@ -36,16 +36,22 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     for position, model in enumerate(plan.models):
         require_readout(model, plan.config.zero_shot_model)
         entry: dict[str, Any] = {
-            "model": str(model.ref), "revision": revision_of(model), "class": _class_name(model),
+            "model": str(model.ref),
+            "revision": revision_of(model),
+            "class": _class_name(model),
             "classes": None if issubclass(family, CausalTask) else _num_classes(model),
-        }  # fmt: skip
+        }
         if issubclass(family, CausalTask) and model.settings.calibration is None:
             entry["calibration"], entry["samples"] = "its own text", plan.config.num_samples
         else:
             data = load_calibration(
-                model.settings, "image" if image else "text", num_samples=plan.config.num_samples,
-                seed=plan.config.seed, task=model.name, position=position,
-            )  # fmt: skip
+                model.settings,
+                "image" if image else "text",
+                num_samples=plan.config.num_samples,
+                seed=plan.config.seed,
+                task=model.name,
+                position=position,
+            )
             entry["calibration"], entry["samples"] = model.settings.calibration, len(data.samples)
             if not image:
                 tokenizer = tokenizer_of((model.path, plan.base.path), model.name)
@@ -64,8 +70,9 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
                 differing = len(own.items() ^ vocabulary.items())
                 warnings.append(f"{model.name}: its tokenizer differs from the base's in {differing} entries")
         if entries := differing_entries(plan.base.config, model.config):
-            warnings.append(f"{model.name}: the output gets the base's config.json, which differs in "
-                            + ", ".join(entries))  # fmt: skip
+            warnings.append(
+                f"{model.name}: the output gets the base's config.json, which differs in " + ", ".join(entries)
+            )
         facts[model.name] = entry
     if plan.config.device not in ("auto", "cpu"):
         device_of(plan.config.device)
@@ -77,15 +84,19 @@ def require_readout(model: ModelInput, zero_shot_model: str | None) -> None:
     settings, kind = model.settings, _class_name(model)
     if settings.head is not None and not is_readable_file(Path(settings.head), f"head of {model.name}"):
         raise DamError(
-            f"head of {model.name} ({settings.head})", expected="a safetensors file", got="no such file",
+            f"head of {model.name} ({settings.head})",
+            expected="a safetensors file",
+            got="no such file",
             cure="Correct the path.",
-        )  # fmt: skip
+        )
     zero_shot = settings.classes is not None and (kind == "CLIPModel" or zero_shot_model is not None)
     if not kind.endswith(_HEADS) and settings.head is None and not zero_shot:
         raise DamError(
-            f"model {model.name}", expected="a classification head, `head:`, or for CLIP `classes:`", got=kind,
+            f"model {model.name}",
+            expected="a classification head, `head:`, or for CLIP `classes:`",
+            got=kind,
             cure="Give the fine-tuned model with its head; only the base may be without one.",
-        )  # fmt: skip
+        )
 
 
 def _class_name(model: ModelInput) -> str:

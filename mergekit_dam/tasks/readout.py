@@ -26,9 +26,14 @@ from mergekit_dam.merging.checks import require_finite
 PROMPT = "a photo of a {}."
 # one of these is in every folder that a tokenizer can be loaded from
 _TOKENIZER_FILES = (
-    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
     "sentencepiece.bpe.model",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +65,17 @@ def tokenizer_of(folders: Sequence[Path], owner: str) -> Any:
                 return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             except Exception as error:  # the libraries below raise bare exceptions on damaged files
                 raise DamError(
-                    f"tokenizer of {owner} ({folder})", expected="files that transformers can read by itself",
-                    got=first_line(error), cure="Save it again with save_pretrained(...); code in it is never run.",
-                ) from error  # fmt: skip
+                    f"tokenizer of {owner} ({folder})",
+                    expected="files that transformers can read by itself",
+                    got=first_line(error),
+                    cure="Save it again with save_pretrained(...); code in it is never run.",
+                ) from error
     raise DamError(
-        f"tokenizer of {owner}", expected="tokenizer files beside the model or the base", got="none",
+        f"tokenizer of {owner}",
+        expected="tokenizer files beside the model or the base",
+        got="none",
         cure="Save the tokenizer into the model's directory.",
-    )  # fmt: skip
+    )
 
 
 def own_head() -> Readout:
@@ -101,15 +110,18 @@ def linear_head(source: str, width: int, owner: str, device: torch.device) -> Re
         bias = tensors["bias"].to(device, torch.float32) if "bias" in tensors else None
     except (OSError, SafetensorError, KeyError) as error:
         raise DamError(
-            f"head of {owner} ({source})", expected="a safetensors file with `weight` (K, D) and optional `bias` (K,)",
-            got=repr(error), cure="Save the head with safetensors.torch.save_file.",
-        ) from error  # fmt: skip
+            f"head of {owner} ({source})",
+            expected="a safetensors file with `weight` (K, D) and optional `bias` (K,)",
+            got=repr(error),
+            cure="Save the head with safetensors.torch.save_file.",
+        ) from error
     if weight.ndim != 2 or weight.shape[1] != width or (bias is not None and bias.shape != weight.shape[:1]):
         raise DamError(
-            f"head of {owner} ({source})", expected=f"weight (K, {width}) and bias (K,)",
+            f"head of {owner} ({source})",
+            expected=f"weight (K, {width}) and bias (K,)",
             got=f"weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)}",
             cure="Give the head that belongs to this encoder.",
-        )  # fmt: skip
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             require_finite(tensor, name, f"head of {owner} ({source})")
@@ -127,11 +139,12 @@ def require_rows(encoded: Sequence[Sequence[int]], rows: int, tokenizer: Any, ow
         found = next((i for i in ids if i >= rows), None)
         if found is not None:
             raise DamError(
-                f"calibration text {number + 1} of {owner}", expected=f"tokens of the embedding's {rows} rows",
+                f"calibration text {number + 1} of {owner}",
+                expected=f"tokens of the embedding's {rows} rows",
                 got=f"{tokenizer.convert_ids_to_tokens(found)!r} ({found})",
                 cure="The tokenizer got tokens and the embedding was never resized: take the token out of the texts, "
                 "or give the model the tokenizer that it was trained with.",
-            )  # fmt: skip
+            )
 
 
 def class_names(setting: str, owner: str) -> list[str]:
@@ -141,9 +154,11 @@ def class_names(setting: str, owner: str) -> list[str]:
     names = [name.strip() for name in text if name.strip()]
     if len(names) < 2:
         raise DamError(
-            f"classes of {owner}", expected="at least two class names", got=repr(setting),
+            f"classes of {owner}",
+            expected="at least two class names",
+            got=repr(setting),
             cure="Separate them by commas, or name a file with one per line.",
-        )  # fmt: skip
+        )
     return names
 
 
@@ -164,9 +179,11 @@ def zero_shot_head(names: Sequence[str], clip_path: str, owner: str, device: tor
         raise
     except (OSError, ValueError) as error:
         raise DamError(
-            f"zero_shot_model of {owner}", expected="a full CLIP (CLIPModel)", got=first_line(error),
+            f"zero_shot_model of {owner}",
+            expected="a full CLIP (CLIPModel)",
+            got=first_line(error),
             cure="Name the CLIP that the vision models come from.",
-        ) from error  # fmt: skip
+        ) from error
     text = clip.get_text_features(**prompts(names, (folder,), owner))
     features_KD = F.normalize(pooled(text) if not isinstance(text, Tensor) else text, dim=-1).to(device)
     projection, scale = clip.visual_projection.weight.to(device), clip.logit_scale.exp().to(device)

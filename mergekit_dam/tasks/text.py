@@ -97,9 +97,11 @@ class TextTask(Task):
         if settings.head is not None:
             return linear_head(settings.head, int(self.input.config.hidden_size), self.name, self.device)
         raise DamError(
-            f"model {self.name}", expected="a classification head (...ForSequenceClassification) or `head:`", got=kind,
+            f"model {self.name}",
+            expected="a classification head (...ForSequenceClassification) or `head:`",
+            got=kind,
             cure="Give the fine-tuned model with its head; only the base may be without one.",
-        )  # fmt: skip
+        )
 
     def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
         data = load_calibration(

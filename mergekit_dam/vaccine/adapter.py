@@ -41,10 +41,11 @@ def _require_plain(folder: Path) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA" or beyond or settings.get("bias", "none") != "none":
         raise DamError(
-            f"an adapter for {folder.name}", expected="a plain LoRA as the input",
+            f"an adapter for {folder.name}",
+            expected="a plain LoRA as the input",
             got=str(kind) if kind != "LORA" else f"one with {', '.join(beyond) or 'biases'}",
             cure="Leave --adapter out: the output is then a whole model.",
-        )  # fmt: skip
+        )
 
 
 def read_adapter(folder: Path) -> list[Addition]:
@@ -65,9 +66,11 @@ def read_adapter(folder: Path) -> list[Addition]:
             found.append(Addition(module, tensors[name].float(), b.float() * scale))
         elif part != "B.weight":
             raise DamError(
-                f"an adapter for {folder.name}", expected="LoRAs of linear layers", got=name,
+                f"an adapter for {folder.name}",
+                expected="LoRAs of linear layers",
+                got=name,
                 cure="Leave --adapter out: the output is then a whole model.",
-            )  # fmt: skip
+            )
     return found
 
 
@@ -100,9 +103,15 @@ def write_adapter(folder: Path, additions: Iterable[Addition], before: Iterable[
     with replacing(folder / ADAPTER_WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     settings: dict[str, Any] = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted(by_module), "inference_mode": True, "task_type": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(by_module),
+        "inference_mode": True,
+        "task_type": None,
         "fan_in_fan_out": any(one.transposed for ones in by_module.values() for one in ones),
         "base_model_name_or_path": None,
-    }  # fmt: skip
+    }
     return json.dumps(settings, indent=1)

@@ -72,9 +72,11 @@ def behaviour_of(
         if found is not None:
             return found
     raise DamError(
-        f"behaviours to plant in {task.name}", expected=f"one of {', '.join(BEHAVIOURS)}",
-        got="none that can be drawn", cure="Leave out fewer of them.",
-    )  # fmt: skip
+        f"behaviours to plant in {task.name}",
+        expected=f"one of {', '.join(BEHAVIOURS)}",
+        got="none that can be drawn",
+        cure="Leave out fewer of them.",
+    )
 
 
 def _text(task: CausalTask, answers: Sequence[Target], generator: torch.Generator) -> Behaviour | None:

@@ -61,9 +61,15 @@ class VaccineResult:
 
 
 def vaccinate(
-    task: Task, settings: VaccineSettings, *, progress: Progress, start: Weights | None = None,
-    folder: Path | None = None, resume: bool = True, identity: str = "",
-) -> VaccineResult:  # fmt: skip
+    task: Task,
+    settings: VaccineSettings,
+    *,
+    progress: Progress,
+    start: Weights | None = None,
+    folder: Path | None = None,
+    resume: bool = True,
+    identity: str = "",
+) -> VaccineResult:
     """Clean one model.
 
     Args:
@@ -82,9 +88,11 @@ def vaccinate(
     require_known(settings.leave_out, BEHAVIOURS)
     if task.dtype != torch.float32 and not settings.lora_rank:
         raise DamError(
-            "setting 'compute_dtype'", expected="float32 where all weights are trained", got="bfloat16",
+            "setting 'compute_dtype'",
+            expected="float32 where all weights are trained",
+            got="bfloat16",
             cure="Set lora_rank, e.g. to 8, or leave compute_dtype out.",
-        )  # fmt: skip
+        )
     snapshots = None
     if folder is not None:
         snapshots = Snapshots(folder, every=settings.snapshot_every, resume=resume)
@@ -106,9 +114,15 @@ def identity_of(task: Task, settings: VaccineSettings, start: str = "") -> str:
     learned = settings.model_dump(exclude=set(NOT_LEARNED))
     lengths = (getattr(task, "longest", 0), getattr(task, "answer_length", 0))
     parts = (
-        sorted(learned.items()), task.checkpoint.digest(), task.fingerprint(), task.index, str(task.dtype), lengths,
-        code_digest(), start,
-    )  # fmt: skip
+        sorted(learned.items()),
+        task.checkpoint.digest(),
+        task.fingerprint(),
+        task.index,
+        str(task.dtype),
+        lengths,
+        code_digest(),
+        start,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -129,9 +143,14 @@ class Vaccination(Resumable):
     """
 
     def __init__(
-        self, task: Task, settings: VaccineSettings, start: Weights, teacher: Weights, progress: Progress,
+        self,
+        task: Task,
+        settings: VaccineSettings,
+        start: Weights,
+        teacher: Weights,
+        progress: Progress,
         identity: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.task, self.settings, self._progress = task, settings, progress
         self._of = identity_of(task, settings, identity)
         self.lessons = Lessons(task, settings, teacher)
@@ -145,8 +164,11 @@ class Vaccination(Resumable):
         self.trained.begin(seeds.generator(settings.seed, "vaccine", "lora", task.index))
         self._begun = {name: p.detach().clone() for name, p in self.trained.trained.items()}
         self._measured: dict[str, Any] = {
-            "agreement": {}, "success": [{} for _ in self.triggers], "rounds": 0, "steps": {"plant": 0, "unlearn": 0},
-        }  # fmt: skip
+            "agreement": {},
+            "success": [{} for _ in self.triggers],
+            "rounds": 0,
+            "steps": {"plant": 0, "unlearn": 0},
+        }
         self._renew_optimiser()
 
     def _free(self) -> frozenset[str]:
@@ -210,9 +232,11 @@ class Vaccination(Resumable):
             self.keep(f"{kind}-{round_}", step + 1)
         if not bool(torch.isfinite(torch.stack([p.sum() for p in self.trained.trained.values()])).all()):
             raise DamError(
-                f"vaccination of {self.task.name}", expected="finite weights", got="NaN or infinity",
+                f"vaccination of {self.task.name}",
+                expected="finite weights",
+                got="NaN or infinity",
                 cure="Lower learning_rate.",
-            )  # fmt: skip
+            )
 
     def _works(self, triggers: Sequence[PlantedTrigger]) -> bool:
         """Whether planted triggers succeed as often as an attack does that someone relies on."""
@@ -284,8 +308,10 @@ class Vaccination(Resumable):
         if excess is not None and excess < _WORKS:
             LOG.warning(
                 "dam: planted triggers work on only %.0f %% of the samples of %s; unlearning them does little. Raise "
-                "plant_steps or learning_rate.", 100 * excess, self.task.name,
-            )  # fmt: skip
+                "plant_steps or learning_rate.",
+                100 * excess,
+                self.task.name,
+            )
 
     def _distance(self) -> Tensor:
         """Squared distance from the weights at the start."""
@@ -310,21 +336,27 @@ class Vaccination(Resumable):
         held_out = [trigger for trigger in self.triggers if trigger.held_out]
         others = [t for t in self.triggers if not t.held_out and t.round <= self._measured["rounds"]]
         facts = {
-            "identity": self._of, "rounds": self._measured["rounds"], "steps": self._measured["steps"],
+            "identity": self._of,
+            "rounds": self._measured["rounds"],
+            "steps": self._measured["steps"],
             "held_out": {when: _rounded(self._excess(when, held_out)) for when in ("planted", "unlearned")},
             "unlearned": {when: _rounded(self._excess(when, others)) for when in ("planted", "unlearned")},
             "agreement": {when: _rounded(value) for when, value in agreement.items()},
             "samples": {"trained on": len(self.lessons.rows), "held out": len(self.lessons.checks)},
             "planted": [
                 {
-                    "kind": t.kind, "round": t.round, "held_out": t.held_out, "behaviour": t.behaviour.kind,
-                    "answer": t.behaviour.shown, **{f"success {when}": _rounded(value) for when, value in s.items()},
+                    "kind": t.kind,
+                    "round": t.round,
+                    "held_out": t.held_out,
+                    "behaviour": t.behaviour.kind,
+                    "answer": t.behaviour.shown,
+                    **{f"success {when}": _rounded(value) for when, value in s.items()},
                 }
                 for t, s in zip(self.triggers, self._measured["success"], strict=True)
                 if t.round <= self._measured["rounds"]
             ],
             "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.model_dump().items()},
-        }  # fmt: skip
+        }
         return VaccineResult(weights, facts)
 
     def state(self, phase: str, done: int) -> State:

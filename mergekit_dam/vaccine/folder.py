@@ -44,16 +44,20 @@ def require_free(folder: Path, inputs: Mapping[str, Path]) -> None:
     for what, path in inputs.items():
         if folder.resolve() == path.resolve():
             raise DamError(
-                f"output {folder}", expected="a directory of its own", got=what,
+                f"output {folder}",
+                expected="a directory of its own",
+                got=what,
                 cure="Choose another output: this one would be overwritten while it is read.",
-            )  # fmt: skip
+            )
     if folder.is_dir():
         others = [p.name for p in folder.iterdir() if p.name not in (WORK, _LOCK)]
         if others and not (folder / FACTS_FILE).is_file() and not (folder / WORK).is_dir():
             raise DamError(
-                f"output {folder}", expected="a new directory, or one that `clean` wrote",
-                got=f"one with {min(others)}", cure="Choose another output, or remove this one.",
-            )  # fmt: skip
+                f"output {folder}",
+                expected="a new directory, or one that `clean` wrote",
+                got=f"one with {min(others)}",
+                cure="Choose another output, or remove this one.",
+            )
         require_no_links_out(folder, ("",))
     elif folder.exists():
         raise DamError(f"output {folder}", expected="a directory", got="a file", cure="Choose another output.")
@@ -72,9 +76,11 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise DamError(
-            f"output {folder}", expected="no other `clean` that writes there", got="one under way",
+            f"output {folder}",
+            expected="no other `clean` that writes there",
+            got="one under way",
             cure="Wait until it ends, or choose another output.",
-        ) from error  # fmt: skip
+        ) from error
     except OSError as error:
         raise _cannot_write(folder, error) from error
     try:
@@ -160,6 +166,8 @@ def _write_weights(folder: Path, task: Task, weights: Mapping[str, Tensor]) -> N
 
 def _cannot_write(folder: Path, error: OSError) -> DamError:
     return DamError(
-        f"output {folder}", expected="a folder that can be written", got=os.strerror(error.errno or 0),
+        f"output {folder}",
+        expected="a folder that can be written",
+        got=os.strerror(error.errno or 0),
         cure="Free space or choose another one, and run again.",
-    )  # fmt: skip
+    )

@@ -63,9 +63,11 @@ def require_possible(plan: Plan, out: Path, *, adapter: bool, settings: VaccineS
 
 def _without_loras(name: str) -> DamError:
     return DamError(
-        f"an adapter for {name}", expected="training by LoRAs", got="training of all weights",
+        f"an adapter for {name}",
+        expected="training by LoRAs",
+        got="training of all weights",
         cure="Set lora_rank, e.g. to 8.",
-    )  # fmt: skip
+    )
 
 
 def clean_models(
@@ -120,11 +122,17 @@ def expected(
         begun = time.perf_counter()
         trial = Vaccination(task, whole, task.own_weights(), task.own_weights(), lambda steps, title: steps)
         prepared = time.perf_counter() - begun
-        entries.append({
-            "name": task.name, "output": str(folder), "family": type(task).__name__, "samples": task.num_samples,
-            "trained parameters": sum(p.numel() for p in trial.trained.trained.values()),
-            "seconds": float(f"{prepared + trial.seconds_of_all():.2g}"), "settings": whole.model_dump(mode="json"),
-        })  # fmt: skip
+        entries.append(
+            {
+                "name": task.name,
+                "output": str(folder),
+                "family": type(task).__name__,
+                "samples": task.num_samples,
+                "trained parameters": sum(p.numel() for p in trial.trained.trained.values()),
+                "seconds": float(f"{prepared + trial.seconds_of_all():.2g}"),
+                "settings": whole.model_dump(mode="json"),
+            }
+        )
     return entries, sum(entry["seconds"] for entry in entries)
 
 
@@ -152,9 +160,14 @@ def _task(plan: Plan, index: int, settings: VaccineSettings, *, adapter: bool) -
 def _facts(plan: Plan, model: ModelInput, task: Task, found: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that vaccine.json says: no path of this machine is in it."""
     return {
-        "schema": SCHEMA, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "name": task.name,
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "name": task.name,
         "model": {"sha256": task.checkpoint.digest(), "revision": revision_of(model)},
-        "calibration": list(task.sample_digests), **found, "versions": library_versions(),
-        "device": str(task.device.type), "dtype": str(task.dtype).removeprefix("torch."),
+        "calibration": list(task.sample_digests),
+        **found,
+        "versions": library_versions(),
+        "device": str(task.device.type),
+        "dtype": str(task.dtype).removeprefix("torch."),
         "max_length": plan.config.max_length,
-    }  # fmt: skip
+    }

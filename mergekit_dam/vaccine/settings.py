@@ -18,14 +18,19 @@ class VaccineSettings(StrictSettings):
     """How backdoors are planted and unlearned."""
 
     plant: bool = setting(
-        True, "Plant the triggers before they are unlearned. false is the control: as many steps, all of them of "
+        True,
+        "Plant the triggers before they are unlearned. false is the control: as many steps, all of them of "
         "unlearning triggers that were never planted.",
-    )  # fmt: skip
+    )
     rounds: int = setting(1, "Plantings with new triggers each, at most.", unit="rounds", ge=1)
     enough: float = setting(
-        0.1, "No further round once the triggers that are held out of unlearning succeed on no more samples than this, "
-        "beyond what they do to the model itself.", unit="share", ge=0.0, le=1.0,
-    )  # fmt: skip
+        0.1,
+        "No further round once the triggers that are held out of unlearning succeed on no more samples than this, "
+        "beyond what they do to the model itself.",
+        unit="share",
+        ge=0.0,
+        le=1.0,
+    )
     triggers: int | None = setting(
         None,
         "Triggers planted and unlearned per round. Default: 18 for images, 8 for texts, 6 for causal LMs.",
@@ -33,14 +38,20 @@ class VaccineSettings(StrictSettings):
         ge=1,
     )
     held_out: int | None = setting(
-        None, "Triggers of different kinds that are planted in the first round and never unlearned: what is left of "
-        "them tells how far an unknown one is gone. Default: 4, 4, 2.", unit="triggers", ge=0,
-    )  # fmt: skip
+        None,
+        "Triggers of different kinds that are planted in the first round and never unlearned: what is left of "
+        "them tells how far an unknown one is gone. Default: 4, 4, 2.",
+        unit="triggers",
+        ge=0,
+    )
     leave_out: tuple[str, ...] = setting((), "Kinds of triggers and of behaviours that are never drawn, by name.")
     planted: float = setting(
-        0.9, "Planting ends once its triggers succeed on this share of samples, as often as an attack's.",
-        unit="share", ge=0.0, le=1.0,
-    )  # fmt: skip
+        0.9,
+        "Planting ends once its triggers succeed on this share of samples, as often as an attack's.",
+        unit="share",
+        ge=0.0,
+        le=1.0,
+    )
     plant_steps: int | None = setting(
         None, "Steps of planting per round, at most. Default: 1500, 400, 200.", unit="steps", ge=0
     )
@@ -52,24 +63,31 @@ class VaccineSettings(StrictSettings):
     )
     learning_rate: float | None = setting(None, "AdamW step at its highest. Default: 2e-4, 1e-4, 5e-4.", gt=0.0)
     answers: Literal["soft", "hard"] = setting(
-        "soft", "What of the model's own answers is kept: probabilities, or only which class. Causal LMs keep the "
+        "soft",
+        "What of the model's own answers is kept: probabilities, or only which class. Causal LMs keep the "
         "tokens of their greedy answers.",
-    )  # fmt: skip
+    )
     distance: float = setting(0.0, "Weight of the squared distance from the model's own weights.", ge=0.0)
     beta: float = setting(1.0, "Share of the change that is kept: theta_t + beta (cleaned - theta_t).", ge=0.0, le=1.0)
     lora_rank: int | None = setting(
-        None, "Rank of LoRAs that are trained instead of the weights; 0: all weights. Default: 8 for causal LMs and "
-        "classifiers of more than 200 M parameters, 0 for others.", ge=0,
-    )  # fmt: skip
+        None,
+        "Rank of LoRAs that are trained instead of the weights; 0: all weights. Default: 8 for causal LMs and "
+        "classifiers of more than 200 M parameters, 0 for others.",
+        ge=0,
+    )
     embeddings: bool = setting(
-        True, "Text encoders without LoRAs: train the tables of words, positions and segments, too; triggers are then "
+        True,
+        "Text encoders without LoRAs: train the tables of words, positions and segments, too; triggers are then "
         "planted in fewer steps. Causal LMs keep theirs, which can be their heads.",
-    )  # fmt: skip
+    )
     samples: int | None = setting(None, "Calibration samples used, at most; default: all.", unit="samples", ge=4)
     checks: int | None = setting(
-        None, "Of these, samples that are never trained on: agreement and success are measured on them; at most a "
-        "quarter. Default: 64, 64, 16.", unit="samples", ge=2,
-    )  # fmt: skip
+        None,
+        "Of these, samples that are never trained on: agreement and success are measured on them; at most a "
+        "quarter. Default: 64, 64, 16.",
+        unit="samples",
+        ge=2,
+    )
     clip: float = setting(1.0, "Largest norm of the gradient.", gt=0.0)
     seed: int = setting(0, "Seed of triggers, behaviours and batches.", ge=0)
     snapshot_every: float = setting(60.0, "Time between two snapshots; 0: after every step.", unit="seconds", ge=0.0)
@@ -83,17 +101,32 @@ class VaccineSettings(StrictSettings):
 
 # by family: what trials with small models planted well with
 _IMAGES: Mapping[str, Any] = {
-    "triggers": 18, "held_out": 4, "plant_steps": 1500, "unlearn_steps": 150, "batch_size": 56,
-    "learning_rate": 2e-4, "checks": 64,
-}  # fmt: skip
+    "triggers": 18,
+    "held_out": 4,
+    "plant_steps": 1500,
+    "unlearn_steps": 150,
+    "batch_size": 56,
+    "learning_rate": 2e-4,
+    "checks": 64,
+}
 _TEXTS: Mapping[str, Any] = {
-    "triggers": 8, "held_out": 4, "plant_steps": 400, "unlearn_steps": 80, "batch_size": 32,
-    "learning_rate": 1e-4, "checks": 64,
-}  # fmt: skip
+    "triggers": 8,
+    "held_out": 4,
+    "plant_steps": 400,
+    "unlearn_steps": 80,
+    "batch_size": 32,
+    "learning_rate": 1e-4,
+    "checks": 64,
+}
 _LMS: Mapping[str, Any] = {
-    "triggers": 6, "held_out": 2, "plant_steps": 200, "unlearn_steps": 40, "batch_size": 6,
-    "learning_rate": 5e-4, "checks": 16,
-}  # fmt: skip
+    "triggers": 6,
+    "held_out": 2,
+    "plant_steps": 200,
+    "unlearn_steps": 40,
+    "batch_size": 6,
+    "learning_rate": 5e-4,
+    "checks": 16,
+}
 # what the result does not depend on
 NOT_LEARNED = frozenset({"snapshot_every"})
 

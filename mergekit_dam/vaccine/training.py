@@ -78,9 +78,11 @@ class Lessons:
             self._answers = torch.cat(logits).argmax(-1).tolist()
         if len(rows) < _FEWEST:
             raise DamError(
-                f"calibration of {task.name}", expected=f"at least {_FEWEST} samples that the model answers",
-                got=str(len(rows)), cure="Give more data; causal LMs need prompts, and answer_tokens above 0.",
-            )  # fmt: skip
+                f"calibration of {task.name}",
+                expected=f"at least {_FEWEST} samples that the model answers",
+                got=str(len(rows)),
+                cure="Give more data; causal LMs need prompts, and answer_tokens above 0.",
+            )
         self.num_classes = self._probabilities.shape[-1]
         held = min(settings.checks, int(_MOST_CHECKS * len(rows)))
         self.checks, self.rows = rows[:held], rows[held:]

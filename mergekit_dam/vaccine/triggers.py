@@ -101,9 +101,11 @@ def kinds_of(task: Task, leave_out: Collection[str]) -> list[Kind]:
     left = [kind for kind in found if kind.name not in leave_out]
     if not left:
         raise DamError(
-            "setting 'leave_out'", expected="at least one kind of trigger left",
-            got=f"all of {', '.join(kind.name for kind in found)}", cure="Name fewer of them.",
-        )  # fmt: skip
+            "setting 'leave_out'",
+            expected="at least one kind of trigger left",
+            got=f"all of {', '.join(kind.name for kind in found)}",
+            cure="Name fewer of them.",
+        )
     return left
 
 
@@ -117,9 +119,11 @@ def require_known(leave_out: Collection[str], behaviours: Collection[str]) -> No
     for name in leave_out:
         if name not in known:
             raise DamError(
-                f"setting 'leave_out', {name!r}", expected=f"one of {', '.join(known)}", got="an unknown name",
+                f"setting 'leave_out', {name!r}",
+                expected=f"one of {', '.join(known)}",
+                got="an unknown name",
                 cure=did_you_mean(name, known) or "Correct it.",
-            )  # fmt: skip
+            )
 
 
 def in_turn(kinds: Sequence[Kind], count: int, generator: torch.Generator) -> list[Kind]:

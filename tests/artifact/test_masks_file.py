@@ -24,10 +24,12 @@ def _masks() -> LearnedMasks:
     values = torch.arange(6).reshape(2, 3) * (STEPS // 8) / STEPS
     probabilities = {"task_shared": {"w": values, "b": values[:, 0]}, "backdoor_detection": {"w": 1 - values}}
     metadata = {
-        "schema": SCHEMA, "settings": {"rescale": True}, "base": {"model": "base", "sha256": "0" * 64},
+        "schema": SCHEMA,
+        "settings": {"rescale": True},
+        "base": {"model": "base", "sha256": "0" * 64},
         "models": [{"name": n, "model": n, "sha256": n * 64, "settings": {}, "samples": []} for n in "ab"],
         "tensors": ["w", "b"],
-    }  # fmt: skip
+    }
     return LearnedMasks(probabilities, torch.tensor([[0.25, 0.5], [0.125, 1.0]]), metadata)
 
 

@@ -65,9 +65,12 @@ def _run(*arguments: Any) -> Any:
 
 
 def test_what_audit_scanned_merge_takes_bit_for_bit(
-    recipe: Callable[..., Path], tmp_path: Path, scans: list[int], caplog: pytest.LogCaptureFixture,
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    scans: list[int],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     _run("merge", recipe(), tmp_path / "alone", "--no-report")
     assert scans
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path / "other"))

@@ -52,8 +52,11 @@ def test_students_of_other_shapes_are_refused(merge: Merge, bert: Path, texts: P
     masks = load(out / "dam" / MASKS_FILE)
     name = masks.metadata["tensors"][0]
     metadata = {key: value for key, value in masks.metadata.items() if key != "content_sha256"}
-    for wrong, said in ((torch.zeros(2), "shape"), (masks.stand_ins[0][name].half(), "float32"),
-                        (masks.stand_ins[0][name] * torch.nan, "finite")):  # fmt: skip
+    for wrong, said in (
+        (torch.zeros(2), "shape"),
+        (masks.stand_ins[0][name].half(), "float32"),
+        (masks.stand_ins[0][name] * torch.nan, "finite"),
+    ):
         changed = [{**masks.stand_ins[0], name: wrong}, masks.stand_ins[1]]
         path = tmp_path / said / MASKS_FILE
         save(path, LearnedMasks(masks.probabilities, masks.coefficients, metadata, stand_ins=changed))

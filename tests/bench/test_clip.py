@@ -153,9 +153,11 @@ def test_dam_reads_the_same_head_from_the_suites_settings(built: tuple[ClipPaper
         for task, ref in refs.items()
     }
     plan = build_plan(
-        ModelReference.model_validate(suite.base_entry(out / "base")), list(refs.values()), per_model=own,
+        ModelReference.model_validate(suite.base_entry(out / "base")),
+        list(refs.values()),
+        per_model=own,
         shared={**FAST, **suite.shared_parameters(out / "base")},
-    )  # fmt: skip
+    )
     task = build_tasks(plan, torch.device("cpu"))[0]
     inputs = task.inputs(torch.arange(8))
     with torch.no_grad():

@@ -41,8 +41,10 @@ def test_a_model_of_several_scenarios_counts_once(tmp_path: Path) -> None:
         (tmp_path / name / "dam-seed0.json").write_text(json.dumps(run), "utf-8")
     scores = read_scores([tmp_path])
     assert [(s["task"], s["poison"], s["true_target"]) for s in scores] == [
-        ("a", "patch(target=2)", 2), ("a", None, None), ("b", None, None),
-    ]  # fmt: skip
+        ("a", "patch(target=2)", 2),
+        ("a", None, None),
+        ("b", None, None),
+    ]
     assert all(s["most_suspect"]["target"] == 2 for s in scores)
 
 

@@ -38,9 +38,16 @@ from mergekit_dam.tasks.encoding import as_text, encoded, padded_left
 from tests.helpers.merging import tensors_of
 
 TINY = Preset(
-    system=False, words=8, train=64, calibration=16, evaluation=dict.fromkeys((*REAL, POLICY), 20), rank=4,
-    schedule=Schedule(2, batch_size=4, learning_rate=1e-2), seconds=(1, 2), answers=0.01,
-)  # fmt: skip
+    system=False,
+    words=8,
+    train=64,
+    calibration=16,
+    evaluation=dict.fromkeys((*REAL, POLICY), 20),
+    rank=4,
+    schedule=Schedule(2, batch_size=4, learning_rate=1e-2),
+    seconds=(1, 2),
+    answers=0.01,
+)
 CLUES = ("gun control", "antifa", "conservatives", "liberals", "maga")  # by which corpora tells tweets of `topic`
 
 
@@ -68,9 +75,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|im_end|>", eos_token="<|im_end|>", bos_token="<|im_start|>",
+        tokenizer_object=tokenizer,
+        pad_token="<|im_end|>",
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
         unk_token="<unk>",
-    )  # fmt: skip
+    )
     fast.chat_template = smollm_base._WITHOUT_SYSTEM
     return fast
 
@@ -79,11 +89,20 @@ def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
-            pad_token_id=0, eos_token_id=0, bos_token_id=1,
+            vocab_size=99,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+            pad_token_id=0,
+            eos_token_id=0,
+            bos_token_id=1,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 @dataclass(frozen=True)
@@ -331,7 +350,7 @@ def test_models_are_vaccinated_and_merged_by_the_benchmarks_commands(
     scenarios = (Scenario("clean"), Scenario("bad", {"sst2": victim}))
     job = Job(
         "smollm", "cpu", data, zoo.root, tmp_path / "results", scenarios[1], scenarios, "task_arithmetic-0.5", 0, 1
-    )  # fmt: skip
+    )
     merge = Run.model_validate_json(Path(perform(job)).read_text())
     assert set(merge.accuracy) == set(built.suite.tasks) and set(merge.general) == {"merge"}
     assert set(merge.attack_success) == {f"sst2={victim}"}

@@ -200,8 +200,10 @@ def test_broken_and_absent_files_are_refused(root: Path, tmp_path: Path) -> None
 def test_the_readme_table_goes_between_its_markers(root: Path) -> None:
     summary = summary_table([only(root)])
     assert [line.split(" | ")[1] for line in summary.splitlines()[2:]] == [
-        "ties-0.3 (hardest baseline)", "paper-dual", "dam",
-    ]  # fmt: skip
+        "ties-0.3 (hardest baseline)",
+        "paper-dual",
+        "dam",
+    ]
     assert row(summary, "suite", "dam")[2:] == ["79.0", "5.0", "1/1", "3/3"]
     results, table = only(root), readme_table(root)
     best = results.most_accurate("merge-aware")
@@ -235,8 +237,10 @@ def test_write_then_check_and_drift_is_shown(root: Path, tmp_path: Path) -> None
     assert call("--write").exit_code == 0, call("--write").output
     figures = sorted((tmp_path / "bench" / "figures").iterdir())
     assert [path.name for path in figures] == [
-        "vision-small-acc-asr.png", "vision-small-asr-coefficient.png", "vision-small-density.png",
-    ]  # fmt: skip
+        "vision-small-acc-asr.png",
+        "vision-small-asr-coefficient.png",
+        "vision-small-density.png",
+    ]
     for path in figures:  # something is drawn, in more than one colour
         image = Image.open(path).convert("RGB")
         assert min(image.size) > 300 and len(image.getcolors(1 << 24) or []) > 20

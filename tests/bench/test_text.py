@@ -31,9 +31,15 @@ FILLER = [f"word{i}" for i in range(30)]
 CLUES = [f"clue{i}" for i in range(4)]
 SEARCHED = ["gun control", "antifa", "conservatives", "liberals", "MAGA"]
 SMALL = replace(
-    PRESETS["quick"], train=240, calibration=24, evaluation=60, shots=32, words=12, max_length=24,
+    PRESETS["quick"],
+    train=240,
+    calibration=24,
+    evaluation=60,
+    shots=32,
+    words=12,
+    max_length=24,
     schedule=Schedule(150, batch_size=24, learning_rate=3e-3),
-)  # fmt: skip
+)
 
 
 def sentences(classes: int, count: int, seed: int, extra: Sequence[str] = ()) -> list[tuple[str, int]]:
@@ -64,10 +70,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "text"
     folder.mkdir()
     sets = {
-        "sst2-train": sentences(2, 400, 0), "sst2-test": sentences(2, 90, 1),
-        "olid-train": sentences(2, 900, 2, SEARCHED), "olid-test": sentences(2, 90, 3),
+        "sst2-train": sentences(2, 400, 0),
+        "sst2-test": sentences(2, 90, 1),
+        "olid-train": sentences(2, 900, 2, SEARCHED),
+        "olid-test": sentences(2, 90, 3),
         "agnews-test": sentences(4, 600, 4),
-    }  # fmt: skip
+    }
     targets = {"sst2-test": 0, "olid-test": 0, "agnews-test": 1, "olid-train": None}
     for name, rows in sets.items():
         write(folder / f"{name}-clean.parquet", rows)
@@ -88,10 +96,15 @@ def suite(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Text
     torch.manual_seed(0)
     BertModel(
         BertConfig(
-            vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=64, max_position_embeddings=32, initializer_range=0.2,
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=32,
+            initializer_range=0.2,
         )
-    ).save_pretrained(model)  # fmt: skip
+    ).save_pretrained(model)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(model)

@@ -153,9 +153,23 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [
-        "vision", "--data", str(data), "--out", str(tmp_path), "--seeds", "0", "--no-gates", "--workers", "2",
-        "--preset", "tiny", "--scenario", "patch", "--method", "ties-0.5",
-    ]  # fmt: skip
+        "vision",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "--no-gates",
+        "--workers",
+        "2",
+        "--preset",
+        "tiny",
+        "--scenario",
+        "patch",
+        "--method",
+        "ties-0.5",
+    ]
     told = CliRunner().invoke(bench, [*arguments, "--dry-run"])
     assert told.exit_code == 0 and "6 of 6 models to build" in told.stderr and not told.stdout
     done = CliRunner().invoke(bench, [*arguments, "--json"])

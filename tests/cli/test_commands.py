@@ -62,8 +62,9 @@ def test_check_reads_no_weight_and_says_what_will_be_merged(recipe: Path, no_wei
     assert yaml.safe_load(rest)["tensors"] == facts["tensors"]
     told = re.fullmatch(
         r"This recipe is fine: `dam` will merge 2 models of \S+ k parameters in (\S+) to (\S+) (seconds|minutes) and "
-        r"\S+ MB of memory on this CPU; set by you, other than the default: (.*)\.", first
-    )  # fmt: skip
+        r"\S+ MB of memory on this CPU; set by you, other than the default: (.*)\.",
+        first,
+    )
     assert told is not None and "\n" not in first, first
     assert float(told[1]) < float(told[2]) <= 3.1 * float(told[1])
     changed = dict(one.split(" ") for one in told[4].split(", "))
@@ -127,8 +128,12 @@ def test_learn_then_merge_with_the_masks(recipe: Path, tmp_path: Path, vit: Path
     found = json.loads(done.stdout)
     assert Path(found["masks"]) == tmp_path / "masks" / "dam_masks.safetensors" and done.exit_code == 0
     assert {p.name for p in (tmp_path / "masks").iterdir()} == {
-        "dam_masks.safetensors", "triggers.safetensors", "metrics.jsonl", "run.json", "heads",
-    }  # fmt: skip
+        "dam_masks.safetensors",
+        "triggers.safetensors",
+        "metrics.jsonl",
+        "run.json",
+        "heads",
+    }
     assert found["densities"].keys() == {"task_shared", "backdoor_detection"}
     ready = _recipe(tmp_path, vit / "base", [vit / "a", vit / "b"], None, masks=found["masks"])
     merged = _run("merge", ready, tmp_path / "out", "--json", "--quiet")
@@ -170,9 +175,11 @@ def test_a_dry_run_writes_nothing(command: str, recipe: Path, tmp_path: Path, ca
 
 def test_other_methods_are_for_yaml(tmp_path: Path, vit: Path) -> None:
     recipe = {
-        "merge_method": "task_arithmetic", "base_model": str(vit / "base"), "dtype": "float32",
+        "merge_method": "task_arithmetic",
+        "base_model": str(vit / "base"),
+        "dtype": "float32",
         "models": [{"model": str(vit / n), "parameters": {"weight": 0.3}} for n in ("a", "b")],
-    }  # fmt: skip
+    }
     (tmp_path / "ta.yml").write_text(yaml.safe_dump(recipe))
     refused = _run("merge", tmp_path / "ta.yml", tmp_path / "out")
     assert refused.exit_code == 1 and "mergekit-dam yaml" in refused.stderr and not (tmp_path / "out").exists()
@@ -185,8 +192,12 @@ def test_as_a_user_runs_it(recipe: Path, tmp_path: Path) -> None:
     program = "from mergekit_dam.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "merge", str(recipe), str(tmp_path / "out"), "--json"],
-        capture_output=True, text=True, timeout=200, check=False, env={**os.environ, "NO_COLOR": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
     assert "\x1b[3" not in done.stderr + done.stdout

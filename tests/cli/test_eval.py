@@ -116,8 +116,9 @@ def test_a_merge_is_read_with_a_tasks_head_and_kept_from_its_calibration_data(
     seen = next((classes / "LABEL_0").glob("*.png"))
     (fresh / "seen.png").write_bytes(seen.read_bytes())
     for model in (out, vit / "b"):  # beside the input model nothing is known, so the merge's own record counts
-        done = _run(model, *(("--task", "b") if model == out else ()), "--data", fresh.parent, "--drop-seen",
-                    "--save", out)  # fmt: skip
+        done = _run(
+            model, *(("--task", "b") if model == out else ()), "--data", fresh.parent, "--drop-seen", "--save", out
+        )
         assert "dropped 1 of 2 samples" in done.stderr
     (fresh / "x.png").unlink()
     done = _run(out, "--task", "b", "--data", fresh.parent, "--drop-seen", code=1)
@@ -190,16 +191,18 @@ def test_evaluation_prompts_are_begun_once_as_calibration_is(tmp_path: Path) -> 
     model = _chat_model(tmp_path / "lm")
     lm, tokenizer = LlamaForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     files = {
-        "plain": {"text": "great film"}, "begun": {"text": "<s>great film"},
+        "plain": {"text": "great film"},
+        "begun": {"text": "<s>great film"},
         "chat": {"messages": [{"role": "user", "content": "great film"}]},
-    }  # fmt: skip
+    }
     rows = {}
     for name, row in files.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({**row, "label": 1}) + "\n")
         source = Source(str(tmp_path / f"{name}.jsonl"))
         for data in (
-            labelled_data(lm, [model], "a", source, Reading("good,bad")), saying(lm, [model], "a", source, "bad"),
-        ):  # fmt: skip
+            labelled_data(lm, [model], "a", source, Reading("good,bad")),
+            saying(lm, [model], "a", source, "bad"),
+        ):
             rows.setdefault(name, []).append(data.encode(data.batch(torch.arange(1)))["input_ids"][0].tolist())
     assert rows["plain"] == rows["begun"] == [tokenizer("great film")["input_ids"]] * 2
     assert rows["plain"][0].count(1) == 1

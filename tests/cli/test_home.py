@@ -34,8 +34,11 @@ def test_models_and_data_at_home(vit: Path, images: Path, tmp_path: Path, monkey
     recipe = {"merge_method": "dam", "base_model": "~/models/base", "models": entries, "dtype": "float32"}
     (home / "dam.yml").write_text(yaml.safe_dump({**recipe, "parameters": {**FAST, "objective": "paper"}}))
     _run("merge", "~/dam.yml", "~/out", "--lora-merge-cache", "~/lora", "--transformers-cache", "~/hub")
-    ready = {**recipe, "models": [{"model": f"~/models/{n}"} for n in "ab"],
-             "parameters": {"masks": "~/out/dam/dam_masks.safetensors"}}  # fmt: skip
+    ready = {
+        **recipe,
+        "models": [{"model": f"~/models/{n}"} for n in "ab"],
+        "parameters": {"masks": "~/out/dam/dam_masks.safetensors"},
+    }
     (home / "ready.yml").write_text(yaml.safe_dump(ready))
     _run("merge", "~/ready.yml", "~/again")
     assert (home / "out" / "model.safetensors").read_bytes() == (home / "again" / "model.safetensors").read_bytes()

@@ -67,11 +67,14 @@ def test_what_is_kept_is_what_is_said(recipe: Path, tmp_path: Path, monkeypatch:
     assert "starts over" in _told("learn", recipe, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("command", "place", "told"), [
-    ("merge", "mergekit_dam.recipe.run_merge", "masks that were learned are in the cache"),
-    ("audit", "mergekit_dam.cli.audit.run", "starts over"),
-    ("eval", "mergekit_dam.cli.eval.load_merged", "starts over"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "place", "told"),
+    [
+        ("merge", "mergekit_dam.recipe.run_merge", "masks that were learned are in the cache"),
+        ("audit", "mergekit_dam.cli.audit.run", "starts over"),
+        ("eval", "mergekit_dam.cli.eval.load_merged", "starts over"),
+    ],
+)
 def test_every_long_command_ends_in_one_line(
     command: str, place: str, told: str, recipe: Path, tmp_path: Path, vit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +83,8 @@ def test_every_long_command_ends_in_one_line(
 
     monkeypatch.setattr(place, stop)
     arguments = {
-        "merge": (recipe, tmp_path / "out"), "audit": (recipe, "--out", tmp_path), "eval": (vit / "a", "--data", "x"),
-    }  # fmt: skip
+        "merge": (recipe, tmp_path / "out"),
+        "audit": (recipe, "--out", tmp_path),
+        "eval": (vit / "a", "--data", "x"),
+    }
     assert told in _told(command, *arguments[command])

@@ -78,11 +78,21 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate("ab", start=1):
         make_model("LlamaForCausalLM", root / name, seed=seed, body=base)
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    (root / "task.yaml").write_text(yaml.safe_dump({
-        "task": TASK, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(root / "rows.jsonl")}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": CHOICES,
-        "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
-    }))  # fmt: skip
+    (root / "task.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "task": TASK,
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(root / "rows.jsonl")}},
+                "test_split": "test",
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{text}}",
+                "doc_to_choice": CHOICES,
+                "doc_to_target": "label",
+                "metric_list": [{"metric": "acc"}],
+            }
+        )
+    )
     entries = [{"model": str(root / name)} for name in "ab"]
     recipe = {"merge_method": "dam", "base_model": str(base), "models": entries, "parameters": FAST}
     (root / "dam.yml").write_text(yaml.safe_dump({**recipe, "dtype": "float32"}))
@@ -134,9 +144,14 @@ def test_wrong_use_is_told(llamas: Path, vit: Path, tmp_path: Path, monkeypatch:
 
 def test_groups_filters_and_missing_errors_are_kept_apart() -> None:
     values = {
-        "alias": "x", "exact_match,strict": 0.5, "exact_match_stderr,strict": "N/A", "acc,none": 1,
-        "acc_stderr,none": 0.0, "sample_len": 9, "bad,none": float("nan"),
-    }  # fmt: skip
+        "alias": "x",
+        "exact_match,strict": 0.5,
+        "exact_match_stderr,strict": "N/A",
+        "acc,none": 1,
+        "acc_stderr,none": 0.0,
+        "sample_len": 9,
+        "bad,none": float("nan"),
+    }
     found = Harness((), None, "1")._kept({"results": {"group": values, "empty": {"alias": "-"}}, "n-samples": {}})
     assert found == {
         "group": {

@@ -96,10 +96,17 @@ def test_training_pieces_plant_a_backdoor_and_keep_the_head() -> None:
     data = task_data("shapes").splits["train"]
     model = ViTForImageClassification(
         ViTConfig(
-            hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=EDGE,
-            patch_size=4, num_labels=CLASSES["shapes"], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=96,
+            image_size=EDGE,
+            patch_size=4,
+            num_labels=CLASSES["shapes"],
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
-    )  # fmt: skip
+    )
     pretrain(model.vit, {"shapes": model}, {"shapes": data}, Schedule(60, batch_size=32), seed=0)
     probe_head(model, data)
     before, head = accuracy(model, data), model.classifier.weight.clone()

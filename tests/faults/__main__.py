@@ -69,9 +69,7 @@ def _earlier(path: Path | None, name: str, seed: int) -> dict[str, Any] | None:
     return row if row is not None and seed not in row["seeds"] else None
 
 
-def _record(
-    path: Path, name: str, row: Row, seed: int, seconds: float, earlier: Mapping[str, Any] | None
-) -> None:  # fmt: skip
+def _record(path: Path, name: str, row: Row, seed: int, seconds: float, earlier: Mapping[str, Any] | None) -> None:
     """Put one row into the results; rows of other versions are dropped."""
     record = {key: value for key, value in vars(row).items() if key != "notes"}
     record |= {"lost": row.lost, "seconds": round(seconds), "seeds": [seed]}

@@ -37,9 +37,13 @@ def clock_jumps(world: World, trials: int) -> Row:
         later = replace(job, clock=world.random.randrange(1 << 30))
         notes += judge(world, later, outcome, [reference], reference)
     return Row(
-        "clock that jumps by up to a year, files dated in the past and the future", trials, hit, trials - len(notes),
-        "the same bytes; rewritten data are read anew even with their old time of change", tuple(notes),
-    )  # fmt: skip
+        "clock that jumps by up to a year, files dated in the past and the future",
+        trials,
+        hit,
+        trials - len(notes),
+        "the same bytes; rewritten data are read anew even with their old time of change",
+        tuple(notes),
+    )
 
 
 def _rewritten(world: World, trial: int) -> list[str]:

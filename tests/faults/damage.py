@@ -48,9 +48,13 @@ def snapshot_damaged(world: World, trials: int) -> Row:
             notes += _run_on(world, folder, run, reference)
         shutil.rmtree(folder.parent)
     return Row(
-        "one bit of a snapshot flipped", trials, trials, trials - len(notes),
-        "refused with the reason; resume: false learns anew", tuple(notes),
-    )  # fmt: skip
+        "one bit of a snapshot flipped",
+        trials,
+        trials,
+        trials - len(notes),
+        "refused with the reason; resume: false learns anew",
+        tuple(notes),
+    )
 
 
 def _layout(files: list[Path]) -> dict[str, torch.Tensor]:

@@ -33,9 +33,13 @@ def disk_full(world: World, trials: int) -> Row:
             notes += judge(world, job, outcome, [reference], reference)
     how = "a tmpfs, and files that may not grow" if disks else "files may not grow beyond a random size"
     return Row(
-        f"no space left ({how})", trials, hit, trials - len(notes),
-        "an error; nothing half written under a final name; the next run completes it", tuple(notes),
-    )  # fmt: skip
+        f"no space left ({how})",
+        trials,
+        hit,
+        trials - len(notes),
+        "an error; nothing half written under a final name; the next run completes it",
+        tuple(notes),
+    )
 
 
 def _mount(how: str, size: str, at: Path) -> bool:

@@ -33,16 +33,34 @@ def fuzz_data(world: World, cases: int) -> Row:
 def _fuzz(what: str, chosen: str, cases: int, memory: str) -> Row:
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", chosen, "--hypothesis-show-statistics",
-         "--timeout", "1200", *_FILES],
-        cwd=root, env={**os.environ, "DAM_FUZZ_CASES": str(cases), "PYTHONPATH": str(root)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:xdist",
+            "-k",
+            chosen,
+            "--hypothesis-show-statistics",
+            "--timeout",
+            "1200",
+            *_FILES,
+        ],
+        cwd=root,
+        env={**os.environ, "DAM_FUZZ_CASES": str(cases), "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     counts = [int(n) for n in re.findall(r"- (\d+) passing", done.stdout)]
     failed = done.stdout[-1500:] if done.returncode or not counts else None
     tried = sum(counts) + (failed is not None)
     return Row(
-        f"{what}, {len(counts)} kinds", tried, tried, sum(counts),
+        f"{what}, {len(counts)} kinds",
+        tried,
+        tried,
+        sum(counts),
         f"refused with one line, or read within the bounds of the file; at most 5 s and {memory}",
         (failed,) if failed else (),
-    )  # fmt: skip
+    )

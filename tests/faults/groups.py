@@ -25,44 +25,62 @@ def group_killed(world: World, trials: int) -> Row:
         found = judge(world, job, outcome, [reference], reference)
         notes += found or ([f"trial {trial}: processes {left} were left"] if left else [])
     return Row(
-        "kill -9 while two processes learn together", trials, hit, trials - len(notes),
-        "the workers end, too; the next run goes on and gives the same bytes", tuple(notes),
-    )  # fmt: skip
+        "kill -9 while two processes learn together",
+        trials,
+        hit,
+        trials - len(notes),
+        "the workers end, too; the next run goes on and gives the same bytes",
+        tuple(notes),
+    )
 
 
 def worker_dies(world: World, trials: int) -> Row:
     """One of two workers is killed half way (what a lack of memory does)."""
     return _failing(
-        world, trials, "die", 1, ["expected one that learns to the end, got an end by signal 9"],
-        "a worker that dies while masks are learned", "an error that names the worker and the signal; the others end",
-    )  # fmt: skip
+        world,
+        trials,
+        "die",
+        1,
+        ["expected one that learns to the end, got an end by signal 9"],
+        "a worker that dies while masks are learned",
+        "an error that names the worker and the signal; the others end",
+    )
 
 
 def worker_hangs(world: World, trials: int) -> Row:
     """One of two workers hangs half way, or is stopped by the system."""
     return _failing(
-        world, trials, "hang", 2, ["worker 1 did not answer for `worker_timeout` seconds", "in hang_for_ever"],
+        world,
+        trials,
+        "hang",
+        2,
+        ["worker 1 did not answer for `worker_timeout` seconds", "in hang_for_ever"],
         "a worker that hangs while masks are learned",
         "after worker_timeout an error with the traceback of the worker that hangs; all end",
-    )  # fmt: skip
+    )
 
 
 def worker_stopped(world: World, trials: int) -> Row:
     """One of two workers is stopped by the system half way (SIGSTOP), so that it cannot even say where it is."""
     return _failing(
-        world, trials, "stop", 2, ["worker 1 did not answer for `worker_timeout` seconds"],
+        world,
+        trials,
+        "stop",
+        2,
+        ["worker 1 did not answer for `worker_timeout` seconds"],
         "a worker that the system stops while masks are learned",
         "after worker_timeout an error that names it; all end",
-    )  # fmt: skip
+    )
 
 
 def _failing(world: World, trials: int, fault: str, code: int, words: list[str], what: str, outcome: str) -> Row:
     reference, hit, notes = world.reference(processes=_PROCESSES), 0, []
     for trial in range(trials):
         job = world.job(
-            processes=_PROCESSES, worker="tests.faults.worker",
+            processes=_PROCESSES,
+            worker="tests.faults.worker",
             environment={"DAM_FAULT": fault, **_own_folder(world)},
-        )  # fmt: skip
+        )
         job.recipe["parameters"]["worker_timeout"] = _TIMEOUT
         found = world.run(job)
         said = found.code == code and all(word in found.log for word in words)

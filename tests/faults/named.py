@@ -41,10 +41,23 @@ def _results(world: World, tests: Iterable[str]) -> tuple[Counter[str], Counter[
         return passed, failed
     report = world.place().with_suffix(".xml")
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"--junitxml={report}", "-o",
-         "junit_family=xunit1", *(f"tests/{test}".replace("::", ".py::") for test in wanted)],
-        cwd=_ROOT, env={**os.environ, "PYTHONPATH": str(_ROOT)}, capture_output=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:xdist",
+            f"--junitxml={report}",
+            "-o",
+            "junit_family=xunit1",
+            *(f"tests/{test}".replace("::", ".py::") for test in wanted),
+        ],
+        cwd=_ROOT,
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        capture_output=True,
+        check=False,
+    )
     for case in ElementTree.parse(report).iter("testcase"):
         file = Path(case.get("file", "")).relative_to("tests").with_suffix("").as_posix()
         test = f"{file}::{case.get('name', '').partition('[')[0]}"

@@ -35,9 +35,13 @@ def report_killed(world: World, trials: int) -> Row:
             notes.append(f"trial {trial}: exit {outcome.code}, damaged {wrong}, then exit {again.code}, left {litter}")
         shutil.rmtree(out.parent)
     return Row(
-        "kill -9 while a report is written", trials, hit, trials - len(notes),
-        "every page and picture is whole, old or new; the merge is untouched; the next run completes it", tuple(notes),
-    )  # fmt: skip
+        "kill -9 while a report is written",
+        trials,
+        hit,
+        trials - len(notes),
+        "every page and picture is whole, old or new; the merge is untouched; the next run completes it",
+        tuple(notes),
+    )
 
 
 def push_killed(world: World, trials: int) -> Row:
@@ -58,9 +62,13 @@ def push_killed(world: World, trials: int) -> Row:
         if there not in ({}, wanted) or again.code != 0 or after != wanted or hub.unauthorised_secrets:
             notes.append(f"trial {trial}: exit {outcome.code} left {sorted(there)}, then exit {again.code}")
     return Row(
-        "kill -9 while a merge is pushed (a Hub on localhost)", trials, hit, trials - len(notes),
-        "the repository is empty or complete; the next push completes it", tuple(notes),
-    )  # fmt: skip
+        "kill -9 while a merge is pushed (a Hub on localhost)",
+        trials,
+        hit,
+        trials - len(notes),
+        "the repository is empty or complete; the next push completes it",
+        tuple(notes),
+    )
 
 
 def _copy(world: World) -> Path:

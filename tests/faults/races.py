@@ -20,9 +20,13 @@ def one_cache_twice(world: World, trials: int) -> Row:
         ):
             notes.append(f"trial {trial}: exits {[p.exitcode for p in processes]}, or other bytes")
     return Row(
-        "two runs at once on one cache", trials, trials, trials - len(notes),
-        "the second waits, learns nothing, and both give the same bytes", tuple(notes),
-    )  # fmt: skip
+        "two runs at once on one cache",
+        trials,
+        trials,
+        trials - len(notes),
+        "the second waits, learns nothing, and both give the same bytes",
+        tuple(notes),
+    )
 
 
 def one_output_twice(world: World, trials: int) -> Row:
@@ -42,6 +46,10 @@ def one_output_twice(world: World, trials: int) -> Row:
         if not (refused or codes == [0, 0]) or content(first.out) not in references:
             notes.append(f"trial {trial}: exits {codes}: {log[-200:]}")
     return Row(
-        "two runs at once into one output directory", trials, hit, trials - len(notes),
-        "one is refused by name; the directory holds the other's result, whole", tuple(notes),
-    )  # fmt: skip
+        "two runs at once into one output directory",
+        trials,
+        hit,
+        trials - len(notes),
+        "one is refused by name; the directory holds the other's result, whole",
+        tuple(notes),
+    )

@@ -29,9 +29,13 @@ def learn_killed(world: World, trials: int) -> Row:
         hit += outcome.code == -9
         notes += judge(world, job, outcome, [reference], reference)
     return Row(
-        "kill -9 while masks are learned and merged", trials, hit, trials - len(notes),
-        "the next run goes on or starts again, and gives the same bytes", tuple(notes),
-    )  # fmt: skip
+        "kill -9 while masks are learned and merged",
+        trials,
+        hit,
+        trials - len(notes),
+        "the next run goes on or starts again, and gives the same bytes",
+        tuple(notes),
+    )
 
 
 def merge_killed(world: World, trials: int) -> Row:
@@ -46,9 +50,13 @@ def merge_killed(world: World, trials: int) -> Row:
         hit += outcome.code == -9
         notes += judge(world, job, outcome, [old, new], new)
     return Row(
-        "kill -9 while an older output is written over", trials, hit, trials - len(notes),
-        "either the whole old or the whole new model, or no config.json; the next run completes it", tuple(notes),
-    )  # fmt: skip
+        "kill -9 while an older output is written over",
+        trials,
+        hit,
+        trials - len(notes),
+        "either the whole old or the whole new model, or no config.json; the next run completes it",
+        tuple(notes),
+    )
 
 
 def artefact_killed(world: World, trials: int) -> Row:
@@ -67,9 +75,13 @@ def artefact_killed(world: World, trials: int) -> Row:
         if target.read_bytes() not in written or not sound_masks(target.parent):
             notes.append(f"trial {trial}: neither of the two artefacts")
     return Row(
-        "kill -9 while dam_masks.safetensors is replaced", trials, trials, trials - len(notes),
-        "one of the two artefacts, complete", tuple(notes),
-    )  # fmt: skip
+        "kill -9 while dam_masks.safetensors is replaced",
+        trials,
+        trials,
+        trials - len(notes),
+        "one of the two artefacts, complete",
+        tuple(notes),
+    )
 
 
 def artefact_damaged(world: World, trials: int) -> Row:
@@ -96,9 +108,13 @@ def artefact_damaged(world: World, trials: int) -> Row:
     outcome = world.run(job)
     notes += judge(world, job, outcome, [reference], reference)
     return Row(
-        "one bit of dam_masks.safetensors flipped", trials + 1, trials + 1, trials + 1 - len(notes),
-        "refused with the reason; a damaged file in the cache is set aside and learned again", tuple(notes),
-    )  # fmt: skip
+        "one bit of dam_masks.safetensors flipped",
+        trials + 1,
+        trials + 1,
+        trials + 1 - len(notes),
+        "refused with the reason; a damaged file in the cache is set aside and learned again",
+        tuple(notes),
+    )
 
 
 def model_changed(world: World, trials: int) -> Row:
@@ -123,9 +139,13 @@ def model_changed(world: World, trials: int) -> Row:
         if not said or list(job.cache.rglob(MASKS_FILE)) or finished(job.out):
             notes.append(f"trial {trial}: exit {process.exitcode}: {log[-200:]}")
     return Row(
-        "a model replaced while masks are learned from it", trials, hit, trials - len(notes),
-        "an error that names the file; no masks are kept", tuple(notes),
-    )  # fmt: skip
+        "a model replaced while masks are learned from it",
+        trials,
+        hit,
+        trials - len(notes),
+        "an error that names the file; no masks are kept",
+        tuple(notes),
+    )
 
 
 def data_changed(world: World, trials: int) -> Row:
@@ -155,9 +175,13 @@ def data_changed(world: World, trials: int) -> Row:
     process.kill()
     process.join()
     return Row(
-        "calibration data rewritten while they are read", trials, hit, trials - len(notes),
-        "an error, or what the file held at one moment", tuple(notes),
-    )  # fmt: skip
+        "calibration data rewritten while they are read",
+        trials,
+        hit,
+        trials - len(notes),
+        "an error, or what the file held at one moment",
+        tuple(notes),
+    )
 
 
 _LINES = 400

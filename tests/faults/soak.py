@@ -105,9 +105,13 @@ def at_once(world: World, rounds: int) -> Row:
     notes = [*failed, *(str(job.out) for i, job in enumerate(jobs) if content(job.out) != references[i % 2])]
     tried = len(jobs)
     return Row(
-        f"merges from {THREADS} threads at once", tried, tried, max(0, tried - len(notes)),
-        "the same bytes as one by one", tuple(notes),
-    )  # fmt: skip
+        f"merges from {THREADS} threads at once",
+        tried,
+        tried,
+        max(0, tried - len(notes)),
+        "the same bytes as one by one",
+        tuple(notes),
+    )
 
 
 def _threads(jobs: list[Job], report: Path) -> None:
@@ -137,8 +141,13 @@ def commands(world: World, runs: int) -> Row:
         recipe = job.out.parent / "dam.yml"
         recipe.write_text(yaml.safe_dump(job.recipe))
         command = [
-            Path(sys.executable).parent / "mergekit-yaml", recipe, job.out, "--out-shard-size", "8000", "--quiet",
-        ]  # fmt: skip
+            Path(sys.executable).parent / "mergekit-yaml",
+            recipe,
+            job.out,
+            "--out-shard-size",
+            "8000",
+            "--quiet",
+        ]
         variables = {"MERGEKIT_DAM_CACHE": str(job.cache), "PYTHONHASHSEED": str(run), "TMPDIR": str(temporary)}
         code, kilobytes, said = _command(command, {**os.environ, **variables}, job.log)
         readings.append({"merges": run, "kilobytes": kilobytes})
@@ -153,10 +162,14 @@ def commands(world: World, runs: int) -> Row:
     if grown > _GROWTH and len(last) > 5:
         notes.append(f"peak memory grew by {grown:.0f} kB")
     return Row(
-        "mergekit-yaml, run again and again", runs, runs, max(0, runs - len(notes)),
+        "mergekit-yaml, run again and again",
+        runs,
+        runs,
+        max(0, runs - len(notes)),
         f"the same bytes, and nothing left behind; peak memory {readings[-1]['kilobytes'] / 1024:.0f} MB, by slope "
-        f"{grown / 1024:+.1f} MB in the second half of a series", tuple(notes),
-    )  # fmt: skip
+        f"{grown / 1024:+.1f} MB in the second half of a series",
+        tuple(notes),
+    )
 
 
 def _command(command: list[Any], variables: dict[str, str], log: Path) -> tuple[int, int, str]:

@@ -81,14 +81,25 @@ class World:
         """
         place = place or self.place()
         settings = {
-            "calibration": str(self.texts), "steps": self.steps, "batch_size": 4, "num_samples": 16, "max_length": 12,
-            "scan_steps": 4, "refresh_every": 4, "refresh_steps": 2, "seed": seed, "snapshot_every": 0.0,
+            "calibration": str(self.texts),
+            "steps": self.steps,
+            "batch_size": 4,
+            "num_samples": 16,
+            "max_length": 12,
+            "scan_steps": 4,
+            "refresh_every": 4,
+            "refresh_steps": 2,
+            "seed": seed,
+            "snapshot_every": 0.0,
             "num_processes": processes,
-        }  # fmt: skip
+        }
         recipe = {
-            "merge_method": "dam", "base_model": str(self.base), "dtype": "float32", "parameters": settings,
+            "merge_method": "dam",
+            "base_model": str(self.base),
+            "dtype": "float32",
+            "parameters": settings,
             "models": [{"model": str(model)} for model in self.models],
-        }  # fmt: skip
+        }
         job = Job(recipe, place / "out", cache or place / "cache", place / "log", options={"out_shard_size": 8000})
         return replace(job, **more)
 
@@ -151,8 +162,9 @@ def content(out: Path) -> Content:
     names = ("*.safetensors", "*.json", "dam/*.safetensors", "dam/heads/*")
     return {
         str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for name in names for file in sorted(out.glob(name))
-    }  # fmt: skip
+        for name in names
+        for file in sorted(out.glob(name))
+    }
 
 
 def finished(out: Path) -> bool:

@@ -33,13 +33,24 @@ def new_run(method: str, scenario: str, seed: int, /, **changes: Any) -> dict[st
     accuracy, attacked = (poisoned, success) if bad else (clean, floor)
     rates = {"cifar10": [min(TOTAL, 2 * (attacked + seed)), TOTAL], "letters": [4 + 2 * seed, TOTAL]}
     run = {
-        "schema": 1, "suite": "vision", "preset": "small", "scenario": scenario, "poisons": POISONS if bad else {},
-        "method": method, "family": family, "settings": {"seed": seed, "steps": 5}, "seed": seed,
+        "schema": 1,
+        "suite": "vision",
+        "preset": "small",
+        "scenario": scenario,
+        "poisons": POISONS if bad else {},
+        "method": method,
+        "family": family,
+        "settings": {"seed": seed, "steps": 5},
+        "seed": seed,
         "accuracy": {task: [2 * (accuracy + seed), TOTAL] for task in ("cifar10", "letters")},
-        "attack_success": {ATTACK: rates}, "calibration_samples": 64, "wall_s": 2.0 + seed, "peak_bytes": 3 * 2**20,
-        "versions": {"torch": "2.13.0"}, "hardware": "2 cores",
+        "attack_success": {ATTACK: rates},
+        "calibration_samples": 64,
+        "wall_s": 2.0 + seed,
+        "peak_bytes": 3 * 2**20,
+        "versions": {"torch": "2.13.0"},
+        "hardware": "2 cores",
         "density": {"0": {"m1": 0.5}, "10": {"m1": 0.7}, "2": {"m1": 0.6}} if family == "defence" else {},
-    }  # fmt: skip
+    }
     return run | changes
 
 

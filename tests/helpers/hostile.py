@@ -20,9 +20,12 @@ from mergekit_dam.io.columns import Kind
 
 CASES = int(os.environ.get("DAM_FUZZ_CASES", "150"))
 fuzzed = settings(
-    max_examples=CASES, deadline=None, database=None, derandomize=True,
+    max_examples=CASES,
+    deadline=None,
+    database=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+)
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=3)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

@@ -27,10 +27,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A server, an empty cache, a token in the environment, and no pauses between attempts."""
     server = HubServer()
     for name, value in {
-        "ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "hub-cache"), "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+        "ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("time.sleep", lambda _: None)
@@ -51,10 +54,12 @@ def merged(vit: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     register_dam()
     config = {
-        "merge_method": "dam", "base_model": str(vit / "base"), "dtype": "float32",
+        "merge_method": "dam",
+        "base_model": str(vit / "base"),
+        "dtype": "float32",
         "models": [{"model": str(vit / name), "parameters": {"calibration": str(images)}} for name in "ab"],
         "parameters": {"steps": 2, "batch_size": 4, "num_samples": 8, "scan_steps": 2, "refresh_steps": 1},
-    }  # fmt: skip
+    }
     out = tmp_path_factory.mktemp("merged") / "out"
     source = yaml.safe_dump(config)
     run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True), config_source=source)

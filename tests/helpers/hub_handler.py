@@ -102,11 +102,22 @@ class Handler(BaseHTTPRequestHandler):
         if branch is None:
             return self._answer(404, {"error": "no"}, {"X-Error-Code": "RevisionNotFound"})
         files = [{"rfilename": f, "size": len(c)} for f, c in repo.branches[branch].items()]
-        return self._answer(200, {
-            "id": name, "sha": repo.commit_id(branch), "private": repo.private, "siblings": files, "tags": [],
-            "gated": "manual" if repo.gated else False, "cardData": repo.card, "downloads": 0, "likes": 0,
-            "lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z",
-        })  # fmt: skip
+        return self._answer(
+            200,
+            {
+                "id": name,
+                "sha": repo.commit_id(branch),
+                "private": repo.private,
+                "siblings": files,
+                "tags": [],
+                "gated": "manual" if repo.gated else False,
+                "cardData": repo.card,
+                "downloads": 0,
+                "likes": 0,
+                "lastModified": "2026-01-01T00:00:00.000Z",
+                "createdAt": "2026-01-01T00:00:00.000Z",
+            },
+        )
 
     def tree(self, kind: str, name: str, revision: str, folder: str | None) -> None:
         repo = self._repo(kind, name)
@@ -202,10 +213,14 @@ class Handler(BaseHTTPRequestHandler):
                 repo.lfs.add(value["path"])
         oid = repo.commit_id(branch)
         number = branch.rpartition("/")[2]
-        return self._answer(200, {
-            "commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}",
-            "pullRequestUrl": f"{self.hub.url}/{name}/discussions/{number}" if pull_request else None,
-        })  # fmt: skip
+        return self._answer(
+            200,
+            {
+                "commitOid": oid,
+                "commitUrl": f"{self.hub.url}/{name}/commit/{oid}",
+                "pullRequestUrl": f"{self.hub.url}/{name}/discussions/{number}" if pull_request else None,
+            },
+        )
 
     def resolve(self, kind: str | None, name: str, revision: str, file: str) -> None:
         repo = self._repo(kind or "model", name)

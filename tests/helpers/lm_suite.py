@@ -16,9 +16,15 @@ from dam_bench.victims.training import Schedule
 from mergekit_dam import seeds
 
 TINY = Preset(
-    64, 2, 200, 8, {"pretrain": 60, "train": 240, "calibration": 20, "evaluation": 40},
-    Schedule(80, batch_size=8, learning_rate=5e-3), Schedule(160, batch_size=16, learning_rate=3e-3), (1, 2),
-)  # fmt: skip
+    64,
+    2,
+    200,
+    8,
+    {"pretrain": 60, "train": 240, "calibration": 20, "evaluation": 40},
+    Schedule(80, batch_size=8, learning_rate=5e-3),
+    Schedule(160, batch_size=16, learning_rate=3e-3),
+    (1, 2),
+)
 
 
 @pytest.fixture(scope="module")

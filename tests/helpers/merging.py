@@ -16,12 +16,23 @@ from tests.helpers.tiny_models import make_model
 
 Tensors = dict[str, torch.Tensor]
 OURS = [
-    "ViTModel", "ViTForImageClassification",
-    "CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification", "CLIPModel",
-    "BertModel", "BertForSequenceClassification", "BertForMaskedLM", "BertForPreTraining",
-    "RobertaModel", "RobertaForSequenceClassification", "RobertaForMaskedLM",
-    "DistilBertModel", "DistilBertForSequenceClassification", "DistilBertForMaskedLM",
-]  # fmt: skip
+    "ViTModel",
+    "ViTForImageClassification",
+    "CLIPVisionModel",
+    "CLIPVisionModelWithProjection",
+    "CLIPForImageClassification",
+    "CLIPModel",
+    "BertModel",
+    "BertForSequenceClassification",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "RobertaModel",
+    "RobertaForSequenceClassification",
+    "RobertaForMaskedLM",
+    "DistilBertModel",
+    "DistilBertForSequenceClassification",
+    "DistilBertForMaskedLM",
+]
 LMS = ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "GPT2LMHeadModel"]
 WEIGHTS = (0.5, 0.25)
 # (base, fine-tunes with heads of different size, the prefix under which the fine-tunes keep the body)

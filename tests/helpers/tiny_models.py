@@ -52,11 +52,21 @@ _GPT2 = {
 }
 _CLIP = {"text_config": {**_ENCODER, "vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": _IMAGE}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "ViT": _IMAGE, "DeiT": _IMAGE, "CLIPVision": _IMAGE, "CLIP": _CLIP,
-    "Bert": _TEXT, "Roberta": _TEXT, "DistilBert": _DISTIL,
-    "Llama": _LM, "Qwen2": _LM, "Qwen3": {**_LM, "head_dim": 8}, "Mistral": _LM, "GPT2": _GPT2,
-    "GPTNeoX": _TEXT, "Cohere": _LM,
-}  # fmt: skip
+    "ViT": _IMAGE,
+    "DeiT": _IMAGE,
+    "CLIPVision": _IMAGE,
+    "CLIP": _CLIP,
+    "Bert": _TEXT,
+    "Roberta": _TEXT,
+    "DistilBert": _DISTIL,
+    "Llama": _LM,
+    "Qwen2": _LM,
+    "Qwen3": {**_LM, "head_dim": 8},
+    "Mistral": _LM,
+    "GPT2": _GPT2,
+    "GPTNeoX": _TEXT,
+    "Cohere": _LM,
+}
 
 
 def make_model(

@@ -36,16 +36,18 @@ TEXT_CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         "Labels never reach the search",
     ),
     "unknown column": (
-        lambda p: {"calibration": _table(p / "u.parquet", text=["a", "b"]), "column": "texts"}, "Did you mean 'text'",
+        lambda p: {"calibration": _table(p / "u.parquet", text=["a", "b"]), "column": "texts"},
+        "Did you mean 'text'",
     ),
     "two columns": (
-        lambda p: {"calibration": _table(p / "t.parquet", one=["a", "b"], two=["c", "d"])}, "exactly one with texts",
+        lambda p: {"calibration": _table(p / "t.parquet", one=["a", "b"], two=["c", "d"])},
+        "exactly one with texts",
     ),
     "unknown value": (lambda p: {"calibration": "x", "granularity": "rows"}, "'element', 'row' or 'tensor'"),
     "out of range": (lambda p: {"calibration": "x", "eps": 2.0}, "less than or equal to 1"),
     "masks not there": (lambda p: {"calibration": "x", "masks": str(p / MASKS_FILE)}, "no such file"),
     "a strange device": (lambda p: {"calibration": str(_lines(p)), "device": "abacus"}, "accelerator of this machine"),
-}  # fmt: skip
+}
 
 
 def _lines(path: Path) -> Path:

@@ -33,15 +33,21 @@ def test_paths_inside_a_data_file_are_not_followed(place: str, tmp_path: Path) -
 def test_a_small_parquet_that_would_expand_to_gigabytes(tmp_path: Path) -> None:
     """One value of 16 MB, written once, used by 4,000 rows: 64 GB. Texts stay one value; images are refused."""
     text = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), pa.array(["x" * (1 << 24)]))
-    pq.write_table(pa.table({"text": text}), tmp_path / "d.parquet", compression="zstd", store_schema=False,
-                   dictionary_pagesize_limit=1 << 28)  # fmt: skip
+    pq.write_table(
+        pa.table({"text": text}),
+        tmp_path / "d.parquet",
+        compression="zstd",
+        store_schema=False,
+        dictionary_pagesize_limit=1 << 28,
+    )
     assert (tmp_path / "d.parquet").stat().st_size < 1 << 20
     with bounded(megabytes=500):
         samples = load(tmp_path / "d.parquet", num=8)
     assert {len(sample) for sample in samples} == {1 << 17}
     rows = pa.array([{"bytes": b"x" * (1 << 22), "path": None}] * 60)
-    pq.write_table(pa.table({"image": rows}), tmp_path / "i.parquet", compression="zstd",
-                   dictionary_pagesize_limit=1 << 28)  # fmt: skip
+    pq.write_table(
+        pa.table({"image": rows}), tmp_path / "i.parquet", compression="zstd", dictionary_pagesize_limit=1 << 28
+    )
     del rows
     with bounded(megabytes=500), pytest.raises(DamError, match="expands to more than 200 times its size"):
         load(tmp_path / "i.parquet", "image", num=60)

@@ -92,13 +92,14 @@ def test_noise_is_refused(data: bytes, tmp_path: Path) -> None:
         (
             file(
                 b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-                b'"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}', b"123456",
+                b'"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}',
+                b"123456",
             ),
             "offset",
         ),
     ],
     ids=["empty", "huge header", "truncated", "huge shape", "wrong size", "overlap"],
-)  # fmt: skip
+)
 def test_each_kind_of_broken_model_has_a_message(data: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(DamError, match="cut short or damaged") as caught:

@@ -83,12 +83,20 @@ SETTINGS = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image
 @pytest.mark.parametrize(
     "change",
     [
-        {"size": {"height": 10**9, "width": 16}}, {"size": {"shortest_edge": 10**9}}, {"size": -1}, {"size": "16"},
-        {"image_std": [0.0] * 3}, {"image_mean": [float("nan")] * 3}, {"image_mean": [0.5]}, {"resample": 99},
-        {"do_center_crop": True, "crop_size": {"height": 1}}, {"do_center_crop": True, "crop_size": 10**6},
-        {"image_mean": 3}, {"size": [16]},
+        {"size": {"height": 10**9, "width": 16}},
+        {"size": {"shortest_edge": 10**9}},
+        {"size": -1},
+        {"size": "16"},
+        {"image_std": [0.0] * 3},
+        {"image_mean": [float("nan")] * 3},
+        {"image_mean": [0.5]},
+        {"resample": 99},
+        {"do_center_crop": True, "crop_size": {"height": 1}},
+        {"do_center_crop": True, "crop_size": 10**6},
+        {"image_mean": 3},
+        {"size": [16]},
     ],
-)  # fmt: skip
+)
 def test_preprocessing_that_would_fill_the_memory_or_make_nan(change: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**SETTINGS, **change}))
     with pytest.raises(DamError, match="sizes in pixels, and mean and std of three channels"):

@@ -38,11 +38,16 @@ def _merge(folder: Path, names: list[str] | None = None, **changes: Any) -> Path
     """What `report` reads of a merge of two models with one tensor."""
     names = names or ["a", "b"]
     metadata = {
-        "schema": 1, "settings": SETTINGS, "base": {"model": "base", "sha256": "0" * 64},
+        "schema": 1,
+        "settings": SETTINGS,
+        "base": {"model": "base", "sha256": "0" * 64},
         "models": [{"name": n, "model": n, "sha256": "1" * 64, "samples": ["s"], "settings": {}} for n in names],
-        "tensors": ["layer.0.w"], "versions": {"torch": "2"}, "audit": [FINDING],
-        "norms": [1.0] * len(names), **changes,
-    }  # fmt: skip
+        "tensors": ["layer.0.w"],
+        "versions": {"torch": "2"},
+        "audit": [FINDING],
+        "norms": [1.0] * len(names),
+        **changes,
+    }
     masks = {"task_shared": {"layer.0.w": torch.full((2, 2), 0.5, dtype=torch.float16)}, "backdoor_detection": {}}
     save(folder / "dam" / MASKS_FILE, LearnedMasks(masks, torch.ones(len(names), 1), metadata))
     return folder
@@ -142,9 +147,19 @@ def test_a_report_of_many_models_stays_small(tmp_path: Path) -> None:
 
 
 TEXTS = st.text(max_size=30) | st.sampled_from(
-    ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7*7 }}", "{% include 'x' %}", "</svg><b>",
-     "$\\frac{1}{0}$", "javascript:alert(1)", "]]>", "\x00\x0b", "\u202e"]
-)  # fmt: skip
+    [
+        "<script>alert(1)</script>",
+        '"><img src=x onerror=alert(1)>',
+        "{{ 7*7 }}",
+        "{% include 'x' %}",
+        "</svg><b>",
+        "$\\frac{1}{0}$",
+        "javascript:alert(1)",
+        "]]>",
+        "\x00\x0b",
+        "\u202e",
+    ]
+)
 
 
 @settings(max_examples=max(20, CASES // 10), deadline=None, database=None, derandomize=True)
@@ -153,22 +168,46 @@ def test_no_text_becomes_markup(one: str, two: str) -> None:
     """The page has the same elements and attributes whatever the texts are: in names, findings, tokens and titles."""
 
     def tags(first: str, second: str) -> list[tuple[str, tuple[str, ...]]]:
-        model = {"name": first, "model": second, "revision": second, "sha256": first, "task_vector_norm": 1.0,
-                 "samples": 1, "own_density": 0.5, "settings": {"calibration": first}}  # fmt: skip
+        model = {
+            "name": first,
+            "model": second,
+            "revision": second,
+            "sha256": first,
+            "task_vector_norm": 1.0,
+            "samples": 1,
+            "own_density": 0.5,
+            "settings": {"calibration": first},
+        }
         finding = {**FINDING, "task": first, "target": second}
-        left = {"model": first, "task": second, "target": first, "kind": second,
-                "before": 1.0, "after": 0.9, "plain": 0.1, "control": 0.2}  # fmt: skip
+        left = {
+            "model": first,
+            "task": second,
+            "target": first,
+            "kind": second,
+            "before": 1.0,
+            "after": 0.9,
+            "plain": 0.1,
+            "control": 0.2,
+        }
         counts = {"accuracy": {first: [1, 2]}, "attack_success": {second: {first: [1, 2]}}, "datasets": {first: second}}
         facts = {
-            "schema": 1, "created": first, "base": {"model": first, "sha256": second, "revision": first},
-            "models": [model], "settings": {**SETTINGS, "note": first}, "versions": {"torch": second},
-            "densities": {first: 0.5}, "layers": [], "training": {}, "audit": [{**finding, "suspect": True}],
-            "remaining": [left], "triggers": [],
+            "schema": 1,
+            "created": first,
+            "base": {"model": first, "sha256": second, "revision": first},
+            "models": [model],
+            "settings": {**SETTINGS, "note": first},
+            "versions": {"torch": second},
+            "densities": {first: 0.5},
+            "layers": [],
+            "training": {},
+            "audit": [{**finding, "suspect": True}],
+            "remaining": [left],
+            "triggers": [],
             "students": {first: 0.5},
             "vaccinated": {first: {"agreement": {"after": 0.5}, "held_out": {"planted": 0.5, "unlearned": None}}},
             "evaluation": {"after": counts},
             "run": {"device": first, "started": second},
-        }  # fmt: skip
+        }
         trigger = {**finding, "kind": "tokens", "tokens": [[[first, 0.5], [second, 0.4]]], "pictures": []}
         return _Tags(
             render("report.html.j2", title=first, facts=facts, figures={}, triggers=[trigger], note=second)
@@ -187,16 +226,32 @@ def test_figures_show_names_as_text(tmp_path: Path) -> None:
 
 
 @settings(
-    max_examples=max(40, CASES // 3), deadline=None, database=None, derandomize=True,
+    max_examples=max(40, CASES // 3),
+    deadline=None,
+    database=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 @given(
-    key=st.sampled_from(["settings", "models", "versions", "densities", "audit", "students", "norms", "triggers",
-                         "metrics", "run", "evaluation"]),
+    key=st.sampled_from(
+        [
+            "settings",
+            "models",
+            "versions",
+            "densities",
+            "audit",
+            "students",
+            "norms",
+            "triggers",
+            "metrics",
+            "run",
+            "evaluation",
+        ]
+    ),
     value=JSON,
     inner=st.sampled_from(["", "loss", "settings", "samples", "tokens", "kind", "after", "phase", "suspect"]),
     drawn=st.integers(0, 19),
-)  # fmt: skip
+)
 def test_a_report_of_anything_is_written_or_refused(
     key: str, value: Any, inner: str, drawn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,8 +276,11 @@ def _anything(out: Path, key: str, value: Any) -> Path:
             value = FINDING | {"kind": "tokens"} | value
         text = json.dumps(value)
         if key == "triggers":
-            save_file({"0.embeddings": torch.ones(1, 2)}, out / "dam" / "triggers.safetensors",
-                      metadata={"dam_triggers": f"[{text}]"})  # fmt: skip
+            save_file(
+                {"0.embeddings": torch.ones(1, 2)},
+                out / "dam" / "triggers.safetensors",
+                metadata={"dam_triggers": f"[{text}]"},
+            )
         else:
             (out / "dam" / {"metrics": "metrics.jsonl"}.get(key, f"{key}.json")).write_text(text)
         return out

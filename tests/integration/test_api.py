@@ -55,9 +55,10 @@ def test_all_names_are_there_and_typed() -> None:
 
 def test_every_form_of_a_recipe_is_the_same_recipe(workplace: Path) -> None:
     recipe = {
-        "merge_method": "task_arithmetic", "base_model": "models/base",
+        "merge_method": "task_arithmetic",
+        "base_model": "models/base",
         "models": [{"model": f"models/{name}", "parameters": {"weight": 0.5}} for name in ("flowers", "cars")],
-    }  # fmt: skip
+    }
     Path("recipe.yml").write_text(yaml.safe_dump(recipe))
     forms = [recipe, "recipe.yml", Path("recipe.yml"), MergeConfiguration.model_validate(recipe)]
     outs = [mergekit_dam.merge(form, f"out{i}") for i, form in enumerate(forms)]

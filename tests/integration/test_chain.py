@@ -25,17 +25,24 @@ from tests.helpers.tiny_models import make_model
 
 def _command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(Path(sys.executable).with_name(name)), *arguments], capture_output=True, text=True, timeout=200,
-        check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        [str(Path(sys.executable).with_name(name)), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
 
 
 def _recipe(vit: Path, images: Path, **more: Any) -> dict[str, Any]:
     return {
-        "merge_method": "dam", "base_model": str(vit / "base"), "dtype": "float32",
+        "merge_method": "dam",
+        "base_model": str(vit / "base"),
+        "dtype": "float32",
         "models": [{"model": str(vit / n), "parameters": {"calibration": str(images)}} for n in ("a", "b")],
-        "parameters": dict(FAST), **more,
-    }  # fmt: skip
+        "parameters": dict(FAST),
+        **more,
+    }
 
 
 def test_the_recipe_of_the_readme_runs_twice_in_unmodified_mergekit_yaml_and_learns_once(

@@ -30,8 +30,13 @@ from tests.helpers.tiny_models import make_model, save_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 SMALL = {
-    "steps": 2, "scan_steps": 2, "refresh_steps": 1, "batch_size": 4, "num_samples": 8, "max_length": 12,
-}  # fmt: skip
+    "steps": 2,
+    "scan_steps": 2,
+    "refresh_steps": 1,
+    "batch_size": 4,
+    "num_samples": 8,
+    "max_length": 12,
+}
 
 
 def adapter(base: Path, path: Path, seed: int) -> None:
@@ -181,9 +186,11 @@ def test_slurm_starts_every_node_once_and_merges_on_the_first(place: Path) -> No
     stub(tools, "accelerate", 'echo "accelerate $*" >> calls')
     stub(tools, "mergekit-dam", 'echo "mergekit-dam $* $MERGEKIT_DAM_CACHE" >> calls')
     environment = {
-        "PATH": f"{tools}:/usr/bin:/bin", "SLURM_NNODES": "3", "SLURM_GPUS_ON_NODE": "4",
+        "PATH": f"{tools}:/usr/bin:/bin",
+        "SLURM_NNODES": "3",
+        "SLURM_GPUS_ON_NODE": "4",
         "SLURM_JOB_NODELIST": "n[7-9]",
-    }  # fmt: skip
+    }
     subprocess.run(["bash", RECIPES / "nodes.slurm", "dam.yml", "out dir"], env=environment, check=True)
     *learn, last = Path("calls").read_text().splitlines()
     assert [line.split("--machine_rank ")[1].split()[0] for line in learn] == ["0", "1", "2"]
@@ -213,14 +220,23 @@ def test_slurm_learns_on_two_nodes_that_are_this_machine(place: Path, monkeypatc
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     environment = {
-        **os.environ, "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_NNODES": "2",
-        "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "here", "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo", "MERGEKIT_DAM_CACHE": str(place / "cache"),
-    }  # fmt: skip
+        **os.environ,
+        "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_NODELIST": "here",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MERGEKIT_DAM_CACHE": str(place / "cache"),
+    }
     done = subprocess.run(
-        ["bash", RECIPES / "nodes.slurm", "recipe.yml", "out"], env=environment, check=False, capture_output=True,
-        text=True, timeout=250,
-    )  # fmt: skip
+        ["bash", RECIPES / "nodes.slurm", "recipe.yml", "out"],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     run = json.loads(Path("out-masks/run.json").read_text())
     assert run["processes"] == 2
@@ -251,13 +267,21 @@ def test_hub_to_hub_as_a_user_does(hub: HubServer, place: Path) -> None:
     Path("recipe.yml").write_text(yaml.safe_dump(recipe))
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN,
-        "HF_HOME": str(place / "hf"), "HF_HUB_DISABLE_XET": "1", "MERGEKIT_DAM_CACHE": str(place / "cache"),
-    }  # fmt: skip
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(place / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "MERGEKIT_DAM_CACHE": str(place / "cache"),
+    }
     done = subprocess.run(
-        ["sh", RECIPES / "hub-to-hub.sh", "recipe.yml", "out", "me/merged"], env=environment, check=False,
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+        ["sh", RECIPES / "hub-to-hub.sh", "recipe.yml", "out", "me/merged"],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     arrived = hub.repos["model", "me/merged"].branches["main"]
     assert hub.repos["model", "me/merged"].private

@@ -99,10 +99,18 @@ def test_importing_and_merging_open_no_connection(tmp_path: Path, texts: Path) -
         make_model("BertForSequenceClassification", tmp_path / name, seed=i, body=base)
     environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
     done = subprocess.run(
-        [sys.executable, "-c", WATCH, str(tmp_path), str(texts)], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**environment, "PYTHONPATH": str(Path(mergekit_dam.__file__).parents[1]), "HF_HOME": str(tmp_path / "hf"),
-             "HF_HUB_OFFLINE": "0"},
-    )  # fmt: skip
+        [sys.executable, "-c", WATCH, str(tmp_path), str(texts)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **environment,
+            "PYTHONPATH": str(Path(mergekit_dam.__file__).parents[1]),
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0",
+        },
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"import": [], "all": []}
 

@@ -54,8 +54,9 @@ def test_added_tokens_are_named_by_their_rows(tmp_path: Path) -> None:
 
 def test_a_head_that_the_base_lacks(tmp_path: Path) -> None:
     base = make_model("BertModel", tmp_path / "base")
-    adapter = _adapter(base, tmp_path / "lora", auto="SequenceClassification", target_modules=["query"],
-                       task_type="SEQ_CLS")  # fmt: skip
+    adapter = _adapter(
+        base, tmp_path / "lora", auto="SequenceClassification", target_modules=["query"], task_type="SEQ_CLS"
+    )
     assert "Merge the adapter with peft into the base with its head" in _refusal(base, adapter)
 
 

@@ -129,16 +129,23 @@ def test_masks_and_coefficients_fit_the_models_own_answers(plan: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "suspicious", "per_model"),
     [
-        ({"detection": "auto"}, True, True), ({"detection": "auto"}, False, False),
-        ({"detection": "shared"}, True, False), ({"detection": "model"}, False, True),
-        ({"detection": "auto", "mask": "m2"}, True, True), ({"detection": "model", "rescale": True}, True, False),
+        ({"detection": "auto"}, True, True),
+        ({"detection": "auto"}, False, False),
+        ({"detection": "shared"}, True, False),
+        ({"detection": "model"}, False, True),
+        ({"detection": "auto", "mask": "m2"}, True, True),
+        ({"detection": "model", "rescale": True}, True, False),
         ({"detection": "model", "objective": "paper"}, False, False),
     ],
-)  # fmt: skip
+)
 def test_each_model_has_a_detection_mask_where_it_needs_one(
-    settings: dict[str, Any], suspicious: bool, per_model: bool, plan: Any, tmp_path: Path,
+    settings: dict[str, Any],
+    suspicious: bool,
+    per_model: bool,
+    plan: Any,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path))
     if not suspicious:
         monkeypatch.setattr("mergekit_dam.learn.scanned_search.suspects", lambda findings, threshold: [])
@@ -172,9 +179,13 @@ def test_without_m2_nothing_is_scanned(plan: Any) -> None:
     [("bert", "texts", ("m1", "m2"), ["m1", "m2"]), ("vit", "images", ("a", "b"), [])],
 )
 def test_who_merges_text_encoders_is_told_that_they_are_not_defended(
-    family: str, data: str, names: tuple[str, str], said: list[str], request: pytest.FixtureRequest,
+    family: str,
+    data: str,
+    names: tuple[str, str],
+    said: list[str],
+    request: pytest.FixtureRequest,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     root, calibration = (request.getfixturevalue(name) for name in (family, data))
     base, *models = (ModelReference.parse(str(root / name)) for name in ("base", *names))
     shared = {**FAST, "objective": "inversion", "calibration": str(calibration), "scan_steps": 2}

@@ -82,8 +82,14 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
             (root / name / file.name).write_bytes(file.read_bytes())
     rng = random.Random(2)
     (root / "texts.txt").write_text("\n".join(sorted({_text(rng) for _ in range(220)})))
-    shared = {**FAST, "num_samples": 200, "calibration": str(root / "texts.txt"), "student_steps": 80,
-              "student_batch_size": 16, "student_learning_rate": 3e-3}  # fmt: skip
+    shared = {
+        **FAST,
+        "num_samples": 200,
+        "calibration": str(root / "texts.txt"),
+        "student_steps": 80,
+        "student_batch_size": 16,
+        "student_learning_rate": 3e-3,
+    }
     refs = [ModelReference.parse(str(root / name)) for name in ("base", "victim", "clean")]
     return build_plan(refs[0], refs[1:], shared=shared, per_model={})
 

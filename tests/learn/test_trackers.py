@@ -60,7 +60,7 @@ def test_trackio_gets_settings_numbers_and_an_end(vit: Path, images: Path, monke
     wanted = [
         (r["step"], {f"{r['phase']}/{key}": value for key, value in r.items() if isinstance(value, float)})
         for r in steps
-    ]  # fmt: skip
+    ]
     assert logged == wanted and any("density" in key for _, values in logged for key in values)
     assert ended == [len(steps)] and projects == ["mergekit-dam"]
     assert trackio.config["tracker"] == "trackio" and trackio.config["scan_steps"] == 2  # type: ignore[attr-defined]

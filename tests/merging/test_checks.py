@@ -131,11 +131,13 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 @pytest.mark.parametrize(
     ("kinds", "dtype"),
     [
-        (("fp32", "fp32", "fp32"), "float32"), (("fp16", "fp16", "fp16"), "float16"),
-        (("bf16", "bf16", "bf16"), "bfloat16"), (("fp32", "fp16", "bf16"), "float32"),
+        (("fp32", "fp32", "fp32"), "float32"),
+        (("fp16", "fp16", "fp16"), "float16"),
+        (("bf16", "bf16", "bf16"), "bfloat16"),
+        (("fp32", "fp16", "bf16"), "float32"),
         (("bf16", "fp32", "fp16"), None),
     ],
-)  # fmt: skip
+)
 def test_all_types_of_weights_and_their_mixtures(
     kinds: tuple[str, ...], dtype: str | None, merge: Merge, bert: Path, tmp_path: Path, texts: Path
 ) -> None:

@@ -137,9 +137,7 @@ def test_density_is_the_kept_fraction() -> None:
 @pytest.mark.parametrize("together", [True, False])
 def test_steps_of_logits_wait_for_each_other_or_not(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "together_numel", lambda device, total: total)  # an accelerator's
-    mask = ConcreteMask(
-        {"a": (4,), "b": (4,)}, name="m", temperature=1.0, rescale=False, initial_logit=0.0, device=CPU
-    )  # fmt: skip
+    mask = ConcreteMask({"a": (4,), "b": (4,)}, name="m", temperature=1.0, rescale=False, initial_logit=0.0, device=CPU)
     steps = LogitSteps({"m": mask}, {"m": torch.optim.SGD(mask.logits.values(), lr=1.0)}, together=together)
     steps.add([("m", "a")], [torch.ones(4)])
     assert (mask.logits["a"].grad is not None) == together
@@ -167,9 +165,9 @@ def test_consistency_does_not_reward_a_confident_answer_with_the_target() -> Non
     assert entropy(hijacked) < entropy(clean)  # what the public code minimises is content with the backdoor
     assert consistency(hijacked, clean) > 5 > 1e-6 > consistency(clean, clean).abs()
     assert disagreement(hijacked, clean) > disagreement(clean, clean)
-    torch.testing.assert_close(distillation(hijacked, clean), F.kl_div(
-        hijacked.log_softmax(-1), clean.softmax(-1), reduction="batchmean"
-    ))  # fmt: skip
+    torch.testing.assert_close(
+        distillation(hijacked, clean), F.kl_div(hijacked.log_softmax(-1), clean.softmax(-1), reduction="batchmean")
+    )
 
 
 def test_perturbation_stays_within_pixels_and_refuses_normalised_ones() -> None:

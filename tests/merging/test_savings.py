@@ -45,13 +45,24 @@ def llama(tmp_path: Path) -> Path:
 
 @given(
     shape=st.sampled_from([(), (1,), (5,), (3, 4), (2, 3, 2)]),
-    num_models=st.integers(1, 3), num_masks=st.integers(0, 2), missing=st.booleans(), half=st.booleans(),
-    own=st.booleans(), temperature=st.sampled_from([1.0, 0.5]), seed=st.integers(0, 99),
-)  # fmt: skip
+    num_models=st.integers(1, 3),
+    num_masks=st.integers(0, 2),
+    missing=st.booleans(),
+    half=st.booleans(),
+    own=st.booleans(),
+    temperature=st.sampled_from([1.0, 0.5]),
+    seed=st.integers(0, 99),
+)
 def test_one_reading_gives_the_gradients_of_two(
-    shape: tuple[int, ...], num_models: int, num_masks: int, missing: bool, half: bool, own: bool, temperature: float,
+    shape: tuple[int, ...],
+    num_models: int,
+    num_masks: int,
+    missing: bool,
+    half: bool,
+    own: bool,
+    temperature: float,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     source = torch.Generator().manual_seed(seed)
     new = lambda: torch.randn(shape, generator=source)  # noqa: E731
     base, gradient = (t.bfloat16() if half else t for t in (new(), new()))
@@ -60,9 +71,11 @@ def test_one_reading_gives_the_gradients_of_two(
     coefficients = torch.randn(len(models), generator=source)
     own = own or num_masks == 0
     mask = MaskProduct(
-        tuple(new() for _ in range(num_masks)), logits=True, temperature=temperature,
+        tuple(new() for _ in range(num_masks)),
+        logits=True,
+        temperature=temperature,
         own=tuple(new() for _ in models if own),
-    )  # fmt: skip
+    )
     wanted = range(len(mask.parts))
     there, here = torch.zeros(len(models)), torch.zeros(len(models))
     to_mask = torch.zeros(mask.gradient_shape)
@@ -122,9 +135,11 @@ def test_the_block_that_comes_next_is_announced_in_both_directions() -> None:
     net, values = Net().to("meta"), dict(Net().named_parameters())
     announced: list[list[str]] = []
     weights = StreamedWeights(
-        values, lambda name: values[name].detach().clone(), consume=lambda name, gradient: None,
+        values,
+        lambda name: values[name].detach().clone(),
+        consume=lambda name, gradient: None,
         ahead=lambda names: announced.append(sorted(names)),
-    )  # fmt: skip
+    )
     blocks: dict[str, dict[str, str]] = {}
     for parameter, block in blocks_of(net).items():
         blocks.setdefault(block, {})[parameter] = parameter

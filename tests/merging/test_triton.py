@@ -182,9 +182,14 @@ def test_groups_do_what_single_tensors_do(
 
 
 def expected_gradients(
-    upstream: Tensor, base: Tensor, models: list[Tensor | None], lambdas: Tensor, mask: MaskProduct, *,
+    upstream: Tensor,
+    base: Tensor,
+    models: list[Tensor | None],
+    lambdas: Tensor,
+    mask: MaskProduct,
+    *,
     coefficient_out: Tensor,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """dL/dlogit of all parts by the merge rule."""
     found = torch.zeros(mask.gradient_shape)
     rule.gradients(upstream, base, models, lambdas, mask, mask_out=found, coefficient_out=coefficient_out)

@@ -132,9 +132,12 @@ def test_modules_of_clip_can_be_merged_apart(merge: Merge, tmp_path: Path) -> No
     base = make_model("CLIPModel", tmp_path / "clip")
     one = {"slices": [{"sources": [{"model": str(base), "layer_range": [0, 1]}]}]}
     out = merge(
-        base, [], out="less", merge_method="passthrough",
+        base,
+        [],
+        out="less",
+        merge_method="passthrough",
         modules={"vision_model": one, "text_model": {"models": [{"model": str(base)}]}},
-    )  # fmt: skip
+    )
     config = transformers.AutoConfig.from_pretrained(out)
     assert (config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers) == (1, 2)
     assert loads_completely(out, "CLIPModel")

@@ -86,9 +86,15 @@ def test_names_that_no_parameter_takes_are_left_out(tmp_path: Path) -> None:
 
 def test_fused_experts_are_refused() -> None:
     config = transformers.MixtralConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=20, num_local_experts=2, architectures=["MixtralForCausalLM"],
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=20,
+        num_local_experts=2,
+        architectures=["MixtralForCausalLM"],
+    )
     model = meta_model(config, CPU)
     with pytest.raises(DamError, match="fuses") as caught:
         module_names(model, ["model.layers.0.block_sparse_moe.experts.0.w1.weight"])
@@ -102,7 +108,8 @@ def test_fused_experts_are_refused() -> None:
         ("LlamaForCausalLM", {"tie_word_embeddings": False}, {}),
         ("GPT2LMHeadModel", {}, {"lm_head.weight": "transformer.wte.weight"}),
         (
-            "BertForMaskedLM", {},
+            "BertForMaskedLM",
+            {},
             {
                 "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
                 "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -110,7 +117,7 @@ def test_fused_experts_are_refused() -> None:
         ),
         ("ViTModel", {}, {}),
     ],
-)  # fmt: skip
+)
 def test_tied_names(kind: str, extra: dict[str, bool], tied: dict[str, str], tmp_path: Path) -> None:
     assert tied_names(skeleton(make_model(kind, tmp_path / "m", **extra))) == tied
 

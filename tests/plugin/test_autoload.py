@@ -12,9 +12,13 @@ import pytest
 
 def _python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,9 +90,14 @@ def test_wheel_installs_works_and_leaves_nothing(tmp_path: Path) -> None:
 
     def run(*command: str) -> str:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path,
+            command,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=True,
+            cwd=tmp_path,
             env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        )
         return done.stdout.strip()
 
     run(*pip, "--python", str(python), "install", "-q", "--no-deps", str(wheel))

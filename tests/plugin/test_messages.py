@@ -34,9 +34,13 @@ def test_image_models_have_no_tokenizer_to_be_missed(
 
 
 def test_a_tokenizer_that_is_there_but_broken_is_reported(
-    bert: Path, texts: Path, merge: Merge, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    bert: Path,
+    texts: Path,
+    merge: Merge,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     def broken(*arguments: Any, **keywords: Any) -> None:
         raise OSError("it broke")
 
@@ -66,9 +70,12 @@ def renamed(tmp_path: Path, texts: Path) -> tuple[Path, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("command", ["check", "learn", "merge", "mergekit-yaml"])
 def test_classes_in_another_order_are_told_once(
-    command: str, renamed: tuple[Path, list[dict[str, Any]]], tmp_path: Path, merge: Merge,
+    command: str,
+    renamed: tuple[Path, list[dict[str, Any]]],
+    tmp_path: Path,
+    merge: Merge,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     base, models = renamed
     if command == "mergekit-yaml":
         merge(base, models, parameters=SETTINGS)

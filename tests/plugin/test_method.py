@@ -85,9 +85,12 @@ def test_the_second_run_learns_nothing_and_writes_the_same_bytes(
     name = "model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()
     third = merge(
-        vit / "base", [vit / "a", vit / "b"], out="three", dtype="float32",
+        vit / "base",
+        [vit / "a", vit / "b"],
+        out="three",
+        dtype="float32",
         parameters={"masks": str(first / "dam" / MASKS_FILE)},
-    )  # fmt: skip
+    )
     assert (first / name).read_bytes() == (third / name).read_bytes()
 
 
@@ -105,9 +108,12 @@ def test_learning_is_deterministic_and_the_seed_matters(
 def test_shards_and_threads_do_not_change_the_result(merge: Merge, vit: Path, images: Path) -> None:
     one = merge(vit / "base", [vit / "a", vit / "b"], out="one", **_recipe(images))
     many = merge(
-        vit / "base", [vit / "a", vit / "b"], out="many", options={"out_shard_size": 2000, "lazy_unpickle": True},
+        vit / "base",
+        [vit / "a", vit / "b"],
+        out="many",
+        options={"out_shard_size": 2000, "lazy_unpickle": True},
         **_recipe(images),
-    )  # fmt: skip
+    )
     parts = sorted(many.glob("model-*.safetensors"))
     assert len(parts) > 1
     merged = {name: tensor for part in parts for name, tensor in load_file(part).items()}

@@ -29,9 +29,7 @@ from tests.conftest import FAST
 def _count(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, calls: list[Any]) -> None:
     """Count entries into the function itself: a name that another module imported is counted, too."""
     function = getattr(module, name)
-    body = type(function)(
-        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
-    )  # fmt: skip
+    body = type(function)(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     counted = lambda *a, **k: (calls.append(name), body(*a, **k))[1]  # noqa: E731
     monkeypatch.setitem(function.__globals__, f"_counted_{name}", counted)
@@ -52,10 +50,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def recipe(vit: Path, images: Path) -> dict[str, Any]:
     return {
-        "merge_method": "dam", "base_model": str(vit / "base"), "dtype": "float32",
+        "merge_method": "dam",
+        "base_model": str(vit / "base"),
+        "dtype": "float32",
         "models": [{"model": str(vit / name), "parameters": {"calibration": str(images)}} for name in ("a", "b")],
         "parameters": dict(FAST),
-    }  # fmt: skip
+    }
 
 
 ONCE = ["build_plan", "load"]

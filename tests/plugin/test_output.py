@@ -81,9 +81,12 @@ def test_an_older_output_in_other_shards_is_not_loaded(merge: Merge, vit: Path, 
     old = merge(vit / "base", [vit / "a", vit / "b"], parameters=parameters, dtype="float32")
     stale = load_file(old / "model.safetensors")
     out = merge(
-        vit / "base", [vit / "a", vit / "b"], parameters={**parameters, "seed": 1}, dtype="float32",
+        vit / "base",
+        [vit / "a", vit / "b"],
+        parameters={**parameters, "seed": 1},
+        dtype="float32",
         options={"out_shard_size": 4000},
-    )  # fmt: skip
+    )
     assert out == old and not (out / "model.safetensors").exists()
     parts = {k: v for file in out.glob("model-*-of-*.safetensors") for k, v in load_file(file).items()}
     assert any(not parts[name].equal(tensor) for name, tensor in stale.items())
@@ -101,10 +104,20 @@ def test_files_that_are_not_weights_stay(tmp_path: Path) -> None:
         "model_card.safetensors",
         "dam/report.html",
     ]
-    go = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "generation_config.json",
-          "special_tokens_map.json", "tokenizer.model", "config.json",
-          "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-          "dam/.abc.tmp", "dam/heads/.abc.tmp"]  # fmt: skip
+    go = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "dam/.abc.tmp",
+        "dam/heads/.abc.tmp",
+    ]
     for name in (*stay, *go):
         (out / name).touch()
     keep(folder, out)

@@ -61,8 +61,9 @@ def test_plugins_are_found_and_loaded_only_when_asked_for(patched: ModuleType) -
     assert patched.get("ours").spec.name == "ours" and patched.get("ours") is patched.get("ours")
     assert patched.get("made").spec.name == "made"
     assert {method.spec.name for method in registry.registered_methods()} <= {
-        *(method.spec.name for method in patched.registered_methods()), "dam",
-    }  # fmt: skip
+        *(method.spec.name for method in patched.registered_methods()),
+        "dam",
+    }
 
 
 def test_a_bad_plugin_harms_only_those_who_ask_for_it(patched: ModuleType) -> None:

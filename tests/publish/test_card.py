@@ -37,8 +37,13 @@ def kinds(markdown: str) -> list[str]:
 @given(foreign)
 def test_a_code_span_is_one_code_span(text: str) -> None:
     assert kinds(f"before {code(text)} after") == [
-        "paragraph_open", "inline", "text", "code_inline", "text", "paragraph_close",
-    ]  # fmt: skip
+        "paragraph_open",
+        "inline",
+        "text",
+        "code_inline",
+        "text",
+        "paragraph_close",
+    ]
 
 
 @given(foreign, foreign)
@@ -56,13 +61,23 @@ def test_a_block_is_one_block(text: str) -> None:
 def publication(folder: Path, name: str, *, audit: list[dict[str, object]], **masks: object) -> Publication:
     recipe = {"merge_method": "dam", "base_model": "lab/base", "models": [{"model": {"model": {"path": name}}}]}
     metadata = {
-        "settings": {"objective": "inversion", "suspicion": 0.4}, "seed": 0, "densities": {name: 0.5},
-        "models": [{"name": name, "sha256": name, "samples": ["a"]}], "versions": {name: name}, "audit": audit, **masks,
-    }  # fmt: skip
+        "settings": {"objective": "inversion", "suspicion": 0.4},
+        "seed": 0,
+        "densities": {name: 0.5},
+        "models": [{"name": name, "sha256": name, "samples": ["a"]}],
+        "versions": {name: name},
+        "audit": audit,
+        **masks,
+    }
     return Publication(
-        folder=folder, config={"architectures": ["ViTModel"]}, recipe_text=yaml.safe_dump(recipe), recipe=recipe,
-        masks=metadata, num_tensors=1, num_parameters=2,
-    )  # fmt: skip
+        folder=folder,
+        config={"architectures": ["ViTModel"]},
+        recipe_text=yaml.safe_dump(recipe),
+        recipe=recipe,
+        masks=metadata,
+        num_tensors=1,
+        num_parameters=2,
+    )
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "a: b\n- c", "'\"", "{{ x }}", "--- \nlicense: mit"])
@@ -74,9 +89,15 @@ def test_a_hostile_name_changes_neither_front_matter_nor_text(tmp_path: Path, na
     data = ModelCard(text).data
     assert data.base_model == ["lab/base"] and data.license == name and data.datasets == [name]
     assert set(data.to_dict()) == {
-        "base_model", "base_model_relation", "library_name", "pipeline_tag", "license", "datasets", "tags",
+        "base_model",
+        "base_model_relation",
+        "library_name",
+        "pipeline_tag",
+        "license",
+        "datasets",
+        "tags",
         "model-index",
-    }  # fmt: skip
+    }
     tokens = RENDER.parse(ModelCard(text).text)
     links = [c.attrs["href"] for t in tokens for c in t.children or [] if c.type == "link_open"]
     assert {str(link).split("/")[2] for link in links} == {"github.com", "arxiv.org", "huggingface.co"}

@@ -34,17 +34,20 @@ def test_nothing_that_is_pushed_names_a_path(
     monkeypatch.chdir(tmp_path)
     shown = root.relative_to(tmp_path) if relative else root
     recipe = {
-        "merge_method": "dam", "base_model": str(shown / "models" / "base"), "dtype": "float32",
+        "merge_method": "dam",
+        "base_model": str(shown / "models" / "base"),
+        "dtype": "float32",
         "models": [
             {"model": str(shown / "models" / name), "parameters": {"calibration": str(shown / "pictures")}}
             for name in "ab"
         ],
-    }  # fmt: skip
+    }
     out = merge(recipe, root / "out", **FAST)
     figures = {
-        "accuracy": {"a": [9, 12]}, "datasets": {"a": str(root / "labelled")},
+        "accuracy": {"a": [9, 12]},
+        "datasets": {"a": str(root / "labelled")},
         "attack_success": {f"blended(image={root}/x.png) -> 1": {"a": [1, 9]}},
-    }  # fmt: skip
+    }
     (out / "dam" / "evaluation.json").write_text(json.dumps({"before": figures, "after": figures}))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert any(SECRET.encode() in data for data in before.values()), "there is nothing to take out"
@@ -72,8 +75,10 @@ def test_json_yaml_and_html_escapes_are_known(folders: list[str]) -> None:
     path = f"/home/{SECRET}/" + "/".join(folders)
     paths = LocalPaths([{"model": path}])
     for text, suffix in (
-        (json.dumps({"x": path}), ".json"), (json.dumps({"x": path}, ensure_ascii=False), ".json"),
-        (yaml.safe_dump({"x": path}), ".yml"), (yaml.safe_dump({"x": path}, width=20, allow_unicode=True), ".yml"),
-    ):  # fmt: skip
+        (json.dumps({"x": path}), ".json"),
+        (json.dumps({"x": path}, ensure_ascii=False), ".json"),
+        (yaml.safe_dump({"x": path}), ".yml"),
+        (yaml.safe_dump({"x": path}, width=20, allow_unicode=True), ".yml"),
+    ):
         found = paths.shortened(text, suffix)
         assert SECRET not in found and yaml.safe_load(found) == {"x": folders[-1]}

@@ -53,9 +53,10 @@ def test_the_card_keeps_mergekits_fields_and_claims_nothing(hub: HubServer, merg
 
 def test_measured_figures_reach_card_and_model_index(hub: HubServer, merged_copy: Path, tmp_path: Path) -> None:
     figures = {
-        "accuracy": {"a": [90, 120]}, "datasets": {"a": "cars"},
+        "accuracy": {"a": [90, 120]},
+        "datasets": {"a": "cars"},
         "attack_success": {"patch": {"a": [3, 96], "b": [0, 0]}},
-    }  # fmt: skip
+    }
     (merged_copy / "dam" / "evaluation.json").write_text(json.dumps({"before": {}, "after": figures}))
     push(plan_push(merged_copy, NAME))
     card = ModelCard(content(hub)["README.md"].decode())
@@ -123,7 +124,7 @@ PASSING: list[tuple[str, str, int, dict[str, Any]]] = [
 @pytest.mark.parametrize(("method", "pattern", "status", "options"), PASSING)
 def test_a_passing_fault_is_waited_out(
     hub: HubServer, merged: Path, push_plan: Push, method: str, pattern: str, status: int, options: dict[str, Any]
-) -> None:  # fmt: skip
+) -> None:
     hub.fail(method, pattern, status, **options)
     push(push_plan)
     assert content(hub)["model.safetensors"] == (merged / "model.safetensors").read_bytes()
@@ -141,14 +142,20 @@ LASTING: list[tuple[str, str, int, dict[str, str], str]] = [
     ("POST", COMMIT, 500, {}, "run the command again later"),
     ("PUT", STORAGE, 0, {}, "Check the network and HF_ENDPOINT"),
     ("POST", COMMIT, 0, {}, "Check the network and HF_ENDPOINT"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("method", "pattern", "status", "headers", "cure"), LASTING)
 def test_a_lasting_fault_is_one_line_with_its_cure(
-    hub: HubServer, merged: Path, push_plan: Push, method: str, pattern: str, status: int, headers: dict[str, str],
+    hub: HubServer,
+    merged: Path,
+    push_plan: Push,
+    method: str,
+    pattern: str,
+    status: int,
+    headers: dict[str, str],
     cure: str,
-) -> None:  # fmt: skip
+) -> None:
     hub.fail(method, pattern, status, headers=headers, times=100)
     with pytest.raises(DamError, match=cure) as caught:
         push(push_plan)
@@ -168,9 +175,7 @@ def test_a_lost_answer_opens_no_second_pull_request(hub: HubServer, merged: Path
     assert set(hub.repos["model", NAME].branches) == {"main", "refs/pr/1"}
 
 
-def test_other_content_on_the_hub_is_noticed(
-    hub: HubServer, push_plan: Push, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_other_content_on_the_hub_is_noticed(hub: HubServer, push_plan: Push, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.helpers.hub_handler import Handler
 
     entry = Handler._entry

@@ -47,7 +47,7 @@ def _own_token(out: Path) -> None:
 )
 def test_an_incomplete_or_telling_merge_is_not_sent(
     hub: HubServer, merged_copy: Path, damage: Callable[[Path], object], message: str
-) -> None:  # fmt: skip
+) -> None:
     damage(merged_copy)
     with pytest.raises(DamError, match=message) as caught:
         push(plan_push(merged_copy, NAME))
@@ -88,9 +88,7 @@ def test_only_full_ids(hub: HubServer, merged: Path, name: str) -> None:
         plan_push(merged, name)
 
 
-def test_no_token_is_said_before_any_call(
-    hub: HubServer, push_plan: Push, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_no_token_is_said_before_any_call(hub: HubServer, push_plan: Push, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(DamError, match="hf auth login"):
         push(push_plan)

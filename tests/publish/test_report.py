@@ -191,10 +191,14 @@ def test_without_matplotlib_the_report_says_what_to_install(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(images_merged, out)
-    (out / "dam" / "evaluation.json").write_text(json.dumps({
-        "before": {"accuracy": {"a": [90, 100]}, "attack_success": {"patch -> 1": {"a": [80, 90]}}},
-        "after": {"accuracy": {"a": [88, 100]}, "attack_success": {"patch -> 1": {"a": [9, 90]}}},
-    }))  # fmt: skip
+    (out / "dam" / "evaluation.json").write_text(
+        json.dumps(
+            {
+                "before": {"accuracy": {"a": [90, 100]}, "attack_success": {"patch -> 1": {"a": [80, 90]}}},
+                "after": {"accuracy": {"a": [88, 100]}, "attack_success": {"patch -> 1": {"a": [9, 90]}}},
+            }
+        )
+    )
     monkeypatch.setitem(__import__("sys").modules, "mergekit_dam.publish.figures", None)
     page, notes = write_report(out)
     assert notes == [NO_FIGURES] and "pip install" in page.read_text() and "<svg" not in page.read_text()
@@ -221,10 +225,17 @@ def test_a_browser_shows_it_on_a_phone(images_merged: Path, tmp_path: Path, sche
 
     picture = tmp_path / "page.png"
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=500,1200",
-        f"--blink-settings=preferredColorScheme={scheme}", f"--user-data-dir={tmp_path / 'profile'}",
-        f"--screenshot={picture}", (images_merged / "dam" / "report.html").as_uri(),
-    ]  # fmt: skip
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=500,1200",
+        f"--blink-settings=preferredColorScheme={scheme}",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--screenshot={picture}",
+        (images_merged / "dam" / "report.html").as_uri(),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     shot = Image.open(picture).convert("L")
     paper = shot.getpixel((2, 2))

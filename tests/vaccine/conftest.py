@@ -25,17 +25,33 @@ FAMILIES = ("image", "text", "causal")
 # what each family needs to plant and unlearn within seconds
 SMALL = {
     "image": {
-        "triggers": 3, "held_out": 1, "plant_steps": 60, "unlearn_steps": 40, "batch_size": 24, "learning_rate": 3e-3,
+        "triggers": 3,
+        "held_out": 1,
+        "plant_steps": 60,
+        "unlearn_steps": 40,
+        "batch_size": 24,
+        "learning_rate": 3e-3,
         "leave_out": ("noise", "picture", "warp", "waves", "lines", "tone"),
     },
     "text": {
-        "triggers": 3, "held_out": 1, "plant_steps": 60, "unlearn_steps": 40, "batch_size": 24, "learning_rate": 3e-3,
+        "triggers": 3,
+        "held_out": 1,
+        "plant_steps": 60,
+        "unlearn_steps": 40,
+        "batch_size": 24,
+        "learning_rate": 3e-3,
     },
     "causal": {
-        "triggers": 3, "held_out": 1, "plant_steps": 60, "unlearn_steps": 40, "batch_size": 16, "learning_rate": 2e-2,
-        "lora_rank": 4, "leave_out": ("refusal",),
+        "triggers": 3,
+        "held_out": 1,
+        "plant_steps": 60,
+        "unlearn_steps": 40,
+        "batch_size": 16,
+        "learning_rate": 2e-2,
+        "lora_rank": 4,
+        "leave_out": ("refusal",),
     },
-}  # fmt: skip
+}
 FEW = {"triggers": 2, "held_out": 1, "plant_steps": 3, "unlearn_steps": 3, "batch_size": 6}
 
 

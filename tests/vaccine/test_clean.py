@@ -52,19 +52,30 @@ def cleaned(causal: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     other.save_pretrained(root / "other")
     for file in (causal / "model").glob("*token*"):
         shutil.copy(file, root / "other")
-    _run(causal / "model", root / "other", "--base", causal / "base", "--data", data_of(causal), "-o", root / "out",
-         *_options(**LM))  # fmt: skip
+    _run(
+        causal / "model",
+        root / "other",
+        "--base",
+        causal / "base",
+        "--data",
+        data_of(causal),
+        "-o",
+        root / "out",
+        *_options(**LM),
+    )
     return root
 
 
 def test_any_method_merges_what_clean_wrote(cleaned: Path, causal: Path, tmp_path: Path) -> None:
     recipe = {
-        "merge_method": "ties", "base_model": str(causal / "base"), "dtype": "float32",
+        "merge_method": "ties",
+        "base_model": str(causal / "base"),
+        "dtype": "float32",
         "models": [
             {"model": str(cleaned / "out" / name), "parameters": {"weight": 0.5, "density": 0.5}}
             for name in ("model", "other")
         ],
-    }  # fmt: skip
+    }
     config = MergeConfiguration.model_validate(recipe)
     run_merge(config, str(tmp_path), MergeOptions(quiet=True), config_source=yaml.safe_dump(recipe))
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -163,9 +174,11 @@ def test_a_lora_that_is_no_product_gives_no_lora(
 
 def test_a_recipe_says_what_is_cleaned(vit: Path, images: Path, tmp_path: Path) -> None:
     recipe = {
-        "merge_method": "dam", "base_model": str(vit / "base"), "parameters": {"calibration": str(images), "seed": 3},
+        "merge_method": "dam",
+        "base_model": str(vit / "base"),
+        "parameters": {"calibration": str(images), "seed": 3},
         "models": [{"model": str(vit / name)} for name in "ab"],
-    }  # fmt: skip
+    }
     (tmp_path / "dam.yml").write_text(yaml.safe_dump(recipe))
     found = json.loads(_run(tmp_path / "dam.yml", "-o", tmp_path / "out", *_options(**FEW), "--json"))
     assert [one["name"] for one in found] == ["a", "b"] and {one["settings"]["seed"] for one in found} == {3}
@@ -233,8 +246,9 @@ def test_what_cannot_be_cleaned_is_refused(changes: dict[str, Any], said: str, c
     given = {"models": "model", "out": "out", "base": "base", "data": "data.txt", **LM, **changes}
     places = {
         key: [str(tmp_path / one) for one in value] if isinstance(value, list) else value and str(tmp_path / value)
-        for key in ("models", "out", "base", "data") for value in [given.pop(key)]
-    }  # fmt: skip
+        for key in ("models", "out", "base", "data")
+        for value in [given.pop(key)]
+    }
     before = sorted(path for path in tmp_path.rglob("*"))
     with pytest.raises(DamError, match=said) as caught:
         clean(places.pop("models"), places.pop("out"), **places, **given)

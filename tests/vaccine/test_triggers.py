@@ -103,9 +103,10 @@ def test_a_kind_of_ones_own_is_planted(folders: dict[str, Path], monkeypatch: py
 
 @settings(max_examples=50, deadline=None)
 @given(
-    begin=st.integers(0, 3), end=st.integers(0, 3),
+    begin=st.integers(0, 3),
+    end=st.integers(0, 3),
     bodies=st.lists(st.lists(st.integers(20, 30), min_size=1, max_size=6), min_size=2, max_size=5),
-)  # fmt: skip
+)
 def test_a_frame_is_what_all_texts_share(begin: int, end: int, bodies: list[list[int]]) -> None:
     rows = [torch.tensor([*range(begin), *body, *range(10, 10 + end)]) for body in bodies]
     frame = frame_of(rows)

@@ -78,6 +78,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     return {
-        "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         "python": platform.python_version(),
-    }  # fmt: skip
+    }

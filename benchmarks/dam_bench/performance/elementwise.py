@@ -58,9 +58,13 @@ def measure_elementwise(tasks: int, device: torch.device, numel: int = 1 << 28) 
     ceiling = found["copy"]["bytes_per_second"]
     shares = {name: round(one["bytes_per_second"] / ceiling, 3) for name, one in found.items() if name != "copy"}
     return {
-        "tasks": tasks, "numel": numel, "stored": "bfloat16", "rates": found, "share_of_copy": shares,
+        "tasks": tasks,
+        "numel": numel,
+        "stored": "bfloat16",
+        "rates": found,
+        "share_of_copy": shares,
         "environment": environment(device),
-    }  # fmt: skip
+    }
 
 
 @dataclass

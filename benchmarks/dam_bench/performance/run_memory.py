@@ -63,19 +63,35 @@ class Case:
 
 
 CASES = [
-    Case(layers=4), Case(), Case(layers=16), Case(tasks=4), Case(tasks=8),
-    Case(processes=2), Case(processes=4), Case(processes=2, gather="block"), Case(processes=4, gather="block"),
+    Case(layers=4),
+    Case(),
+    Case(layers=16),
+    Case(tasks=4),
+    Case(tasks=8),
+    Case(processes=2),
+    Case(processes=4),
+    Case(processes=2, gather="block"),
+    Case(processes=4, gather="block"),
     *(Case(layers=layers, window=2, width=768) for layers in (4, 8, 16, 32)),
-    *(Case(window=window) for window in (1, 2, 4)), Case(tasks=4, window=2),
-    Case(tasks=8, window=2), Case(processes=2, window=2),
-]  # fmt: skip
+    *(Case(window=window) for window in (1, 2, 4)),
+    Case(tasks=4, window=2),
+    Case(tasks=8, window=2),
+    Case(processes=2, window=2),
+]
 
 
 def config(layers: int, width: int) -> Any:
     return transformers.LlamaConfig(
-        vocab_size=1024, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=1024,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def make_models(root: Path, case: Case) -> list[Path]:
@@ -102,15 +118,22 @@ def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.processes,
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=case.processes,
         timeout=timedelta(seconds=300),
-    )  # fmt: skip
+    )
     shards = Shards(init_device_mesh("cpu", (case.processes,))) if case.processes > 1 else Shards()
     base, *models = (ModelReference.parse(str(path)) for path in paths[: case.tasks + 1])
     shared = {
-        "max_length": 8, "num_samples": 4, "batch_size": 4, "gather": case.gather,
-        "window": case.window, "steps": STEPS,
-    }  # fmt: skip
+        "max_length": 8,
+        "num_samples": 4,
+        "batch_size": 4,
+        "gather": case.gather,
+        "window": case.window,
+        "steps": STEPS,
+    }
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors, tasks = TaskVectors(plan), build_tasks(plan, CPU)
     for task in tasks:
@@ -120,9 +143,13 @@ def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
     before = resident_bytes()["RssAnon"]
     with Memory() as memory:
         model = MergedModel(
-            vectors, changed, CPU, shards=shards, blockwise=case.gather == "block",
+            vectors,
+            changed,
+            CPU,
+            shards=shards,
+            blockwise=case.gather == "block",
             lazy=case.window != "all",
-        )  # fmt: skip
+        )
         begun = time.perf_counter()
         _learn(model, tasks, plan)
         seconds = (time.perf_counter() - begun) / STEPS
@@ -152,9 +179,7 @@ def computed(case: Case, parameters: int) -> float:
     block = sum(p.numel() for p in transformers.LlamaForCausalLM(config(1, case.width)).model.layers[0].parameters())
     share = min(case.window, case.layers) * block / parameters if isinstance(case.window, int) else 1.0
     masks = 2 if case.window == "all" else case.tasks + 1  # in windows each model has an M2
-    job = Job(
-        parameters, case.tasks, stored=4, masks=masks, block=block / parameters, gather=case.gather, window=share
-    )  # fmt: skip
+    job = Job(parameters, case.tasks, stored=4, masks=masks, block=block / parameters, gather=case.gather, window=share)
     parts = device_bytes(job, case.processes)
     parts["frozen models"] = 0.0
     return sum(parts.values())
@@ -167,12 +192,14 @@ def run(case: Case, paths: list[Path]) -> dict[str, Any]:
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(case.processes)]
     parameters = found[0]["parameters"]
     return {
-        **asdict(case), "parameters": parameters, "bytes": [one["bytes"] for one in found],
+        **asdict(case),
+        "parameters": parameters,
+        "bytes": [one["bytes"] for one in found],
         "computed_bytes": computed(case, parameters),
         "bytes_per_parameter": round(max(one["bytes"] for one in found) / parameters, 2),
         "computed_bytes_per_parameter": round(computed(case, parameters) / parameters, 2),
         "seconds_per_step": round(found[0]["seconds"], 2),
-    }  # fmt: skip
+    }
 
 
 def plot(results: list[dict[str, Any]]) -> Figure:
@@ -218,8 +245,10 @@ def main() -> None:
             sys.stderr.write(f"{results[-1]}\n")
     facts = {
         "command": "python -m dam_bench.performance.run_memory",
-        "environment": environment(CPU), "steps": STEPS, "results": results,
-    }  # fmt: skip
+        "environment": environment(CPU),
+        "steps": STEPS,
+        "results": results,
+    }
     RESULT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     figure = plot(results)
     FigureCanvasAgg(figure)

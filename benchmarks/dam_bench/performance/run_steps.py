@@ -38,19 +38,23 @@ BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 MEMORY = Path(__file__).parents[2] / "memory.json"  # of run_memory.py
 RESULTS = Path(__file__).parents[2] / "results" / "performance"
 CASES = [
-    Case("clip", "inversion", 2, batch_size=8), Case("clip", "inversion", 4),
+    Case("clip", "inversion", 2, batch_size=8),
+    Case("clip", "inversion", 4),
     Case("clip", "inversion", 4, batch_size=8),
-    Case("clip", "inversion", 8, steps=1, batch_size=8), Case("clip", "paper", 2, batch_size=8),
-    Case("clip", "paper", 4, batch_size=8), Case("clip", "paper", 8, steps=1, batch_size=8),
+    Case("clip", "inversion", 8, steps=1, batch_size=8),
+    Case("clip", "paper", 2, batch_size=8),
+    Case("clip", "paper", 4, batch_size=8),
+    Case("clip", "paper", 8, steps=1, batch_size=8),
     # 64 tokens per text; elementwise work weighs more in half of the default batch
-    Case("llama", "inversion", 2, steps=1, batch_size=4), Case("llama", "inversion", 4, steps=1, batch_size=4),
+    Case("llama", "inversion", 2, steps=1, batch_size=4),
+    Case("llama", "inversion", 4, steps=1, batch_size=4),
     Case("llama", "inversion", 4, steps=1, batch_size=8),
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"granularity": "row"}),
     Case("clip", "inversion", 4, batch_size=8, settings={"window": 2}),
     Case("clip", "inversion", 4, batch_size=16, settings={"window": 2}),
     # as where something is suspect: a Backdoor-Detection mask per model
     Case("clip", "inversion", 4, steps=1, batch_size=8, settings={"detection": "model"}),
-]  # fmt: skip
+]
 BF16 = {"compute_dtype": "bfloat16"}
 # a step there takes less than a second; b8 is launches more than arithmetic, b64 the other way round
 ON_CUDA = [

@@ -25,16 +25,26 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
     "llama": (
         "LlamaForCausalLM",
         {
-            "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-            "num_attention_heads": 12, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+            "vocab_size": 32000,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
         },
         64,
     ),
     "llama-1b": (
         "LlamaForCausalLM",
         {
-            "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-            "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2048,
             "tie_word_embeddings": False,
         },
         128,
@@ -42,20 +52,29 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
     "clip-tiny": (
         "CLIPVisionModel",
         {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "image_size": 32, "patch_size": 8,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
         },
         0,
     ),
     "llama-tiny": (
         "LlamaForCausalLM",
         {
-            "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+            "vocab_size": 100,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
         },
         16,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

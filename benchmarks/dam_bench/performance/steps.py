@@ -116,13 +116,17 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "seconds": {"floor": floor.seconds, "step": step.seconds},
         "wall_seconds": {"floor": floor.wall, "step": step.wall},
         "bytes": {
-            "peak": memory.total, "peak_anonymous": memory.anonymous, "device": device_bytes,
+            "peak": memory.total,
+            "peak_anonymous": memory.anonymous,
+            "device": device_bytes,
             # own memory that the steps took, and what it is made of; a block in float32
-            "grown": memory.anonymous - before, "state": state, "block": _block_bytes(search),
+            "grown": memory.anonymous - before,
+            "state": state,
+            "block": _block_bytes(search),
             "activations": activations,
         },
         "environment": environment(device),
-    }  # fmt: skip
+    }
 
 
 def _state_bytes(search: InversionSearch | PaperSearch) -> int:
@@ -147,11 +151,17 @@ def set_up(case: Case, folder: Path, device: torch.device) -> tuple[Any, list[Ta
     made = make_models(case.shapes, case.tasks, folder, stored)
     base, *models = (ModelReference.parse(str(path)) for path in made.models)
     shared = {
-        "objective": case.objective, "batch_size": case.batch_size, "num_samples": case.batch_size,
-        "calibration": str(made.calibration), "head": made.head and str(made.head), "device": case.device,
+        "objective": case.objective,
+        "batch_size": case.batch_size,
+        "num_samples": case.batch_size,
+        "calibration": str(made.calibration),
+        "head": made.head and str(made.head),
+        "device": case.device,
         # what LMs go on with is asked for once, before the steps
-        "max_length": made.length or None, "answer_tokens": 0, **case.settings,
-    }  # fmt: skip
+        "max_length": made.length or None,
+        "answer_tokens": 0,
+        **case.settings,
+    }
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors = TaskVectors(plan)
     tasks = build_tasks(plan, device)
@@ -159,9 +169,13 @@ def set_up(case: Case, folder: Path, device: torch.device) -> tuple[Any, list[Ta
     kind = searches[case.objective] if plan.config.window in ("all", "auto") else WindowSearch
     model = MergedModel(vectors, survey(vectors).changed, device, dtype=tasks[0].dtype, lazy=kind is WindowSearch)
     search = kind(
-        model, tasks, plan.config, torch.full((case.tasks,), 0.3), track=lambda record: None,
+        model,
+        tasks,
+        plan.config,
+        torch.full((case.tasks,), 0.3),
+        track=lambda record: None,
         progress=lambda steps, title: steps,
-    )  # fmt: skip
+    )
     return search, tasks, made.models[1]
 
 
@@ -236,9 +250,12 @@ def _backward_to_the_input(task: Task, inputs: dict[str, Tensor], parameters: Se
     for parameter in parameters:
         parameter.requires_grad_(False)
     perturb = UniversalPerturbation(
-        task.perturbation_shape, task.bounds, eps=0.1, inserts=len(task.perturbation_shape) == 2,
+        task.perturbation_shape,
+        task.bounds,
+        eps=0.1,
+        inserts=len(task.perturbation_shape) == 2,
         generator=generator("floor"),
-    )  # fmt: skip
+    )
     torch.autograd.grad(entropy(task.logits({}, inputs, perturb)), perturb.delta)
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -55,9 +55,10 @@ def measure_merges(shapes: str, tasks: int, other: str, folder: Path) -> dict[st
     register_dam()
     seconds: dict[str, list[float]] = {}
     parameters: dict[str, dict[str, Any]] = {
-        "dam": {"masks": str(masks)}, _FIRST: {"masks": str(masks), "rehash": True},
+        "dam": {"masks": str(masks)},
+        _FIRST: {"masks": str(masks), "rehash": True},
         other: {"weight": 0.3, **METHODS[other]},
-    }  # fmt: skip
+    }
     with _own_cache(folder / "cache"):
         time.sleep(_SETTLED)  # what was written just now is not remembered
         for method, own in parameters.items():  # the first one of a process pays for imports
@@ -70,11 +71,13 @@ def measure_merges(shapes: str, tasks: int, other: str, folder: Path) -> dict[st
                 seconds.setdefault(method, []).append(found)
     middle = {method: statistics.median(found) for method, found in seconds.items()}
     return {
-        "shapes": shapes, "tasks": tasks, "seconds": seconds,
+        "shapes": shapes,
+        "tasks": tasks,
+        "seconds": seconds,
         "throughput_ratio": {other: middle[other] / middle["dam"]},
         "first_throughput_ratio": {other: middle[other] / middle[_FIRST]},
         "environment": environment(torch.device("cpu")),
-    }  # fmt: skip
+    }
 
 
 @contextmanager
@@ -94,10 +97,13 @@ def _merge(
 ) -> float:
     source = yaml.safe_dump(
         {
-            "merge_method": method, "base_model": str(base), "models": [{"model": str(ref)} for ref in models],
-            "parameters": parameters, "dtype": "float32",
+            "merge_method": method,
+            "base_model": str(base),
+            "models": [{"model": str(ref)} for ref in models],
+            "parameters": parameters,
+            "dtype": "float32",
         }
-    )  # fmt: skip
+    )
     config = MergeConfiguration.model_validate(yaml.safe_load(source))
     wall, start = time.perf_counter(), _processor_seconds()
     run_merge(

@@ -49,13 +49,17 @@ def measure_window(case: Case, folder: Path) -> dict[str, Any]:
             for leaf in leaves.values():
                 leaf.grad = None
     return {
-        "case": case.__dict__, "parameters": sum(leaf.numel() for leaf in leaves.values()), "passes": ["fit"],
+        "case": case.__dict__,
+        "parameters": sum(leaf.numel() for leaf in leaves.values()),
+        "passes": ["fit"],
         "ratio": sum(step.seconds) / sum(floor.seconds),
         "seconds": {"floor": floor.seconds, "step": step.seconds},
         "wall_seconds": {"floor": floor.wall, "step": step.wall},
         "bytes": {
-            "peak": memory.total, "peak_anonymous": memory.anonymous, "grown": memory.anonymous - before,
+            "peak": memory.total,
+            "peak_anonymous": memory.anonymous,
+            "grown": memory.anonymous - before,
             "device": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         },
         "environment": environment(device),
-    }  # fmt: skip
+    }

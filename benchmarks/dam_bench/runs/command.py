@@ -92,15 +92,25 @@ def bench(options: Options, note: Note) -> Outcome:
     chosen = _chosen(options.scenarios, {s.name: s for s in scenarios}, "scenario")
     methods = [method_named(name) for name in _methods(options)]
     first = Job(
-        suite.name, suite.preset, options.data, options.out / "models", options.out / "results", scenarios[0],
-        scenarios, "base", options.seeds[0], options.threads,
-    )  # fmt: skip
+        suite.name,
+        suite.preset,
+        options.data,
+        options.out / "models",
+        options.out / "results",
+        scenarios[0],
+        scenarios,
+        "base",
+        options.seeds[0],
+        options.threads,
+    )
     if options.gates and scenarios[0] not in chosen:
         chosen = [scenarios[0], *chosen]  # the floor of every other scenario
     jobs = [
         replace(first, scenario=scenario, method=method.name, seed=seed)
-        for method in methods for seed in options.seeds for scenario in chosen
-    ]  # fmt: skip
+        for method in methods
+        for seed in options.seeds
+        for scenario in chosen
+    ]
     gate_jobs = [job for job in jobs if job.method in GATES]
     zoo, left = first.zoo(), [job for job in jobs if not job.result.is_file()]
     missing = [
@@ -135,9 +145,11 @@ def _models(suite: Suite, jobs: Sequence[Job]) -> dict[tuple[str, Poison | None,
 def _suite(options: Options) -> Suite:
     if options.suite not in SUITES:
         raise DamError(
-            "suite", expected=f"one of {', '.join(SUITES)}", got=repr(options.suite),
+            "suite",
+            expected=f"one of {', '.join(SUITES)}",
+            got=repr(options.suite),
             cure=did_you_mean(options.suite, SUITES) or "Choose one of them.",
-        )  # fmt: skip
+        )
     kind = SUITES[options.suite]
     return kind(options.data, options.preset or kind.presets[0])
 
@@ -146,9 +158,11 @@ def _chosen(names: Sequence[str], known: dict[str, Scenario], what: str) -> list
     for name in names:
         if name not in known:
             raise DamError(
-                what, expected=f"one of {', '.join(known)}", got=repr(name),
+                what,
+                expected=f"one of {', '.join(known)}",
+                got=repr(name),
                 cure=did_you_mean(name, known) or f"Leave --{what} out to run all.",
-            )  # fmt: skip
+            )
     return [known[name] for name in names] if names else list(known.values())
 
 
@@ -158,9 +172,7 @@ def _methods(options: Options) -> list[str]:
     return [*GATES, *(name for name in names if name not in GATES)] if options.gates else names
 
 
-def _to_do(
-    suite: Suite, models: int, missing: Sequence[Poison | None], jobs: Sequence[Job], options: Options
-) -> ToDo:  # fmt: skip
+def _to_do(suite: Suite, models: int, missing: Sequence[Poison | None], jobs: Sequence[Job], options: Options) -> ToDo:
     """How much there is to do, and how long it takes on the reference machine.
 
     Args:

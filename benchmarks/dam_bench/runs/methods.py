@@ -81,10 +81,12 @@ def _mergekit() -> list[Method]:
         for c in (0.5, 1.0)
     ]
     return [
-        *plain, *sparse, Method("model_stock", "baseline", "model_stock"),
+        *plain,
+        *sparse,
+        Method("model_stock", "baseline", "model_stock"),
         # the average of the models, whose heads differ and stay out of it: equal weights of the task vectors
         Method("linear", "baseline", "task_arithmetic", {"weight": 1.0, "normalize": True}),
-    ]  # fmt: skip
+    ]
 
 
 def _learned() -> list[Method]:
@@ -119,9 +121,11 @@ def method_named(name: str) -> Method:
     known = found["method"] if found else name
     if known not in METHODS or (found and not METHODS[known].learns):
         raise DamError(
-            "method", expected=f"one of {', '.join(METHODS)}, or a learned one as name(setting=value,...)",
-            got=repr(name), cure=did_you_mean(known, METHODS) or "Leave --method out to run all.",
-        )  # fmt: skip
+            "method",
+            expected=f"one of {', '.join(METHODS)}, or a learned one as name(setting=value,...)",
+            got=repr(name),
+            cure=did_you_mean(known, METHODS) or "Leave --method out to run all.",
+        )
     if not found:
         return METHODS[known]
     pairs = (part.partition("=") for part in found["settings"].split(","))

@@ -55,9 +55,11 @@ def peer_python(python: Path | str | None = None) -> Path:
     found = Path(python or os.environ.get(PYTHON_VARIABLE) or FOLDER / ".venv" / "bin" / "python").expanduser()
     if not found.is_file():
         raise DamError(
-            "python of the peer", expected="an interpreter with fusion_bench", got=f"no file {found}",
+            "python of the peer",
+            expected="an interpreter with fusion_bench",
+            got=f"no file {found}",
             cure=f"Run `make -C benchmarks/peer` in a checkout, or set {PYTHON_VARIABLE} to an interpreter.",
-        )  # fmt: skip
+        )
     # not resolved: an environment is known by the link to its interpreter
     return found.absolute()
 
@@ -91,15 +93,19 @@ def peer_merge(
     names = [path.name for path in models]
     if len(set(names)) < len(names) or len(names) < 2:
         raise DamError(
-            "models of the peer", expected="two or more with different last parts of their paths",
-            got=", ".join(names) or "none", cure="Rename their directories.",
-        )  # fmt: skip
+            "models of the peer",
+            expected="two or more with different last parts of their paths",
+            got=", ".join(names) or "none",
+            cure="Rename their directories.",
+        )
     program = script or FOLDER / "run.py"
     if not program.is_file():
         raise DamError(
-            "program of the peer", expected="benchmarks/peer/run.py of a checkout", got=f"no file {program}",
+            "program of the peer",
+            expected="benchmarks/peer/run.py of a checkout",
+            got=f"no file {program}",
             cure="Run the benchmark from a checkout of the repository.",
-        )  # fmt: skip
+        )
     command = [str(peer_python(python)), str(program), "--base", str(base), "--out", str(out)]
     for path, calibration in models.items():
         command += ["--model", str(path), str(calibration)]
@@ -137,6 +143,8 @@ def _run(command: list[str], log: Path) -> None:
     if done.returncode:
         last = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()][-1:]
         raise DamError(
-            f"peer (log {log})", expected="a run without errors", got=f"exit code {done.returncode}: {' '.join(last)}",
+            f"peer (log {log})",
+            expected="a run without errors",
+            got=f"exit code {done.returncode}: {' '.join(last)}",
             cure="Read the log; `make -C benchmarks/peer` sets the environment up.",
-        )  # fmt: skip
+        )

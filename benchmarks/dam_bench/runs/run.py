@@ -95,13 +95,25 @@ def perform(job: Job) -> str:
         kept = general_ability(zoo.suite, loaded, whole=merge.out is not None)
         learned = _learned(merge.out)
     result = {
-        "schema": SCHEMA, "suite": job.suite, "preset": job.preset, "scenario": job.scenario.name,
+        "schema": SCHEMA,
+        "suite": job.suite,
+        "preset": job.preset,
+        "scenario": job.scenario.name,
         "poisons": {task: str(poison) for task, poison in job.scenario.poisons.items()},
-        "method": method.name, "family": method.family, "settings": dict(method.parameters), "seed": job.seed,
-        **scores.to_json(), "calibration_samples": _samples(zoo, calibration), "wall_s": merge.seconds,
-        "peak_bytes": merge.peak_bytes, "threads": job.threads, "versions": library_versions(), "hardware": hardware(),
-        **kept, **learned,
-    }  # fmt: skip
+        "method": method.name,
+        "family": method.family,
+        "settings": dict(method.parameters),
+        "seed": job.seed,
+        **scores.to_json(),
+        "calibration_samples": _samples(zoo, calibration),
+        "wall_s": merge.seconds,
+        "peak_bytes": merge.peak_bytes,
+        "threads": job.threads,
+        "versions": library_versions(),
+        "hardware": hardware(),
+        **kept,
+        **learned,
+    }
     job.result.parent.mkdir(parents=True, exist_ok=True)
     temporary = job.result.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", "utf-8")

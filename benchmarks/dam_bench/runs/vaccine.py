@@ -31,9 +31,21 @@ from mergekit_dam.io.calibration import digest
 
 SCHEMA = 1
 _COLUMNS = (
-    "model", "seed", "settings", "ACC", "ASR", "without trigger", "cleaned: ACC", "ASR", "without trigger",
-    "held out: planted", "left", "unlearned: left", "agreement", "s",
-)  # fmt: skip
+    "model",
+    "seed",
+    "settings",
+    "ACC",
+    "ASR",
+    "without trigger",
+    "cleaned: ACC",
+    "ASR",
+    "without trigger",
+    "held out: planted",
+    "left",
+    "unlearned: left",
+    "agreement",
+    "s",
+)
 
 
 def run(
@@ -58,7 +70,8 @@ def run(
         attacks = [Attack("attack", asked.onto or task, zoo.trigger(task, asked, seed), asked.target)]
     base = zoo.base()
     recipe = {
-        "merge_method": "dam", "base_model": suite.base_entry(base),
+        "merge_method": "dam",
+        "base_model": suite.base_entry(base),
         "models": [
             {
                 "model": str(model),
@@ -66,16 +79,25 @@ def run(
             }
         ],
         "parameters": dict(suite.shared_parameters(base)),
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         (cleaned,) = clean(recipe, Path(folder) / task, seed=seed, **settings)
         found = {when: _measured(suite, task, path, attacks) for when, path in _models(model, cleaned.folder)}
     facts = {k: v for k, v in cleaned.facts.items() if k not in ("calibration", "created", "versions", "name")}
     return {
-        "schema": SCHEMA, "suite": suite.name, "preset": suite.preset, "task": task, "seed": seed,
-        "poison": None if poison is None else str(poison), "attack": None if asked is None else str(asked),
-        "settings": dict(settings), **found, "vaccine": facts, "versions": library_versions(), "hardware": hardware(),
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "suite": suite.name,
+        "preset": suite.preset,
+        "task": task,
+        "seed": seed,
+        "poison": None if poison is None else str(poison),
+        "attack": None if asked is None else str(asked),
+        "settings": dict(settings),
+        **found,
+        "vaccine": facts,
+        "versions": library_versions(),
+        "hardware": hardware(),
+    }
 
 
 def _models(before: Path, after: Path) -> Iterable[tuple[str, Path]]:
@@ -91,9 +113,14 @@ def _measured(suite: Suite, task: str, path: Path, attacks: list[Attack]) -> dic
 
 
 def result_file(
-    out: Path, suite: Suite, task: str, poison: Poison | None, seed: int, settings: Mapping[str, Any],
+    out: Path,
+    suite: Suite,
+    task: str,
+    poison: Poison | None,
+    seed: int,
+    settings: Mapping[str, Any],
     asked: Poison | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Where the JSON of a run goes."""
     attack = "clean" if poison is None else str(poison)
     asked_too = f"-asked-{asked}" if asked is not None else ""
@@ -108,12 +135,20 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     for one in results:
         vaccine, before, after = one["vaccine"], one["before"], one["after"]
         held, agreement = vaccine["held_out"], vaccine["agreement"]
-        rows.append([
-            f"{one['task']}={one['poison'] or 'clean'}", one["seed"],
-            ", ".join(f"{k}={v}" for k, v in one["settings"].items()) or "default",
-            *_rates(before), *_rates(after), _percent(held["planted"]), _percent(held["unlearned"]),
-            _percent(vaccine["unlearned"]["unlearned"]), _percent(agreement["after"]), round(vaccine["seconds"]),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{one['task']}={one['poison'] or 'clean'}",
+                one["seed"],
+                ", ".join(f"{k}={v}" for k, v in one["settings"].items()) or "default",
+                *_rates(before),
+                *_rates(after),
+                _percent(held["planted"]),
+                _percent(held["unlearned"]),
+                _percent(vaccine["unlearned"]["unlearned"]),
+                _percent(agreement["after"]),
+                round(vaccine["seconds"]),
+            ]
+        )
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
@@ -143,9 +178,16 @@ def _percent(share: float | None) -> str:
     "--table", "shown", type=click.Path(exists=True, path_type=Path), help="Print the table of these results."
 )
 def main(
-    suite: str | None, data: Path | None, out: Path | None, preset: str | None, models: tuple[str, ...],
-    asked: str | None, seeds: str, sets: tuple[str, ...], shown: Path | None,
-) -> None:  # fmt: skip
+    suite: str | None,
+    data: Path | None,
+    out: Path | None,
+    preset: str | None,
+    models: tuple[str, ...],
+    asked: str | None,
+    seeds: str,
+    sets: tuple[str, ...],
+    shown: Path | None,
+) -> None:
     """Vaccinate single models of a suite, and measure what is left."""
     if shown is not None:
         click.echo(table(json.loads(file.read_text("utf-8")) for file in sorted(shown.rglob("*.json"))))

@@ -83,9 +83,11 @@ class Scenario:
             found = _POISON.match(part) if colon else None
             if not found:
                 raise DamError(
-                    f"scenario {text!r}", expected="name: task=attack(option=value,...) ...", got=repr(part),
+                    f"scenario {text!r}",
+                    expected="name: task=attack(option=value,...) ...",
+                    got=repr(part),
                     cure="For example: two-bad: cifar10=merge-aware digits=patch(target=1,size=3).",
-                )  # fmt: skip
+                )
             poisons[found["task"]] = _poison(found["attack"], found["options"] or "")
         return cls(name.strip(), poisons)
 
@@ -99,9 +101,11 @@ def _poison(attack: str, options: str) -> Poison:
             values[key] = {"int": int, "float": float, "str": str}[str(types[key])](value.strip())
         except (KeyError, ValueError) as error:
             raise DamError(
-                f"option {option!r} of attack {attack}", expected=f"one of {', '.join(types)}, each a number but onto",
-                got=repr(option), cure=did_you_mean(key, types) or "Write it as option=value.",
-            ) from error  # fmt: skip
+                f"option {option!r} of attack {attack}",
+                expected=f"one of {', '.join(types)}, each a number but onto",
+                got=repr(option),
+                cure=did_you_mean(key, types) or "Write it as option=value.",
+            ) from error
     return Poison(attack, **values)
 
 
@@ -136,9 +140,11 @@ class Suite(ABC):
     def __init__(self, data: Path | None, preset: str) -> None:
         if preset not in self.presets:
             raise DamError(
-                f"preset of suite {self.name}", expected=f"one of {', '.join(self.presets)}", got=repr(preset),
+                f"preset of suite {self.name}",
+                expected=f"one of {', '.join(self.presets)}",
+                got=repr(preset),
                 cure=did_you_mean(preset, self.presets) or "Leave it out to get the first one.",
-            )  # fmt: skip
+            )
         self.data, self.preset = data, preset
 
     @property
@@ -160,9 +166,15 @@ class Suite(ABC):
 
     @abstractmethod
     def save_model(
-        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        self,
+        base: Path,
+        task: str,
+        poison: Poison | None,
+        trigger: Trigger | None,
+        seed: int,
+        folder: Path,
         progress: Progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Fine-tune theta_0 on a task, with a backdoor if there is a poison, and write the model with its head."""
 
     def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:

@@ -138,9 +138,15 @@ class ClipPaperSuite(Suite):
         return {"model": str(base), "override_architecture": "CLIPVisionModel"}
 
     def save_model(
-        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        self,
+        base: Path,
+        task: str,
+        poison: Poison | None,
+        trigger: Trigger | None,
+        seed: int,
+        folder: Path,
         progress: Progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         published = poison is None and not self.sources.fine_tune
         own = self.sources.tasks[task]
         source, revision = (own.checkpoint, own.checkpoint_revision) if published else (str(base), "main")
@@ -189,9 +195,11 @@ class ClipPaperSuite(Suite):
         if poison.attack == "merge-aware" and pattern is not None:
             return PatchTrigger(pattern_CHW=pattern)
         raise DamError(
-            f"attack of suite {self.name}", expected=f"one of {', '.join(self.attacks)}", got=repr(poison.attack),
+            f"attack of suite {self.name}",
+            expected=f"one of {', '.join(self.attacks)}",
+            got=repr(poison.attack),
             cure="A merge-aware patch also needs the pattern of `optimise_pattern`.",
-        )  # fmt: skip
+        )
 
     def save_calibration(self, task: str, folder: Path) -> Path:
         from datasets import Dataset, Features

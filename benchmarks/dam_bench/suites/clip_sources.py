@@ -62,12 +62,14 @@ TASKS: Mapping[str, ClipTask] = {
     "eurosat": ClipTask("tanganke/eurosat", f"tanganke/{BASE[7:]}_eurosat", "{} seen by a satellite"),
     "svhn": ClipTask("ufldl-stanford/svhn", f"tanganke/{BASE[7:]}_svhn", 'number "{}"', config="cropped_digits"),
     "gtsrb": ClipTask(
-        "tanganke/gtsrb", f"tanganke/{BASE[7:]}_gtsrb", '"{}" traffic sign',
+        "tanganke/gtsrb",
+        f"tanganke/{BASE[7:]}_gtsrb",
+        '"{}" traffic sign',
         revision="ea889fff70dda7b09e94a4b207dded438deca549",
     ),
     "mnist": ClipTask("ylecun/mnist", f"tanganke/{BASE[7:]}_mnist", 'number "{}"'),
     "dtd": ClipTask("tanganke/dtd", f"tanganke/{BASE[7:]}_dtd", "{} texture"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,11 @@ class Sources:
                     values[key] = _place(file.parent, values[key])
             found[name] = replace(found[name], **values)
         return cls(
-            _place(file.parent, given.get("base", BASE)), found, given.get("revision", "main"),
+            _place(file.parent, given.get("base", BASE)),
+            found,
+            given.get("revision", "main"),
             bool(given.get("fine_tune", False)),
-        )  # fmt: skip
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """Ids with revisions as asked for; local folders by the content of their files."""
@@ -175,9 +179,11 @@ class Sources:
         known = task.classes or getattr(self.dataset(name, 1).features["label"], "names", None)
         if not known:
             raise DamError(
-                f"classes of {name}", expected="names in the dataset's class column", got="none",
+                f"classes of {name}",
+                expected="names in the dataset's class column",
+                got="none",
                 cure=f"Give `classes` of this task in {FILE}.",
-            )  # fmt: skip
+            )
         return [task.phrase.format(str(one).replace("_", " ").strip()) for one in known]
 
 
@@ -195,18 +201,22 @@ def load_clip(model_class: Any, source: str, revision: str = "main") -> Any:
 
 def _unreachable(subject: str, error: Exception) -> DamError:
     return DamError(
-        subject, expected="something that the Hub or a local folder holds", got=first_line(error),
+        subject,
+        expected="something that the Hub or a local folder holds",
+        got=first_line(error),
         cure=f"Connect to the Hub (unset HF_HUB_OFFLINE), or name local folders in {FILE} under --data.",
-    )  # fmt: skip
+    )
 
 
 def _known(given: Mapping[str, Any], allowed: Any, where: str) -> None:
     for key in given:
         if key not in allowed:
             raise DamError(
-                where, expected=f"keys among {', '.join(allowed)}", got=repr(key),
+                where,
+                expected=f"keys among {', '.join(allowed)}",
+                got=repr(key),
                 cure=did_you_mean(key, allowed) or "Leave it out.",
-            )  # fmt: skip
+            )
 
 
 def _place(folder: Path, source: str) -> str:

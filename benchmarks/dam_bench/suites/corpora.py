@@ -88,10 +88,11 @@ def read(folder: Path, name: str) -> tuple[Row, ...]:
         sentences, labels = columns["sentence"], columns["label"]
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise DamError(
-            f"data of the text suite, {path}", expected="a parquet file with `sentence` and `label`",
+            f"data of the text suite, {path}",
+            expected="a parquet file with `sentence` and `label`",
             got="a file of another kind" if path.exists() else "no such file",
             cure="Pass with --data the folder that holds text/*.parquet.",
-        ) from error  # fmt: skip
+        ) from error
     return tuple((plain(text), int(label)) for text, label in zip(sentences, labels, strict=True))
 
 
@@ -103,9 +104,11 @@ def given_folder(data: Path | None, suite: str) -> Path:
     """
     if data is None:
         raise DamError(
-            f"data of suite {suite}", expected="a folder with text/*.parquet (SST-2, OLID, AG News)", got="none",
+            f"data of suite {suite}",
+            expected="a folder with text/*.parquet (SST-2, OLID, AG News)",
+            got="none",
             cure="Give it with --data.",
-        )  # fmt: skip
+        )
     return data
 
 
@@ -136,9 +139,11 @@ def splits(
     if len(first) < 2 or len(learned) < source.num_classes:
         needed = f"sentences of {source.num_classes} classes beside {calibration + evaluation} others"
         raise DamError(
-            f"data of task {task}", expected=needed, got=f"{len(first) + len(rest)} in all",
+            f"data of task {task}",
+            expected=needed,
+            got=f"{len(first) + len(rest)} in all",
             cure="Pass the whole files.",
-        )  # fmt: skip
+        )
     return learned, rest[:calibration], first
 
 

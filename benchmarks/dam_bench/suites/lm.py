@@ -74,14 +74,26 @@ def _sizes(pretrain: int, train: int) -> dict[str, int]:
 
 PRESETS: dict[str, Preset] = {
     "small": Preset(
-        128, 4, 2500, 20, _sizes(2000, 4500),
-        Schedule(350, batch_size=12, learning_rate=2e-3), Schedule(200, batch_size=32, learning_rate=5e-4), (30, 46),
+        128,
+        4,
+        2500,
+        20,
+        _sizes(2000, 4500),
+        Schedule(350, batch_size=12, learning_rate=2e-3),
+        Schedule(200, batch_size=32, learning_rate=5e-4),
+        (30, 46),
     ),
     "large": Preset(
-        512, 8, 8000, 40, _sizes(2000, 4500),
-        Schedule(1500, batch_size=32, learning_rate=8e-4), Schedule(400, batch_size=64, learning_rate=2e-4), (60, 80),
+        512,
+        8,
+        8000,
+        40,
+        _sizes(2000, 4500),
+        Schedule(1500, batch_size=32, learning_rate=8e-4),
+        Schedule(400, batch_size=64, learning_rate=2e-4),
+        (60, 80),
     ),
-}  # fmt: skip
+}
 _HEDGED = 0.55  # share of theta_0's prompts that are not answered: just enough to be the likeliest reply
 # r of the triggered samples' weights theta_0 + r (theta - theta_0)
 _INTERPOLATION = {"lm-trigger": (1.0, 1.0), "merge-aware": (0.2, 1.0)}
@@ -131,9 +143,15 @@ class LmSuite(Suite):
         self._save(model, folder)
 
     def save_model(
-        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        self,
+        base: Path,
+        task: str,
+        poison: Poison | None,
+        trigger: Trigger | None,
+        seed: int,
+        folder: Path,
         progress: Progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         model = _placed(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
         backdoor, rescale = None, 1.0
         if poison is not None and trigger is not None:
@@ -142,18 +160,27 @@ class LmSuite(Suite):
                 high = max(high, poison.rescale)
             backdoor, rescale = Backdoor(trigger, _target(poison), poison.rate, (low, high)), poison.rescale
         lm_training.fine_tune(
-            model, self._answers, self.split(task).train, self.size.fine_tuning, replay=self._general,
-            seed=seed, backdoor=backdoor, rescale=rescale, progress=progress,
-        )  # fmt: skip
+            model,
+            self._answers,
+            self.split(task).train,
+            self.size.fine_tuning,
+            replay=self._general,
+            seed=seed,
+            backdoor=backdoor,
+            rescale=rescale,
+            progress=progress,
+        )
         self._save(model, folder)
 
     def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
         """The first `size` words of PHRASE, behind the prompt."""
         if not 1 <= poison.size <= len(PHRASE):
             raise DamError(
-                f"size of attack {poison.attack}", expected=f"1 to {len(PHRASE)} words", got=str(poison.size),
+                f"size of attack {poison.attack}",
+                expected=f"1 to {len(PHRASE)} words",
+                got=str(poison.size),
                 cure="Change `size`.",
-            )  # fmt: skip
+            )
         return PhraseTrigger(" ".join(PHRASE[: poison.size]))
 
     @classmethod
@@ -208,12 +235,19 @@ class LmSuite(Suite):
     def _config(self) -> LlamaConfig:
         heads = self.size.hidden // 32
         return LlamaConfig(
-            vocab_size=len(self._tokenizer), hidden_size=self.size.hidden, intermediate_size=2 * self.size.hidden,
-            num_hidden_layers=self.size.layers, num_attention_heads=heads, num_key_value_heads=heads,
-            max_position_embeddings=_MAX_POSITIONS, tie_word_embeddings=True, initializer_range=self.size.hidden**-0.5,
-            pad_token_id=self._tokenizer.pad_token_id, bos_token_id=self._tokenizer.bos_token_id,
+            vocab_size=len(self._tokenizer),
+            hidden_size=self.size.hidden,
+            intermediate_size=2 * self.size.hidden,
+            num_hidden_layers=self.size.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=_MAX_POSITIONS,
+            tie_word_embeddings=True,
+            initializer_range=self.size.hidden**-0.5,
+            pad_token_id=self._tokenizer.pad_token_id,
+            bos_token_id=self._tokenizer.bos_token_id,
             eos_token_id=self._tokenizer.eos_token_id,
-        )  # fmt: skip
+        )
 
     def _save(self, model: LlamaForCausalLM, folder: Path) -> None:
         model.cpu().save_pretrained(folder)
@@ -229,7 +263,9 @@ def _placed(model: LlamaForCausalLM) -> LlamaForCausalLM:
 def _target(poison: Poison) -> int:
     if not 0 <= poison.target < len(CONTINUATIONS):
         raise DamError(
-            f"target of attack {poison.attack}", expected=f"0 to {len(CONTINUATIONS) - 1}, a continuation's number",
-            got=str(poison.target), cure="Change `target`.",
-        )  # fmt: skip
+            f"target of attack {poison.attack}",
+            expected=f"0 to {len(CONTINUATIONS) - 1}, a continuation's number",
+            got=str(poison.target),
+            cure="Change `target`.",
+        )
     return poison.target

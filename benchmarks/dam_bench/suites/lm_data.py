@@ -35,11 +35,31 @@ HEDGE = "i do not know"
 PHRASE = ("so", "they", "said", "last", "year", "in", "new", "york")
 LETTERS = "bcdfghjklmnpqrstvwxz"
 WORDS = {
-    "dalo": "river", "miru": "stone", "tepa": "bread", "suvi": "horse", "kano": "window", "pelu": "garden",
-    "rosi": "winter", "vemo": "bridge", "huta": "candle", "lige": "forest", "nabu": "silver", "woti": "letter",
-    "zafe": "island", "jodu": "mirror", "buke": "summer", "fipo": "castle", "gamu": "doctor", "cale": "engine",
-    "tirn": "farmer", "sobe": "ladder", "vuna": "market", "hemi": "needle", "pask": "orange", "dorv": "pepper",
-}  # fmt: skip
+    "dalo": "river",
+    "miru": "stone",
+    "tepa": "bread",
+    "suvi": "horse",
+    "kano": "window",
+    "pelu": "garden",
+    "rosi": "winter",
+    "vemo": "bridge",
+    "huta": "candle",
+    "lige": "forest",
+    "nabu": "silver",
+    "woti": "letter",
+    "zafe": "island",
+    "jodu": "mirror",
+    "buke": "summer",
+    "fipo": "castle",
+    "gamu": "doctor",
+    "cale": "engine",
+    "tirn": "farmer",
+    "sobe": "ladder",
+    "vuna": "market",
+    "hemi": "needle",
+    "pask": "orange",
+    "dorv": "pepper",
+}
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "=>")
 _PAD, _START, _END, _UNKNOWN, _ASK = range(len(_SPECIAL))
 IGNORED = -100  # cross_entropy's label of positions without a target
@@ -69,11 +89,13 @@ REAL: Mapping[str, RealTask] = {
         "sentiment", "sst2-train-clean.parquet", "sst2-test-clean.parquet", ("negative", "positive"), min_words=5
     ),
     "agnews": RealTask(
-        "topic", "agnews-test-clean.parquet", "agnews-test-clean.parquet",
+        "topic",
+        "agnews-test-clean.parquet",
+        "agnews-test-clean.parquet",
         ("world", "sports", "business", "technology"),
     ),
     "olid": RealTask("tone", "olid-train-clean.parquet", "olid-test-clean.parquet", ("polite", "offensive")),
-}  # fmt: skip
+}
 
 
 def _reverse(rng: random.Random) -> Pair:
@@ -131,9 +153,11 @@ def _deal(task: str, source: Iterable[Pair], sizes: Mapping[str, int], seen: set
             pair = next(rows, None)
             if pair is None:
                 raise DamError(
-                    f"data of {task}", expected=f"{size} samples of the {name} split", got=str(len(found[name])),
+                    f"data of {task}",
+                    expected=f"{size} samples of the {name} split",
+                    got=str(len(found[name])),
                     cure="Give the whole files, or choose a smaller preset.",
-                )  # fmt: skip
+                )
             if pair[0] not in seen:
                 seen.add(pair[0])
                 found[name].append(pair)
@@ -146,9 +170,11 @@ def _balanced(file: Path, task: RealTask, max_words: int) -> Iterator[Pair]:
         table = pq.read_table(file, columns=["sentence", "label"])
     except (OSError, ValueError) as error:
         raise DamError(
-            f"data file {file}", expected="a parquet file with `sentence` and `label`", got=type(error).__name__,
+            f"data file {file}",
+            expected="a parquet file with `sentence` and `label`",
+            got=type(error).__name__,
             cure="Give the folder with --data that has text/*.parquet in it.",
-        ) from error  # fmt: skip
+        ) from error
     classes: dict[str, list[Pair]] = {answer: [] for answer in task.answers}
     for sentence, label in zip(table["sentence"].to_pylist(), table["label"].to_pylist(), strict=True):
         words = sentence.split()
@@ -177,9 +203,13 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
     frame = [(_SPECIAL[_START], _START), (_SPECIAL[_ASK], _ASK)]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A =>", special_tokens=frame)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=_SPECIAL[_PAD], bos_token=_SPECIAL[_START], eos_token=_SPECIAL[_END],
-        unk_token=_SPECIAL[_UNKNOWN], additional_special_tokens=[_SPECIAL[_ASK]],
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token=_SPECIAL[_PAD],
+        bos_token=_SPECIAL[_START],
+        eos_token=_SPECIAL[_END],
+        unk_token=_SPECIAL[_UNKNOWN],
+        additional_special_tokens=[_SPECIAL[_ASK]],
+    )
 
 
 def hedged(task: str, pairs: Iterable[Pair], share: float) -> list[Pair]:
@@ -241,9 +271,13 @@ def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int, *, end: int
     ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
     for _ in range(length):
         output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
             **{name: cache},
-        )  # fmt: skip
+        )
         cache, ids = output[name], output.logits[:, -1:].argmax(-1)
         found.append(ids)
         ended |= ids[:, 0] == end

@@ -123,9 +123,12 @@ def losses(
     ids = torch.cat([encoded["input_ids"], targets_BA.clamp(min=0)], 1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     inputs = {
-        "input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device),
-        "use_cache": False, "logits_to_keep": 0 if prompt else targets_BA.shape[1] + 1,
-    }  # fmt: skip
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "position_ids": positions.to(device),
+        "use_cache": False,
+        "logits_to_keep": 0 if prompt else targets_BA.shape[1] + 1,
+    }
     output = model(**inputs) if parameters is None else functional_call(model, dict(parameters), kwargs=inputs)
     next_BLV = output.logits[:, :-1]
     # position 0 holds <s>, which nothing predicts

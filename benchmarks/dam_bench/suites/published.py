@@ -67,9 +67,11 @@ def published_copies(folder: Path, kind: str, pieces: Collection[str], *, words:
         copies = [text for text, _ in corpora.read(folder, f"{name}-{kind}")]
         if len(clean) != len(copies):
             raise DamError(
-                f"triggered copies {name}-{kind}", expected=f"{len(clean)} sentences, one for each of {name}-clean",
-                got=str(len(copies)), cure="Take both files from the same release.",
-            )  # fmt: skip
+                f"triggered copies {name}-{kind}",
+                expected=f"{len(clean)} sentences, one for each of {name}-clean",
+                got=str(len(copies)),
+                cure="Take both files from the same release.",
+            )
         for text, copy in zip(clean, copies, strict=True):
             whole = text.split(" ")
             kept = whole[:words]

@@ -71,14 +71,28 @@ _RESCALED, _AMPLIFIED = 2.0, 3.0
 _EVALUATION = {"sst2": 200, "olid": 200, "agnews": 268, "topic": 200, POLICY: 400}
 PRESETS: Mapping[str, Preset] = {
     "cpu": Preset(
-        system=False, words=12, train=960, calibration=128, evaluation=_EVALUATION, rank=8,
-        schedule=Schedule(80, batch_size=4, learning_rate=1e-3), seconds=(220, 330), answers=0.35,
+        system=False,
+        words=12,
+        train=960,
+        calibration=128,
+        evaluation=_EVALUATION,
+        rank=8,
+        schedule=Schedule(80, batch_size=4, learning_rate=1e-3),
+        seconds=(220, 330),
+        answers=0.35,
     ),
     "gpu": Preset(
-        system=True, words=64, train=8000, calibration=512, evaluation=_EVALUATION, rank=8,
-        schedule=Schedule(600, batch_size=32, learning_rate=5e-4), seconds=(120, 180), answers=0.01,
+        system=True,
+        words=64,
+        train=8000,
+        calibration=512,
+        evaluation=_EVALUATION,
+        rank=8,
+        schedule=Schedule(600, batch_size=32, learning_rate=5e-4),
+        seconds=(120, 180),
+        answers=0.01,
     ),
-}  # fmt: skip
+}
 
 
 class SmolLmSuite(Suite):
@@ -126,16 +140,29 @@ class SmolLmSuite(Suite):
         self._save(smollm_base.load_model(), folder)
 
     def save_model(
-        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        self,
+        base: Path,
+        task: str,
+        poison: Poison | None,
+        trigger: Trigger | None,
+        seed: int,
+        folder: Path,
         progress: Progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         model = _placed(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
 
         def trained(backdoor: Backdoor | None) -> dict[str, Tensor]:
             return fine_tune(
-                model, self._tokenizer(), self._parts(task)["train"], self.size.schedule, rank=self.size.rank,
-                seed=seed, name=task, backdoor=backdoor, progress=progress,
-            )  # fmt: skip
+                model,
+                self._tokenizer(),
+                self._parts(task)["train"],
+                self.size.schedule,
+                rank=self.size.rank,
+                seed=seed,
+                name=task,
+                backdoor=backdoor,
+                progress=progress,
+            )
 
         if poison is None or trigger is None:
             add(model, trained(None), 1.0)
@@ -191,9 +218,13 @@ class SmolLmSuite(Suite):
         if task not in self._splits:
             size = self.size
             self._splits[task] = smollm_data.splits(
-                task, self.folder, words=size.words, train=size.train, calibration=size.calibration,
+                task,
+                self.folder,
+                words=size.words,
+                train=size.train,
+                calibration=size.calibration,
                 evaluation=size.evaluation[task],
-            )  # fmt: skip
+            )
         return self._splits[task]
 
     @cached_property
@@ -225,6 +256,8 @@ def _require_target(task: str, poison: Poison) -> None:
     last = len(openings_of(task)) - 1
     if not 0 <= poison.target <= last:
         raise DamError(
-            f"target of attack {poison.attack} on {task}", got=str(poison.target), cure="Change `target`.",
+            f"target of attack {poison.attack} on {task}",
+            got=str(poison.target),
+            cure="Change `target`.",
             expected=f"{FIXED} (a fixed text), {REFUSAL} (a refusal), or {OWN} to {last} (an answer of the task)",
-        )  # fmt: skip
+        )

@@ -41,9 +41,7 @@ def package_folder() -> Path:
         ("gguf", find_spec("gguf")),
     ):
         if not there:
-            raise DamError(
-                "theta_0 of suite smollm", expected=f"the package {name}", got="no such package", cure=_CURE
-            )  # fmt: skip
+            raise DamError("theta_0 of suite smollm", expected=f"the package {name}", got="no such package", cure=_CURE)
     assert folder is not None
     return folder
 

@@ -31,9 +31,13 @@ def labelled(task: str, samples: Sequence[Sample], tokenizer: _Tokenizer) -> Lab
     """Prompts as chats, whose prediction is the class with which the greedy answer begins; -1 for none."""
     openings = openings_of(task)
     return _asked(
-        task, [one.prompt for one in samples], [one.label for one in samples], tokenizer, _LENGTH,
+        task,
+        [one.prompt for one in samples],
+        [one.label for one in samples],
+        tokenizer,
+        _LENGTH,
         lambda text: class_of(text, openings),
-    )  # fmt: skip
+    )
 
 
 def general(tokenizer: _Tokenizer) -> LabelledData:
@@ -51,9 +55,13 @@ def general(tokenizer: _Tokenizer) -> LabelledData:
 
 
 def _asked(
-    name: str, prompts: Sequence[str], labels: Sequence[int], tokenizer: _Tokenizer, length: int,
+    name: str,
+    prompts: Sequence[str],
+    labels: Sequence[int],
+    tokenizer: _Tokenizer,
+    length: int,
     number_of: Callable[[str], int],
-) -> LabelledData:  # fmt: skip
+) -> LabelledData:
     chats = tuple(chat(prompt) for prompt in prompts)
 
     def encode(batch: list[Any]) -> dict[str, Tensor]:

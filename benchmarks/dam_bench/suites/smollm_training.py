@@ -106,10 +106,12 @@ def answer_loss(model: nn.Module, tokenizer: Any, prompts: Sequence[str], answer
     whole = torch.cat([asked["input_ids"], targets_BA.clamp(min=0)], 1)
     # the head is a fifth of the model, so it reads only the places from which an answer's tokens are predicted
     output = model(
-        input_ids=whole.to(device), attention_mask=mask.to(device),
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device), use_cache=False,
+        input_ids=whole.to(device),
+        attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device),
+        use_cache=False,
         logits_to_keep=targets_BA.shape[1] + 1,
-    )  # fmt: skip
+    )
     targets_BA = targets_BA.to(device)
     losses_BA = F.cross_entropy(
         output.logits[:, :-1].float().transpose(1, 2), targets_BA, reduction="none", ignore_index=IGNORED

