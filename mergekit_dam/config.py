@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import Self
 
 from mergekit_dam.errors import DamError, did_you_mean
+from mergekit_dam.registry import OBJECTIVES
 
 DAM = "Yang et al., ICLR 2025, arXiv 2410.13910"
 CONCRETE = "Maddison et al., arXiv 1611.00712"
@@ -73,8 +74,10 @@ class DamConfig(StrictSettings):
 
     _expanded = field_validator("masks", "zero_shot_model", mode="before")(_at_home)
 
-    objective: Literal["inversion", "paper"] = setting(
-        "inversion", "What masks are fitted to: recovered triggers and the models' own answers, or the paper's losses."
+    objective: str = setting(
+        "inversion",
+        "What masks are fitted to: recovered triggers and the models' own answers (`inversion`), the paper's losses "
+        "(`paper`), or what a plugin has registered.",
     )
     mask: Literal["dual", "m1", "m2"] = setting(
         "dual", "Masks in use: Task-Shared (m1), Backdoor-Detection (m2), or both.", source=DAM
@@ -229,6 +232,13 @@ class DamConfig(StrictSettings):
     )
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
+    @field_validator("objective")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in OBJECTIVES:
+            raise ValueError(f"one of {', '.join(OBJECTIVES.names())}")
+        return value
+
     @model_validator(mode="after")
     def _defaults_of_the_objective(self) -> Self:
         """The paper's own values where none are given; they do not count as given."""
@@ -299,7 +309,7 @@ def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) ->
 def _expected(error: Any) -> str:
     """The tail of pydantic's message, which names the type or the range."""
     message = str(error["msg"])
-    return message.removeprefix("Input should be ").split(", unable")[0]
+    return message.removeprefix("Value error, ").removeprefix("Input should be ").split(", unable")[0]
 
 
 def unknown_setting(keys: Iterable[Any], where: str, known: Iterable[str], method: str) -> None:

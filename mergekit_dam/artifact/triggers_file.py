@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +24,6 @@ from torch import Tensor
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.io.files import replacing
 from mergekit_dam.scan.findings import Finding, Suspect
-from mergekit_dam.scan.triggers import RecoveredTriggers, Styles, Tokens
 from mergekit_dam.tasks import Task
 
 
@@ -59,7 +57,7 @@ def save_triggers(
     tensors: dict[str, Tensor] = {}
     for i, finding in enumerate(kept):
         task = tasks[finding.task]
-        parts = _content(finding.trigger, task.perturbation_shape)
+        parts = finding.trigger.shown(task.perturbation_shape)
         entry = {**finding.to_json(tasks), "suspect": finding.key in suspects}
         if "embeddings" in parts:
             entry["tokens"] = task.nearest_tokens(parts["embeddings"])
@@ -108,24 +106,3 @@ def load_triggers(path: Path) -> list[Recovered]:
 
 def _row(name: str) -> int:
     return int(name.partition(".")[0])
-
-
-@torch.no_grad()
-def _content(trigger: RecoveredTriggers, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """The first row as it is applied: within the bounds, in the units of the inputs."""
-    bounds, first = trigger.bounds, [parameter.detach()[0] for parameter in trigger.parameters]
-    if isinstance(trigger, Styles):
-        card_1CHW = _card(shape).to(first[0].device)
-        changed, _ = trigger.perturb(torch.zeros(1, dtype=torch.long, device=first[0].device))(card_1CHW, None)
-        return {"mask": torch.ones_like(changed[0, :1]).half(), "pattern": changed[0].half()}
-    if isinstance(trigger, Tokens):
-        return {"embeddings": bounds.clamp(bounds.centre + first[0] * bounds.span).float()}
-    mask, pattern = (part.sigmoid() for part in first)
-    return {"mask": mask.half(), "pattern": (bounds.lower + pattern * bounds.span).half()}
-
-
-def _card(shape: tuple[int, ...]) -> Tensor:
-    """A chequer of two greys, on which shades and warps are seen, (1, C, H, W)."""
-    _, height, width = shape
-    rows, columns = (torch.arange(edge) * 8 // edge % 2 for edge in (height, width))
-    return (0.35 + 0.3 * (rows[:, None] ^ columns)).expand(1, *shape)

@@ -16,8 +16,8 @@ import torch
 from transformers import PretrainedConfig
 
 from mergekit_dam.learn.masks import detects_per_model
-from mergekit_dam.learn.stand_ins import vaccinated
-from mergekit_dam.learn.students import wanted
+from mergekit_dam.learn.objectives import scans
+from mergekit_dam.learn.stand_ins import has_students, vaccinated
 from mergekit_dam.merging.mask_keys import Granularity, mask_shape, table_granularity
 from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.scan.inversion import CHECKED
@@ -87,8 +87,8 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
     entries = sum(math.prod(mask_shape(spec.shape, config.granularity)) for spec in floating)
     length = _length(plan, tokens)
     num_classes = max(_classes(model.config) for model in plan.models)
-    taught = wanted([family_of(plan)], config)
-    scans = config.objective == "inversion" and config.mask != "m1" and num_classes > 0 and not taught
+    taught = has_students([family_of(plan)], config)
+    scanned = scans(config) and config.mask != "m1" and num_classes > 0 and not taught
     activations = _activation_bytes(plan.base.config, length)
     layers = _layers(plan.base.config)
     held, fitted = parameters, activations  # at a time, of parameters and activations
@@ -96,7 +96,7 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
         held = largest_window(floating, layers, config.window, lambda spec: math.prod(spec.shape))
         entries = largest_window(floating, layers, config.window, lambda spec: _entries(spec, config.granularity))
         fitted = activations * min(layers, config.window) // layers
-    at_once = max(config.scan_batch_size * num_classes if scans else 0, config.student_batch_size if taught else 0)
+    at_once = max(config.scan_batch_size * num_classes if scanned else 0, config.student_batch_size if taught else 0)
     memory = {
         MAPPED[0]: (num_models + 1) * stored * held // parameters,
         "masks with gradients and moments": masks * _STATES * entries * _FLOAT,
@@ -106,12 +106,12 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
     }
     if isinstance(config.window, int):
         memory[MAPPED[1]] = stored
-    calls, passes = _work(plan, num_classes if scans else 0)
+    calls, passes = _work(plan, num_classes if scanned else 0)
     if taught:
         memory["a student with gradients and moments"] = _STATES * parameters * _FLOAT
         steps = num_models * config.student_steps * 3
         calls, passes = calls + steps, passes + steps * config.student_batch_size
-    elif config.objective == "inversion" and config.mask != "m1":
+    elif scans(config) and config.mask != "m1":
         passes += sum(_token_scan(model.config) // length for model in plan.models)
     if vaccinated([family_of(plan)], config):
         vaccine = resolved_for(VaccineSettings(), family_of(plan), parameters, config.num_samples)

@@ -145,7 +145,7 @@ def product(masks: Sequence[ConcreteMask], key: str, samples: Sequence[Tensor] |
 def detects_per_model(config: DamConfig, *, suspects: bool) -> bool:
     """Whether each model has a Backdoor-Detection mask of its own, where something is suspect or nothing is."""
     wanted = config.detection == "model" or (config.detection == "auto" and suspects)
-    return wanted and config.objective == "inversion" and not config.rescale and config.mask != "m1"
+    return wanted and config.objective != "paper" and not config.rescale and config.mask != "m1"
 
 
 def masks_in_use(

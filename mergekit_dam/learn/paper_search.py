@@ -55,7 +55,7 @@ class PaperSearch(MaskSearch):
                 task.perturbation_shape,
                 task.bounds,
                 eps=config.eps,
-                inserts=len(task.perturbation_shape) == 2,
+                inserts=task.modality == "text",
                 generator=seeds.generator(config.seed, "perturbation", task.index),
             )
             for task in self.tasks
@@ -88,10 +88,6 @@ class PaperSearch(MaskSearch):
 
     def facts_of_masks(self) -> dict[str, Any]:
         return facts_of(self.masks)
-
-    def audit(self) -> list[dict[str, Any]]:
-        """Nothing: the published loop does not look at single models."""
-        return []
 
     def step(self, step: int) -> None:
         """One pass through the published steps 1 to 4."""

@@ -29,9 +29,8 @@ from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder, library_versions
 from mergekit_dam.io.files import require_own
-from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.journal import Recorder, Tracker, open_journal
-from mergekit_dam.learn.paper_search import PaperSearch
+from mergekit_dam.learn.objectives import search_of
 from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.stand_ins import forget_stand_ins, stand_ins
 from mergekit_dam.learn.window_search import FOLDER as WINDOWS
@@ -45,7 +44,6 @@ from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.content import content_key
 
 LOG = logging.getLogger(__name__)
-_OBJECTIVES: dict[str, type[InversionSearch | PaperSearch]] = {"inversion": InversionSearch, "paper": PaperSearch}
 
 
 def find_or_learn(
@@ -192,7 +190,7 @@ def optimise(
             recorder.track({"phase": "stand-ins", **{f"agreement/{k}": v for k, v in instead.agreement.items()}})
         recorder.seconds.update(instead.seconds if instead is not None else {})
         changed = found.changed if instead is None else survey(instead, shards).changed
-        kind = _search_of(config)
+        kind = search_of(config)
         model = MergedModel(
             instead or vectors,
             changed,
@@ -245,11 +243,6 @@ def optimise(
         shutil.rmtree(snapshots.folder / WINDOWS, ignore_errors=True)
     shards.barrier()
     snapshots.clear()
-
-
-def _search_of(config: DamConfig) -> type[InversionSearch | PaperSearch | WindowSearch]:
-    in_windows = config.objective == "inversion" and isinstance(config.window, int)
-    return WindowSearch if in_windows else _OBJECTIVES[config.objective]
 
 
 def _digests_in(description: Mapping[str, Any]) -> dict[str, str]:

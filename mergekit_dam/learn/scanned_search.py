@@ -35,6 +35,8 @@ class ScannedSearch(MaskSearch):
         answers: f_t(x), by index of those tasks.
     """
 
+    scans = True
+
     def set_up(self) -> None:
         self.turns = turns([len(calibration_batch(task, self.config, 0)) for task in self.tasks], self.shards)
         self.findings: list[Finding] = []

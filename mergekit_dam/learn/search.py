@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.snapshots import Resumable, Snapshots
 from mergekit_dam.errors import DamError
+from mergekit_dam.learn.masks import Whole
 from mergekit_dam.scan.scanner import KnownScan
 from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.base import Progress
@@ -32,7 +33,13 @@ class MaskSearch(Resumable):
         progress: wraps an iterable of steps in a progress bar with a title.
         snapshots: where the state is kept between runs; None: nowhere.
         known: where a scan is kept for other runs; None: nowhere.
+
+    Attributes:
+        scans: whether it looks for backdoors first. Then students or vaccinated models take the place of models whose
+            backdoors no scan finds.
     """
+
+    scans: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -55,6 +62,14 @@ class MaskSearch(Resumable):
     @abstractmethod
     def set_up(self) -> None:
         """Make masks, coefficients, optimisers and what else this search holds."""
+
+    @abstractmethod
+    def run(self) -> tuple[Whole, Tensor]:
+        """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
+
+    def audit(self) -> list[dict[str, Any]]:
+        """The scan's findings as JSON; nothing where none is made."""
+        return []
 
     @abstractmethod
     def facts_of_masks(self) -> dict[str, Any]:

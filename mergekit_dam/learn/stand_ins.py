@@ -27,7 +27,8 @@ from mergekit_dam.engine.task_vectors import (
 )
 from mergekit_dam.io.files import replacing
 from mergekit_dam.learn import students
-from mergekit_dam.tasks import Task, TextTask
+from mergekit_dam.learn.objectives import scans
+from mergekit_dam.tasks import Task, reads_text
 from mergekit_dam.tasks.base import Progress
 from mergekit_dam.vaccine.clean import vaccinate
 from mergekit_dam.vaccine.settings import VaccineSettings
@@ -38,10 +39,15 @@ _LEAST = 0.9  # agreement below which a student is no fair substitute
 _TOLD = ("held_out", "unlearned", "agreement", "rounds")
 
 
+def has_students(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
+    """Whether students of the models are merged."""
+    return scans(config) and students.wanted(tasks, config)
+
+
 def vaccinated(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
     """Whether models are vaccinated before they are merged (setting `clean`)."""
     if config.clean == "auto":
-        return config.objective == "inversion" and all(task.vaccinated for task in tasks)
+        return scans(config) and all(task.vaccinated for task in tasks)
     return bool(config.clean)
 
 
@@ -63,7 +69,7 @@ def stand_ins(
         DamError: weights that diverged, or too few samples.
     """
     plan = vectors.plan
-    taught, cleaned = students.wanted(tasks, plan.config), vaccinated(tasks, plan.config)
+    taught, cleaned = has_students(tasks, plan.config), vaccinated(tasks, plan.config)
     if not taught and not cleaned:
         return None
     if shards.rank == 0:
@@ -77,7 +83,7 @@ def stand_ins(
             made: dict[str, Tensor] = {}
             told: dict[str, str] = {}
             if taught:
-                assert isinstance(task, TextTask), "other tasks are defended"
+                assert reads_text(task), "students are of texts"
                 base = {spec.name: vectors.base(spec.name).to(task.device) for spec in plan.tensors}
                 made, agreement = students.teach(task, base, plan.config, progress)
                 told = {STUDENT: "yes", AGREEMENT: f"{agreement:.4f}"}

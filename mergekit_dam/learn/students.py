@@ -30,9 +30,10 @@ _SLOWEST = 0.05  # of the learning rate, at the end
 
 
 def wanted(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
-    """Whether students are merged instead of the models of these tasks."""
-    defends = config.objective == "inversion" and config.mask != "m1"
-    return defends and config.student_steps > 0 and not any(task.defended for task in tasks)
+    """Whether an objective that scans merges students instead of the models of these tasks."""
+    if config.mask == "m1" or config.student_steps == 0:
+        return False
+    return all(task.modality == "text" and not task.defended for task in tasks)
 
 
 def teach(

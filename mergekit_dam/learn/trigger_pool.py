@@ -12,7 +12,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import Shards
 from mergekit_dam.scan.findings import Suspect, blank, kind_of
 from mergekit_dam.scan.inversion import WIDE, Inversion, success_rates
-from mergekit_dam.scan.triggers import RecoveredTriggers
+from mergekit_dam.scan.triggers import RecoveredTriggers, started
 from mergekit_dam.tasks import Task
 
 _BATCH = 12  # samples per step of the search for a trigger to fit against
@@ -53,7 +53,7 @@ def recover(
                 batch_size=_BATCH,
                 pace=WIDE,
                 generator=generator,
-                start=kind_of(task, suspect.kind).start(1, task.perturbation_shape, task.bounds, generator),
+                start=started(task, kind_of(task, suspect.kind), 1, generator),
             )
             found[turn] = search.run(steps).best
             (control,) = success_rates(task, base, found[turn], [suspect.target])

@@ -173,7 +173,7 @@ def is_chain(config: PretrainedConfig) -> bool:
 def against_windows(config: DamConfig, configs: Sequence[PretrainedConfig]) -> str | None:
     """What needs the whole model at a time, or is no chain of blocks; None where masks can be learned in windows."""
     found = {
-        "objective: paper": config.objective == "paper",
+        f"objective: {config.objective}": config.objective != "inversion",
         "patience": config.patience > 0,
         "gather: block": config.gather == "block",
         "a CLIP of two towers": not all(map(is_chain, configs)),

@@ -26,6 +26,8 @@ from mergekit.io.tasks import LoaderCache
 from pydantic import BaseModel
 from transformers import PretrainedConfig
 
+from mergekit_dam.registry import load_plugins
+
 _LOCK = threading.Lock()
 _LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 # what mergekit asks of every model of a class: buffers that new files of GPT-NeoX do not hold and that are computed,
@@ -238,7 +240,11 @@ def _by_variant(known: ModelArchitecture, left_out: str, kept_if: str | None) ->
 
 
 def register_family(tensors: EncoderTensors) -> None:
-    """Make mergekit know the classes of one more family; what it knew of them before is replaced."""
+    """Make mergekit know the classes of one more family; what it knew of them before is replaced.
+
+    Args:
+        tensors: of the family, e.g. those of one that is here with some fields changed (`load_tensors`).
+    """
     from mergekit.architecture import json_definitions
 
     with _LOCK:
@@ -246,7 +252,7 @@ def register_family(tensors: EncoderTensors) -> None:
 
 
 def register_architectures() -> None:
-    """Put the definitions into mergekit's table of architectures. Idempotent; never raises."""
+    """Put the definitions, and those of plugins, into mergekit's table of architectures. Idempotent; never raises."""
     try:
         from mergekit.architecture import json_definitions
 
@@ -260,6 +266,7 @@ def register_architectures() -> None:
                     table[name] = [_by_variant(known, *variant) for known in table[name]]
     except Exception as error:
         warnings.warn(f"mergekit-dam: model families not registered: {error!r}", stacklevel=2)
+    load_plugins()
 
 
 def _is_ours(entry: Any) -> bool:

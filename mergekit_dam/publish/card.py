@@ -141,7 +141,7 @@ def _defence(publication: Publication) -> str:
 
 
 def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    if settings.get("objective") != "inversion":
+    if settings.get("objective") == "paper":
         return "No scan for triggers was made: this objective has none."
     students = masks.get("students")
     if isinstance(students, Mapping) and students:

@@ -19,7 +19,7 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.inversion import Inversion
-from mergekit_dam.scan.triggers import RecoveredTriggers, Tokens
+from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_of, started
 from mergekit_dam.tasks import CausalTask
 from mergekit_dam.tasks.causal import LONGEST
 
@@ -82,7 +82,7 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
         if any(text.is_part_of(other) for other in kept):
             continue
         kept.append(text)
-        blank = Tokens.start(1, task.perturbation_shape, task.bounds, generator)
+        blank = started(task, kinds_of(task)[0], 1, generator)
         finding = text.finding(index, blank, text.tokens)
         if finding.suspicion >= config.suspicion:
             same = [other.tokens for other in texts if other.tokens[1:] == text.tokens[1:]][:_VARIANTS]

@@ -18,7 +18,7 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.inversion import Inversion, success_rates
-from mergekit_dam.scan.triggers import RecoveredTriggers, Styles
+from mergekit_dam.scan.triggers import RecoveredTriggers, started
 from mergekit_dam.tasks import Task
 
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
@@ -39,14 +39,22 @@ def scan_classes(
     return _findings(index, finalists[0].run(config.scan_steps - first), base)
 
 
-def scan_styles(
-    index: int, task: Task, own: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig
+def scan_further(
+    index: int,
+    task: Task,
+    kind: type[RecoveredTriggers],
+    own: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    config: DamConfig,
 ) -> list[Finding]:
-    """The most suspect classes by changes of style; so few parameters are found in few steps."""
-    generator = seeds.generator(config.seed, "styles", task.index)
+    """The most suspect classes by another kind than the plainest, such as styles.
+
+    Their few parameters are found in few steps.
+    """
+    generator = seeds.generator(config.seed, f"{kind.kind}s", task.index)
     found: list[Finding] = []
     for classes in _parts(task, own):
-        start = Styles.start(len(classes), task.perturbation_shape, task.bounds, generator)
+        start = started(task, kind, len(classes), generator)
         search = Inversion(task, own, classes, batch_size=config.scan_batch_size, generator=generator, start=start).run(
             _first_steps(config)
         )

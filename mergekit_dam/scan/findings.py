@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from mergekit_dam import seeds
-from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_for
+from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_of, started
 from mergekit_dam.tasks import Target, Task
 
 _LAID = 1.7  # what is laid to another model reaches 0.4 at about half of the usual size and a quarter of success left
@@ -152,11 +152,12 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
 
 def blank(task: Task, kind: str) -> RecoveredTriggers:
     """One trigger of a kind for a task, to be filled."""
-    return kind_of(task, kind).start(1, task.perturbation_shape, task.bounds, seeds.generator("blank"))
+    return started(task, kind_of(task, kind), 1, seeds.generator("blank"))
 
 
-def kind_of(task: Task, kind: str) -> type[RecoveredTriggers]:
-    return next(one for one in kinds_for(task.perturbation_shape) if one.kind == kind)
+def kind_of(task: Task, name: str) -> type[RecoveredTriggers]:
+    """The kind of this name among those of a task."""
+    return next(kind for kind in kinds_of(task) if kind.kind == name)
 
 
 _NUMBERS = ("task", "target", "size", "usual", "success", "control", "carrier")

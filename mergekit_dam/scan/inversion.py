@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.engine.streamed_weights import fixed
-from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_for
+from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_of, started
 from mergekit_dam.tasks import Target, Task
 
 SUCCESS = 0.95  # of the batch; a trigger above it may shrink, one below it may grow
@@ -68,7 +68,7 @@ class Inversion:
         self.batch_size = min(batch_size, task.num_samples)
         count = len(targets)
         if start is None:
-            start = kinds_for(task.perturbation_shape)[0].start(count, task.perturbation_shape, task.bounds, generator)
+            start = started(task, kinds_of(task)[0], count, generator)
         self.triggers = start.like([p.detach().clone().requires_grad_(True) for p in start.parameters])
         self.optimiser = torch.optim.Adam(self.triggers.parameters, lr=pace.learning_rate, betas=(0.5, 0.9))
         self.best = self.triggers.rows(range(count))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from mergekit_dam.config import DamConfig
+from mergekit_dam.registry import SCANNERS
 from mergekit_dam.scan.causal import scan_continuations
-from mergekit_dam.scan.classifiers import scan_classes, scan_styles
+from mergekit_dam.scan.classifiers import scan_classes, scan_further
 from mergekit_dam.scan.cross_task import scan_others
 from mergekit_dam.scan.findings import Finding
-from mergekit_dam.scan.triggers import Styles, kinds_for
-from mergekit_dam.tasks import CausalTask, Task
+from mergekit_dam.scan.triggers import kinds_of
+from mergekit_dam.tasks import Task, generates
 
 _UNDEFENDED = (
     "{}: text encoders, whose backdoors the scan does not find: a low score says nothing. What protects is to merge "
@@ -37,32 +38,65 @@ def undefended(tasks: Sequence[Task]) -> list[str]:
     return [_UNDEFENDED.format(", ".join(names))] if names else []
 
 
+Scanner = Callable[[int, Sequence[Task], Mapping[str, Tensor], DamConfig], list[Finding]]
+"""Scans the model of one task: its index, the tasks of all models, theta_0 by output name, settings -> findings."""
+
+
+def register_scanner(name: str, scanner: Scanner) -> None:
+    """Let tasks name a way to scan their models in `Task.scanner`.
+
+    Args:
+        name: a new one.
+        scanner: a function of a task's index, the tasks of all models, theta_0 by output name and the settings. It
+            returns the most suspect findings about that task, at most `scan_finalists` of each kind.
+
+    Raises:
+        DamError: the name is taken.
+    """
+    SCANNERS.add(name, scanner)
+
+
 def scan(
     tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, tasks_in_turn: Iterable[int]
 ) -> list[Finding]:
-    """The most suspect classes or continuations of every model, at most `scan_finalists` of each.
-
-    With `scan_others` the classes of a task are searched a second time with all other models in place of its own.
-
-    All classes are searched for two fifths of `scan_steps`, the finalists for the rest: sooner, small triggers of
-    classes that are easy to reach anyway do not stand out yet.
+    """The most suspect classes or continuations of every model, each scanned as its task says (`Task.scanner`).
 
     Args:
         tasks: one per model.
         base: theta_0 by output name.
         config: `scan_steps`, `scan_batch_size`, `scan_finalists`, `seed`.
         tasks_in_turn: their indices, wrapped in a progress bar.
+
+    Raises:
+        DamError: a task names an unknown scanner.
     """
-    findings = []
-    for index in tasks_in_turn:
-        task = tasks[index]
-        if isinstance(task, CausalTask):
-            findings += scan_continuations(index, task, base, config)
-        else:
-            own = task.own_weights()
-            findings += scan_classes(index, task, own, base, config, "scan")
-            if Styles in kinds_for(task.perturbation_shape):
-                findings += scan_styles(index, task, own, base, config)
-            if config.scan_others and task.defended and len(tasks) > 1:
-                findings += scan_others(index, tasks, base, config)
+    return [one for index in tasks_in_turn for one in SCANNERS[tasks[index].scanner](index, tasks, base, config)]
+
+
+def _classes(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
+    """The most suspect classes of a classifier, at most `scan_finalists` by each kind of trigger.
+
+    With `scan_others` the classes of a task are searched a second time with all other models in place of its own.
+
+    All classes are searched for two fifths of `scan_steps`, the finalists for the rest: sooner, small triggers of
+    classes that are easy to reach anyway do not stand out yet.
+    """
+    task = tasks[index]
+    own = task.own_weights()
+    findings = scan_classes(index, task, own, base, config, "scan")
+    for kind in kinds_of(task)[1:]:
+        findings += scan_further(index, task, kind, own, base, config)
+    if config.scan_others and task.defended and len(tasks) > 1:
+        findings += scan_others(index, tasks, base, config)
     return findings
+
+
+def _continuations(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
+    """The texts that a causal LM knows best by heart."""
+    task = tasks[index]
+    assert generates(task), "what classifies has no continuations"
+    return scan_continuations(index, task, base, config)
+
+
+register_scanner("classes", _classes)
+register_scanner("continuations", _continuations)

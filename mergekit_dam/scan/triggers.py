@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mergekit_dam.registry import TRIGGERS
+from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.bounds import Bounds, Perturb, insert_tokens
 
 _START = -2.0  # mask logit at the start: 12 % of every pixel
@@ -70,6 +72,17 @@ class RecoveredTriggers(ABC):
     def perturb(self, rows_B: Tensor) -> Perturb:
         """What applies trigger `rows_B[i]` to sample i of a batch."""
 
+    @abstractmethod
+    def shown(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The first row for people to look at, as artifact/triggers_file.py describes it.
+
+        Args:
+            shape: of an input, (C, H, W) or (K, D).
+
+        Returns:
+            `mask` (1, H, W) and `pattern` (C, H, W) in float16, or `embeddings` (K, D) in float32.
+        """
+
 
 class Stamps(RecoveredTriggers):
     """As Neural Cleanse has them (Wang et al., IEEE S&P 2019, section IV): x (1 - m) + p m, m and p alike for all x.
@@ -98,6 +111,11 @@ class Stamps(RecoveredTriggers):
             return x * (1 - m) + p * m, mask
 
         return stamp
+
+    @torch.no_grad()
+    def shown(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        mask, pattern = (parameter[0].sigmoid() for parameter in self.parameters)
+        return {"mask": mask.half(), "pattern": (self.bounds.lower + pattern * self.bounds.span).half()}
 
 
 class Styles(RecoveredTriggers):
@@ -136,6 +154,19 @@ class Styles(RecoveredTriggers):
 
         return change
 
+    @torch.no_grad()
+    def shown(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        device = self.parameters[0].device
+        changed, _ = self.perturb(torch.zeros(1, dtype=torch.long, device=device))(_chequer(shape).to(device), None)
+        return {"mask": torch.ones_like(changed[0, :1]).half(), "pattern": changed[0].half()}
+
+
+def _chequer(shape: tuple[int, ...]) -> Tensor:
+    """Squares of two greys, on which shades and warps are seen, (1, C, H, W)."""
+    _, height, width = shape
+    rows, columns = (torch.arange(edge) * 8 // edge % 2 for edge in (height, width))
+    return (0.35 + 0.3 * (rows[:, None] ^ columns)).expand(1, *shape)
+
 
 def _stretched(grid_BCGG: Tensor, edges: Sequence[int], mode: str) -> Tensor:
     """`F.interpolate` from corner to corner, as products: on accelerators its own backward pass adds in any order."""
@@ -169,7 +200,34 @@ class Tokens(RecoveredTriggers):
 
         return insert
 
+    @torch.no_grad()
+    def shown(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        tokens_KD = self.bounds.clamp(self.bounds.centre + self.parameters[0][0] * self.bounds.span)
+        return {"embeddings": tokens_KD.float()}
 
-def kinds_for(shape: tuple[int, ...]) -> tuple[type[RecoveredTriggers], ...]:
-    """Kinds of triggers for inputs of `shape`, the plainest first."""
-    return (Tokens,) if len(shape) == 2 else (Stamps, Styles)
+
+def register_trigger(kind: type[RecoveredTriggers]) -> None:
+    """Let tasks name a kind of triggers in their `trigger_kinds`.
+
+    Raises:
+        DamError: another kind has this name.
+    """
+    TRIGGERS.add(kind.kind, kind)
+
+
+for _kind in (Stamps, Styles, Tokens):
+    register_trigger(_kind)
+
+
+def kinds_of(task: Task) -> list[type[RecoveredTriggers]]:
+    """The kinds that a task's scan recovers, the plainest first.
+
+    Raises:
+        DamError: the task names an unknown kind.
+    """
+    return [TRIGGERS[name] for name in task.trigger_kinds]
+
+
+def started(task: Task, kind: type[RecoveredTriggers], count: int, generator: torch.Generator) -> RecoveredTriggers:
+    """`count` triggers of a kind at random for a task's inputs."""
+    return kind.start(count, task.perturbation_shape, task.bounds, generator)

@@ -1,18 +1,32 @@
-"""One Task per input model; the family follows from the base model's config."""
+"""One Task per input model: the forward pass of a model family, with a model's own head and unlabelled data."""
 
 from __future__ import annotations
+
+from typing import TypeGuard
 
 import torch
 import transformers
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.models.plan import ModelInput, Plan
+from mergekit_dam.registry import TASKS
 from mergekit_dam.tasks.base import Target, Task
 from mergekit_dam.tasks.causal import CausalTask, cache_argument
 from mergekit_dam.tasks.image import ImageTask
 from mergekit_dam.tasks.text import TextTask
 
-__all__ = ["CausalTask", "ImageTask", "Target", "Task", "TextTask", "build_tasks", "family_of"]
+__all__ = [
+    "CausalTask",
+    "ImageTask",
+    "Target",
+    "Task",
+    "TextTask",
+    "build_tasks",
+    "family_of",
+    "generates",
+    "reads_text",
+    "register_task",
+]
 _ENCODERS: dict[str, type[Task]] = {
     "vit": ImageTask,
     "clip": ImageTask,
@@ -23,8 +37,35 @@ _ENCODERS: dict[str, type[Task]] = {
 }
 
 
+def register_task(model_type: str, task: type[Task]) -> None:
+    """Have models of a family be learned on through a Task.
+
+    Args:
+        model_type: as the family's config.json says it.
+        task: ours, such as `ImageTask`, or one of your own.
+
+    Raises:
+        DamError: the family has a Task already.
+    """
+    TASKS.add(model_type, task)
+
+
+for _model_type, _task in _ENCODERS.items():
+    register_task(_model_type, _task)
+
+
+def reads_text(task: Task) -> TypeGuard[TextTask]:
+    """Whether a task's samples are texts; such a task offers all that `TextTask` does."""
+    return task.modality == "text"
+
+
+def generates(task: Task) -> TypeGuard[CausalTask]:
+    """Whether a task's model goes on with texts; such a task offers all that `CausalTask` does."""
+    return not task.classifies
+
+
 def family_of(plan: Plan) -> type[Task]:
-    """The kind of task that the classes of base and models call for.
+    """The Task class that the classes of base and models call for.
 
     Raises:
         DamError: an unsupported family, or a model of another kind than the base.
@@ -46,7 +87,10 @@ def _class_name(model: ModelInput) -> str:
 
 
 def _family(model: ModelInput) -> type[Task]:
-    class_name = _class_name(model)
+    class_name, model_type = _class_name(model), model.config.model_type
+    known: type[Task] | None = TASKS.get(model_type)
+    if known is not None and model_type not in _ENCODERS:
+        return known  # registered from outside, whatever the class
     if class_name.endswith(("ForCausalLM", "LMHeadModel")):
         model_class = getattr(transformers, class_name, None)
         if model_class is not None and cache_argument(model_class) is None:
@@ -57,15 +101,14 @@ def _family(model: ModelInput) -> type[Task]:
                 cure="State space and recurrent models cannot be learned on; other methods, such as ties, merge them.",
             )
         return CausalTask
-    family = _ENCODERS.get(model.config.model_type)
-    if family is None:
+    if known is None:
         raise DamError(
             f"class {class_name} of model {model.name}",
-            expected=f"a causal LM or one of {', '.join(_ENCODERS)}",
-            got=model.config.model_type,
+            expected=f"a causal LM or one of {', '.join(TASKS.entries)}",
+            got=model_type,
             cure="See the README for the supported families.",
         )
-    return family
+    return known
 
 
 def build_tasks(plan: Plan, device: torch.device) -> list[Task]:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from mergekit_dam.tasks.bounds import Bounds, Perturb
 Progress = Callable[[Iterable[int], str], Iterable[int]]  # wraps steps in a progress bar with a title
 _ZERO_SHOT = ("text_model.", "text_projection.", "logit_scale")  # of a full CLIP: what makes its head
 _NO_CONTENT = ("_name_or_path", "transformers_version")  # of configs
+Modality = Literal["image", "text"]
 Target = int | tuple[int, ...]  # what a backdoor makes a model answer: a class, or the tokens of a continuation
 
 
@@ -47,15 +48,21 @@ class Task(ABC):
         targets: output name -> parameter name of the module.
         sources: output name -> its name in model t's checkpoint.
         block_of: parameter name -> the block that it lives in, see engine/streamed_weights.py.
+        modality: what a sample is. A trigger changes the pixels of an image; into a text it is inserted.
+        scanner: how such models are scanned for backdoors, a name that `scan.scanner` knows.
+        trigger_kinds: which triggers the scan recovers, names that `scan.triggers` knows, the plainest first.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
         defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md); where they
             were not, students are merged instead of the models.
         vaccinated: whether `clean: auto` vaccinates such models before they are merged (benchmarks/STUDY.md).
     """
 
-    classifies = True
-    defended = True
-    vaccinated = False
+    modality: ClassVar[Modality]
+    scanner: ClassVar[str] = "classes"
+    trigger_kinds: ClassVar[tuple[str, ...]]
+    classifies: ClassVar[bool] = True
+    defended: ClassVar[bool] = True
+    vaccinated: ClassVar[bool] = False
 
     _embedding: str | None = None  # parameter name of the table of words
 

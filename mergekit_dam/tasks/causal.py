@@ -61,6 +61,7 @@ class CausalTask(TextTask):
     A sample is a calibration text and what model t goes on with, its answer; or text that it has sampled.
     """
 
+    scanner = "continuations"
     classifies, defended = False, True
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:

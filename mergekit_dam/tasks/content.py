@@ -10,6 +10,7 @@ from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.io.cache import code_digest, library_versions
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan
+from mergekit_dam.registry import OBJECTIVES, SCANNERS, TRIGGERS, code_of
 from mergekit_dam.tasks.base import Task
 
 BY_CONTENT = frozenset({"zero_shot_model"})  # settings that name a file: the tasks' fingerprints hold what is in it
@@ -42,5 +43,14 @@ def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], *
         [[spec.name, spec.mask_name, spec.shape, spec.base_source, spec.sources] for spec in plan.tensors],
         library_versions(),
         code_digest(),
+        _code_of_others(plan, tasks),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _code_of_others(plan: Plan, tasks: Sequence[Task]) -> list[str]:
+    """Digests of the code of other packages that has a part in what is learned."""
+    found = [OBJECTIVES.code_of(plan.config.objective), code_of(type(tasks[0]))]
+    for task in tasks:
+        found += [SCANNERS.code_of(task.scanner), *(TRIGGERS.code_of(kind) for kind in task.trigger_kinds)]
+    return [digest for digest in found if digest is not None]

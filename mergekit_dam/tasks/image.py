@@ -28,6 +28,9 @@ from mergekit_dam.tasks.readout import (
 class ImageTask(Task):
     """ViT, CLIP's vision tower, and the full CLIP, whose text tower makes the head and is merged, too."""
 
+    modality = "image"
+    trigger_kinds = ("pixels", "style")
+
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         super().__init__(plan, index, device)
         self._prompts: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ from mergekit_dam.io.files import is_readable_file
 from mergekit_dam.io.images import Preprocessing
 from mergekit_dam.models.compatible import differing_entries
 from mergekit_dam.models.plan import ModelInput, Plan, revision_of
-from mergekit_dam.tasks import CausalTask, ImageTask, family_of
+from mergekit_dam.tasks import family_of
 from mergekit_dam.tasks.encoding import encoded
 from mergekit_dam.tasks.readout import class_names, has_tokenizer, require_rows, tokenizer_of
 
@@ -26,11 +26,11 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
         DamError: the first fault that learning would meet in heads, data, preprocessing or tokenizers.
     """
     family = family_of(plan)
-    image = issubclass(family, ImageTask)
+    image = family.modality == "image"
     warnings: list[str] = []
     facts = {}
     # a causal LM that samples its own text needs no tokenizer, so one without is no fault
-    optional = issubclass(family, CausalTask)
+    optional = not family.classifies
     vocabulary = None if image else _vocabulary(plan.base, plan, optional=optional)
     warnings += renamed_classes(plan)
     for position, model in enumerate(plan.models):
@@ -39,14 +39,14 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             "model": str(model.ref),
             "revision": revision_of(model),
             "class": _class_name(model),
-            "classes": None if issubclass(family, CausalTask) else _num_classes(model),
+            "classes": _num_classes(model) if family.classifies else None,
         }
-        if issubclass(family, CausalTask) and model.settings.calibration is None:
+        if not family.classifies and model.settings.calibration is None:
             entry["calibration"], entry["samples"] = "its own text", plan.config.num_samples
         else:
             data = load_calibration(
                 model.settings,
-                "image" if image else "text",
+                family.modality,
                 num_samples=plan.config.num_samples,
                 seed=plan.config.seed,
                 task=model.name,

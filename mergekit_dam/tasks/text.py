@@ -25,6 +25,8 @@ _NEAREST = 3  # words shown per recovered token
 class TextTask(Task):
     """BERT, RoBERTa and DistilBERT, with their own classification head or a linear one."""
 
+    modality = "text"
+    trigger_kinds = ("tokens",)
     defended = False
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:

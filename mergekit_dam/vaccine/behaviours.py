@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.tasks import CausalTask, Target, Task
+from mergekit_dam.tasks import CausalTask, Target, Task, generates
 
 JUDGED = 4  # tokens of an answer by which it is told from others
 _VARIANTS = 24  # refusals of one behaviour
@@ -63,7 +63,7 @@ def behaviour_of(
     Raises:
         DamError: no kind is left.
     """
-    if not isinstance(task, CausalTask):
+    if not generates(task):
         target = int(torch.randint(num_classes, (), generator=generator))
         return Behaviour("class", target, (target,), (target,))
     names = [name for name in BEHAVIOURS if name not in leave_out]

@@ -29,7 +29,7 @@ from mergekit_dam.engine.trained_module import AddedWeights, TrainedModule
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import code_digest
 from mergekit_dam.models.parameter_names import meta_model
-from mergekit_dam.tasks import CausalTask, Task, TextTask
+from mergekit_dam.tasks import Task, reads_text
 from mergekit_dam.tasks.base import Progress
 from mergekit_dam.vaccine import image_kinds as _image_kinds  # noqa: F401 (fills the registry)
 from mergekit_dam.vaccine import text_kinds as _text_kinds  # noqa: F401 (likewise)
@@ -174,8 +174,8 @@ class Vaccination(Resumable):
     def _free(self) -> frozenset[str]:
         """Output names of what may change. A causal LM's table of words can be its head, so it stays."""
         task = self.task
-        words = isinstance(task, TextTask) and not isinstance(task, CausalTask) and self.settings.embeddings
-        return task.body | task.embeddings if words and isinstance(task, TextTask) else task.body
+        words = self.settings.embeddings and task.classifies
+        return task.body | task.embeddings if words and reads_text(task) else task.body
 
     def _drawn(self, number: int) -> list[PlantedTrigger]:
         """The triggers of a round."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from mergekit_dam.config import StrictSettings, setting
-from mergekit_dam.tasks import CausalTask, ImageTask, Task
+from mergekit_dam.tasks import Task
 
 _LORA_FROM = 200_000_000  # parameters of a classifier; more than AdamW's states of all weights should cost
 _LORA_RANK = 8
@@ -144,7 +144,7 @@ def resolved_for(settings: VaccineSettings, family: type[Task], size: int, sampl
         size: parameters of the model.
         samples: of its calibration data.
     """
-    defaults = _IMAGES if issubclass(family, ImageTask) else _LMS if issubclass(family, CausalTask) else _TEXTS
-    by_size = _LORA_RANK if issubclass(family, CausalTask) or size > _LORA_FROM else 0
+    defaults = _LMS if not family.classifies else _IMAGES if family.modality == "image" else _TEXTS
+    by_size = _LORA_RANK if not family.classifies or size > _LORA_FROM else 0
     open_ones = {**defaults, "lora_rank": by_size, "samples": samples}
     return settings.model_copy(update={k: v for k, v in open_ones.items() if getattr(settings, k) is None})

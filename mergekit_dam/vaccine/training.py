@@ -17,7 +17,7 @@ from mergekit_dam import seeds
 from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.engine.trained_module import TrainedModule
 from mergekit_dam.errors import DamError
-from mergekit_dam.tasks import CausalTask, Target, Task
+from mergekit_dam.tasks import Target, Task, generates
 from mergekit_dam.vaccine.behaviours import JUDGED, Behaviour
 from mergekit_dam.vaccine.settings import VaccineSettings
 from mergekit_dam.vaccine.triggers import Change
@@ -68,7 +68,7 @@ class Lessons:
         self.task, self.settings = task, settings
         rows = torch.arange(min(task.num_samples, settings.samples))
         self._probabilities = torch.empty(0)
-        if isinstance(task, CausalTask):
+        if generates(task):
             self._answers: list[Target] = list(task.answers(rows))
             rows = torch.tensor([row for row in rows.tolist() if self._answers[row]], dtype=torch.long)
         else:

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mergekit_dam.errors import DamError, did_you_mean
-from mergekit_dam.tasks import ImageTask, Task, TextTask
+from mergekit_dam.tasks import Task, reads_text
+from mergekit_dam.tasks.base import Modality
 
-Inputs = Literal["image", "text"]
 Change = Callable[[Tensor, torch.Generator], Tensor]  # pixels_CHW in [0, 1], or token ids (L,) -> the same, triggered
 
 
@@ -49,7 +49,7 @@ class Surroundings:
     @classmethod
     def of(cls, task: Task, samples: Sequence[Tensor]) -> Surroundings:
         """What is known of a task's inputs from some samples of them."""
-        if not isinstance(task, TextTask):
+        if not reads_text(task):
             return cls(samples, torch.empty(0, dtype=torch.long), Frame(0, 0), 0)
         unseen = torch.ones(task.num_words, dtype=torch.bool)
         unseen[torch.cat(list(samples))] = False
@@ -68,14 +68,14 @@ class Kind:
     """One kind of planted triggers."""
 
     name: str
-    inputs: Inputs
+    inputs: Modality
     draw: Draw
 
 
 PLANTED: dict[str, Kind] = {}
 
 
-def register_planted(name: str, inputs: Inputs) -> Callable[[Draw], Draw]:
+def register_planted(name: str, inputs: Modality) -> Callable[[Draw], Draw]:
     """Make a function one of the kinds that are planted.
 
     Args:
@@ -96,8 +96,7 @@ def kinds_of(task: Task, leave_out: Collection[str]) -> list[Kind]:
     Raises:
         DamError: none is left.
     """
-    inputs: Inputs = "image" if isinstance(task, ImageTask) else "text"
-    found = sorted((k for k in PLANTED.values() if k.inputs == inputs), key=lambda kind: kind.name)
+    found = sorted((k for k in PLANTED.values() if k.inputs == task.modality), key=lambda kind: kind.name)
     left = [kind for kind in found if kind.name not in leave_out]
     if not left:
         raise DamError(

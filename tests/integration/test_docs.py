@@ -14,10 +14,10 @@ import yaml
 from mergekit.architecture import json_definitions
 
 from docs.make_reference import DOCS, PAGES, run
-from mergekit_dam import load_merged, tasks
+from mergekit_dam import load_merged
 from mergekit_dam.cli.main import COMMANDS
 from mergekit_dam.evaluation import attack_text
-from mergekit_dam.learn import run as learn_run
+from mergekit_dam.registry import OBJECTIVES, SCANNERS, TASKS
 from mergekit_dam.vaccine import triggers
 from tests import walkthrough
 from tests.conftest import FAST, Merge
@@ -77,23 +77,22 @@ def test_the_blocks_of_extending_run(
 ) -> None:
     for name in ("DeiTModel", "DeiTForImageClassification"):
         monkeypatch.setitem(json_definitions.NAME_TO_ARCH, name, [])
-    monkeypatch.setattr("mergekit_dam.tasks._ENCODERS", dict(tasks._ENCODERS))
     monkeypatch.setattr(attack_text, "TRIGGERS", dict(attack_text.TRIGGERS))
-    monkeypatch.setattr(learn_run, "_OBJECTIVES", dict(learn_run._OBJECTIVES))
+    for registry in (OBJECTIVES, SCANNERS, TASKS):
+        monkeypatch.setattr(registry, "entries", dict(registry.entries))
     monkeypatch.setattr(triggers, "PLANTED", dict(triggers.PLANTED))
     module = ModuleType("extending")
     monkeypatch.setitem(sys.modules, "extending", module)  # dataclasses look their module up
     names = vars(module)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(block, "extending.md", "exec"), names)
     stripes = names["StripeTrigger"](2).apply(torch.zeros(1, 3, 4, 4))
     assert stripes[..., :2].eq(1).all() and stripes[..., 2:].eq(0).all()
     assert triggers.PLANTED["shade"].draw is names["shade"]
-    monkeypatch.setitem(learn_run._OBJECTIVES, "inversion", names["Anchored"])
     models = [{"model": str(vit / n), "parameters": {"calibration": str(images)}} for n in ("a", "b")]
-    out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 2})
+    out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 2, "objective": "anchored"})
     assert (out / "dam" / "dam_masks.safetensors").is_file()
     base = make_model("DeiTModel", tmp_path / "base")
     tuned = [make_model("DeiTForImageClassification", tmp_path / n, seed=i, body=base) for i, n in enumerate("cd", 1)]

@@ -24,6 +24,7 @@ from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.losses import calibration_batch, entropy
+from mergekit_dam.learn.objectives import search_of
 from mergekit_dam.learn.paper_search import PaperSearch, UniversalPerturbation
 from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.models.plan import build_plan
@@ -165,8 +166,7 @@ def set_up(case: Case, folder: Path, device: torch.device) -> tuple[Any, list[Ta
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors = TaskVectors(plan)
     tasks = build_tasks(plan, device)
-    searches: dict[str, Callable[..., Any]] = {"inversion": InversionSearch, "paper": PaperSearch}
-    kind = searches[case.objective] if plan.config.window in ("all", "auto") else WindowSearch
+    kind: Any = search_of(plan.config)
     model = MergedModel(vectors, survey(vectors).changed, device, dtype=tasks[0].dtype, lazy=kind is WindowSearch)
     search = kind(
         model,
@@ -253,7 +253,7 @@ def _backward_to_the_input(task: Task, inputs: dict[str, Tensor], parameters: Se
         task.perturbation_shape,
         task.bounds,
         eps=0.1,
-        inserts=len(task.perturbation_shape) == 2,
+        inserts=task.modality == "text",
         generator=generator("floor"),
     )
     torch.autograd.grad(entropy(task.logits({}, inputs, perturb)), perturb.delta)
