@@ -196,11 +196,6 @@ class DamConfig(StrictSettings):
     worker_timeout: float = setting(
         1800.0, "Several processes: longest wait of one for another before all are ended.", unit="seconds", gt=0.0
     )
-    gather: Literal["model", "block"] = setting(
-        "model",
-        "Several processes: what of the merged weights and of their gradients is whole at a time. `block` sends them "
-        "once more per pass; objective inversion.",
-    )
     resume: bool = setting(True, "Go on from the snapshot of a run that was cut short.")
     snapshot_every: float = setting(60.0, "Time between two snapshots; 0: after every step.", unit="seconds", ge=0.0)
     compute_dtype: Literal["float32", "bfloat16"] = setting(
@@ -259,6 +254,7 @@ PAPER: Mapping[str, Any] = {
 REMOVED: Mapping[str, str] = {
     "offload": "It is gone: set window to 2 or 1, which needs less memory and reads each model once, or leave it out, "
     "and the largest window that fits is taken.",
+    "gather": "It is gone: set window to 2 or 1, which needs less memory in any number of processes.",
 }
 # All names that a recipe may use, shared ones first.
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
@@ -269,7 +265,6 @@ NOT_LEARNED = frozenset(
         "device",
         "num_processes",
         "worker_timeout",
-        "gather",
         "resume",
         "snapshot_every",
         "tracker",

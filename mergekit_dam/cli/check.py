@@ -20,7 +20,7 @@ from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn.estimate import Estimate, estimate, measured_speed
 from mergekit_dam.learn.run import num_processes
-from mergekit_dam.learn.window_size import with_window
+from mergekit_dam.learn.window_size import window_warning, with_window
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.recipe import planned
 from mergekit_dam.tasks.preflight import preflight
@@ -76,14 +76,11 @@ def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     device = device_of(plan.config.device)
     lengths = [entry["tokens"] for entry in models.values() if "tokens" in entry]
     tokens = max(lengths) if len(lengths) == len(models) else None  # own texts of a causal LM are of full length
-    learned = with_window(plan, device if num_processes(plan.config) == 1 else None)
+    processes = num_processes(plan.config)
+    learned = with_window(plan, device, workers=processes)
     if learned.config.window not in ("all", plan.config.window):
-        warnings.append(
-            "the masks of the whole model do not fit the memory that is free: they are learned "
-            f"{learned.config.window} of its blocks at a time, which costs accuracy, and one at a time some of the "
-            "defence (docs/windows.md)"
-        )
-    guess = estimate(learned, speed=measured_speed(plan, device, tokens), tokens=tokens)
+        warnings.append(window_warning(learned))
+    guess = estimate(learned, processes=processes, speed=measured_speed(plan, device, tokens), tokens=tokens)
     assert guess.seconds is not None, "the speed is known"
     size = 2**20
     return {

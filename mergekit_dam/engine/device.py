@@ -31,3 +31,15 @@ def device_of(name: str, what: str = "setting 'device'") -> torch.device:
             got=f"{name}, which is not here",
             cure="Leave it out, or run where there is one.",
         ) from error
+
+
+def device_kind(name: str) -> torch.device:
+    """Say on what kind of device worker processes will compute; none is opened here.
+
+    Args:
+        name: of the setting `device`.
+    """
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or CPU

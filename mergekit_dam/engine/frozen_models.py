@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.models.plan import TensorSpec
 

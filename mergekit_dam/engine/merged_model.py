@@ -5,21 +5,19 @@ dL/dM and dL/dlambda, tensor by tensor, in one reading of the task vectors. No p
 product, and no graph spans the merge. T models, P masks.
 
 With several processes each one reads and merges its own rows of every tensor; merged tensors are gathered, and their
-gradients summed over the processes and handed out by rows, one tensor at a time. If blocks are
-gathered one by one, the merged weights never exist as a whole, see streamed_weights.py.
+gradients summed over the processes and handed out by rows, one tensor at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_dam.engine.frozen_models import FrozenModels
-from mergekit_dam.engine.merged_blocks import BlockMerger, MergedBlocks
+from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.shards import ALONE, Shards
-from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.merging import triton_merge
 from mergekit_dam.merging.chunks import Mask, gradient_shape
@@ -40,8 +38,6 @@ class MergedModel:
         device: where merging and the tasks run. On the CPU tensors stay views of the mapped files.
         shards: processes that share the rows.
         dtype: of the merged weights; merging itself is done in float32.
-        blockwise: whether the merged weights exist block by block only. Several processes
-            must then run equally many passes in the same order, since a block waits for all of them.
         specs: the tensors in question; default: all of the plan.
         lazy: leave theta_0 and theta_t in their files until they are asked for.
     """
@@ -54,13 +50,11 @@ class MergedModel:
         *,
         dtype: torch.dtype = torch.float32,
         shards: Shards = ALONE,
-        blockwise: bool = False,
         specs: Sequence[TensorSpec] | None = None,
         lazy: bool = False,
     ) -> None:
         self.device, self.dtype, self.shards, self._vectors = device, dtype, shards, vectors
         self.frozen = FrozenModels(vectors, changed, device, shards=shards, specs=specs, lazy=lazy)
-        self.blockwise = blockwise
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
         self.mask_shapes = {spec.mask_name: spec.shape for spec in changed}
@@ -71,7 +65,7 @@ class MergedModel:
         for spec in changed:
             self._tied[spec.mask_name].append(spec)
         self.specs = vectors.plan.tensors if specs is None else tuple(specs)
-        alone = triton_merge.runs_on(device) and not self.blockwise and not lazy and shards.size == 1
+        alone = triton_merge.runs_on(device) and not lazy and shards.size == 1
         self._groups = self._grouped() if alone else []
 
     def part(self, names: Collection[str]) -> MergedModel:
@@ -89,17 +83,14 @@ class MergedModel:
         ]
         return grouped(members, together_numel(self.device, sum(member.base.numel() for member in members)))
 
-    def weights(self, masks: Masks, coefficients: Tensor, *, in_step: bool = True) -> Weights:
+    def weights(self, masks: Masks, coefficients: Tensor) -> Weights:
         """Merged weights by output name; those that change are leaves with gradients.
 
         Args:
             masks: our rows of M by mask name, each broadcastable to its tensors; a missing name keeps everything.
             coefficients: lambda, (T, 1) or (T, P).
-            in_step: whether all processes make the same passes with them; else they are whole from the start.
         """
         lambdas = self._lambdas(coefficients)
-        if self.blockwise and (in_step or self.shards.size == 1):
-            return self._streamed(masks, lambdas)
         changed = {spec.name for spec in self.changed}  # which are merged, and not sent as they are
         weights = {n: self.frozen.moved(tensor) for n, tensor in self.frozen.base.items() if n not in changed}
         done: dict[str, Tensor] = {}
@@ -116,17 +107,13 @@ class MergedModel:
         return coefficients.detach() if triton_merge.runs_on(self.device) else coefficients.detach().cpu()
 
     def _merged(self, spec: TensorSpec, masks: Masks, lambdas: Tensor) -> Tensor:
-        """One merged tensor, whole."""
-        return self._merging(spec, masks, lambdas)()
-
-    def _merging(self, spec: TensorSpec, masks: Masks, lambdas: Tensor) -> Callable[[], Tensor]:
-        """Our rows of one merged tensor are on their way to all; what is returned waits for everyone's."""
+        """One merged tensor, whole: our rows are merged here, the others' come from their processes."""
         base = self.frozen.moved(self.frozen.base[spec.name])
         rows = torch.empty(base.shape, dtype=self.dtype, device=self.device)
         if base.numel():  # none where there are fewer rows than processes
             models, mask = self.frozen.models_here(spec.name), masks.get(spec.mask_name)
             merge(base, models, self._of(lambdas, spec), mask, out=rows)
-        return self.shards.gathering(rows, spec.shape)
+        return self.shards.gather(rows, spec.shape)
 
     def chain(
         self, weights: Weights, masks: Masks, coefficients: Tensor, coefficient_gradient: Tensor, *, whole: bool = False
@@ -142,11 +129,6 @@ class MergedModel:
         Yields:
             Name and our rows of dL/dM of one mask after another, of M's shape, float32; tied tensors add up.
         """
-        if isinstance(weights, MergedBlocks):
-            coefficient_gradient += self.shards.sum(weights.store.take_coefficients(coefficient_gradient))
-            for name, found in weights.store.take():
-                yield name, self.shards.sum(found) if whole else found
-            return
         lambdas = self._lambdas(coefficients)
         for name in self._tied:
             ours = self._mask_gradient(name, weights, masks[name], lambdas, coefficient_gradient)
@@ -172,10 +154,6 @@ class MergedModel:
         Yields:
             Name and our rows of dL/dlogit of the wanted factors of one tensor after another.
         """
-        if isinstance(weights, MergedBlocks):
-            for name, found in self.chain(weights, masks, coefficients, coefficient_gradient, whole=whole):
-                yield name, masks[name].logit_gradients(found, wanted)
-            return
         lambdas, done = self._lambdas(coefficients), set[str]()
         for group in self._groups:
             if group.serves(masks) and tuple(wanted) == tuple(range(group.num_parts(masks))):
@@ -241,8 +219,6 @@ class MergedModel:
     def coefficient_gradients(self, weights: Weights, masks: Masks, coefficients: Tensor) -> Tensor:
         """dL/dlambda, shaped like `coefficients`, from the gradients that the tasks left in `weights`."""
         total = torch.zeros_like(coefficients)
-        if isinstance(weights, MergedBlocks):
-            return self.shards.sum(weights.store.take_coefficients(total))
         for spec in self.changed:
             gradient = self._rows(weights[spec.name])
             if gradient is not None and gradient.numel():
@@ -251,18 +227,6 @@ class MergedModel:
                     gradient, self.frozen.base[spec.name], models, None, mask, coefficient_out=self._of(total, spec)
                 )
         return self.shards.sum(total)
-
-    def _streamed(self, masks: Masks, lambdas: Tensor) -> MergedBlocks:
-        merger = BlockMerger(
-            self.frozen,
-            self.changed,
-            masks,
-            lambdas,
-            merging=lambda spec: self._merging(spec, masks, lambdas),
-            of=self._of,
-            dtype=self.dtype,
-        )
-        return MergedBlocks([spec.name for spec in self.specs], merger)
 
     def _rows(self, weight: Tensor) -> Tensor | None:
         """Our rows of the gradient that the tasks of all processes left in a merged tensor; None if it is unused."""

@@ -1,7 +1,7 @@
 """Gradient checkpointing (arXiv 1604.06174): a block keeps its input, and runs again in the backward pass.
 
 transformers' own switch does not serve here: it runs the block again after `functional_call` has taken its parameters
-away. Here a block's tensors come with each run of it, so that streamed ones are formed again, too.
+away. Here a block's tensors come with each run of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ def recomputed_blocks(
     module: nn.Module,
     blocks: Iterable[str],
     take: Callable[[str], Mapping[str, Tensor]],
-    leave: Callable[[str], object],
 ) -> Iterator[None]:
     """While this lasts, each block of `module` runs so that its backward pass runs it again.
 
@@ -29,11 +28,10 @@ def recomputed_blocks(
         module: the blocks' owner; it does nothing at random.
         blocks: names of members of ModuleLists.
         take: tensors of a block by parameter name within it; called for each run, also later in the backward pass.
-        leave: is told the name of a block after each run.
     """
     changed = [module.get_submodule(name) for name in blocks]
     for name, block in zip(blocks, changed, strict=True):
-        block.forward = _recomputed(block, partial(take, name), partial(leave, name))
+        block.forward = _recomputed(block, partial(take, name))
     try:
         yield
     finally:
@@ -41,9 +39,7 @@ def recomputed_blocks(
             del block.forward  # the class's own is there again
 
 
-def _recomputed(
-    block: nn.Module, take: Callable[[], Mapping[str, Tensor]], leave: Callable[[], object]
-) -> Callable[..., Any]:
+def _recomputed(block: nn.Module, take: Callable[[], Mapping[str, Tensor]]) -> Callable[..., Any]:
     plain, running = block.forward, False
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -53,7 +49,6 @@ def _recomputed(
             return functional_call(block, dict(take()), args, kwargs, tie_weights=False)
         finally:
             running = False
-            leave()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if running:

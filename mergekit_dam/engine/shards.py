@@ -9,7 +9,7 @@ must call them in the same order. Legend: W processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,28 +72,17 @@ class Shards:
 
     def gather(self, local: Tensor, shape: Shape) -> Tensor:
         """The whole tensor of `shape` from everyone's rows."""
-        return self.gathering(local, shape)()
-
-    def gathering(self, local: Tensor, shape: Shape) -> Callable[[], Tensor]:
-        """Begin to gather; what is returned waits for the end and hands out the whole tensor."""
         if self.mesh is None:
-            return lambda: local
+            return local
         count, *rest = tuple(shape) or (1,)
         most = math.ceil(count / self.size)
         rows = local.detach().contiguous()
         if len(rows) < most:  # equally many from everyone, as the collective wants it
             rows = torch.cat([rows, rows.new_zeros(most - len(rows), *rest)])
         whole = rows.new_empty(most * self.size, *rest)
-        # not through DTensor: with its asynchronous redistribution over gloo the heap was damaged in one of 60 runs
-        work = dist.all_gather_into_tensor(whole, rows, group=self.mesh.get_group(), async_op=True)
-        assert work is not None, "we are in the group"
-        under_way = work, rows  # which must stay until they have been read
-
-        def arrived() -> Tensor:
-            under_way[0].wait()
-            return whole[:count].reshape(tuple(shape))
-
-        return arrived
+        # not through DTensor: with its redistribution over gloo the heap was damaged in one of 60 runs
+        dist.all_gather_into_tensor(whole, rows, group=self.mesh.get_group())
+        return whole[:count].reshape(tuple(shape))
 
     def scatter(self, whole: Tensor) -> Tensor:
         """Our rows of the sum of everyone's `whole`."""

@@ -71,10 +71,11 @@ class Estimate:
     seconds: tuple[float, float] | None = None
 
 
-def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = None) -> Estimate:
+def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, tokens: int | None = None) -> Estimate:
     """Memory and work of `find_or_learn` for a plan; one suspect class per model is assumed.
 
     Args:
+        processes: that share the rows of masks and of frozen models; memory is that of one of them.
         speed: of the device (`measured_speed`).
         tokens: of a text sample, on average; None: as many as the setting `max_length` allows.
     """
@@ -98,9 +99,9 @@ def estimate(plan: Plan, *, speed: Speed | None = None, tokens: int | None = Non
         fitted = activations * min(layers, config.window) // layers
     at_once = max(config.scan_batch_size * num_classes if scanned else 0, config.student_batch_size if taught else 0)
     memory = {
-        MAPPED[0]: (num_models + 1) * stored * held // parameters,
-        "masks with gradients and moments": masks * _STATES * entries * _FLOAT,
-        "samples of the masks": (masks + 1) * entries * _FLOAT,
+        MAPPED[0]: (num_models + 1) * stored * held // parameters // processes,
+        "masks with gradients and moments": masks * _STATES * entries * _FLOAT // processes,
+        "samples of the masks": (masks + 1) * entries * _FLOAT // processes,
         "merged weights with gradients": 2 * held * _FLOAT,
         "activations": max(config.batch_size * fitted, at_once * activations),
     }

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.snapshots import State, adam_state
-from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.masks import LogitSteps, combined, detects_per_model, logits_of, mask_state, masks_in_use
 from mergekit_dam.merging.checks import require_finite_gradients
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
@@ -62,7 +62,7 @@ class MaskFit:
 
     def weights(self) -> Weights:
         """Merged weights by the masks as they are, whole from the start: no step is made with them."""
-        return self.model.weights(self.combined(), self.coefficients, in_step=False)
+        return self.model.weights(self.combined(), self.coefficients)
 
     def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
         """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine.
@@ -83,7 +83,7 @@ class MaskFit:
             for group in optimiser.param_groups:
                 group["lr"] = rate * share
         self.coefficients.grad = torch.zeros_like(self.coefficients)
-        steps = LogitSteps(self.masks, self.optimisers, together=not self.model.blockwise)
+        steps = LogitSteps(self.masks, self.optimisers)
         num_parts = sum(max(1, mask.owners) for mask in self.masks.values())
         for key, found in self.model.logit_gradients(
             weights,

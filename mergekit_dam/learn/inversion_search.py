@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.shards import Share
 from mergekit_dam.engine.snapshots import State
-from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.fit import MaskFit
 from mergekit_dam.learn.losses import Patience, calibration_batch, fit_loss, held_out
 from mergekit_dam.learn.masks import ConcreteMask, Whole, final_probabilities
@@ -112,13 +112,11 @@ class InversionSearch(ScannedSearch):
         merged = self.fit.combined()
         weights = self.model.weights(merged, self.coefficients)
         parts: dict[str, Tensor] = {}
-        for turn, share in enumerate(self.turns):
+        for share in self.turns:
             loss = torch.zeros((), device=self.model.device)
             if share is not None:
                 rows_B = calibration_batch(self.tasks[share.task], self.config, step)
                 loss = self._loss(share, weights, rows_B, step, parts)
-            for _ in range(self._idle_passes(turn, share)):
-                loss = loss + 0.0 * self.tasks[0].logits(weights, self.tasks[0].inputs(torch.arange(1))).sum()
             if loss.requires_grad:
                 loss.backward()
         self.fit.update(merged, weights, step)
@@ -131,14 +129,6 @@ class InversionSearch(ScannedSearch):
             **{f"density/{name}": mask.density() for name, mask in self.masks.items()},
         }
         self.track_step(record)
-
-    def _idle_passes(self, turn: int, share: Share | None) -> int:
-        """Passes that we make for nothing in a turn, because blocks wait for all processes."""
-        if self.shards.size == 1 or not self.model.blockwise:
-            return 0
-        passes = [1 + sum(suspect.task == index for suspect in self.pools) for index in range(len(self.tasks))]
-        most = max(passes[turn * self.shards.size : (turn + 1) * self.shards.size])
-        return most - (passes[share.task] if share is not None else 0)
 
     def _loss(self, share: Share, weights: Weights, rows_B: Tensor, step: int, parts: dict[str, Tensor]) -> Tensor:
         task, answers = self.tasks[share.task], self.answers[share.task]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
+from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.shards import Share
-from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.teacher import OwnAnswers
 from mergekit_dam.learn.trigger_pool import Pools
 from mergekit_dam.scan.triggers import RecoveredTriggers

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.merged_model import MergedModel
+from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.engine.snapshots import State, adam_state
-from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.merging.checks import finite_flags, require_flags
 from mergekit_dam.merging.foreach import groups, sums_of_sigmoids
 from mergekit_dam.merging.mask_bytes import to_bytes, to_probabilities
@@ -207,13 +207,9 @@ class LogitSteps:
     Args:
         masks: by name.
         optimisers: of the logits of the masks that learn, by the same names.
-        together: whether as many tensors are stepped together as `together_numel` says, or each by itself, which
-            spares their gradients' memory.
     """
 
-    def __init__(
-        self, masks: Mapping[str, ConcreteMask], optimisers: Mapping[str, torch.optim.Optimizer], *, together: bool
-    ) -> None:
+    def __init__(self, masks: Mapping[str, ConcreteMask], optimisers: Mapping[str, torch.optim.Optimizer]) -> None:
         self.masks, self.optimisers = masks, optimisers
         self._waiting: dict[str, list[str]] = {name: [] for name in optimisers}
         self._seen: list[str] = []
@@ -221,7 +217,7 @@ class LogitSteps:
         self._held = 0
         every = list(next(iter(masks.values())).logits.values())
         total = sum(logits.numel() for logits in every)
-        self._most = together_numel(every[0].device, total) * len(optimisers) if together else 1
+        self._most = together_numel(every[0].device, total) * len(optimisers)
 
     def add(self, places: Sequence[tuple[str, str]], gradients: Sequence[Tensor]) -> None:
         """dL/dlogit of one tensor.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.engine.merged_model import Masks
+from mergekit_dam.engine.module_weights import Weights, without_gradients
 from mergekit_dam.engine.snapshots import State, adam_state
-from mergekit_dam.engine.streamed_weights import Weights, fixed
 from mergekit_dam.learn.losses import calibration_batch, consistency, disagreement, entropy
 from mergekit_dam.learn.masks import (
     LogitSteps,
@@ -141,7 +141,7 @@ class PaperSearch(MaskSearch):
         One clean forward pass serves both: step 3 needs its answers, step 4 its entropy.
         """
         parts: dict[str, float] = {}
-        still = fixed(weights)
+        still = without_gradients(weights)
         for index, inputs in batches.items():
             task = self.tasks[index]
             clean = task.logits(weights, inputs)
@@ -170,7 +170,7 @@ class PaperSearch(MaskSearch):
     ) -> None:
         """Step 4, second half: one Adam step of the mask whose turn it is, tensor by tensor."""
         unused = torch.zeros_like(coefficients)
-        steps = LogitSteps(self.masks, {turn: self.optimisers[turn]}, together=not self.model.blockwise)
+        steps = LogitSteps(self.masks, {turn: self.optimisers[turn]})
         for key, (found,) in self.model.logit_gradients(
             weights,
             masks,

@@ -20,7 +20,7 @@ from mergekit_dam.artifact.relabel import relabel
 from mergekit_dam.artifact.scan_file import StoredScan
 from mergekit_dam.artifact.triggers_file import save_triggers
 from mergekit_dam.config import DamConfig
-from mergekit_dam.engine.device import CPU, device_of
+from mergekit_dam.engine.device import CPU, device_kind, device_of
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.processes import Job, run_workers
 from mergekit_dam.engine.shards import ALONE, Shards
@@ -35,7 +35,7 @@ from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.stand_ins import forget_stand_ins, stand_ins
 from mergekit_dam.learn.window_search import FOLDER as WINDOWS
 from mergekit_dam.learn.window_search import WindowSearch
-from mergekit_dam.learn.window_size import with_window
+from mergekit_dam.learn.window_size import window_warning, with_window
 from mergekit_dam.merging.checks import warn_about_masks, warn_about_task_vectors
 from mergekit_dam.merging.triton_merge import warn_without_kernels
 from mergekit_dam.models.checkpoint import Checkpoint
@@ -76,7 +76,10 @@ def find_or_learn(
     count = num_processes(plan.config) if shards.size == 1 else 1
     # a parent of workers only reads the data: it must not open the accelerators that they will use
     place = CPU if count > 1 else device or device_of(plan.config.device)
-    plan = with_window(plan, place if count == shards.size == 1 else None)
+    chosen = with_window(plan, device_kind(plan.config.device) if count > 1 else place, workers=count, shards=shards)
+    if first and chosen.config.window not in ("all", plan.config.window):
+        LOG.warning("dam: %s", window_warning(chosen))
+    plan = chosen
     tasks = build_tasks(plan, place)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
     folder = cache_folder() / content_key(plan, tasks, digests)
@@ -176,9 +179,6 @@ def optimise(
     if first:
         warn_about_task_vectors([model.name for model in plan.models], found.norms)
         warn_without_kernels(device)
-    blockwise = shards.size > 1 and config.gather == "block"
-    if blockwise:
-        _require_equal_passes(tasks, config)
     snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
     if first:
         save_heads(tasks, folder / "heads")
@@ -197,7 +197,6 @@ def optimise(
             device,
             dtype=tasks[0].dtype,
             shards=shards,
-            blockwise=blockwise,
             lazy=kind is WindowSearch,
         )
         start = torch.tensor([m.settings.weight for m in plan.models])
@@ -248,19 +247,3 @@ def optimise(
 def _digests_in(description: Mapping[str, Any]) -> dict[str, str]:
     """The weights' content hashes that a description holds, by model name."""
     return {"base": description["base"]["sha256"], **{m["name"]: m["sha256"] for m in description["models"]}}
-
-
-def _require_equal_passes(tasks: Sequence[Task], config: DamConfig) -> None:
-    """Blocks that wait for all processes need the same passes in each of them.
-
-    Raises:
-        DamError: tasks of different classes or tensors, or the published loop, whose passes differ.
-    """
-    kinds = {(type(task.module), tuple(task.targets)) for task in tasks}
-    if len(kinds) > 1 or config.objective == "paper":
-        raise DamError(
-            "setting 'gather: block'",
-            expected="for several processes objective inversion, and models of one class with equal tensors",
-            got=f"objective {config.objective} and {len(kinds)} kinds of models",
-            cure="Leave it out, or learn with num_processes: 1.",
-        )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.shards import turns
-from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.learn.losses import calibration_batch, summed
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.learn.students import wanted

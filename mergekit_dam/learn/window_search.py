@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_dam.engine.module_weights import Weights, without_gradients
 from mergekit_dam.engine.shards import Share
 from mergekit_dam.engine.snapshots import State
-from mergekit_dam.engine.streamed_weights import Weights, fixed
 from mergekit_dam.learn.fisher import Importance, importance_of
 from mergekit_dam.learn.fit import MaskFit
 from mergekit_dam.learn.losses import calibration_batch, distillation
@@ -156,7 +156,7 @@ class WindowSearch(ScannedSearch):
 
     def merged_weights(self) -> Weights:
         """The whole merge by the masks of all windows."""
-        return self.model.weights(*self.finished.of(self.model, range(len(self.windows))), in_step=False)
+        return self.model.weights(*self.finished.of(self.model, range(len(self.windows))))
 
     def prepare(self) -> None:
         """What all windows need: each model's answers, and how hidden states count for them."""
@@ -188,7 +188,7 @@ class WindowSearch(ScannedSearch):
         self.part = self.model.part(owned)
         before = self.model.part(set(used) - owned)
         earlier = [w.number for w in self.windows[: window.number]] if before.mask_names else []
-        self.fixed = fixed(before.weights(*self.finished.of(before, earlier), in_step=False))
+        self.fixed = without_gradients(before.weights(*self.finished.of(before, earlier)))
         if self.part.mask_names:
             columns = 1 if self.config.coefficients == "task" else len(self.part.mask_names)
             start = self.start[:, :1].repeat(1, columns)
@@ -209,7 +209,7 @@ class WindowSearch(ScannedSearch):
             nothing = torch.zeros(len(self.tasks), 1, device=self.model.device)  # lambda = 0 leaves theta_0
             base: dict[str, Tensor] = {}
             for part in (self.part, before):
-                base |= fixed(part.weights({}, nothing, in_step=False))
+                base |= without_gradients(part.weights({}, nothing))
             for index in self._mine:
                 self._scale[index] = self.states[index].left_by(window, base, self.importance[index][window.stop])
         self.bytes_read += self.part.frozen.bytes_read + before.frozen.bytes_read
@@ -225,10 +225,10 @@ class WindowSearch(ScannedSearch):
             return
         names = {name for name, places in self._places.items() if places[0] < window.first}
         front = self.model.part(names)
-        edge = fixed(front.weights(*self.finished.of(front, range(window.number)), in_step=False))
+        edge = without_gradients(front.weights(*self.finished.of(front, range(window.number))))
         merged = dict(edge)
         if step:
-            merged |= fixed(self.part.weights(*self.finished.pending(self._fit, self.part), in_step=False))
+            merged |= without_gradients(self.part.weights(*self.finished.pending(self._fit, self.part)))
         base = self.model.frozen.base_weights()
 
         def mixed(suspect: Suspect) -> Mapping[str, Tensor]:
@@ -295,7 +295,7 @@ class WindowSearch(ScannedSearch):
         """Take the samples through what the window merges to, and mark it as finished."""
         masks, coefficients = self.finished.pending(self._fit, self.part)
         if not self._ends(window):
-            merged = {**self.part.weights(masks, coefficients, in_step=False), **self.fixed}
+            merged = {**self.part.weights(masks, coefficients), **self.fixed}
             for index in self._written:  # triggered samples go there with new triggers
                 self.states[index].advance(MERGED, window, merged)
         self.shards.barrier()

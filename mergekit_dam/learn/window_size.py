@@ -1,50 +1,89 @@
-"""`window: auto`: how much of the model is learned at a time, so that it fits the device."""
+"""`window: auto`: how much of the model is learned at a time, so that it fits the memory of each process."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import subprocess
+import sys
 from typing import Literal
 
 import psutil
 import torch
 
+from mergekit_dam.engine.shards import ALONE, Shards
+from mergekit_dam.errors import DamError
 from mergekit_dam.learn.estimate import MAPPED, estimate
 from mergekit_dam.models.compatible import against_windows
 from mergekit_dam.models.plan import Plan
 
+LOG = logging.getLogger(__name__)
 _SIZES: tuple[Literal["all"] | int, ...] = ("all", 4, 2, 1)  # the larger the better (benchmarks/STUDY.md)
 _USABLE = 0.8  # of the memory that is free
+_ASK_ALL = "import torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
 
 
-def with_window(plan: Plan, device: torch.device | None) -> Plan:
-    """The plan with a window that was chosen, if the setting is `auto`: the largest of all, 4, 2, 1 that fits.
+def with_window(plan: Plan, device: torch.device, *, workers: int = 1, shards: Shards = ALONE) -> Plan:
+    """Choose the window of a plan whose setting is `auto`: the largest of all, 4, 2, 1 that fits each process.
 
     What needs the whole model gets `all`.
 
     Args:
-        device: that learns; None for several, which share the whole model out.
+        device: the kind of device that learns.
+        workers: processes that this one will start.
+        shards: processes that call this together; all of them choose the same.
     """
     if plan.config.window != "auto":
         return plan
     configs = [model.config for model in (plan.base, *plan.models)]
-    if device is None or against_windows(plan.config, configs) is not None:
+    if against_windows(plan.config, configs) is not None:
         return _set(plan, "all")
-    sizes, free = _SIZES, free_bytes(device)
-    chosen = next((size for size in sizes if needed_bytes(_set(plan, size), device) <= _USABLE * free), sizes[-1])
-    return _set(plan, chosen)
+    processes = max(workers, shards.size)
+    free = min(shards.union({shards.rank: free_bytes(device, workers, shards.size)}).values())
+    fits = (size for size in _SIZES if needed_bytes(_set(plan, size), device, processes) <= _USABLE * free)
+    return _set(plan, next(fits, _SIZES[-1]))
 
 
-def needed_bytes(plan: Plan, device: torch.device) -> int:
-    """Memory that learning takes there; on the CPU files are mapped and need none."""
-    memory = estimate(plan).memory_bytes
+def window_warning(plan: Plan) -> str:
+    """Say what it costs that not all of the model is learned at once."""
+    return (
+        "the masks of the whole model do not fit the memory that is free: they are learned "
+        f"{plan.config.window} of its blocks at a time, which costs accuracy, and one at a time some of the defence "
+        "(docs/windows.md)"
+    )
+
+
+def needed_bytes(plan: Plan, device: torch.device, processes: int = 1) -> int:
+    """Estimate the memory that each process needs to learn; on the CPU files are mapped and need none."""
+    memory = estimate(plan, processes=processes).memory_bytes
     return sum(size for part, size in memory.items() if device.type != "cpu" or part not in MAPPED)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free there."""
-    if device.type == "cuda":
+def free_bytes(device: torch.device, workers: int = 1, launched: int = 1) -> int:
+    """Measure the free memory of one process, in bytes.
+
+    Args:
+        device: the kind of device that learns.
+        workers: processes that this one will start, each on an accelerator of its own or all on this CPU.
+        launched: processes that run already, as `accelerate launch` starts them.
+
+    Raises:
+        DamError: the accelerators did not answer.
+    """
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available) // max(workers, launched)
+    if workers == 1:
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    # a process of its own: what this one opened it would hold while its workers learn
+    asked = subprocess.run([sys.executable, "-c", _ASK_ALL], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise DamError(
+            "window: auto",
+            expected="accelerators that say how much of their memory is free",
+            got=asked.stderr.strip().splitlines()[-1] if asked.stderr.strip() else f"exit status {asked.returncode}",
+            cure="Set window: all, or a number.",
+        )
+    return int(asked.stdout)
 
 
 def _set(plan: Plan, size: Literal["all"] | int) -> Plan:

@@ -175,7 +175,6 @@ def against_windows(config: DamConfig, configs: Sequence[PretrainedConfig]) -> s
     found = {
         f"objective: {config.objective}": config.objective != "inversion",
         "patience": config.patience > 0,
-        "gather: block": config.gather == "block",
         "a CLIP of two towers": not all(map(is_chain, configs)),
     }
     return next((what for what, is_so in found.items() if is_so), None)

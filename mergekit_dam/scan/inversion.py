@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dam.engine.streamed_weights import fixed
+from mergekit_dam.engine.module_weights import without_gradients
 from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_of, started
 from mergekit_dam.tasks import Target, Task
 
@@ -64,7 +64,7 @@ class Inversion:
         pace: Pace = LEAN,
     ) -> None:
         self.task, self.generator, self.targets = task, generator, list(targets)
-        self.weights = fixed(weights)
+        self.weights = without_gradients(weights)
         self.batch_size = min(batch_size, task.num_samples)
         count = len(targets)
         if start is None:

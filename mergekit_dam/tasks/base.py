@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mergekit_dam.engine.module_weights import blocks_of, slots_of, swapped
 from mergekit_dam.engine.partial_pass import BlockChain
 from mergekit_dam.engine.recomputed import recomputed_blocks
-from mergekit_dam.engine.streamed_weights import StreamedWeights, blocks_of, slots_of, streamed_blocks, swapped
 from mergekit_dam.engine.trained_module import TrainedModule
 from mergekit_dam.io.digests import tensor_digest
 from mergekit_dam.merging.checks import require_finite
@@ -47,7 +47,7 @@ class Task(ABC):
         head: tensors of model t that the base lacks, by name in t's checkpoint.
         targets: output name -> parameter name of the module.
         sources: output name -> its name in model t's checkpoint.
-        block_of: parameter name -> the block that it lives in, see engine/streamed_weights.py.
+        block_of: parameter name -> the block that it lives in, see engine/module_weights.py.
         modality: what a sample is. A trigger changes the pixels of an image; into a text it is inserted.
         scanner: how such models are scanned for backdoors, a name that `scan.scanner` knows.
         trigger_kinds: which triggers the scan recovers, names that `scan.triggers` knows, the plainest first.
@@ -257,15 +257,12 @@ class Task(ABC):
         return hidden_BLD
 
     def parameters(self, weights: Mapping[str, Tensor]) -> Parameters:
-        """By module name: the caller's weights and the head, floats in `compute_dtype`; no block's if streamed."""
+        """By module name: the caller's weights and the head, floats in `compute_dtype`."""
         if isinstance(weights, TrainedModule):
             trained = Parameters()
-            trained.module, trained.outside = weights.module, {}
+            trained.module = weights.module
             return trained
-        streamed = weights if isinstance(weights, StreamedWeights) else None
-        names = {t: n for n, t in self.targets.items() if n in weights and (streamed is None or t not in self.block_of)}
-        found = Parameters({target: self._floating(weights[name]) for target, name in names.items()})
-        found.streamed, found.outside = streamed, {names[target]: found[target] for target in names}
+        found = Parameters({t: self._floating(weights[name]) for name, t in self.targets.items() if name in weights})
         found.update({target: self._floating(tensor) for target, tensor in self._head_targets.items()})
         for alias, main in self._tied.items():
             if main in found:
@@ -276,27 +273,15 @@ class Task(ABC):
 
     def call(self, parameters: Parameters, **inputs: Any) -> Any:
         """The module's output with these parameters."""
-        if parameters.module is not None:
-            with ExitStack() as around:
-                if self._recompute and torch.is_grad_enabled():
-                    blocks = sorted(set(self.block_of.values()))
-                    around.enter_context(
-                        recomputed_blocks(parameters.module, blocks, lambda block: {}, lambda block: None)
-                    )
-                return parameters.module(**inputs)
-        streamed = parameters.streamed
         with ExitStack() as around:
-            if streamed is not None:
-                around.enter_context(streamed.kept_as_names(self._blocks))
             if self._recompute and torch.is_grad_enabled():
-                around.enter_context(self._recomputed(parameters))
-            elif streamed is not None:
-                around.enter_context(streamed_blocks(self.module, streamed, self._blocks))
+                blocks = sorted(set(self.block_of.values()))
+                owner = self.module if parameters.module is None else parameters.module
+                around.enter_context(recomputed_blocks(owner, blocks, lambda block: self._within(block, parameters)))
+            if parameters.module is not None:
+                return parameters.module(**inputs)
             around.enter_context(swapped(self._slots, parameters))
-            output = self.module(**inputs)
-        if streamed is not None:
-            streamed.let_go(parameters.outside)
-        return output
+            return self.module(**inputs)
 
     @contextmanager
     def recomputed(self) -> Iterator[None]:
@@ -307,39 +292,13 @@ class Task(ABC):
         finally:
             self._recompute = before
 
-    def _recomputed(self, parameters: Parameters) -> AbstractContextManager[None]:
-        """Gradient checkpointing with these parameters."""
-        blocks = sorted(set(self.block_of.values()))
-        held: dict[str, Tensor] = {}  # streamed tensors of the block that runs
-
-        def take(block: str) -> dict[str, Tensor]:
-            if parameters.streamed is not None:
-                names = self._blocks.get(block, {})
-                held.update({name: parameters.streamed[name] for name in names.values()})
-                formed = {target: held[name] for target, name in names.items()}
-            else:
-                formed = {}
-            mine = {t: parameters[t] for t in self.block_of if self.block_of[t] == block and t in parameters}
-            return {target.removeprefix(f"{block}."): tensor for target, tensor in (mine | formed).items()}
-
-        def leave(block: str) -> None:
-            if parameters.streamed is not None:
-                parameters.streamed.let_go(held)
-                held.clear()
-
-        return recomputed_blocks(self.module, blocks, take, leave)
+    def _within(self, block: str, parameters: Parameters) -> dict[str, Tensor]:
+        """The parameters of one block, by their names in it."""
+        mine = [target for target, owner in self.block_of.items() if owner == block and target in parameters]
+        return {target.removeprefix(f"{block}."): parameters[target] for target in mine}
 
     def _floating(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-
-    @cached_property
-    def _blocks(self) -> dict[str, dict[str, str]]:
-        """Block -> parameter name -> output name."""
-        found: dict[str, dict[str, str]] = {}
-        for name, target in self.targets.items():
-            if target in self.block_of:
-                found.setdefault(self.block_of[target], {})[target] = name
-        return found
 
 
 def _without_names(config: Any) -> Any:
@@ -353,11 +312,7 @@ class Parameters(dict[str, Tensor]):
     """Tensors by module name.
 
     Attributes:
-        streamed: where the blocks' tensors come from; None if they are here, too.
-        outside: the caller's tensors that are here, by output name.
         module: what holds all tensors as its own, if it is being trained; then none is here.
     """
 
     module: nn.Module | None = None
-    streamed: StreamedWeights | None = None
-    outside: Mapping[str, Tensor]

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
+from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.snapshots import Resumable, Snapshots, State, adam_state
-from mergekit_dam.engine.streamed_weights import Weights
 from mergekit_dam.engine.trained_module import AddedWeights, TrainedModule
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import code_digest

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_dam import seeds
-from mergekit_dam.engine.streamed_weights import Weights
+from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.trained_module import TrainedModule
 from mergekit_dam.errors import DamError
 from mergekit_dam.tasks import Target, Task, generates

@@ -13,6 +13,7 @@ from dam_bench.tables.gates import Gate, check_gates, gate_table, require
 from dam_bench.tables.results import read_runs
 from dam_bench.tables.sections import summary_table
 from dam_bench.tables.tables import BEGIN, END, main, readme_table, with_table, write_results
+from dam_bench.tables.windows import window_section
 
 from mergekit_dam.errors import DamError
 from tests.helpers.bench_runs import ATTACK, METHODS, POISONS, TOTAL, change, fill, new_run, only, place, put, row
@@ -257,3 +258,15 @@ def test_write_then_check_and_drift_is_shown(root: Path, tmp_path: Path) -> None
     assert drift.exit_code == 1
     assert "-| vision (small) | dam | 79.0 | 5.0 | 1/1 | 3/3 |" in drift.output
     assert "+| vision (small) | dam | 79.0 | 26.0 | 1/1 | 3/3 |" in drift.output
+
+
+def test_windows_are_told_from_the_whole_model_down(tmp_path: Path) -> None:
+    for method in ("dam", "dam(window=1)", "dam(window=2)", "dam(window=2,steps=5)"):
+        for scenario in ("clean", "merge-aware"):
+            put(tmp_path, new_run("dam", scenario, 0, method=method))
+    put(tmp_path, new_run("dam", "merge-aware", 1, wall_s=10.0))
+    lines = window_section(suites(read_runs(tmp_path))).splitlines()[4:]
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    assert [line[1:3] for line in cells] == [[s, w] for s in ("clean", "merge-aware") for w in ("all", "2", "1")]
+    assert cells[0][3:] == ["79.0", "-", "-", "2", "0"]
+    assert cells[3][3:] == ["78.5 (78.0 to 79.0)", "8.5 (8.0 to 9.0)", "3.0, no seed 1", "6", "0, 1"]

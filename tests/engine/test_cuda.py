@@ -26,7 +26,6 @@ CUDA = torch.device("cuda")
 INVERSION = {"objective": "inversion", "suspicion": 0.0, "scan_steps": 2, "refresh_every": 1, "refresh_steps": 2}
 
 
-@pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -38,9 +37,9 @@ INVERSION = {"objective": "inversion", "suspicion": 0.0, "scan_steps": 2, "refre
     ],
     ids=["paper", "inversion with triggers", "rows", "rescaled rows", "checkpointing"],
 )
-def test_masks_equal_those_of_the_cpu(blockwise: bool, settings: dict[str, Any], vit: Path, images: Path) -> None:
+def test_masks_equal_those_of_the_cpu(settings: dict[str, Any], vit: Path, images: Path) -> None:
     wanted = learned(vit, images, **settings)
-    found = learned(vit, images, device=CUDA, blockwise=blockwise, **settings)
+    found = learned(vit, images, device=CUDA, **settings)
     assert wanted[2] == pytest.approx(found[2], rel=1e-3) and len(found[2]) >= 3
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-2, atol=1e-4)
     # Adam's first steps have the size of the learning rate wherever a gradient is not zero: signs must agree

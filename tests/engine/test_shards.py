@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from mergekit_dam.artifact.masks_file import LearnedMasks
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.engine.snapshots import Snapshots
-from mergekit_dam.engine.streamed_weights import StreamedWeights
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.learn.losses import entropy
 from mergekit_dam.learn.masks import combined, logits_of, masks_in_use
@@ -72,15 +70,13 @@ def test_rows_are_gathered_and_gradients_summed_over_the_processes(count: int) -
 def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
     """dL/dlogit by mask and key, whole, dL/dlambda, and the elements of task vectors that this process holds."""
     vectors, tasks = TaskVectors(plan), build_tasks(plan, CPU)
-    blockwise = plan.config.gather == "block" and shards.size > 1
-    model = MergedModel(vectors, survey(vectors, shards).changed, CPU, shards=shards, blockwise=blockwise)
+    model = MergedModel(vectors, survey(vectors, shards).changed, CPU, shards=shards)
     paper = plan.config.objective == "paper"
     masks = masks_in_use(model, plan.config, temperature=0.5, per_model=not paper)
     samples = {n: {k: m.sample(k, seed=0, step=1) for k in model.mask_names} for n, m in masks.items() if paper}
     merged = combined(masks, samples or None)
     coefficients = torch.full((2, len(model.mask_names)), 0.3)
     weights = model.weights(merged, coefficients)
-    assert isinstance(weights, StreamedWeights) == blockwise
     for index, task in enumerate(tasks):
         if shards.owns(index):
             entropy(task.logits(weights, task.inputs(torch.arange(4)))).backward()
@@ -95,14 +91,11 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
 
 
 @pytest.mark.parametrize("objective", ["paper", "inversion"])  # rescaled: a mean over all rows; each model's own M2
-@pytest.mark.parametrize(
-    ("granularity", "gather", "count"),
-    [("element", "model", 4), ("row", "model", 4), ("tensor", "model", 4), ("element", "block", 2)],
-)
+@pytest.mark.parametrize(("granularity", "count"), [("element", 4), ("row", 4), ("tensor", 4), ("element", 2)])
 def test_gradients_of_several_processes_are_those_of_one(
-    granularity: str, gather: str, count: int, objective: str, vit: Path, images: Path
+    granularity: str, count: int, objective: str, vit: Path, images: Path
 ) -> None:
-    plan = _plan(vit, images, objective, granularity=granularity, gather=gather)
+    plan = _plan(vit, images, objective, granularity=granularity)
     expected, lambdas, held = _gradients(ALONE, plan)
     everyone = group(_gradients, count, plan)
     for found, found_lambdas, _ in everyone:
@@ -111,40 +104,6 @@ def test_gradients_of_several_processes_are_those_of_one(
             torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-8)
     shares = [own for _, _, own in everyone]
     assert sum(shares) == held and max(shares) < 1.2 * held / count
-
-
-def _most_on_their_way(shards: Shards, plan: Plan) -> tuple[int, int]:
-    """The most tensors that are gathered at once in a pass with its backward pass, and tensors that change."""
-    begin, under_way, most = shards.gathering, 0, 0
-
-    def counted(local: torch.Tensor, shape: Sequence[int]) -> Callable[[], torch.Tensor]:
-        nonlocal under_way, most
-        under_way += 1
-        most = max(most, under_way)
-        arrived = begin(local, shape)
-
-        def wait() -> torch.Tensor:
-            nonlocal under_way
-            under_way -= 1
-            return arrived()
-
-        return wait
-
-    shards.gathering = counted  # type: ignore[method-assign]
-    vectors, tasks = TaskVectors(plan), build_tasks(plan, CPU)
-    changed = survey(vectors, shards).changed
-    model = MergedModel(vectors, changed, CPU, shards=shards, blockwise=plan.config.gather == "block")
-    masks = masks_in_use(model, plan.config, temperature=0.5)
-    weights = model.weights(combined(masks), torch.full((2, len(model.mask_names)), 0.3))
-    entropy(tasks[0].logits(weights, tasks[0].inputs(torch.arange(4)))).backward()
-    assert under_way == 0, "what was gathered ahead was used"
-    return most, len(changed)
-
-
-@pytest.mark.parametrize("gather", ["model", "block"])
-def test_the_next_block_is_on_its_way_while_one_runs(gather: str, vit: Path, images: Path) -> None:
-    for most, changed in group(_most_on_their_way, 2, _plan(vit, images, "inversion", gather=gather)):
-        assert most == 1 if gather == "model" else 1 < most <= changed // 2, "no more than a block"
 
 
 def _learned(shards: Shards, plan: Plan, stop: int, cache: str) -> LearnedMasks | None:
@@ -180,7 +139,7 @@ def _differences(one: LearnedMasks, other: LearnedMasks) -> tuple[float, float]:
     ("objective", "more"),
     [
         ("inversion", {}),
-        ("inversion", {"granularity": "row", "coefficients": "task", "gather": "block"}),
+        ("inversion", {"granularity": "row", "coefficients": "task"}),
         ("inversion", {"window": 2}),
         ("paper", {}),
         ("paper", {"granularity": "tensor"}),

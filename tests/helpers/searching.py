@@ -29,25 +29,24 @@ def new_search(
     records: list[dict[str, Any]] | None = None,
     *,
     device: torch.device = CPU,
-    blockwise: bool = False,
 ) -> Search:
     """At its start; each step's record goes into `records`."""
     vectors, tasks = TaskVectors(plan), build_tasks(plan, device)
     changed, lazy = survey(vectors).changed, kind is WindowSearch
-    model = MergedModel(vectors, changed, device, dtype=tasks[0].dtype, blockwise=blockwise, lazy=lazy)
+    model = MergedModel(vectors, changed, device, dtype=tasks[0].dtype, lazy=lazy)
     track = records.append if records is not None else lambda record: None
     start = torch.tensor([m.settings.weight for m in plan.models])
     return kind(model, tasks, plan.config, start, track=track, progress=lambda steps, title: steps)
 
 
 def learned(
-    root: Path, calibration: Path, *, device: torch.device = CPU, blockwise: bool = False, **settings: Any
+    root: Path, calibration: Path, *, device: torch.device = CPU, **settings: Any
 ) -> tuple[dict[str, Tensor], Tensor, list[float]]:
     """Logits by mask and tensor, coefficients, and losses, after three steps with `base`, `a` and `b`; on the CPU."""
     base, *models = (ModelReference.parse(str(root / name)) for name in ("base", "a", "b"))
     plan = build_plan(base, models, shared={**FAST, "calibration": str(calibration), **settings}, per_model={})
     records: list[dict[str, Any]] = []
-    search = new_search(SEARCHES[plan.config.objective], plan, records, device=device, blockwise=blockwise)
+    search = new_search(SEARCHES[plan.config.objective], plan, records, device=device)
     _, coefficients = search.run()
     logits = {f"{m.name}.{k}": v.cpu() for m in search.masks.values() for k, v in m.logits.items()}
     return logits, coefficients.cpu(), [record["loss"] for record in records if "loss" in record]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from mergekit_dam.learn.fisher import importance_of
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.learn.window_search import WindowSearch, places_of, windows_of
-from mergekit_dam.learn.window_size import needed_bytes, with_window
+from mergekit_dam.learn.window_size import free_bytes, needed_bytes, with_window
 from mergekit_dam.learn.window_states import MERGED, OWN
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import build_tasks
@@ -173,7 +174,7 @@ def test_states_come_back_without_their_padding(
         assert not found[i, lengths[row] :].any()
 
 
-@pytest.mark.parametrize("more", [{"objective": "paper"}, {"patience": 2}, {"gather": "block"}])
+@pytest.mark.parametrize("more", [{"objective": "paper"}, {"patience": 2}])
 def test_what_needs_the_whole_model_is_refused(more: dict[str, Any], vit: Path, images: Path) -> None:
     with pytest.raises(DamError, match="setting window: 2"):
         _plan(vit, images, window=2, **more)
@@ -187,12 +188,23 @@ def test_the_largest_window_that_fits_is_chosen(vit: Path, images: Path, monkeyp
     needs = {size: needed_bytes(_with(plan, size), CPU) for size in ("all", 4, 2, 1)}
     assert needs["all"] > needs[2] > needs[1]
     for size, free in (("all", needs["all"]), (2, needs[2]), (1, needs[1]), (1, 0)):
-        monkeypatch.setattr(window_size, "free_bytes", lambda device, free=free: free / 0.8 + 1)
+        monkeypatch.setattr(window_size, "free_bytes", lambda *args, free=free: free / 0.8 + 1)
         assert with_window(plan, CPU).config.window == size
-    for more in ({"objective": "paper"}, {"gather": "block"}):
-        assert with_window(_plan(vit, images, **more), CPU).config.window == "all"
-    assert with_window(plan, None).config.window == "all"
+    assert with_window(_plan(vit, images, objective="paper"), CPU).config.window == "all"
     assert with_window(_plan(vit, images, window=2), CPU).config.window == 2
+
+
+def test_several_processes_share_masks_and_free_memory(
+    vit: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = _plan(vit, images)
+    alone, shared = (needed_bytes(_with(plan, "all"), CPU, count) for count in (1, 4))
+    assert alone / 4 < shared < alone, "masks are shared out, merged weights are whole in each"
+    monkeypatch.setattr(window_size.psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * alone))
+    assert (free_bytes(CPU), free_bytes(CPU, 4), free_bytes(CPU, 1, 2)) == (4 * alone, alone, 2 * alone)
+    for available, fits in ((4 * shared / 0.8 + 4, True), (3.9 * shared / 0.8, False)):
+        monkeypatch.setattr(window_size.psutil, "virtual_memory", lambda a=available: SimpleNamespace(available=a))
+        assert (with_window(plan, CPU, workers=4).config.window == "all") == fits
 
 
 def _with(plan: Plan, size: Any) -> Plan:

@@ -57,7 +57,6 @@ class Case:
     layers: int = 8
     tasks: int = 2
     processes: int = 1
-    gather: str = "model"
     window: int | str = "all"
     width: int = 256
 
@@ -70,8 +69,6 @@ CASES = [
     Case(tasks=8),
     Case(processes=2),
     Case(processes=4),
-    Case(processes=2, gather="block"),
-    Case(processes=4, gather="block"),
     *(Case(layers=layers, window=2, width=768) for layers in (4, 8, 16, 32)),
     *(Case(window=window) for window in (1, 2, 4)),
     Case(tasks=4, window=2),
@@ -130,7 +127,6 @@ def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
         "max_length": 8,
         "num_samples": 4,
         "batch_size": 4,
-        "gather": case.gather,
         "window": case.window,
         "steps": STEPS,
     }
@@ -147,7 +143,6 @@ def measure(rank: int, case: Case, paths: list[Path], folder: str) -> None:
             changed,
             CPU,
             shards=shards,
-            blockwise=case.gather == "block",
             lazy=case.window != "all",
         )
         begun = time.perf_counter()
@@ -179,7 +174,7 @@ def computed(case: Case, parameters: int) -> float:
     block = sum(p.numel() for p in transformers.LlamaForCausalLM(config(1, case.width)).model.layers[0].parameters())
     share = min(case.window, case.layers) * block / parameters if isinstance(case.window, int) else 1.0
     masks = 2 if case.window == "all" else case.tasks + 1  # in windows each model has an M2
-    job = Job(parameters, case.tasks, stored=4, masks=masks, block=block / parameters, gather=case.gather, window=share)
+    job = Job(parameters, case.tasks, stored=4, masks=masks, window=share)
     parts = device_bytes(job, case.processes)
     parts["frozen models"] = 0.0
     return sum(parts.values())
@@ -210,15 +205,11 @@ def plot(results: list[dict[str, Any]]) -> Figure:
     standard = asdict(Case())
     panels = {"layers": "parameters (millions)", "tasks": "tasks", "processes": "processes"}
     for panel, (varied, label) in zip(axes, panels.items(), strict=False):
-        for gather, marker in (("model", "o-"), ("block", "s--")):
-            same = {k: v for k, v in standard.items() if k not in (varied, "gather")}
-            kept = [r for r in whole if all(r[k] == v for k, v in same.items())]
-            kept = sorted((r for r in kept if gather in (r["gather"], *["block"] * (r["processes"] == 1))), key=_size)
-            if gather == "block" and varied != "processes":
-                continue
-            x = [r["parameters"] / 1e6 if varied == "layers" else r[varied] for r in kept]
-            panel.plot(x, [r["bytes_per_parameter"] for r in kept], marker, label=f"gather: {gather}")
-            panel.plot(x, [r["computed_bytes_per_parameter"] for r in kept], "kx")
+        same = {k: v for k, v in standard.items() if k != varied}
+        kept = sorted((r for r in whole if all(r[k] == v for k, v in same.items())), key=_size)
+        x = [r["parameters"] / 1e6 if varied == "layers" else r[varied] for r in kept]
+        panel.plot(x, [r["bytes_per_parameter"] for r in kept], "o-", label="measured")
+        panel.plot(x, [r["computed_bytes_per_parameter"] for r in kept], "kx")
         panel.set_xlabel(label)
         panel.set_ylim(0, 1.1 * max(r["bytes_per_parameter"] for r in whole))
     axes[0].set_ylabel("peak bytes per parameter")

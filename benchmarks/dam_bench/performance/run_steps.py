@@ -207,7 +207,7 @@ def _step_rows(name: str, result: dict[str, Any]) -> list[Row]:
 
 def _memory_row(result: dict[str, Any]) -> Row:
     """A line of run_memory.py: it has no bar, but the arithmetic's figure beside it."""
-    what = ", ".join(f"{key} {result[key]}" for key in ("parameters", "tasks", "processes", "gather", "window"))
+    what = ", ".join(f"{key} {result[key]}" for key in ("parameters", "tasks", "processes", "window"))
     measured, computed = result["bytes_per_parameter"], result["computed_bytes_per_parameter"]
     return f"memory: {what}", f"{measured} bytes per parameter", f"{computed} computed", ""
 

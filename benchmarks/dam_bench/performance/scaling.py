@@ -24,9 +24,7 @@ class Job:
         computed: bytes per merged weight: setting `compute_dtype`.
         masks: 2 for `dual`, else 1; `dual` with a Backdoor-Detection mask per model: T + 1.
         entries: mask entries per parameter: 1 for granularity `element`, about 1 / width for `row`.
-        block: share of P in the largest block.
         window: share of P in the largest window: 1 where the whole model is learned at once.
-        gather: setting of that name, for several processes.
     """
 
     parameters: float
@@ -35,29 +33,22 @@ class Job:
     computed: int = 4
     masks: int = 2
     entries: float = 1.0
-    block: float = 1 / 32
     window: float = 1.0
-    gather: str = "model"
 
 
 def device_bytes(job: Job, processes: int = 1) -> dict[str, float]:
     """Bytes on each device by what they hold, without activations; masks and frozen tensors are sharded over W.
 
-    The merged model, or window, and its gradient are whole in each process, unless blocks are gathered one by one
-    (`gather: block` with several processes): then one block and its gradient are there, a second block on its way from
-    the other processes.
+    The merged model, or window, and its gradient are whole in each process.
     """
     held = job.window * job.parameters
     entries = job.masks * job.entries * held
-    streamed = job.gather == "block" and processes > 1
-    whole = job.block * job.parameters if streamed else held
     return {
         "mask logits": _FLOAT32 * entries / processes,
         "Adam's moments": _FLOAT32 * _MOMENTS * entries / processes,
-        "merged weights": job.computed * whole * (2 if streamed else 1),
-        "their gradient": job.computed * whole,
+        "merged weights": job.computed * held,
+        "their gradient": job.computed * held,
         "frozen models": job.stored * (job.tasks + 1) * held / processes,
-        "sums of dL/dM": _FLOAT32 * job.entries * job.parameters / processes if streamed else 0.0,
     }
 
 

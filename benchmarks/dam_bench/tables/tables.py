@@ -17,10 +17,12 @@ import click
 from dam_bench.tables import sections
 from dam_bench.tables.aggregate import SuiteResults, suites
 from dam_bench.tables.results import read_runs
+from dam_bench.tables.windows import window_section
 from mergekit_dam.errors import DamError
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 _ROOT, _OUT, _README = "benchmarks/results", "benchmarks/RESULTS.md", "README.md"
+_WINDOWS = Path("benchmarks/study/windows/runs")  # laid out as the results are
 
 _INTRO = """# Benchmark results
 
@@ -48,6 +50,8 @@ def results_markdown(groups: list[SuiteResults], *, root: str, command: str, fig
     parts = [_INTRO.format(command=command, root=root)]
     for results in groups:
         parts.append(sections.suite_section(results, figures))
+    if Path(root) == Path(_ROOT):
+        parts.append(window_section(suites(read_runs(_WINDOWS))))
     return "\n".join(parts)
 
 
