@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
-from mergekit_dam.io.files import replacing, write_whole
+from mergekit_dam.io.files import replacing, write_atomic
 from mergekit_dam.models.plan import Plan, revision_of
 from mergekit_dam.tasks import Task
 
@@ -66,7 +66,7 @@ def _fill(target: int, source: int) -> None:
 
 def write_run(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     """`run.json`: what differs between runs on equal inputs, and hence is no part of the masks' metadata."""
-    write_whole(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions_of(plan)}, indent=1))
+    write_atomic(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions_of(plan)}, indent=1))
 
 
 def revisions_of(plan: Plan) -> dict[str, str | None]:
@@ -82,4 +82,4 @@ def save_heads(tasks: Iterable[Task], folder: Path) -> None:
             tensors = {name: tensor.contiguous().cpu() for name, tensor in task.head.items()}
             with replacing(folder / f"{task.name}.safetensors") as temporary:
                 save_file(tensors, temporary, metadata={"format": "pt"})
-            write_whole(folder / f"{task.name}.json", task.input.config.to_json_string(use_diff=False))
+            write_atomic(folder / f"{task.name}.json", task.input.config.to_json_string(use_diff=False))

@@ -41,7 +41,7 @@ from mergekit_dam.artifact.schema import (
 )
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.io.cache import found_out
+from mergekit_dam.io.cache import cached_fact
 from mergekit_dam.io.files import replacing
 from mergekit_dam.merging.checks import mask_faults
 from mergekit_dam.merging.mask_bytes import to_bytes
@@ -221,7 +221,7 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             check_stand_ins(stand_ins.values())
             return json.dumps(mask_faults(probabilities, coefficients))
 
-        found = found_out(
+        found = cached_fact(
             path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check, fresh=fresh
         )
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:

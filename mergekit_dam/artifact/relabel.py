@@ -15,7 +15,7 @@ from typing import Any
 from mergekit_dam.artifact.folder import HEADS, METRICS_FILE, RUN_FILE, TRIGGERS_FILE, revisions_of
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, save
 from mergekit_dam.artifact.triggers_file import rename_entries
-from mergekit_dam.io.files import write_whole
+from mergekit_dam.io.files import write_atomic
 from mergekit_dam.models.plan import Plan
 
 _LABELS = ("model", "task")  # entries whose value is the name of a model
@@ -42,10 +42,10 @@ def relabel(folder: Path, masks: LearnedMasks, description: Mapping[str, Any], p
     journal = folder / METRICS_FILE
     if journal.is_file():
         records = [_renamed(json.loads(line), names) for line in journal.read_text("utf-8").splitlines()]
-        write_whole(journal, "".join(json.dumps(record) + "\n" for record in records))
+        write_atomic(journal, "".join(json.dumps(record) + "\n" for record in records))
     if (folder / RUN_FILE).is_file():
         facts = _renamed(json.loads((folder / RUN_FILE).read_text("utf-8")), names)
-        write_whole(folder / RUN_FILE, json.dumps(facts | {"revisions": revisions_of(plan)}, indent=1))
+        write_atomic(folder / RUN_FILE, json.dumps(facts | {"revisions": revisions_of(plan)}, indent=1))
     metadata = {**masks.metadata, **description}
     metadata |= {key: _renamed(metadata[key], names) for key in ("audit", "remaining") if key in metadata}
     for key in {"students", "vaccinated"} & metadata.keys():

@@ -19,7 +19,7 @@ from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import images_of, values_of
 from mergekit_dam.io.columns import OPTION, Conversation, Kind
-from mergekit_dam.io.data_files import Listed, Table, open_data
+from mergekit_dam.io.data_files import ListTable, Table, open_data
 from mergekit_dam.io.image_files import IMAGES
 from mergekit_dam.io.images import Preprocessing
 from mergekit_dam.tasks.encoding import encoded, padded_left
@@ -252,7 +252,7 @@ def read_labelled(source: Source, kind: Kind, name: str, known: Names) -> tuple[
     path = Path(source.data).expanduser()
     table: Table
     if kind == "image" and (files := _images_of_classes(path, source.split)):
-        table, rows = Listed(files), _chosen(len(files), source)
+        table, rows = ListTable(files), _chosen(len(files), source)
         raw: list[Any] = [files[row].parent.name for row in rows]
     else:
         table = open_data(source.data, source.split, kind, where, spelled=OPTION)
@@ -288,7 +288,7 @@ def _images_of_classes(path: Path, split: str) -> list[Path]:
 
 
 def _require_label(table: Table, source: Source, where: str) -> None:
-    if isinstance(table, Listed):
+    if isinstance(table, ListTable):
         raise DamError(
             where,
             expected="labels",

@@ -187,9 +187,10 @@ def predictions(model: nn.Module, data: LabelledData, trigger: Trigger | None = 
 def _triggered(trigger: Trigger, inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return trigger.apply(inputs)
-    texts = trigger.apply([one.asked if isinstance(one, Conversation) else one for one in inputs])
+    texts = trigger.apply([one.last_message if isinstance(one, Conversation) else one for one in inputs])
     return [
-        one.asking(text) if isinstance(one, Conversation) else text for one, text in zip(inputs, texts, strict=True)
+        one.with_last_message(text) if isinstance(one, Conversation) else text
+        for one, text in zip(inputs, texts, strict=True)
     ]
 
 

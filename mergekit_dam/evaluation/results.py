@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.io.files import write_whole, writing_facts
+from mergekit_dam.io.files import report_lock, write_atomic
 from mergekit_dam.io.untrusted import load_json, require_no_links_out
 
 EVALUATION_FILE = "evaluation.json"
@@ -60,7 +60,7 @@ def add_measurement(folder: Path, when: When, measured: Mapping[str, Any]) -> No
     """Merge counts into the file, task by task; a task measured again replaces its old counts. Parts may be missing."""
     require_no_links_out(folder, ("",))
     folder.mkdir(parents=True, exist_ok=True)
-    with writing_facts(folder):  # two runs at once would each lose the other's counts
+    with report_lock(folder):  # two runs at once would each lose the other's counts
         found = read_measurements(folder)
         kept: dict[str, Any] = found.setdefault(when, {})
         for key in ("accuracy", "datasets"):
@@ -71,7 +71,7 @@ def add_measurement(folder: Path, when: When, measured: Mapping[str, Any]) -> No
         for model, tasks in measured.get("harness", {}).items():
             harness = kept.setdefault("harness", {})
             harness[model] = harness.get(model, {}) | dict(tasks)
-        write_whole(folder / EVALUATION_FILE, json.dumps(found, indent=1))
+        write_atomic(folder / EVALUATION_FILE, json.dumps(found, indent=1))
 
 
 @dataclass(frozen=True)

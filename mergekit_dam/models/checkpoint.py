@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.cache import file_state, found_out
+from mergekit_dam.io.cache import cached_fact, file_state
 from mergekit_dam.io.digests import file_digest
 from mergekit_dam.io.untrusted import load_json
 
@@ -212,4 +212,4 @@ def _keys(path: Path) -> list[str]:
 
 
 def _sha256(path: Path, fresh: bool) -> str:
-    return found_out(path, "sha256", lambda: file_digest(path), fresh=fresh)
+    return cached_fact(path, "sha256", lambda: file_digest(path), fresh=fresh)

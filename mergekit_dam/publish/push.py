@@ -21,7 +21,7 @@ from mergekit_dam.artifact.masks_file import MASKS_FILE, load, save
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import read_measured
 from mergekit_dam.io.cache import cache_folder
-from mergekit_dam.io.hub_client import is_hub_id, patiently
+from mergekit_dam.io.hub_client import is_hub_id, with_retries
 from mergekit_dam.publish.card import model_card
 from mergekit_dam.publish.contents import Publication, contents_of, files_to_publish, refuse_secrets
 from mergekit_dam.publish.local_paths import LocalPaths
@@ -144,7 +144,7 @@ def push(plan: Push) -> Pushed:
     private = _ensure_repository(api, plan, subject)
     with _staged(plan) as folder:
         refuse_secrets(((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file()), [token])
-        done = patiently(
+        done = with_retries(
             lambda: api.upload_folder(
                 repo_id=plan.repo_id,
                 folder_path=folder,
@@ -182,9 +182,9 @@ def _ensure_repository(api: HfApi, plan: Push, subject: str) -> bool | None:
                 raise
             return None
 
-    info = patiently(look, subject, write=True)
+    info = with_retries(look, subject, write=True)
     if info is None:
-        patiently(lambda: api.create_repo(plan.repo_id, private=not plan.public, exist_ok=True), subject, write=True)
+        with_retries(lambda: api.create_repo(plan.repo_id, private=not plan.public, exist_ok=True), subject, write=True)
         return not plan.public
     if info.private is False and not plan.public and not plan.create_pr:
         raise DamError(
@@ -221,7 +221,7 @@ def _compare(api: HfApi, repo_id: str, commit: str, folder: Path, subject: str) 
     """Every file's hash there and here: SHA-256 for large files, git's own for small ones."""
     there = {
         entry.path: entry
-        for entry in patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), subject)
+        for entry in with_retries(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), subject)
         if isinstance(entry, RepoFile)
     }
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):

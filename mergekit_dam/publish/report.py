@@ -8,7 +8,7 @@ from pathlib import Path
 from mergekit_dam.artifact.folder import METRICS_FILE
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.io.files import write_whole, writing_facts
+from mergekit_dam.io.files import report_lock, write_atomic
 from mergekit_dam.io.untrusted import require_no_links_out
 from mergekit_dam.publish.facts import read_metrics, report_facts
 from mergekit_dam.publish.layers import layers_of
@@ -39,7 +39,7 @@ def write_report(
     if not (folder / MASKS_FILE).is_file():
         load(folder / MASKS_FILE)  # says so
     try:
-        with writing_facts(folder):
+        with report_lock(folder):
             for stale in (folder / FIGURES).glob(".*.tmp"):
                 stale.unlink()  # of a run that was killed: this one holds the lock
             return _write(output, folder, seconds, masks)
@@ -77,9 +77,9 @@ def _write(output: Path, folder: Path, seconds: float | None, given: LearnedMask
     text = json.dumps(facts, indent=1)
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        write_whole(folder / FIGURES / f"{name}.png", picture)
-    write_whole(folder / REPORT_JSON, text)
-    write_whole(folder / REPORT_HTML, page)
+        write_atomic(folder / FIGURES / f"{name}.png", picture)
+    write_atomic(folder / REPORT_JSON, text)
+    write_atomic(folder / REPORT_HTML, page)
     return folder / REPORT_HTML, notes
 
 
