@@ -15,7 +15,7 @@ from mergekit.card import method_md
 from mergekit.common import ModelPath
 
 from mergekit_dam.config import DamConfig
-from mergekit_dam.evaluation.results import Measured, Rate
+from mergekit_dam.evaluation.results import Rate, Results
 from mergekit_dam.publish.contents import Publication
 from mergekit_dam.publish.markdown import block, code, percent, table
 from mergekit_dam.publish.provenance import Provenance
@@ -37,24 +37,24 @@ PIPELINES = {
 }
 
 
-def model_card(repo_id: str, publication: Publication, provenance: Provenance, measured: Measured | None) -> str:
+def model_card(repo_id: str, publication: Publication, provenance: Provenance, results: Results | None) -> str:
     """The whole README.md.
 
     Args:
         repo_id: ORG/NAME.
         publication: the merge.
         provenance: ids, licence and data sets, as far as known.
-        measured: figures, or None.
+        results: measured figures, or None.
     """
     name = repo_id.rpartition("/")[2]
     parts = [
-        f"---\n{front_matter(name, publication, provenance, measured)}\n---",
+        f"---\n{front_matter(name, publication, provenance, results)}\n---",
         f"# {code(name)}",
         _introduction(publication, provenance),
         _use(repo_id, publication),
         _defence(publication) if publication.is_dam else "",
-        _figures_table(measured),
-        _harness_table(measured),
+        _figures_table(results),
+        _harness_table(results),
         "\n\n".join(f"![{figure.rpartition('/')[2]}](<{figure}>)" for figure in publication.figures if _plain(figure)),
         "## Configuration\n\nThe recipe as mergekit ran it:\n\n" + block(publication.recipe_text, "yaml"),
     ]
@@ -228,34 +228,34 @@ def _changed(settings: Mapping[str, Any]) -> str:
     return ", ".join(code(one) for one in changed) or "none"
 
 
-def _figures_table(measured: Measured | None) -> str:
+def _figures_table(results: Results | None) -> str:
     title = "## What was measured\n\n"
-    if measured is None:
+    if results is None:
         return (
             title + "Nothing: neither clean accuracy nor the success of any attack was measured on this merge before "
             "it was published."
         )
-    if not measured.accuracy and not measured.attack_success:
+    if not results.accuracy and not results.attack_success:
         return title + "Neither clean accuracy nor the success of any attack was measured on the tasks of the merge."
-    attacks = list(measured.attack_success)
-    tasks = list(dict.fromkeys([*measured.accuracy, *(t for r in measured.attack_success.values() for t in r)]))
+    attacks = list(results.attack_success)
+    tasks = list(dict.fromkeys([*results.accuracy, *(t for r in results.attack_success.values() for t in r)]))
     rows = [
         [
             code(task),
-            code(measured.datasets.get(task, "not said")),
-            _rate(measured.accuracy.get(task)),
-            *(_rate(measured.attack_success[attack].get(task)) for attack in attacks),
+            code(results.datasets.get(task, "not said")),
+            _rate(results.accuracy.get(task)),
+            *(_rate(results.attack_success[attack].get(task)) for attack in attacks),
         ]
         for task in tasks
     ]
     header = ["task", "data", "clean accuracy", *(f"attack success, {code(attack)}" for attack in attacks)]
-    text = title + table(header, rows) + f"\n\nHits and samples in brackets; reported by {code(measured.source)}"
+    text = title + table(header, rows) + f"\n\nHits and samples in brackets; reported by {code(results.source)}"
     text += " of the publisher, not checked by the Hub."
     return text if attacks else text + " The success of attacks was not measured."
 
 
-def _harness_table(measured: Measured | None) -> str:
-    if measured is None or not measured.harness:
+def _harness_table(results: Results | None) -> str:
+    if results is None or not results.harness:
         return ""
     rows = [
         [
@@ -266,7 +266,7 @@ def _harness_table(measured: Measured | None) -> str:
             "-" if one.samples is None else str(one.samples),
             code(one.by),
         ]
-        for task, one in measured.harness.items()
+        for task, one in results.harness.items()
         for metric, (value, error) in one.metrics.items()
     ]
     header = ["benchmark", "metric", "value", "standard error", "samples", "measured by"]
@@ -282,7 +282,7 @@ def _plain(path: str) -> bool:
     return all(c.isalnum() or c in "-_./" for c in path)
 
 
-def front_matter(name: str, publication: Publication, provenance: Provenance, measured: Measured | None) -> str:
+def front_matter(name: str, publication: Publication, provenance: Provenance, results: Results | None) -> str:
     """YAML without its fences; PyYAML quotes whatever needs it."""
     tags = ["mergekit", "merge", "mergekit-dam"] + (["dam", "backdoor-defense"] if publication.is_dam else [])
     data = ModelCardData(
@@ -293,8 +293,8 @@ def front_matter(name: str, publication: Publication, provenance: Provenance, me
         license=provenance.licence,
         datasets=list(provenance.datasets) or None,
         tags=tags,
-        model_name=name if measured else None,
-        eval_results=_eval_results(publication, measured) if measured else None,
+        model_name=name if results else None,
+        eval_results=_eval_results(publication, results) if results else None,
     )
     return str(data.to_yaml()).rstrip()
 
@@ -307,11 +307,11 @@ def _pipeline(config: Mapping[str, Any]) -> str | None:
     )
 
 
-def _eval_results(publication: Publication, measured: Measured) -> list[EvalResult]:
+def _eval_results(publication: Publication, results: Results) -> list[EvalResult]:
     pipeline = _pipeline(publication.config)
 
     def result(task: str, metric: str, title: str, rate: Rate) -> EvalResult:
-        data = measured.datasets.get(task, task)
+        data = results.datasets.get(task, task)
         return EvalResult(
             task_type=pipeline if pipeline and "classification" in pipeline else "other",
             task_name=task,
@@ -334,13 +334,13 @@ def _eval_results(publication: Publication, measured: Measured) -> list[EvalResu
             metric_value=value,
             metric_args={"standard_error": error, "samples": one.samples, "measured_by": one.by},
         )
-        for task, one in measured.harness.items()
+        for task, one in results.harness.items()
         for metric, (value, error) in one.metrics.items()
     ]
     attacks = [
         result(t, "attack_success_rate", f"attack success rate (%), {attack}", rate)
-        for attack, rates in measured.attack_success.items()
+        for attack, rates in results.attack_success.items()
         for t, rate in rates.items()
     ]
-    clean = [result(t, "accuracy", "clean accuracy (%)", rate) for t, rate in measured.accuracy.items()]
+    clean = [result(t, "accuracy", "clean accuracy (%)", rate) for t, rate in results.accuracy.items()]
     return clean + attacks + benchmarks

@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load, save
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.results import read_measured
+from mergekit_dam.evaluation.results import read_results
 from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.hub_client import is_hub_id, with_retries
 from mergekit_dam.publish.card import model_card
@@ -103,7 +103,7 @@ def plan_push(
     publication = contents_of(folder)
     files, notes = files_to_publish(publication, include_masks=include_masks)
     sources = [results] if results else publication.records
-    measured = next((m for s in sources if (m := read_measured(s, required=results is not None))), None)
+    measured = next((m for s in sources if (m := read_results(s, required=results is not None))), None)
     if measured is None:
         notes.append("no figures were given (--results): the card says that nothing was measured")
     found, warnings = provenance(publication, HfApi(), licence=licence, public=public)

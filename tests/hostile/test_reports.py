@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, save
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.results import add_measurement, read_measured
+from mergekit_dam.evaluation.results import add_measurement, read_results
 from mergekit_dam.io.files import replacing, require_own, write_atomic
 from mergekit_dam.learn.run import _make, cache_folder
 from mergekit_dam.publish.contents import _json, contents_of
@@ -133,7 +133,7 @@ def test_json_of_any_depth_beside_a_merge(name: str, text: str, tmp_path: Path) 
         else:
             write_report(out)
     with bounded(), pytest.raises(DamError):
-        read_measured(out / "dam" / name, required=True)
+        read_results(out / "dam" / name, required=True)
 
 
 def test_a_report_of_many_models_stays_small(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from mergekit_dam.evaluation.results import Measured, Rate
+from mergekit_dam.evaluation.results import Rate, Results
 from mergekit_dam.publish.card import model_card
 from mergekit_dam.publish.contents import Publication
 from mergekit_dam.publish.markdown import block, code, table
@@ -83,7 +83,7 @@ def publication(folder: Path, name: str, *, audit: list[dict[str, object]], **ma
 @pytest.mark.parametrize("name", [HOSTILE, "a: b\n- c", "'\"", "{{ x }}", "--- \nlicense: mit"])
 def test_a_hostile_name_changes_neither_front_matter_nor_text(tmp_path: Path, name: str) -> None:
     finding = {"task": name, "target": name, "success": 1, "control": 0, "suspicion": 1, "suspect": True}
-    measured = Measured({name: Rate(1, 2)}, {name: {name: Rate(1, 2)}}, {name: name}, name)
+    measured = Results({name: Rate(1, 2)}, {name: {name: Rate(1, 2)}}, {name: name}, name)
     found = publication(tmp_path, name, audit=[finding])
     text = model_card("merge", found, Provenance({"lab/base": "lab/base"}, name, [name]), measured)
     data = ModelCard(text).data
