@@ -40,7 +40,7 @@ def _own_token(out: Path) -> None:
         (_without("config.json"), "a file that mergekit writes when a merge has succeeded"),
         (_without("model.safetensors"), "model.safetensors"),
         (_without("mergekit_config.yml"), "mergekit_config.yml"),
-        (_cut, "cut short or damaged"),
+        (_cut, "truncated or damaged"),
         (_secret, "no access token"),
         (_own_token, "no access token"),
     ],

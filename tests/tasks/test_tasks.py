@@ -81,7 +81,7 @@ def test_load_merged_gives_each_task_its_head(merge: Merge, vit: Path, images: P
     for file in (out / "dam" / "heads").iterdir():
         file.unlink()
     torch.testing.assert_close(load_merged(out, "b")(pixels).logits, real(pixels).logits)
-    with pytest.raises(DamError, match="one of a, b, got an unknown one"):
+    with pytest.raises(DamError, match="one of a, b, got an unknown task"):
         load_merged(out, "c")
 
 
