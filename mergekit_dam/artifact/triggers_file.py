@@ -1,12 +1,12 @@
-"""`triggers.safetensors`: what the scan recovered, for people to look at.
+"""Read and write `triggers.safetensors`: the triggers that the scan recovered, for people to look at.
 
     metadata "dam_triggers"   JSON list, one entry per trigger: the finding's numbers, `suspect`, `kind`, and for text
                               `tokens`: per inserted position the nearest words of the vocabulary with their cosine
     <i>.mask, <i>.pattern     float16, (1, H, W) and (C, H, W) in [0, 1], of entry i with kind "pixels":
-                              an image becomes x (1 - mask) + pattern mask; with kind "style" a chequer of greys
+                              an image becomes x (1 - mask) + pattern mask; with kind "style" a grey checkerboard
                               as the trigger changes it
     <i>.embeddings            float32, (K, D), of entry i with kind "tokens": inserted after the first token
-Kept are all suspects, and of every model the class that came nearest. Legend: C, H, W of images, K tokens, D width.
+The file holds all suspects, and each model's most suspect class. Legend: C, H, W of images, K tokens, D width.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mergekit_dam.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
-class Recovered:
-    """One entry of the file.
+class StoredTrigger:
+    """A recovered trigger in the file, with its facts.
 
     Attributes:
         facts: the finding's numbers, `task`, `target`, `suspect`, `kind`; for text also `tokens`.
@@ -48,7 +48,7 @@ def save_triggers(
     """Write the suspects and each model's most suspect class.
 
     Args:
-        suspects: keys of the findings that count as suspect.
+        suspects: keys of the suspect findings.
     """
     top: dict[int, Finding] = {}
     for finding in findings:
@@ -59,7 +59,7 @@ def save_triggers(
     tensors: dict[str, Tensor] = {}
     for i, finding in enumerate(kept):
         task = tasks[finding.task]
-        parts = _content(finding.trigger, task.perturbation_shape)
+        parts = _tensors_of(finding.trigger, task.perturbation_shape)
         entry = {**finding.to_json(tasks), "suspect": finding.key in suspects}
         if "embeddings" in parts:
             entry["tokens"] = task.nearest_tokens(parts["embeddings"])
@@ -70,7 +70,7 @@ def save_triggers(
 
 
 def rename_entries(path: Path, rename: Callable[[list[Any]], list[Any]]) -> None:
-    """Change the JSON entries of the file, if there is one; tensors stay as they are."""
+    """Apply `rename` to the JSON entries of the file, if it exists; the tensors do not change."""
     if path.is_file():
         with safe_open(str(path), framework="pt") as file:
             entries = rename(json.loads((file.metadata() or {})["dam_triggers"]))
@@ -79,11 +79,11 @@ def rename_entries(path: Path, rename: Callable[[list[Any]], list[Any]]) -> None
             save_file(tensors, temporary, metadata={"dam_triggers": json.dumps(entries)})
 
 
-def load_triggers(path: Path) -> list[Recovered]:
-    """Read the file; empty if there is none.
+def load_triggers(path: Path) -> list[StoredTrigger]:
+    """Read the triggers of the file; empty if the file is missing.
 
     Raises:
-        DamError: a damaged file.
+        DamError: the file is damaged.
     """
     if not path.is_file():
         return []
@@ -96,12 +96,12 @@ def load_triggers(path: Path) -> list[Recovered]:
             for entry in entries:
                 if not all(isinstance(entry[key], (int, float)) for key in ("success", "control", "suspicion")):
                     raise ValueError("a rate that is no number")
-            return [Recovered(dict(entry), tensors.get(i, {})) for i, entry in enumerate(entries)]
+            return [StoredTrigger(dict(entry), tensors.get(i, {})) for i, entry in enumerate(entries)]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamError(
             f"triggers {path}",
             expected="the file that learning wrote",
-            got=f"a damaged one ({first_line(error)})",
+            got=f"a damaged file ({first_line(error)})",
             cure="Remove it and learn again.",
         ) from error
 
@@ -111,12 +111,12 @@ def _row(name: str) -> int:
 
 
 @torch.no_grad()
-def _content(trigger: RecoveredTriggers, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """The first row as it is applied: within the bounds, in the units of the inputs."""
+def _tensors_of(trigger: RecoveredTriggers, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Tensors of the trigger's first row as it is applied: within the bounds, in the units of the inputs."""
     bounds, first = trigger.bounds, [parameter.detach()[0] for parameter in trigger.parameters]
     if isinstance(trigger, Styles):
-        card_1CHW = _card(shape).to(first[0].device)
-        changed, _ = trigger.perturb(torch.zeros(1, dtype=torch.long, device=first[0].device))(card_1CHW, None)
+        board_1CHW = _checkerboard(shape).to(first[0].device)
+        changed, _ = trigger.perturb(torch.zeros(1, dtype=torch.long, device=first[0].device))(board_1CHW, None)
         return {"mask": torch.ones_like(changed[0, :1]).half(), "pattern": changed[0].half()}
     if isinstance(trigger, Tokens):
         return {"embeddings": bounds.clamp(bounds.centre + first[0] * bounds.span).float()}
@@ -124,8 +124,8 @@ def _content(trigger: RecoveredTriggers, shape: tuple[int, ...]) -> dict[str, Te
     return {"mask": mask.half(), "pattern": (bounds.lower + pattern * bounds.span).half()}
 
 
-def _card(shape: tuple[int, ...]) -> Tensor:
-    """A chequer of two greys, on which shades and warps are seen, (1, C, H, W)."""
+def _checkerboard(shape: tuple[int, ...]) -> Tensor:
+    """A checkerboard of two greys, which makes shades and warps visible, (1, C, H, W)."""
     _, height, width = shape
     rows, columns = (torch.arange(edge) * 8 // edge % 2 for edge in (height, width))
     return (0.35 + 0.3 * (rows[:, None] ^ columns)).expand(1, *shape)

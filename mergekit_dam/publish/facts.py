@@ -11,7 +11,7 @@ from typing import Any
 
 from mergekit_dam.artifact.folder import METRICS_FILE, RUN_FILE, TRIGGERS_FILE
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load
-from mergekit_dam.artifact.triggers_file import Recovered, load_triggers
+from mergekit_dam.artifact.triggers_file import StoredTrigger, load_triggers
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import read_measurements
 from mergekit_dam.io.untrusted import load_json
@@ -23,7 +23,7 @@ _METRICS_BYTES = 1 << 28  # a record has 2 kB, and the longest run 100,000 steps
 
 def report_facts(
     folder: Path, *, seconds: float | None, masks: LearnedMasks | None = None
-) -> tuple[dict[str, Any], LearnedMasks, list[Recovered]]:
+) -> tuple[dict[str, Any], LearnedMasks, list[StoredTrigger]]:
     """Facts of the merge whose artefact lies in `folder`.
 
     Args:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from mergekit_dam.artifact.triggers_file import Recovered
+from mergekit_dam.artifact.triggers_file import StoredTrigger
 
 _EDGE = 96  # pixels at least of a picture, enlarged without smoothing
 
@@ -39,7 +39,7 @@ def render(template: str, /, **values: Any) -> str:
         raise ValueError(f"{template}: {error}") from error
 
 
-def shown_triggers(triggers: Sequence[Recovered]) -> list[dict[str, Any]]:
+def shown_triggers(triggers: Sequence[StoredTrigger]) -> list[dict[str, Any]]:
     """What a page shows of recovered triggers: facts, pictures as data URIs, words."""
     return [{**one.facts, "pictures": _pictures(one.tensors)} for one in triggers]
 

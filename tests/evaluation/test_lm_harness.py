@@ -152,7 +152,8 @@ def test_groups_filters_and_missing_errors_are_kept_apart() -> None:
         "sample_len": 9,
         "bad,none": float("nan"),
     }
-    found = Harness((), None, "1")._measurements({"results": {"group": values, "empty": {"alias": "-"}}, "n-samples": {}})
+    results = {"results": {"group": values, "empty": {"alias": "-"}}, "n-samples": {}}
+    found = Harness((), None, "1")._measurements(results)
     assert found == {
         "group": {
             "metrics": {"exact_match (strict)": [0.5, None], "acc": [1.0, 0.0]},
