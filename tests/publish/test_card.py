@@ -118,10 +118,10 @@ def test_the_scan_is_told_as_it_was(tmp_path: Path) -> None:
     assert "found no target that it could score" in card([])
     assert "No scan for triggers was made" in card([finding], settings={"objective": "paper"})
     told = card([], students={"x": 0.9712})
-    assert "a student of it was merged" in told and "| `x` | 0.971 |" in told and "could score" not in told
+    assert "A student of each model was merged" in told and "| `x` | 0.971 |" in told and "could score" not in told
     measured = {"agreement": {"after": 0.9062}, "held_out": {"planted": 0.97, "unlearned": None}}
     cleaned = card([], vaccinated={HOSTILE: measured})
     assert "were vaccinated before they were merged" in cleaned and "| 90.6 % | 97.0 % | - |" in cleaned
     assert "vaccinated" not in told and not {"html_inline", "image"} & set(kinds(ModelCard(cleaned).text))
     for text in (card([]), card([finding]), told, cleaned):
-        assert "no proof" in text and "Nothing: neither clean accuracy" in text
+        assert "does not prove" in text and "Nothing: neither clean accuracy" in text
