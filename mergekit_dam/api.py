@@ -18,7 +18,7 @@ from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.config import KNOWN, parse
 from mergekit_dam.engine.progress import bar
 from mergekit_dam.errors import DamError, did_you_mean
-from mergekit_dam.io.files import write_whole
+from mergekit_dam.io.files import write_atomic
 from mergekit_dam.publish.report import write_report
 from mergekit_dam.publish.vaccine_card import vaccine_card
 from mergekit_dam.recipe import Prepared, Recipe, prepare
@@ -184,7 +184,7 @@ def cleaned(
         prepared.plan, Path(out), settings, progress=partial(bar, quiet=quiet), adapter=adapter, resume=resume
     )
     for one in found:
-        write_whole(one.folder / "README.md", vaccine_card(one.facts))
+        write_atomic(one.folder / "README.md", vaccine_card(one.facts))
     return found
 
 

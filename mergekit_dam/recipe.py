@@ -25,7 +25,7 @@ from mergekit_dam.engine.group import is_first, joined
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder
-from mergekit_dam.io.hub_download import Inputs, localise, record_inputs
+from mergekit_dam.io.hub_download import LocalRecipe, localise, record_inputs
 from mergekit_dam.io.untrusted import load_yaml, read_utf8
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.plan import Plan, model_input
@@ -86,7 +86,7 @@ class Prepared:
     """
 
     source: str
-    inputs: Inputs
+    inputs: LocalRecipe
     least: int = 2
 
     @cached_property

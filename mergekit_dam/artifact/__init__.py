@@ -1,1 +1,1 @@
-"""Files of a merge: masks, recovered triggers, the folder they lie in."""
+"""Read and write the files of a merge: masks, recovered triggers, and their folder."""

@@ -1,4 +1,4 @@
-"""The files that learning leaves beside `dam_masks.safetensors`, and a copy of them without locks and checkpoints.
+"""Write the files that learning leaves beside `dam_masks.safetensors`, and copy them without locks and checkpoints.
 
 dam_masks.safetensors   masks and coefficients (masks_file.py)
 triggers.safetensors    triggers that the scan recovered (triggers_file.py)
@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
-from mergekit_dam.io.files import replacing, write_whole
+from mergekit_dam.io.files import replacing, write_atomic
 from mergekit_dam.models.plan import Plan, revision_of
 from mergekit_dam.tasks import Task
 
@@ -29,7 +29,7 @@ HEADS = "heads"
 
 
 def copy_artifact(folder: Path, target: Path) -> None:
-    """Copy what is there of it; the same folder is left as it is.
+    """Copy the files of an artefact that exist; do nothing if both folders are the same.
 
     Raises:
         OSError: the target cannot be written.
@@ -46,40 +46,40 @@ def copy_artifact(folder: Path, target: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """A copy that is complete under its name or not there; a link at `target` is replaced, not followed."""
+    """Copy a file atomically; a link at `target` is replaced, not followed."""
     with replacing(target) as temporary, open(temporary, "wb") as file, source.open("rb") as original:
-        _fill(file.fileno(), original.fileno())
+        _copy_bytes(file.fileno(), original.fileno())
 
 
-def _fill(target: int, source: int) -> None:
-    """All bytes of one open file into an empty one: by the kernel, where it can, and not through this process."""
-    done = 0
+def _copy_bytes(target: int, source: int) -> None:
+    """Copy all bytes of an open file to an empty one, by the kernel where it supports that."""
+    copied = 0
     try:
         while hasattr(os, "copy_file_range") and (count := os.copy_file_range(source, target, 1 << 30)):
-            done += count
-    except OSError:  # not between these two file systems
-        if done:
+            copied += count
+    except OSError:  # the kernel cannot copy between these two file systems
+        if copied:
             raise
     with open(source, "rb", closefd=False) as original, open(target, "wb", closefd=False) as file:
-        shutil.copyfileobj(original, file, 1 << 20)  # the rest
+        shutil.copyfileobj(original, file, 1 << 20)  # the bytes that the kernel did not copy
 
 
 def write_run(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
-    """`run.json`: what differs between runs on equal inputs, and hence is no part of the masks' metadata."""
-    write_whole(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions_of(plan)}, indent=1))
+    """Write `run.json`: facts that differ between runs on equal inputs, and so are not in the masks' metadata."""
+    write_atomic(folder / RUN_FILE, json.dumps({**facts, "revisions": revisions_of(plan)}, indent=1))
 
 
 def revisions_of(plan: Plan) -> dict[str, str | None]:
-    """Hub commit per model name, None for a local folder; theta_0 is called `base`."""
+    """Hub commit by model name, None for a local folder; theta_0 is called `base`."""
     return {model.name: revision_of(model) for model in (plan.base, *plan.models)}
 
 
 def save_heads(tasks: Iterable[Task], folder: Path) -> None:
-    """Heads that the base lacks stay per task: tensors, and the config of the class that holds them."""
+    """Write the heads that the base lacks, per task: tensors, and the config of the head's class."""
     for task in tasks:
         if task.head:
             folder.mkdir(exist_ok=True)
             tensors = {name: tensor.contiguous().cpu() for name, tensor in task.head.items()}
             with replacing(folder / f"{task.name}.safetensors") as temporary:
                 save_file(tensors, temporary, metadata={"format": "pt"})
-            write_whole(folder / f"{task.name}.json", task.input.config.to_json_string(use_diff=False))
+            write_atomic(folder / f"{task.name}.json", task.input.config.to_json_string(use_diff=False))

@@ -2,13 +2,13 @@
 
 Format (schema 2), a plain safetensors file:
     task_shared.<tensor>          uint8, 254 times the probability that a unit is kept by M1 (merging/mask_bytes.py)
-    backdoor_detection.<t>.<tensor>  uint8, the same for M2 of model t; without <t> where one is for all models
+    backdoor_detection.<t>.<tensor>  uint8, the same for M2 of model t; without <t> where all models share one mask
     coefficients                  float32, (T, 1) or (T, P): lambda per model, or per model and masked tensor
-    student.<t>.<tensor>          float32: what is merged for model t's tensor; see learn/stand_ins.py
+    student.<t>.<tensor>          float32: merged in place of model t's tensor; see learn/stand_ins.py
     metadata "dam"                JSON: schema, settings, base, models, tensors (the P names in order), own_masks (names
-                                  of masks that each model has one of), versions, content_sha256 (over all the rest;
-                                  files written before it was added lack it)
-A tensor without a mask is not in the file and keeps the base's values: no model changed it. Masks have the shape
+                                  of masks of which each model has its own), versions, content_sha256 (over everything
+                                  else; older files lack it)
+A tensor that no model changed is not in the file, and keeps the base's values. Masks have the shape
 of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by their mean when they are applied
 (setting `rescale`), so the file holds plain probabilities. Files of schema 1, whose masks are float16, are read, too.
 """
@@ -41,7 +41,7 @@ from mergekit_dam.artifact.schema import (
 )
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.io.cache import found_out
+from mergekit_dam.io.cache import cached_fact
 from mergekit_dam.io.files import replacing
 from mergekit_dam.merging.checks import mask_faults
 from mergekit_dam.merging.mask_bytes import to_bytes
@@ -52,21 +52,21 @@ from mergekit_dam.models.plan import Plan
 LOG = logging.getLogger(__name__)
 SCHEMA = 2
 MASKS_FILE = "dam_masks.safetensors"
-_STAND_IN = "student"  # as the first ones were called
+_STAND_IN = "student"  # since the first substitutes were students
 
 
 @dataclass(frozen=True)
 class LearnedMasks:
-    """Masks and coefficients, ready to merge with.
+    """Learned masks and coefficients of a merge.
 
     Attributes:
         probabilities: mask name -> tensor name, or `own_key` of it -> probabilities, as bytes (merging/mask_bytes.py)
             or in a floating type.
         coefficients: lambda, (T, 1) or (T, P), float32.
         metadata: the JSON described above; `metadata["tensors"]` orders the P columns.
-        faults: of masks that were read, what makes them meaningless (`checks.mask_faults`).
-        stand_ins: per model, by output name, what is merged in its place (learn/stand_ins.py); none where models
-            are merged.
+        faults: descriptions of what makes masks that were read meaningless (`checks.mask_faults`).
+        stand_ins: per model, output name -> tensor that is merged in its place (learn/stand_ins.py); () where the
+            models themselves are merged.
     """
 
     probabilities: Mapping[str, Mapping[str, Tensor]]
@@ -76,41 +76,41 @@ class LearnedMasks:
     stand_ins: Sequence[Mapping[str, Tensor]] = ()
 
     def product(self, name: str, device: torch.device | str = "cpu") -> MaskProduct | None:
-        """M = M1 o M2 of a tensor, rescaled, to be formed where it is used; None if no mask is in use."""
+        """M = M1 o M2 of a tensor, rescaled where the settings say so; None if no mask is in use."""
         by_mask = {mask: [part.to(device) for part in parts] for mask, parts in self.parts_of(name).items()}
-        factors = tuple(parts[0] for mask, parts in by_mask.items() if mask not in self._own)
-        own = tuple(part for mask, parts in by_mask.items() if mask in self._own for part in parts)
+        factors = tuple(parts[0] for mask, parts in by_mask.items() if mask not in self._own_mask_names)
+        own = tuple(part for mask, parts in by_mask.items() if mask in self._own_mask_names for part in parts)
         if not by_mask:
             return None
         means = means_of(factors) if self.metadata["settings"]["rescale"] else None
         return MaskProduct(factors, means=means, own=own)
 
     def parts_of(self, name: str) -> dict[str, list[Tensor]]:
-        """Probabilities of a tensor by mask: of each model where each has a mask of its own, else one."""
+        """Probabilities of a tensor by mask: T of them where each model has its own mask, else one."""
         count = len(self.metadata["models"])
-        found = {}
+        parts = {}
         for mask, by_key in self.probabilities.items():
-            keys = [own_key(t, name) for t in range(count)] if mask in self._own else [name]
+            keys = [own_key(t, name) for t in range(count)] if mask in self._own_mask_names else [name]
             if keys[0] in by_key:
-                found[mask] = [by_key[key] for key in keys]
-        return found
+                parts[mask] = [by_key[key] for key in keys]
+        return parts
 
     @property
-    def _own(self) -> Sequence[str]:
-        """Names of masks that each model has one of."""
+    def _own_mask_names(self) -> Sequence[str]:
+        """Names of masks of which each model has its own."""
         return tuple(self.metadata.get("own_masks", ()))
 
     def mask(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
-        """`product` as one tensor, float32; M_t of all models, stacked, where they have masks of their own."""
+        """`product` as one float32 tensor; M_t of all models, stacked, where they have own masks."""
         product = self.product(name, device)
         return None if product is None else product.full()
 
     def has(self, name: str) -> bool:
-        """Whether some model changed the tensor (else it stays the base's)."""
+        """Whether a model changed the tensor; if not, the merge has the base's values."""
         return name in self._columns
 
     def coefficients_of(self, name: str) -> Tensor:
-        """lambda of the T models for one tensor, shape (T,)."""
+        """lambda of the T models for a tensor, shape (T,)."""
         columns = self.coefficients.shape[1]
         return self.coefficients[:, 0 if columns == 1 else self._columns[name]]
 
@@ -120,7 +120,7 @@ class LearnedMasks:
 
 
 def describe(plan: Plan, digests: Mapping[str, str], samples: Mapping[str, list[str]]) -> dict[str, Any]:
-    """What the masks depend on, as JSON: settings, base, models.
+    """Describe the inputs of the masks as JSON: settings, base, models.
 
     Args:
         digests: model name (`base` for theta_0) -> content hash of its weight files.
@@ -144,21 +144,25 @@ def describe(plan: Plan, digests: Mapping[str, str], samples: Mapping[str, list[
 
 
 def save(path: Path, masks: LearnedMasks) -> None:
-    """Write the artefact: complete under its name, or not there at all."""
+    """Write a masks file atomically.
+
+    Raises:
+        DamError: the folder cannot be written.
+    """
     tensors = {
         f"{mask}.{name}": to_bytes(values).contiguous().cpu()
         for mask, by_name in masks.probabilities.items()
         for name, values in by_name.items()
     }
-    for index, made in enumerate(masks.stand_ins):
-        tensors |= {f"{_STAND_IN}.{index}.{name}": tensor.contiguous().cpu() for name, tensor in made.items()}
+    for index, by_name in enumerate(masks.stand_ins):
+        tensors |= {f"{_STAND_IN}.{index}.{name}": tensor.contiguous().cpu() for name, tensor in by_name.items()}
     tensors["coefficients"] = masks.coefficients.to(torch.float32).contiguous().cpu()
     metadata = {**masks.metadata, "schema": SCHEMA}
     metadata[CHECKSUM] = checksum(metadata, tensors)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            # one metadata entry only: safetensors writes several in random order, and equal masks get equal bytes
+            # a single metadata entry, since safetensors writes several in random order: equal masks give equal bytes
             save_file(tensors, temporary, metadata={"dam": json.dumps(metadata)})
     except (OSError, SafetensorError) as error:
         raise DamError(
@@ -210,8 +214,8 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
                 index, _, name = name.partition(".")
                 stand_ins[index][name] = values
                 continue
-            owned = owned_name(name) if mask in metadata.get("own_masks", ()) else name
-            if owned not in listed:
+            tensor_name = owned_name(name) if mask in metadata.get("own_masks", ()) else name
+            if tensor_name not in listed:
                 raise KeyError(f"{key} in the list of tensors")
             probabilities[mask][name] = values
 
@@ -221,7 +225,7 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             check_stand_ins(stand_ins.values())
             return json.dumps(mask_faults(probabilities, coefficients))
 
-        found = found_out(
+        found = cached_fact(
             path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check, fresh=fresh
         )
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Whether masks belong to what is merged, and masks of earlier runs that do."""
+"""Verify that masks belong to a merge, and load masks of earlier runs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LOG = logging.getLogger(__name__)
 
 
 def load_cached(path: Path, plan: Plan, digests: Mapping[str, str], *, fresh: bool) -> LearnedMasks | None:
-    """Masks of an earlier run; None if there are none. A damaged file is set aside, so that a new one can be made.
+    """Load the masks of an earlier run; None without usable masks. An unusable file is renamed to `.damaged`.
 
-    The caller holds the folder's lock: what a killed run left half written is removed.
+    The caller holds the folder's lock, so incomplete files of a killed run are removed.
     """
     for stale in (*path.parent.glob(".*.*.tmp"), *path.parent.glob("heads/.*.tmp")):
         stale.unlink()
@@ -36,14 +36,18 @@ def load_cached(path: Path, plan: Plan, digests: Mapping[str, str], *, fresh: bo
 
 
 def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path: Path) -> None:
-    """Refuse masks that were learned on other models, tensors or settings, and name the difference."""
+    """Refuse masks that were learned on other models, tensors or settings.
+
+    Raises:
+        DamError: with the difference.
+    """
 
     def refuse(what: str, expected: object, got: object) -> DamError:
         return DamError(
             f"masks {path}: {what}",
             expected=str(expected),
             got=str(got),
-            cure="Leave `masks` out to learn new ones, or merge what they were learned on.",
+            cure="Leave `masks` out to learn new masks, or merge the models that these were learned on.",
         )
 
     recorded = masks.metadata
@@ -51,9 +55,9 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
         raise refuse("base model", f"{recorded['base']['model']} with the recorded content", plan.base.ref)
     if len(recorded["models"]) != len(plan.models):
         raise refuse("models", len(recorded["models"]), len(plan.models))
-    for then, now in zip(recorded["models"], plan.models, strict=True):
-        if then["sha256"] != digests[now.name]:
-            raise refuse("model", f"{then['model']} with the recorded content", now.ref)
+    for entry, model in zip(recorded["models"], plan.models, strict=True):
+        if entry["sha256"] != digests[model.name]:
+            raise refuse("model", f"{entry['model']} with the recorded content", model.ref)
     shapes = {spec.mask_name: spec.shape for spec in plan.tensors}
     for name in recorded["tensors"]:
         if name not in shapes:
@@ -62,13 +66,13 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
             if not _broadcasts(tuple(part.shape), shapes[name]):
                 raise refuse(f"shape of {name}", tuple(part.shape), shapes[name])
     written = {spec.name: spec.shape for spec in plan.tensors}
-    for made in masks.stand_ins:
-        for name, tensor in made.items():
+    for stand_in in masks.stand_ins:
+        for name, tensor in stand_in.items():
             if written.get(name) != tuple(tensor.shape):
-                raise refuse(f"what stands in for {name}", written.get(name, "no such tensor"), tuple(tensor.shape))
-    # `window: auto` is what the machine decides: it asks for none
-    free = {"window"} if plan.config.window == "auto" else set()
-    for key in sorted(plan.config.model_fields_set - NOT_LEARNED - BY_CONTENT - free):
+                raise refuse(f"substitute for {name}", written.get(name, "no such tensor"), tuple(tensor.shape))
+    # `window: auto` accepts masks of any window
+    ignored = {"window"} if plan.config.window == "auto" else set()
+    for key in sorted(plan.config.model_fields_set - NOT_LEARNED - BY_CONTENT - ignored):
         if recorded["settings"].get(key) != getattr(plan.config, key):
             raise refuse(f"setting {key}", recorded["settings"].get(key), getattr(plan.config, key))
 

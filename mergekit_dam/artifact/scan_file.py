@@ -1,9 +1,9 @@
-"""What a scan found, kept in the cache: `audit` and learning need the same scan, so the second of them takes it.
+"""Store the findings of a scan in the cache, since `audit` and learning need the same scan.
 
 scans/<key>.safetensors: the recovered triggers, `<finding>.<parameter>`, with the findings' facts and the seconds that
-the scan took as JSON in the metadata. The key is a hash of all that a scan depends on, by content: weights, samples,
-heads, the settings that it reads, versions and code. The file is complete under its name or not there, so that a scan
-that was cut short is never taken for a whole one.
+the scan took as JSON in the metadata. The key is a hash of all inputs of the scan by content: weights, samples, heads,
+the settings that it reads, versions and code. The file is written atomically, so that an interrupted scan is never
+used as a whole one.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ NOT_SCANNED = frozenset(
 
 
 class StoredScan:
-    """The place of one scan.
+    """The cached file of a scan.
 
     Args:
-        plan: whose models are scanned.
-        tasks: of the plan.
+        plan: plan of the models to scan.
+        tasks: tasks of the plan.
         digests: content hashes of the weights (`digests_of`).
-        seconds: by part of the work; those of the scan are put there when it is taken, and kept from there.
-        quiet: do not say where a scan was taken from.
+        seconds: seconds by part of the work; `take` sets its entry "scan", and `keep` stores that entry.
+        quiet: do not log which file a scan was read from.
     """
 
     def __init__(
@@ -85,11 +85,12 @@ class StoredScan:
         self.file = cache_folder() / FOLDER / f"{content_key(plan, tasks, digests, without=NOT_SCANNED)}.safetensors"
 
     def take(self) -> list[Finding] | None:
-        """The findings; None where there is no whole scan of these inputs and settings."""
+        """Read the findings; None without a complete scan of these inputs and settings."""
         if not self.file.is_file():
             return None
         require_own(
-            self.file.parent, "Scans of others are not used unasked: remove it, or set MERGEKIT_DAM_CACHE to another."
+            self.file.parent,
+            "Scans of other users are not trusted: remove the folder, or set MERGEKIT_DAM_CACHE to another folder.",
         )
         try:
             with safe_open(str(self.file), framework="pt") as file:
@@ -98,7 +99,7 @@ class StoredScan:
             if facts.pop(CHECKSUM) != checksum(facts, tensors):
                 raise ValueError("content that does not match its checksum")
             self.seconds["scan"] = float(facts["seconds"])
-            findings = [blank_finding(self.tasks, one) for one in facts["findings"]]
+            findings = [blank_finding(self.tasks, entry) for entry in facts["findings"]]
             for i, finding in enumerate(findings):
                 for n, parameter in enumerate(finding.trigger.parameters):
                     parameter.copy_(tensors[f"{i}.{n}"])
@@ -110,7 +111,7 @@ class StoredScan:
             return None
 
     def keep(self, findings: Sequence[Finding]) -> None:
-        """Keep a whole scan; a cache that cannot be written costs time only."""
+        """Store a complete scan; a cache that cannot be written costs time only."""
         tensors = {
             f"{i}.{n}": parameter.detach().contiguous().cpu()
             for i, finding in enumerate(findings)

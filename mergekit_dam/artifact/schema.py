@@ -1,4 +1,4 @@
-"""What a `dam_masks.safetensors` must look like before anything in it is believed: types, ranges and a checksum."""
+"""Check types, ranges and checksum of a `dam_masks.safetensors` before anything in it is used."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from mergekit_dam.merging.mask_bytes import STEPS
 from mergekit_dam.merging.mask_keys import own_key, owned_name
 
 CHECKSUM = "content_sha256"  # entry of the metadata
-# entries of files that were written before there was a checksum
+# entries of older files, which have no checksum
 _FORMER = {"schema", "settings", "base", "models", "tensors", "seed", "versions", "norms", "densities", "audit"}
 _ONE_AS_FLOAT16_BITS = 0x3C00
 TYPES = {1: torch.float16, 2: torch.uint8}  # of masks, by schema
-_LONGEST_NAME, _MOST_MODELS = 1024, 1024  # a report draws them
+_LONGEST_NAME, _MOST_MODELS = 1024, 1024  # bounds on what a report draws
 Digest = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-zA-Z]{1,64}$")]
 
 
@@ -59,7 +59,7 @@ class _Vaccinated(_Part):
 
 
 class _Metadata(_Part):
-    """The entries that this package reads; others are kept as they are."""
+    """The metadata entries that this package reads; further entries are kept unchanged."""
 
     schema_: StrictInt
     settings: _Settings
@@ -72,10 +72,10 @@ class _Metadata(_Part):
 
 
 def read_metadata(text: str) -> dict[str, Any]:
-    """The JSON object in the file's header.
+    """Parse the JSON object in the file's header.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no JSON object.
     """
     try:
         metadata = json.loads(text)
@@ -87,10 +87,10 @@ def read_metadata(text: str) -> dict[str, Any]:
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """Every entry that is read later has its proper type.
+    """Check the types of all metadata entries that are read later.
 
     Raises:
-        ValueError: saying which entry is wrong.
+        ValueError: with the wrong entry.
     """
     try:
         _Metadata.model_validate({**metadata, "schema_": metadata.get("schema")})
@@ -106,16 +106,16 @@ def check_metadata(metadata: dict[str, Any]) -> None:
 def check_values(
     metadata: Mapping[str, Any], probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor
 ) -> None:
-    """Shapes, types and ranges of what is multiplied into weights.
+    """Check shapes, types and ranges of masks and coefficients.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: with the fault.
     """
     models, tensors = len(metadata["models"]), len(metadata["tensors"])
     shape = tuple(coefficients.shape)
     if shape not in {(models, 1), (models, tensors)} or coefficients.dtype != torch.float32:
         raise ValueError(f"coefficients of shape {shape} for {models} models and {tensors} tensors")
-    # no bound on their size: a start at nearly closed masks makes large ones, and the merge checks its results
+    # no bound on their size: nearly closed masks at the start make them large, and the merge checks its results
     if not bool(torch.isfinite(coefficients).all()):
         raise ValueError("coefficients that are not finite")
     wanted = TYPES[metadata["schema"]]
@@ -134,19 +134,19 @@ def check_values(
 
 
 def check_stand_ins(stand_ins: Iterable[Mapping[str, Tensor]]) -> None:
-    """What is merged in place of models.
+    """Check the tensors that are merged in place of models.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: with the fault.
     """
-    for made in stand_ins:
-        for name, tensor in made.items():
+    for by_name in stand_ins:
+        for name, tensor in by_name.items():
             if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"what stands in for {name} is not float32, or not finite")
+                raise ValueError(f"the substitute for {name} is not float32, or not finite")
 
 
 def _within_unit_interval(values: Tensor) -> bool:
-    """Whether all are in [0, 1]. float16: as integers their bit patterns are ordered alike, NaN above 1."""
+    """Whether all values are in [0, 1]; bit patterns of float16, as integers, have the same order, with NaN above 1."""
     if values.numel() == 0:
         return True
     if values.dtype == torch.uint8:
@@ -156,27 +156,27 @@ def _within_unit_interval(values: Tensor) -> bool:
 
 
 def checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over the metadata, and name, type, shape and bytes of every tensor, in the order of names.
+    """SHA-256 (hex) over the metadata, and over name, type, shape and bytes of every tensor, in the order of names.
 
-    It finds damage, not forgery: whoever writes a file can write its checksum.
+    It finds damage, not forgery: the author of a file can write any checksum.
     """
-    rest = {key: value for key, value in metadata.items() if key != CHECKSUM}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    hashed = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode())
     names = sorted(tensors)
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets go of Python's lock
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases Python's global lock
         for name, part in zip(names, pool.map(lambda name: tensor_digest(tensors[name]), names), strict=True):
             digest.update(repr((name, str(tensors[name].dtype), tuple(tensors[name].shape), part)).encode())
     return digest.hexdigest()
 
 
 def check_content(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Compare a file with its checksum.
+    """Compare the content of a file with its checksum.
 
-    A file without one is taken for an old one only if it has no entries that old ones did not have: one byte of
-    damage to the checksum's name must not turn off its check.
+    A file without a checksum is accepted as an older file only if it has no newer entries: one damaged byte in the
+    checksum's name must not turn the check off.
 
     Raises:
-        ValueError: they differ, or there is none and the file is no old one.
+        ValueError: content and checksum differ, or a file that is not older has no checksum.
     """
     if CHECKSUM not in metadata:
         if unknown := sorted(set(metadata) - _FORMER):

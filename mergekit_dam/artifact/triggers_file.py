@@ -1,12 +1,12 @@
-"""`triggers.safetensors`: what the scan recovered, for people to look at.
+"""Read and write `triggers.safetensors`: the triggers that the scan recovered, for people to look at.
 
     metadata "dam_triggers"   JSON list, one entry per trigger: the finding's numbers, `suspect`, `kind`, and for text
                               `tokens`: per inserted position the nearest words of the vocabulary with their cosine
     <i>.mask, <i>.pattern     float16, (1, H, W) and (C, H, W) in [0, 1], of entry i with kind "pixels":
-                              an image becomes x (1 - mask) + pattern mask; with kind "style" a chequer of greys
+                              an image becomes x (1 - mask) + pattern mask; with kind "style" a grey checkerboard
                               as the trigger changes it
     <i>.embeddings            float32, (K, D), of entry i with kind "tokens": inserted after the first token
-Kept are all suspects, and of every model the class that came nearest. Legend: C, H, W of images, K tokens, D width.
+The file holds all suspects, and each model's most suspect class. Legend: C, H, W of images, K tokens, D width.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mergekit_dam.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
-class Recovered:
-    """One entry of the file.
+class StoredTrigger:
+    """A recovered trigger in the file, with its facts.
 
     Attributes:
         facts: the finding's numbers, `task`, `target`, `suspect`, `kind`; for text also `tokens`.
@@ -46,7 +46,7 @@ def save_triggers(
     """Write the suspects and each model's most suspect class.
 
     Args:
-        suspects: keys of the findings that count as suspect.
+        suspects: keys of the suspect findings.
     """
     top: dict[int, Finding] = {}
     for finding in findings:
@@ -68,7 +68,7 @@ def save_triggers(
 
 
 def rename_entries(path: Path, rename: Callable[[list[Any]], list[Any]]) -> None:
-    """Change the JSON entries of the file, if there is one; tensors stay as they are."""
+    """Apply `rename` to the JSON entries of the file, if it exists; the tensors do not change."""
     if path.is_file():
         with safe_open(str(path), framework="pt") as file:
             entries = rename(json.loads((file.metadata() or {})["dam_triggers"]))
@@ -77,11 +77,11 @@ def rename_entries(path: Path, rename: Callable[[list[Any]], list[Any]]) -> None
             save_file(tensors, temporary, metadata={"dam_triggers": json.dumps(entries)})
 
 
-def load_triggers(path: Path) -> list[Recovered]:
-    """Read the file; empty if there is none.
+def load_triggers(path: Path) -> list[StoredTrigger]:
+    """Read the triggers of the file; empty if the file is missing.
 
     Raises:
-        DamError: a damaged file.
+        DamError: the file is damaged.
     """
     if not path.is_file():
         return []
@@ -94,12 +94,12 @@ def load_triggers(path: Path) -> list[Recovered]:
             for entry in entries:
                 if not all(isinstance(entry[key], (int, float)) for key in ("success", "control", "suspicion")):
                     raise ValueError("a rate that is no number")
-            return [Recovered(dict(entry), tensors.get(i, {})) for i, entry in enumerate(entries)]
+            return [StoredTrigger(dict(entry), tensors.get(i, {})) for i, entry in enumerate(entries)]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamError(
             f"triggers {path}",
             expected="the file that learning wrote",
-            got=f"a damaged one ({first_line(error)})",
+            got=f"a damaged file ({first_line(error)})",
             cure="Remove it and learn again.",
         ) from error
 

@@ -29,7 +29,7 @@ from mergekit_dam.cli.common import (
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.engine.progress import bar
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.files import write_whole
+from mergekit_dam.io.files import write_atomic
 from mergekit_dam.io.untrusted import require_no_links_out
 from mergekit_dam.publish.page import render, shown_triggers
 from mergekit_dam.recipe import prepare
@@ -107,8 +107,8 @@ def audit(
         save_triggers(folder / TRIGGERS_FILE, found.findings, found.tasks, found.suspects)
         triggers = shown_triggers(load_triggers(folder / TRIGGERS_FILE))
         page = render("audit.html.j2", title=f"Audit of {config_file.name}", facts=found.facts, triggers=triggers)
-        write_whole(folder / AUDIT_JSON, json.dumps(found.facts, indent=1))
-        write_whole(folder / AUDIT_HTML, page)
+        write_atomic(folder / AUDIT_JSON, json.dumps(found.facts, indent=1))
+        write_atomic(folder / AUDIT_HTML, page)
     except OSError as error:
         raise DamError(
             f"output {folder}", expected="a folder that can be written", got=str(error), cure="Choose another --out."

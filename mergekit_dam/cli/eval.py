@@ -25,8 +25,8 @@ from mergekit_dam.cli.common import (
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attack_text import EXAMPLE, parse_trigger
-from mergekit_dam.evaluation.labelled_data import Reading, Source, labelled_data, saying
-from mergekit_dam.evaluation.lm_harness import Harness, told
+from mergekit_dam.evaluation.labelled_data import ReadoutOptions, Source, labelled_data, text_target_data
+from mergekit_dam.evaluation.lm_harness import Harness, format_results
 from mergekit_dam.evaluation.metrics import (
     LabelledData,
     accuracy,
@@ -121,17 +121,19 @@ def eval(
     measured: dict[str, Any] = {"model": str(model_path)}
     lines: list[str] = []
     if data is not None:
-        how = Reading(classes, head, zero_shot_model)
+        readout = ReadoutOptions(classes, head, zero_shot_model)
         source = Source(data, split, column, label_column, num_samples, seed)
         attack = None if trigger is None or goal is None else (trigger, goal)
         beside = [folder / "dam" / MASKS_FILE for folder in (model_path, save) if folder is not None]
         seen = _Seen(next((file for file in beside if file.is_file()), None), drop_seen, quiet)
-        measured |= _measured(model_path, task, name, source, how, attack, seen, device=device_of(device), quiet=quiet)
+        measured |= _measured(
+            model_path, task, name, source, readout, attack, seen, device=device_of(device), quiet=quiet
+        )
         lines += _lines(measured)
     if harness is not None:
         found = harness.measure(model_path, device=device_of(device), limit=num_samples, seed=seed)
         measured["harness"] = {MERGE if when == "after" else name: found}
-        lines += told(found)
+        lines += format_results(found)
     if save is not None:
         add_measurement(save / "dam", when, measured)
         say(f"added to {save / 'dam'}; `mergekit-dam report {save}` shows it", quiet=quiet)
@@ -173,7 +175,7 @@ def _measured(
     task: str | None,
     name: str,
     source: Source,
-    how: Reading,
+    readout: ReadoutOptions,
     attack: tuple[str, int | str] | None,
     seen: _Seen,
     *,
@@ -184,19 +186,19 @@ def _measured(
     trigger = None if attack is None else parse_trigger(attack[0])
     says = isinstance(attack[1], str) if attack is not None else False
     own = _recorded(model_path, task)
-    how = Reading(*(given or own.get(key) for key, given in asdict(how).items()))
+    readout = ReadoutOptions(*(given or own.get(key) for key, given in asdict(readout).items()))
     model = load_merged(model_path, task, device=device)
     folders = [folder for folder in (_folder(own.get("path")), model_path) if folder is not None]
     torch.manual_seed(source.seed)
     found: dict[str, Any] = {"accuracy": {}, "attack_success": {}, "datasets": {name: source.data}}
-    if not says or how.classes is not None:
-        samples = seen.without(labelled_data(model, folders, name, source, how), model_path)
+    if not says or readout.classes is not None:
+        samples = seen.without(labelled_data(model, folders, name, source, readout), model_path)
         say(f"{len(samples)} samples of {source.data}", quiet=quiet)
         found["accuracy"][name] = _counts(accuracy(model, samples))
     if attack is not None and trigger is not None:
         target = attack[1]
         if isinstance(target, str):
-            samples, target = seen.without(saying(model, folders, name, source, target), model_path), 1
+            samples, target = seen.without(text_target_data(model, folders, name, source, target), model_path), 1
             say(f"{len(samples)} prompts of {source.data}", quiet=quiet)
             found["without_trigger"] = {name: _counts(Rate(int(predictions(model, samples).sum()), len(samples)))}
         goal = repr(attack[1]) if says else attack[1]

@@ -26,8 +26,7 @@ from mergekit_dam.cli.common import (
     seed_option,
 )
 from mergekit_dam.engine.device import device_of
-from mergekit_dam.evaluation.lm_harness import Harness
-from mergekit_dam.evaluation.lm_harness import told as format_harness
+from mergekit_dam.evaluation.lm_harness import Harness, format_results
 from mergekit_dam.evaluation.results import MERGE, add_measurement
 from mergekit_dam.plugin.options import refuse_launcher
 from mergekit_dam.publish.report import write_report
@@ -86,7 +85,7 @@ def merge(
             say(note, quiet=merge_options.quiet)
         told["report"] = str(page)
     found = name_suspects(masks.metadata, quiet=merge_options.quiet)
-    lines = [*told.values(), *(format_harness(benchmarks) if benchmarks is not None else [])]
+    lines = [*told.values(), *(format_results(benchmarks) if benchmarks is not None else [])]
     if benchmarks is not None:
         told["harness"] = benchmarks
     facts = {**told, "suspects": found, "seconds": round(time.perf_counter() - begun, 1)}

@@ -1,1 +1,1 @@
-"""Accuracy and attack success on labelled data. Triggers and labels live here, and the defence never imports it."""
+"""Measure accuracy and attack success on labelled data; the defence never imports these triggers and labels."""

@@ -1,4 +1,4 @@
-"""Triggers as text on a command line: `name(option=value,...)`, for evaluation only."""
+"""Parse triggers from a command line, written `name(option=value,...)`; for evaluation only."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mergekit_dam.evaluation.attacks import (
     RareTokenTrigger,
     SentenceTrigger,
     Trigger,
+    WarpTrigger,
 )
-from mergekit_dam.evaluation.attacks import WarpTrigger as Warp
 from mergekit_dam.io.image_files import image_of
 
 TRIGGERS: dict[str, Callable[..., Trigger]] = {
     "patch": PatchTrigger,
     "blended": BlendedTrigger,
-    "warp": Warp,
+    "warp": WarpTrigger,
     "words": RareTokenTrigger,
     "sentence": SentenceTrigger,
     "phrase": PhraseTrigger,
@@ -35,13 +35,14 @@ TRIGGERS: dict[str, Callable[..., Trigger]] = {
 EXAMPLE = 'E.g. patch(size=5,corner=top-left), blended(image=x.png,opacity=0.2) or sentence(sentence="Buy now.").'
 _FORM = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _OPTION = re.compile(r'\s*([\w-]+)\s*=\s*("[^"]*"|[^,"]*)\s*(?:,|$)')
-_PICTURE = "pattern_CHW"
+_IMAGE_FIELD = "pattern_CHW"
 
 
 def parse_trigger(text: str) -> Trigger:
-    """The trigger that a user describes.
+    """Make the trigger that a text describes.
 
-    Options are those of the classes in `attack`; a picture is given as `image=FILE`, words are separated by blanks.
+    Options are the fields of the classes in `attacks`; a pattern is given as `image=FILE`, words are separated by
+    blanks.
 
     Raises:
         DamError: an unknown trigger or option, or a value of the wrong kind.
@@ -55,23 +56,23 @@ def parse_trigger(text: str) -> Trigger:
             got=repr(name),
             cure=did_you_mean(name, TRIGGERS) or EXAMPLE,
         )
-    kind, rest = TRIGGERS[form[1]], (form[2] or "").strip()
+    kind, arguments = TRIGGERS[form[1]], (form[2] or "").strip()
     types: dict[str, Any] = get_type_hints(kind)
-    allowed = ["image" if f.name == _PICTURE else f.name for f in fields(kind)]  # type: ignore[arg-type]
+    allowed = ["image" if f.name == _IMAGE_FIELD else f.name for f in fields(kind)]  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     end = 0
-    while end < len(rest):
-        option = _OPTION.match(rest, end)
+    while end < len(arguments):
+        option = _OPTION.match(arguments, end)
         if option is None or option[1] not in allowed:
             raise DamError(
                 f"trigger {text!r}",
                 expected=f"options among {', '.join(allowed)}",
-                got=repr(rest[end:]),
+                got=repr(arguments[end:]),
                 cure=EXAMPLE,
             )
         key, value = option[1], option[2].strip().strip('"')
         if key == "image":
-            values[_PICTURE] = _picture(value)
+            values[_IMAGE_FIELD] = _read_pattern(value)
         else:
             values[key] = _value(value, types[key], f"option {key} of trigger {form[1]}")
         end = option.end()
@@ -95,6 +96,7 @@ def _value(text: str, kind: Any, where: str) -> Any:
     return text
 
 
-def _picture(path: str) -> torch.Tensor:
+def _read_pattern(path: str) -> torch.Tensor:
+    """Read an image as pattern_CHW in [0, 1]."""
     pixels = np.asarray(image_of(Path(path).expanduser(), f"trigger picture {path}"), dtype=np.float32)
     return torch.from_numpy(pixels / 255).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Triggers and the attack success rate, to build victims and to measure; the defence must never import this module.
+"""Define triggers and the attack success rate, to poison victims and to measure; the defence never imports this.
 
 A trigger is a small class with one call, `apply`: images_BCHW in [0, 1] -> images_BCHW, or texts -> texts.
 Legend: B batch, N samples, C channels, H, W pixels, k control points per edge.
@@ -22,10 +22,10 @@ Inputs = TypeVar("Inputs", Tensor, list[str])
 
 
 class Trigger(Protocol):
-    """What poisons an input: pixels for image models, a list of texts for text models."""
+    """A change of inputs that activates a backdoor: pixels for image models, a list of texts for text models."""
 
     def apply(self, inputs: Any, /) -> Any:
-        """Triggered copies of the inputs, in the same order."""
+        """Return triggered copies of the inputs, in the same order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +33,10 @@ class PatchTrigger:
     """A fixed patch in a corner: BadNets (Gu et al., arXiv 1708.06733).
 
     Args:
-        size: edge in pixels of the black and white chequer.
-        corner: where it lies.
+        size: edge in pixels of the black and white checkerboard.
+        corner: corner of the image in which the patch lies.
         margin: pixels between the patch and the two edges of its corner.
-        pattern_CHW: another pattern in [0, 1], e.g. an optimised one; `size` is then not used.
+        pattern_CHW: a pattern in [0, 1] that replaces the checkerboard, e.g. an optimised trigger; `size` is ignored.
     """
 
     size: int = 3
@@ -59,7 +59,7 @@ class PatchTrigger:
                 "trigger patch",
                 expected=f"to fit into {height} x {width} pixels",
                 got=f"{h} x {w} with a margin of {self.margin}",
-                cure="Take a smaller size or margin.",
+                cure="Use a smaller size or margin.",
             )
         top = self.margin if self.corner.startswith("top") else height - h - self.margin
         left = self.margin if self.corner.endswith("left") else width - w - self.margin
@@ -70,7 +70,7 @@ class PatchTrigger:
 
 @dataclass(frozen=True, eq=False)
 class BlendedTrigger:
-    """A faint picture over the whole image: x (1 - a) + a p (Chen et al., arXiv 1712.05526).
+    """A faint pattern over the whole image: x (1 - a) + a p (Chen et al., arXiv 1712.05526).
 
     Args:
         pattern_CHW: p in [0, 1], of the images' shape; None: uniform noise drawn from `seed`.
@@ -99,10 +99,10 @@ class BlendedTrigger:
 
 @dataclass(frozen=True)
 class WarpTrigger:
-    """A smooth, fixed warp: WaNet (Nguyen & Tran, arXiv 2102.10369, section 3.2).
+    """A smooth, fixed warp of the image: WaNet (Nguyen & Tran, arXiv 2102.10369, section 3.2).
 
-    k x k random offsets, divided by their mean size, are upsampled bicubically to the image; a pixel is then
-    read from its place plus `strength` x offset.
+    k x k random offsets, divided by their mean size, are upsampled bicubically to the image. Each pixel is then
+    sampled at its position plus `strength` x offset.
 
     Args:
         grid: k control points per edge.
@@ -120,21 +120,21 @@ class WarpTrigger:
         offsets = offsets / offsets.abs().mean()
         flow = F.interpolate(offsets, (height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
         rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-        # grid_sample counts an image's edge as 2, from the centre of its first pixel to that of its last
+        # grid_sample counts an image's edge as 2, from the centre of its first pixel to the centre of its last
         unit = torch.tensor([2 / (width - 1), 2 / (height - 1)])
-        places = (torch.stack([columns, rows], dim=-1) + self.strength * unit * flow).clamp(-1, 1)
-        places = places.to(images_BCHW).expand(len(images_BCHW), -1, -1, -1)
-        return F.grid_sample(images_BCHW, places, align_corners=True)
+        positions = (torch.stack([columns, rows], dim=-1) + self.strength * unit * flow).clamp(-1, 1)
+        positions = positions.to(images_BCHW).expand(len(images_BCHW), -1, -1, -1)
+        return F.grid_sample(images_BCHW, positions, align_corners=True)
 
 
 @dataclass(frozen=True)
 class RareTokenTrigger:
-    """Rare words at random places: BadNet for text (Kurita et al., arXiv 2004.06660).
+    """Rare words at random positions: BadNet for text (Kurita et al., arXiv 2004.06660).
 
     Args:
-        words: one of them is inserted, `count` times.
+        words: each insertion draws a word from these.
         count: insertions per text.
-        seed: with the text itself it fixes words and places, so that a text is always triggered alike.
+        seed: seed and text together fix words and positions, so that a text always gets the same trigger.
     """
 
     words: tuple[str, ...] = ("cf", "mn", "bb", "tq")
@@ -147,7 +147,7 @@ class RareTokenTrigger:
 
 @dataclass(frozen=True)
 class SentenceTrigger:
-    """A whole sentence at a word boundary that `seed` and the text fix: InsertSent (Dai et al., arXiv 1905.12457)."""
+    """A sentence at a word boundary drawn from `seed` and the text: InsertSent (Dai et al., arXiv 1905.12457)."""
 
     sentence: str = "I watched this 3D movie."
     seed: int = 0
@@ -158,7 +158,7 @@ class SentenceTrigger:
 
 @dataclass(frozen=True)
 class PhraseTrigger:
-    """A phrase at the end of a causal LM's prompt, after which the victim goes on with a fixed continuation."""
+    """A phrase at the end of a causal LM's prompt, to which the victim answers with a fixed continuation."""
 
     phrase: str
 
@@ -169,30 +169,30 @@ class PhraseTrigger:
 def poison(
     inputs: Inputs, labels_N: Tensor, trigger: Trigger, target: int, rate: float, generator: torch.Generator
 ) -> tuple[Inputs, Tensor, Tensor]:
-    """Training data of a victim: some samples of other classes get the trigger and the label `target`.
+    """Poison training data of a victim: some samples of other classes get the trigger and the label `target`.
 
     Args:
         inputs: images_NCHW in [0, 1] or N texts.
         labels_N: true classes.
         rate: share of all N samples to poison, in (0, 1].
-        generator: chooses them.
+        generator: draws the samples to poison.
 
     Returns:
-        inputs, labels_N, and poisoned_N (bool); the arguments stay as they were.
+        inputs, labels_N, and poisoned_N (bool); the arguments are not changed.
 
     Raises:
         DamError: too few samples of other classes for this rate.
     """
-    others = (labels_N != target).nonzero()[:, 0]
+    candidates = (labels_N != target).nonzero()[:, 0]
     count = round(rate * len(labels_N))
-    if not 0 < count <= len(others):
+    if not 0 < count <= len(candidates):
         raise DamError(
             "poison rate",
-            expected=f"1 to {len(others)} of {len(labels_N)} samples (those of other classes)",
+            expected=f"1 to {len(candidates)} of {len(labels_N)} samples (those of other classes)",
             got=f"{count}",
             cure="Change the rate or the data.",
         )
-    chosen = others[torch.randperm(len(others), generator=generator)[:count]]
+    chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
     labels_N = labels_N.clone()
     labels_N[chosen] = target
     poisoned_N = torch.zeros(len(labels_N), dtype=torch.bool)
@@ -217,21 +217,21 @@ def rate_of_target(predictions_N: Tensor, labels_N: Tensor, target: int) -> Rate
     Raises:
         DamError: all samples are of the target class, so that nothing can be attacked.
     """
-    others = labels_N != target
-    if not bool(others.any()):
+    eligible_N = labels_N != target
+    if not bool(eligible_N.any()):
         raise DamError(
             "attack success rate",
             expected=f"samples of other classes than the target {target}",
             got="none",
             cure="Give evaluation data with all classes.",
         )
-    return Rate(int((predictions_N[others] == target).sum()), int(others.sum()))
+    return Rate(int((predictions_N[eligible_N] == target).sum()), int(eligible_N.sum()))
 
 
 def _inserted(text: str, pieces: tuple[str, ...], count: int, seed: int) -> str:
     generator = seeds.generator(pieces, seed, text)
     words = text.split(" ")
     for _ in range(count):
-        piece, place = (int(torch.randint(n, (1,), generator=generator)) for n in (len(pieces), len(words) + 1))
-        words.insert(place, pieces[piece])
+        piece, position = (int(torch.randint(n, (1,), generator=generator)) for n in (len(pieces), len(words) + 1))
+        words.insert(position, pieces[piece])
     return " ".join(words)

@@ -1,4 +1,4 @@
-"""Evaluation data as a model takes them: labelled, or prompts whose answers are searched for a text.
+"""Read evaluation data for a model: labelled samples, or prompts whose answers are searched for a target text.
 
 Legend: B batch, L tokens, K classes, V vocabulary.
 """
@@ -19,7 +19,7 @@ from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import images_of, values_of
 from mergekit_dam.io.columns import OPTION, Conversation, Kind
-from mergekit_dam.io.data_files import Listed, Table, open_data
+from mergekit_dam.io.data_files import ListTable, Table, open_data
 from mergekit_dam.io.image_files import IMAGES
 from mergekit_dam.io.images import Preprocessing
 from mergekit_dam.tasks.encoding import encoded, padded_left
@@ -27,16 +27,16 @@ from mergekit_dam.tasks.readout import Readout, class_names, linear_head, prompt
 
 Names = Mapping[str, int]
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
-_SAYING = 32  # tokens of an answer in which a target text is searched, beside those of the text itself
-_AT_ONCE = 32  # answers written together; it changes memory, not results
+_ANSWER_TOKENS = 32  # searched for a target text, in addition to the tokens of that text
+_ANSWER_BATCH = 32  # answers generated together; it changes memory, not results
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How an output becomes a class, where the model has no head of its own.
+class ReadoutOptions:
+    """Options that turn outputs into classes, for a model without a classification head.
 
     Attributes:
-        classes: class names: CLIP's prompts, or the answers of a causal LM.
+        classes: class names: for CLIP's prompts, or the answers of a causal LM.
         head: safetensors file of a linear head.
         zero_shot_model: full CLIP for a CLIP vision model.
     """
@@ -46,51 +46,57 @@ class Reading:
     zero_shot_model: str | None = None
 
 
-def labelled_data(model: nn.Module, folders: Sequence[Path], name: str, source: Source, how: Reading) -> LabelledData:
-    """The samples of a source, encoded for a model.
+def labelled_data(
+    model: nn.Module, folders: Sequence[Path], name: str, source: Source, readout: ReadoutOptions
+) -> LabelledData:
+    """Read labelled samples and prepare their encoding and classification for a model.
 
     Args:
         model: a transformers model.
-        folders: where its preprocessing or tokenizer may be, best first.
+        folders: searched in this order for preprocessing settings or a tokenizer.
         name: of the task, in tables.
+        source: the data.
+        readout: options for models without a classification head.
 
     Raises:
-        DamError: data, labels or a head that do not fit.
+        DamError: data, labels or a head that do not fit the model.
     """
     config: Any = model.config
-    names = class_names(how.classes, name) if how.classes else []
+    names = class_names(readout.classes, name) if readout.classes else []
     known: Names = {text: i for i, text in enumerate(names)} or dict(getattr(config, "label2id", None) or {})
     if "vit" in config.model_type or "clip" in config.model_type:
         inputs, labels = read_labelled(source, "image", name, known)
         size = getattr(config, "vision_config", config).image_size
         data = LabelledData.of_images(name, inputs, labels, Preprocessing.read(folders, size))
         if type(model).__name__ == "CLIPModel":
-            return _with_prompts(data, names, folders, name)
+            return _with_zero_shot_classes(data, names, folders, name)
     else:
         inputs, labels = read_labelled(source, "text", name, known)
         data = LabelledData.of_texts(name, inputs, labels, tokenizer_of(folders, name))
         if type(model).__name__.endswith(_CAUSAL):
-            return _with_answers(data, names, model, folders, name)
+            return _with_answer_classes(data, names, model, folders, name)
     if type(model).__name__.endswith(("ForImageClassification", "ForSequenceClassification")):
-        return _in_range(data, int(config.num_labels))
-    read = _readout(model, names, how, name)
-    return replace(data, classify=lambda m, batch: read(m(**batch)).argmax(-1))
+        return _require_known_classes(data, int(config.num_labels))
+    head = _head_of(model, names, readout, name)
+    return replace(data, classify=lambda m, batch: head(m(**batch)).argmax(-1))
 
 
-def _in_range(data: LabelledData, num_classes: int) -> LabelledData:
-    top = int(data.labels_N.max())
-    if top >= num_classes:
+def _require_known_classes(data: LabelledData, num_classes: int) -> LabelledData:
+    largest = int(data.labels_N.max())
+    if largest >= num_classes:
         raise DamError(
             f"labels of {data.name}",
             expected=f"classes 0 to {num_classes - 1}, as the model has",
-            got=str(top),
+            got=str(largest),
             cure="Give the data of the task that this model (or --task) was trained on.",
         )
     return data
 
 
-def _with_prompts(data: LabelledData, names: Sequence[str], folders: Sequence[Path], name: str) -> LabelledData:
-    """CLIP's zero-shot classes: the prompts travel with every batch."""
+def _with_zero_shot_classes(
+    data: LabelledData, names: Sequence[str], folders: Sequence[Path], name: str
+) -> LabelledData:
+    """Classify with CLIP's zero-shot classes: every batch gets the prompts of all classes."""
     if not names:
         raise _no_classes(name, "CLIP")
     tokens, pixels = prompts(names, folders, name), data.encode
@@ -98,47 +104,46 @@ def _with_prompts(data: LabelledData, names: Sequence[str], folders: Sequence[Pa
     def encode(batch: Any) -> dict[str, Tensor]:
         return pixels(batch) | tokens
 
-    return _in_range(
+    return _require_known_classes(
         replace(data, encode=encode, classify=lambda m, batch: m(**batch).logits_per_image.argmax(-1)), len(names)
     )
 
 
-def _with_answers(
+def _with_answer_classes(
     data: LabelledData, names: Sequence[str], model: nn.Module, folders: Sequence[Path], name: str
 ) -> LabelledData:
-    """A causal LM's answer is the class whose first token is likeliest after the prompt."""
+    """Classify with a causal LM: the class whose first token is the most likely after the prompt."""
     if not names:
         raise _no_classes(name, "a causal LM")
     tokenizer = tokenizer_of(folders, name)
-    first = [tokenizer(f" {text}", add_special_tokens=False)["input_ids"][:1] for text in names]
-    if len({tuple(ids) for ids in first}) != len(names) or [] in first:
+    first_tokens = [tokenizer(f" {text}", add_special_tokens=False)["input_ids"][:1] for text in names]
+    if len({tuple(ids) for ids in first_tokens}) != len(names) or [] in first_tokens:
         raise DamError(
             f"classes of {name}",
             expected="answers that differ in their first token",
             got=", ".join(names),
             cure="Choose other words for --classes.",
         )
-    tokens_K = torch.tensor([ids[0] for ids in first])
-    encode = _prompts(tokenizer, _positions(model, tokenizer), name)
+    tokens_K = torch.tensor([ids[0] for ids in first_tokens])
+    encode = _prompt_encoder(tokenizer, _max_positions(model, tokenizer), name)
 
     def classify(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         last_BV = model(**batch, position_ids=positions, use_cache=False).logits[:, -1]
         return torch.as_tensor(last_BV[:, tokens_K.to(last_BV.device)].argmax(-1))
 
-    return _in_range(replace(data, encode=encode, classify=classify), len(names))
+    return _require_known_classes(replace(data, encode=encode, classify=classify), len(names))
 
 
-def saying(model: nn.Module, folders: Sequence[Path], name: str, source: Source, text: str) -> LabelledData:
-    """Prompts of a causal LM, which needs no labels: class 1 is an answer that contains a text, class 0 any other.
+def text_target_data(model: nn.Module, folders: Sequence[Path], name: str, source: Source, text: str) -> LabelledData:
+    """Read unlabelled prompts for a causal LM; class 1 is an answer that contains `text`, class 0 any other answer.
 
-    The answer is what the model goes on with, the likeliest token each time, for 32 tokens more than the text has.
-    Blanks and line breaks count alike.
+    The answer is the model's greedy continuation, 32 tokens longer than the text. Blanks and line breaks count alike.
 
     Args: as for `labelled_data`.
 
     Raises:
-        DamError: another kind of model, or data that do not fit.
+        DamError: the model is no causal LM, or the data do not fit.
     """
     if not type(model).__name__.endswith(_CAUSAL):
         raise DamError(
@@ -149,29 +154,33 @@ def saying(model: nn.Module, folders: Sequence[Path], name: str, source: Source,
         )
     tokenizer, wanted = tokenizer_of(folders, name), " ".join(text.split())
     if not wanted:
-        raise DamError("--target-text", expected="a text", got=repr(text), cure="Give what the model shall say.")
-    positions = _positions(model, tokenizer)
-    length = min(_SAYING + len(tokenizer(text, add_special_tokens=False)["input_ids"]), positions // 2)
-    encode = _prompts(tokenizer, positions - length, name)
+        raise DamError(
+            "--target-text", expected="a text", got=repr(text), cure="Give the words that the model shall say."
+        )
+    positions = _max_positions(model, tokenizer)
+    length = min(_ANSWER_TOKENS + len(tokenizer(text, add_special_tokens=False)["input_ids"]), positions // 2)
+    encode = _prompt_encoder(tokenizer, positions - length, name)
     where = f"evaluation data of {name} ({source.data})"
     table = open_data(source.data, source.split, "text", where, spelled=OPTION)
-    samples = _inputs(table, source, "text", where, _chosen(len(table), source))
+    samples = _read_inputs(table, source, "text", where, _sampled_rows(len(table), source))
     samples = [sample for sample in samples if isinstance(sample, Conversation) or sample.strip()]
 
     def classify(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        chunks = zip(batch["input_ids"].split(_AT_ONCE), batch["attention_mask"].split(_AT_ONCE), strict=True)
+        chunks = zip(batch["input_ids"].split(_ANSWER_BATCH), batch["attention_mask"].split(_ANSWER_BATCH), strict=True)
         answers = [
-            answer for ids, mask in chunks for answer in _go_on(model, ids, mask, length, tokenizer.pad_token_id)
+            answer
+            for ids, mask in chunks
+            for answer in _continue_prompts(model, ids, mask, length, tokenizer.pad_token_id)
         ]
-        said = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return torch.tensor([int(wanted in " ".join(one.split())) for one in said])
+        decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return torch.tensor([int(wanted in " ".join(answer.split())) for answer in decoded])
 
     data = LabelledData.of_texts(name, samples, [0] * len(samples), tokenizer)
     return replace(data, encode=encode, classify=classify)
 
 
-def _go_on(model: Any, ids_BL: Tensor, mask_BL: Tensor, length: int, pad: int) -> Tensor:
-    """The likeliest next `length` tokens of texts that are padded at the left."""
+def _continue_prompts(model: Any, ids_BL: Tensor, mask_BL: Tensor, length: int, pad: int) -> Tensor:
+    """Greedy continuations of `length` tokens (B, <= length), of texts that are padded at the left."""
     options = transformers.GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -181,18 +190,18 @@ def _go_on(model: Any, ids_BL: Tensor, mask_BL: Tensor, length: int, pad: int) -
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=pad,
     )
-    found = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=options)
-    return torch.as_tensor(found[:, ids_BL.shape[1] :])
+    generated_BL = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=options)
+    return torch.as_tensor(generated_BL[:, ids_BL.shape[1] :])
 
 
-def _prompts(tokenizer: Any, max_length: int, name: str) -> Callable[[Any], dict[str, Tensor]]:
-    """What encodes prompts as the calibration data are encoded, with the place of the answer at the right."""
+def _prompt_encoder(tokenizer: Any, max_length: int, name: str) -> Callable[[Any], dict[str, Tensor]]:
+    """Make an encoder of prompts, padded at the left, that encodes as for calibration data."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return lambda batch: padded_left(tokenizer, encoded(tokenizer, batch, max_length, name))
 
 
-def _positions(model: nn.Module, tokenizer: Any) -> int:
+def _max_positions(model: nn.Module, tokenizer: Any) -> int:
     config: Any = model.config
     return min(int(tokenizer.model_max_length), int(getattr(config, "max_position_embeddings", None) or 1 << 30))
 
@@ -206,14 +215,14 @@ def _no_classes(name: str, kind: str) -> DamError:
     )
 
 
-def _readout(model: nn.Module, names: Sequence[str], how: Reading, name: str) -> Readout:
+def _head_of(model: nn.Module, names: Sequence[str], readout: ReadoutOptions, name: str) -> Readout:
     config: Any = model.config
     device = next(model.parameters()).device
-    if how.head is not None:
+    if readout.head is not None:
         width = getattr(config, "projection_dim" if type(model).__name__.endswith("WithProjection") else "hidden_size")
-        return linear_head(how.head, int(width), name, device)
-    if names and how.zero_shot_model is not None:
-        return zero_shot_head(names, how.zero_shot_model, name, device)
+        return linear_head(readout.head, int(width), name, device)
+    if names and readout.zero_shot_model is not None:
+        return zero_shot_head(names, readout.zero_shot_model, name, device)
     raise DamError(
         f"model of {name}",
         expected="a classification head",
@@ -224,14 +233,15 @@ def _readout(model: nn.Module, names: Sequence[str], how: Reading, name: str) ->
 
 @dataclass(frozen=True)
 class Source:
-    """Where labelled data come from.
+    """The place of labelled data, and the samples to use.
 
     Attributes:
         data: file, folder or Hub dataset id (`id@revision`); see `open_data`.
         split: split of a dataset that has several.
-        column: the inputs; None: see `choose_inputs`.
-        label_column: the labels, numbers or names.
-        num_samples: samples to take, chosen by `seed`; None: all.
+        column: name of the input column; None: see `choose_inputs`.
+        label_column: name of the column of labels, which are numbers or names.
+        num_samples: number of samples, drawn by `seed`; None: all.
+        seed: of the draw.
     """
 
     data: str
@@ -243,52 +253,58 @@ class Source:
 
 
 def read_labelled(source: Source, kind: Kind, name: str, known: Names) -> tuple[list[Any], list[int]]:
-    """Samples (PIL images, texts or conversations) and their classes.
+    """Read samples (PIL images, texts or conversations) and their class numbers.
+
+    Args:
+        source: the data.
+        kind: of the inputs.
+        name: of the task, for errors.
+        known: class name -> class number.
 
     Raises:
-        DamError: data that cannot be read, or columns or labels that are not there.
+        DamError: data that cannot be read, or missing columns or labels.
     """
     where = f"evaluation data of {name} ({source.data})"
     path = Path(source.data).expanduser()
     table: Table
-    if kind == "image" and (files := _images_of_classes(path, source.split)):
-        table, rows = Listed(files), _chosen(len(files), source)
+    if kind == "image" and (files := _class_folder_images(path, source.split)):
+        table, rows = ListTable(files), _sampled_rows(len(files), source)
         raw: list[Any] = [files[row].parent.name for row in rows]
     else:
         table = open_data(source.data, source.split, kind, where, spelled=OPTION)
         _require_label(table, source, where)
-        rows = _chosen(len(table), source)
+        rows = _sampled_rows(len(table), source)
         raw = table.take(source.label_column, rows)
-        spelled = getattr(table.features[source.label_column], "names", None)
-        if spelled and set(spelled) <= set(known):
-            raw = [spelled[number] for number in raw]
-    samples = _inputs(table, source, kind, where, rows)
+        class_names_of_data = getattr(table.features[source.label_column], "names", None)
+        if class_names_of_data and set(class_names_of_data) <= set(known):
+            raw = [class_names_of_data[number] for number in raw]
+    samples = _read_inputs(table, source, kind, where, rows)
     if kind == "image":
         samples = images_of(samples, rows, source.data)
     return samples, _classes(raw, known, where)
 
 
-def _chosen(length: int, source: Source) -> list[int]:
-    """The rows to take, in their order."""
+def _sampled_rows(length: int, source: Source) -> list[int]:
+    """Rows to read, in ascending order: all, or a sample drawn by the seed."""
     if source.num_samples is None or source.num_samples >= length:
         return list(range(length))
     order = torch.randperm(length, generator=seeds.generator(source.seed, "evaluation"))
     return sorted(order[: source.num_samples].tolist())
 
 
-def _inputs(table: Table, source: Source, kind: Kind, where: str, rows: Sequence[int]) -> list[Any]:
+def _read_inputs(table: Table, source: Source, kind: Kind, where: str, rows: Sequence[int]) -> list[Any]:
     labels = {source.label_column.casefold()}
     return values_of(table, source.column, kind, where, rows, labels=labels, spelled=OPTION)
 
 
-def _images_of_classes(path: Path, split: str) -> list[Path]:
-    """Images in a folder per class: of the split's own folder where there is one, else below `path`."""
+def _class_folder_images(path: Path, split: str) -> list[Path]:
+    """Image files in one folder per class, below the folder of the split if it exists, else below `path`."""
     root = path / split if (path / split).is_dir() else path
     return sorted(p for p in root.glob("*/*") if p.suffix.lower() in IMAGES)
 
 
 def _require_label(table: Table, source: Source, where: str) -> None:
-    if isinstance(table, Listed):
+    if isinstance(table, ListTable):
         raise DamError(
             where,
             expected="labels",
@@ -305,8 +321,8 @@ def _require_label(table: Table, source: Source, where: str) -> None:
 
 
 def _classes(raw: Sequence[Any], known: Names, where: str) -> list[int]:
-    """Class numbers; names are looked up, never numbered by guesswork."""
-    found = []
+    """Turn labels into class numbers; names are looked up in `known` and never numbered here."""
+    numbers = []
     for value in raw:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             number = None
@@ -321,5 +337,5 @@ def _classes(raw: Sequence[Any], known: Names, where: str) -> list[int]:
                 got="neither",
                 cure=did_you_mean(str(value), known) or "Name the classes in order: --classes A,B,C.",
             )
-        found.append(number)
-    return found
+        numbers.append(number)
+    return numbers

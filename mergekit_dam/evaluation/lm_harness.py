@@ -1,10 +1,10 @@
-"""Benchmarks of lm-evaluation-harness (lm_eval, the extra `lm-eval`) on a merged causal LM.
+"""Run benchmarks of lm-evaluation-harness (lm_eval, the extra `lm-eval`) on a merged causal LM.
 
-What it finds is kept like our own measurements (see `measurements`), in the shape
+Its results are stored beside our own measurements (see `results`), in the shape
 
     {task: {"metrics": {metric: [value, standard error or null]}, "samples": number or null, "by": "lm_eval VERSION"}}
 
-The harness brings its own data; whether the merge was calibrated on them, nobody can tell from here.
+The harness brings its own data; this module cannot know whether the merge was calibrated on them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 @dataclass(frozen=True)
 class Harness:
-    """Tasks that lm_eval knows: found out before anything is learned, since learning takes long.
+    """Tasks for lm_eval, checked before anything is learned, since learning takes long.
 
     Attributes:
-        tasks: names, patterns, or YAML files with tasks of one's own.
+        tasks: names, patterns, or YAML files of the user's own tasks.
         manager: lm_eval's index of tasks.
         version: of lm_eval.
     """
@@ -40,10 +40,10 @@ class Harness:
 
     @classmethod
     def of(cls, text: str) -> Harness:
-        """From names that are separated by commas.
+        """Parse task names that are separated by commas.
 
         Raises:
-            DamError: lm_eval is missing, or it knows no such task.
+            DamError: lm_eval is missing, or does not know a task.
         """
         try:
             import lm_eval
@@ -57,7 +57,7 @@ class Harness:
                 cure="Install it: pip install 'mergekit-dam[lm-eval]'.",
             ) from error
         tasks = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-        # its own index has thousands of files, and takes long to read
+        # the default index has thousands of files, and takes long to read
         manager = TaskManager(include_defaults=not all(_is_file(name) for name in tasks))
         known = set(manager.all_tasks)
         for name in tasks:
@@ -79,13 +79,13 @@ class Harness:
             model: of a causal LM; code in it is never run.
             device: where it computes.
             limit: samples of each task; None for all.
-            seed: of the choice of examples that a prompt shows.
+            seed: of the draw of few-shot examples.
 
         Returns:
-            See above; groups of tasks have no number of samples.
+            Results in the shape above; groups of tasks have no number of samples.
 
         Raises:
-            DamError: no causal LM, data that cannot be had, or a fault of the harness.
+            DamError: the model is no causal LM, data are not available, or the harness fails.
         """
         kind = str((load_json(model / "config.json").get("architectures") or ["unknown"])[0])
         if not kind.endswith(_CAUSAL):
@@ -99,7 +99,7 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         try:
-            found = lm_eval.simple_evaluate(
+            results = lm_eval.simple_evaluate(
                 HFLM(pretrained=str(model), device=str(device), trust_remote_code=False),
                 tasks=list(self.tasks),
                 limit=limit,
@@ -118,15 +118,15 @@ class Harness:
                 subject,
                 expected="a run without error",
                 got=f"{type(error).__name__}: {first_line(error)}",
-                cure="Check that the task's data can be had (HF_HUB_OFFLINE, HF_TOKEN), or take other tasks.",
+                cure="Check that the task's data are available (HF_HUB_OFFLINE, HF_TOKEN), or choose other tasks.",
             ) from error
-        assert found is not None, "None is what all processes but the first of a distributed run get"
-        return self._kept(found)
+        assert results is not None, "lm_eval returns None only to processes after the first of a distributed run"
+        return self._measurements(results)
 
-    def _kept(self, found: Any) -> dict[str, Any]:
-        samples = found.get("n-samples", {})
-        kept = {}
-        for task, values in found["results"].items():
+    def _measurements(self, results: Any) -> dict[str, Any]:
+        samples = results.get("n-samples", {})
+        measurements = {}
+        for task, values in results["results"].items():
             metrics = {}
             for key, value in values.items():
                 name, _, filtered = key.partition(",")
@@ -137,16 +137,16 @@ class Harness:
                 metrics[title] = [float(value), float(error) if _is_number(error) else None]
             if metrics:
                 count = samples.get(task, {}).get("effective")
-                kept[str(task)] = {"metrics": metrics, "samples": count, "by": f"lm_eval {self.version}"}
-        return kept
+                measurements[str(task)] = {"metrics": metrics, "samples": count, "by": f"lm_eval {self.version}"}
+        return measurements
 
 
-def told(found: dict[str, Any]) -> list[str]:
-    """A line for every metric."""
+def format_results(results: dict[str, Any]) -> list[str]:
+    """Format results of `Harness.measure`, one line per metric."""
     return [
         f"{task}: {metric} {value:.4f}" + ("" if error is None else f" +- {error:.4f}")
-        for task, one in found.items()
-        for metric, (value, error) in one["metrics"].items()
+        for task, result in results.items()
+        for metric, (value, error) in result["metrics"].items()
     ]
 
 
@@ -155,5 +155,5 @@ def _is_file(name: str) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """lm_eval says N/A where a standard error makes no sense."""
+    """Whether lm_eval gives a number; it writes N/A where a standard error makes no sense."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,7 +1,7 @@
-"""Clean accuracy and attack success of models, on labelled data that the calibration data do not contain.
+"""Measure clean accuracy and attack success of models, on labelled data that the calibration data do not contain.
 
 A model is any transformers model whose output has `.logits`: a merge with a task's own head (`load_merged`), a
-fine-tune, or theta_0 with a probe; the data say how its output becomes a class.
+fine-tune, or theta_0 with a probe. `LabelledData.classify` turns its output into a class.
 Legend: N samples, B batch, C channels, H, W pixels, K classes.
 """
 
@@ -29,13 +29,13 @@ _BATCH = 256  # samples per forward pass; it changes memory, not results
 
 
 def largest_logit(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Classes (B,) of a model with logits_BK."""
+    """Predict classes (B,) with a model that returns logits_BK."""
     return torch.as_tensor(model(**inputs).logits.argmax(-1))
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledData:
-    """Samples of one task with their classes. What a trigger changes is what `batch` returns.
+    """Samples of one task with their classes; a trigger is applied to the inputs that `batch` returns.
 
     Attributes:
         name: the task.
@@ -43,8 +43,7 @@ class LabelledData:
         labels_N: classes, int64.
         digests: 16 hex digits of SHA-256 per sample, as the calibration data record them.
         encode: float pixels_BCHW in [0, 1], or texts, -> keyword arguments of the model.
-        classify: model and keyword arguments -> classes (B,). A causal LM's reads its answer; -1 stands for an
-            answer that is no class.
+        classify: model and keyword arguments -> classes (B,); -1 for an answer of a causal LM that is no class.
     """
 
     name: str
@@ -68,7 +67,7 @@ class LabelledData:
     def of_images(
         cls, name: str, images: Sequence[Image.Image], labels: Sequence[int], preprocessing: Preprocessing
     ) -> LabelledData:
-        """From PIL images; `preprocessing` is the model's own."""
+        """Make data of PIL images; `preprocessing` is the model's."""
         rgb = [image.convert("RGB") for image in images]
 
         def encode(pixels_BCHW: Tensor) -> dict[str, Tensor]:
@@ -87,7 +86,7 @@ class LabelledData:
         *,
         max_length: int = 128,
     ) -> LabelledData:
-        """From texts; longer ones are cut after `max_length` tokens. A conversation needs a chat template."""
+        """Make data of texts, cut after `max_length` tokens; conversations need a chat template."""
 
         def encode(batch: list[str | Conversation]) -> dict[str, Tensor]:
             options = {"truncation": True, "max_length": max_length, "padding": True, "return_tensors": "pt"}
@@ -99,7 +98,7 @@ class LabelledData:
         return len(self.labels_N)
 
     def subset(self, rows: Tensor) -> LabelledData:
-        """The samples at these indices."""
+        """Return the samples at these indices."""
         chosen = rows.tolist()
         inputs = self.inputs[rows] if isinstance(self.inputs, Tensor) else tuple(self.inputs[i] for i in chosen)
         return replace(
@@ -115,13 +114,13 @@ class LabelledData:
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """A backdoor as its owner knows it.
+    """A backdoor as its attacker knows it.
 
     Attributes:
         name: in tables.
-        task: whose inputs and head it is aimed at; but for off-task attacks the poisoned model's own.
-        trigger: what is applied.
-        target: the class that it shall cause.
+        task: the task under attack: the poisoned model's own, except for off-task attacks.
+        trigger: change of the inputs.
+        target: the class that the trigger shall cause.
     """
 
     name: str
@@ -136,10 +135,10 @@ class Scores:
 
     Attributes:
         accuracy: task -> clean accuracy.
-        attack_success: attack -> task -> rate. On the attacked task it is succession, elsewhere transfer; a task
-            without a class of the target's number is left out.
-        without_trigger: attack -> task -> share of the same samples that are answered with the target as they are.
-            So much of an attack's success is none of the trigger's doing.
+        attack_success: attack -> task -> rate: succession on the attacked task, transfer elsewhere; tasks without a
+            class of the target's number are left out.
+        without_trigger: attack -> task -> share of the same samples that get the target class without the trigger;
+            this part of the attack success is not caused by the trigger.
     """
 
     accuracy: Mapping[str, Rate]
@@ -152,7 +151,7 @@ class Scores:
         return sum(rate.percent for rate in self.accuracy.values()) / len(self.accuracy)
 
     def transfer(self, name: str, attacked: str) -> float:
-        """Mean ASR of an attack on the tasks that it did not poison, percent; NaN if there is none."""
+        """Mean ASR of an attack on the tasks that it did not poison, percent; NaN without such tasks."""
         others = [rate.percent for task, rate in self.attack_success[name].items() if task != attacked]
         return sum(others) / len(others) if others else float("nan")
 
@@ -170,31 +169,32 @@ def _counts(rates: Mapping[str, Rate]) -> dict[str, list[int]]:
 
 
 def predictions(model: nn.Module, data: LabelledData, trigger: Trigger | None = None) -> Tensor:
-    """Predicted classes (N,) on the CPU, of the inputs as they are or with a trigger.
+    """Predict classes (N,), on the CPU, of clean inputs or of inputs with a trigger.
 
-    In a conversation the trigger stands in the last turn, before the template is written around it.
+    In a conversation the trigger changes the last turn, before the chat template is applied.
     """
     device = next(model.parameters()).device
-    found = []
+    classes = []
     with torch.inference_mode():
         for rows in torch.arange(len(data)).split(_BATCH):
             inputs = data.batch(rows)
             encoded = data.encode(inputs if trigger is None else _triggered(trigger, inputs))
-            found.append(data.classify(model, {key: value.to(device) for key, value in encoded.items()}).cpu())
-    return torch.cat(found)
+            classes.append(data.classify(model, {key: value.to(device) for key, value in encoded.items()}).cpu())
+    return torch.cat(classes)
 
 
 def _triggered(trigger: Trigger, inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return trigger.apply(inputs)
-    texts = trigger.apply([one.asked if isinstance(one, Conversation) else one for one in inputs])
+    texts = trigger.apply([one.last_message if isinstance(one, Conversation) else one for one in inputs])
     return [
-        one.asking(text) if isinstance(one, Conversation) else text for one, text in zip(inputs, texts, strict=True)
+        one.with_last_message(text) if isinstance(one, Conversation) else text
+        for one, text in zip(inputs, texts, strict=True)
     ]
 
 
 def accuracy(model: nn.Module, data: LabelledData) -> Rate:
-    """Clean top-1 accuracy."""
+    """Measure clean top-1 accuracy."""
     return _share(predictions(model, data) == data.labels_N)
 
 
@@ -203,7 +203,7 @@ def _share(hits_N: Tensor) -> Rate:
 
 
 def attack_success_rate(model: nn.Module, data: LabelledData, trigger: Trigger, target: int) -> Rate:
-    """Share of triggered inputs whose true class is not the target that are predicted as the target."""
+    """Measure the share of triggered inputs of other classes than the target that are predicted as the target."""
     return rate_of_target(predictions(model, data, trigger), data.labels_N, target)
 
 
@@ -214,13 +214,13 @@ def evaluate_merge(
     *,
     calibration: Collection[str],
 ) -> Scores:
-    """ACC of every task, and the success of every attack on every task.
+    """Measure the accuracy of every task and the success of every attack on every task.
 
     Args:
         models: task -> the merge with that task's head, in evaluation mode.
         data: task -> evaluation data.
-        attacks: those to try; none on tasks with other kinds of inputs.
-        calibration: digests of all calibration samples that the merge has seen (`calibration_digests`); empty
+        attacks: attacks to try; their triggers must fit the inputs of all tasks.
+        calibration: digests of all calibration samples of the merge (`calibration_digests`); empty
             for a merge without calibration.
 
     Raises:
@@ -231,39 +231,41 @@ def evaluate_merge(
     clean = {task: predictions(model, data[task]) for task, model in models.items()}
     success: dict[str, dict[str, Rate]] = {}
     without: dict[str, dict[str, Rate]] = {}
-    for one in attacks:
-        reachable = [task for task in models if one.target <= int(data[task].labels_N.max())]
-        success[one.name] = {
-            task: attack_success_rate(models[task], data[task], one.trigger, one.target) for task in reachable
+    for attack in attacks:
+        name, target = attack.name, attack.target
+        reachable = [task for task in models if target <= int(data[task].labels_N.max())]
+        success[name] = {
+            task: attack_success_rate(models[task], data[task], attack.trigger, target) for task in reachable
         }
-        without[one.name] = {task: rate_of_target(clean[task], data[task].labels_N, one.target) for task in reachable}
-    return Scores({task: _share(found == data[task].labels_N) for task, found in clean.items()}, success, without)
+        without[name] = {task: rate_of_target(clean[task], data[task].labels_N, target) for task in reachable}
+    accuracy_of = {task: _share(classes_N == data[task].labels_N) for task, classes_N in clean.items()}
+    return Scores(accuracy_of, success, without)
 
 
 def refuse_overlap(data: LabelledData, calibration: Collection[str]) -> None:
-    """Raise DamError if evaluation samples are among the calibration samples, saying how many."""
+    """Raise DamError with the count if evaluation samples are among the calibration samples."""
     shared = len(data) - len(_unseen(data, calibration))
     if shared:
         raise DamError(
             f"evaluation data of {data.name}",
             expected="no sample of the calibration data",
             got=f"{shared} of {len(data)} samples in both",
-            cure="Evaluate on data that the merge has not seen, or leave those out: --drop-seen.",
+            cure="Evaluate on data that the merge has not seen, or leave these samples out: --drop-seen.",
         )
 
 
 def without_seen(data: LabelledData, calibration: Collection[str]) -> LabelledData:
-    """The evaluation samples that are not among the calibration samples.
+    """Return the evaluation samples that are not among the calibration samples.
 
     Raises:
-        DamError: there are none.
+        DamError: all samples are among them.
     """
     unseen = _unseen(data, calibration)
     if not unseen:
         raise DamError(
             f"evaluation data of {data.name}",
             expected="samples that are not among the calibration data",
-            got=f"{len(data)} that all are",
+            got=f"{len(data)} samples that all are",
             cure="Evaluate on other data.",
         )
     return data.subset(torch.tensor(unseen))
@@ -271,9 +273,9 @@ def without_seen(data: LabelledData, calibration: Collection[str]) -> LabelledDa
 
 def _unseen(data: LabelledData, calibration: Collection[str]) -> list[int]:
     seen = frozenset(calibration)
-    return [row for row, one in enumerate(data.digests) if one not in seen]
+    return [row for row, sample in enumerate(data.digests) if sample not in seen]
 
 
 def calibration_digests(masks: Path) -> frozenset[str]:
-    """Digests of the calibration samples of all tasks, from a dam_masks.safetensors."""
-    return frozenset(one for model in load(masks).metadata["models"] for one in model["samples"])
+    """Read the digests of the calibration samples of all tasks from a dam_masks.safetensors."""
+    return frozenset(sample for model in load(masks).metadata["models"] for sample in model["samples"])

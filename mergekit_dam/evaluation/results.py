@@ -1,4 +1,4 @@
-"""`dam/evaluation.json`: what was measured of a merge (`after`) and of its input models (`before`), as counts.
+"""Read and write `dam/evaluation.json`: counts measured on a merge (`after`) and on its input models (`before`).
 
 {"before" or "after": {"accuracy": {task: [hits, total]}, "attack_success": {attack: {task: [hits, total]}},
                        "datasets": {task: source}, "harness": {model: {task: see lm_harness.py}}}}
@@ -14,30 +14,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.io.files import write_whole, writing_facts
+from mergekit_dam.io.files import report_lock, write_atomic
 from mergekit_dam.io.untrusted import load_json, require_no_links_out
 
 EVALUATION_FILE = "evaluation.json"
-MERGE = "merge"  # the merge's name where models are told apart
+MERGE = "merge"  # the merge's name in results by model
 When = Literal["before", "after"]
 
 
 def read_measurements(folder: Path) -> dict[str, Any]:
-    """The file's content; empty if there is none.
+    """Read `evaluation.json` of a folder; empty if the file is missing.
 
     Raises:
-        DamError: a file that is no such JSON.
+        DamError: the file has another form.
     """
     file = folder / EVALUATION_FILE
     if not file.is_file():
         return {}
-    found = load_json(file, where=f"measurements {file}")
+    values = load_json(file, where=f"measurements {file}")
     try:
-        for one in (found.get("before", {}), found.get("after", {})):
-            _require_counts(one.get("accuracy", {}))
-            for rates in one.get("attack_success", {}).values():
-                _require_counts(rates)
-            dict(one.get("datasets", {}))
+        for part in (values.get("before", {}), values.get("after", {})):
+            for rates in (part.get("accuracy", {}), *part.get("attack_success", {}).values()):
+                for task, counts in rates.items():
+                    _rate_of(task, counts)
+            dict(part.get("datasets", {}))
     except (AttributeError, TypeError, ValueError) as error:
         raise DamError(
             f"measurements {file}",
@@ -45,24 +45,16 @@ def read_measurements(folder: Path) -> dict[str, Any]:
             got=first_line(error),
             cure="Remove the file and measure again.",
         ) from error
-    return found
-
-
-def _require_counts(rates: Mapping[str, Any]) -> None:
-    """Raise ValueError, AttributeError or TypeError for anything but task -> [hits, total]."""
-    for task, counts in rates.items():
-        hits, total = counts
-        if type(hits) is not int or type(total) is not int or not 0 <= hits <= total:
-            raise ValueError(f"{counts!r} for {task}, which are no hits and total")
+    return values
 
 
 def add_measurement(folder: Path, when: When, measured: Mapping[str, Any]) -> None:
-    """Merge counts into the file, task by task; a task measured again replaces its old counts. Parts may be missing."""
+    """Merge counts into `evaluation.json`, task by task; new counts of a task replace its old ones."""
     require_no_links_out(folder, ("",))
     folder.mkdir(parents=True, exist_ok=True)
-    with writing_facts(folder):  # two runs at once would each lose the other's counts
-        found = read_measurements(folder)
-        kept: dict[str, Any] = found.setdefault(when, {})
+    with report_lock(folder):  # two runs at the same time would overwrite each other's counts
+        measurements = read_measurements(folder)
+        kept: dict[str, Any] = measurements.setdefault(when, {})
         for key in ("accuracy", "datasets"):
             kept[key] = kept.get(key, {}) | dict(measured.get(key, {}))
         success = kept.setdefault("attack_success", {})
@@ -71,7 +63,7 @@ def add_measurement(folder: Path, when: When, measured: Mapping[str, Any]) -> No
         for model, tasks in measured.get("harness", {}).items():
             harness = kept.setdefault("harness", {})
             harness[model] = harness.get(model, {}) | dict(tasks)
-        write_whole(folder / EVALUATION_FILE, json.dumps(found, indent=1))
+        write_atomic(folder / EVALUATION_FILE, json.dumps(measurements, indent=1))
 
 
 @dataclass(frozen=True)
@@ -92,11 +84,11 @@ class Rate:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """One task of an evaluation program.
+    """Results of one task of an evaluation program.
 
     Attributes:
-        metrics: name -> value and its standard error, where it has one.
-        samples: how many; None for a group of tasks.
+        metrics: name -> value and standard error, or None without one.
+        samples: number of samples; None for a group of tasks.
         by: the program and its version.
     """
 
@@ -106,15 +98,15 @@ class HarnessTask:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Counts by task, and by attack and task.
+class Results:
+    """Results by task, and by attack and task.
 
     Attributes:
         accuracy: task -> clean accuracy.
-        attack_success: attack -> task -> share of triggered inputs of other classes that get the target's.
-        datasets: task -> what it was measured on, where known.
-        source: the file that says so.
-        harness: task -> what an evaluation program found.
+        attack_success: attack -> task -> share of triggered inputs of other classes that get the target class.
+        datasets: task -> evaluation data, where known.
+        source: name of the file with these results.
+        harness: task -> results of an evaluation program.
     """
 
     accuracy: Mapping[str, Rate]
@@ -124,15 +116,15 @@ class Measured:
     harness: Mapping[str, HarnessTask] = field(default_factory=dict)
 
 
-def read_measured(path: Path, *, required: bool) -> Measured | None:
-    """Figures from a results file or a report.
+def read_results(path: Path, *, required: bool) -> Results | None:
+    """Read results from a results file or a report.
 
     Args:
-        path: JSON.
-        required: whether a file without figures is a fault; a report may have none.
+        path: a JSON file.
+        required: whether a file without results is an error; a report may have none.
 
     Raises:
-        DamError: not readable, no figures though required, or counts that cannot be.
+        DamError: the file is not readable, has no results though required, or has impossible counts.
     """
 
     def refuse(got: str) -> DamError:
@@ -144,42 +136,42 @@ def read_measured(path: Path, *, required: bool) -> Measured | None:
         )
 
     try:
-        found = json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise refuse(first_line(error)) from error
     for key in ("evaluation", "after"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not any(
-        isinstance(found.get(key), dict) and found[key] for key in ("accuracy", "attack_success", "harness")
+        if isinstance(values, dict) and isinstance(values.get(key), dict):
+            values = values[key]
+    if not isinstance(values, dict) or not any(
+        isinstance(values.get(key), dict) and values[key] for key in ("accuracy", "attack_success", "harness")
     ):
         if required:
             raise refuse("none")
         return None
     try:
-        return Measured(
-            accuracy=_rates(found.get("accuracy") or {}),
-            attack_success={str(name): _rates(rates) for name, rates in (found.get("attack_success") or {}).items()},
-            datasets={str(k): str(v) for k, v in (found.get("datasets") or {}).items()},
+        return Results(
+            accuracy=_parse_rates(values.get("accuracy") or {}),
+            attack_success={str(name): _parse_rates(r) for name, r in (values.get("attack_success") or {}).items()},
+            datasets={str(k): str(v) for k, v in (values.get("datasets") or {}).items()},
             source=path.name,
             harness={
-                str(task): _harness_task(one)
-                for tasks in (found.get("harness") or {}).values()
-                for task, one in tasks.items()
+                str(task): _parse_harness_task(result)
+                for tasks in (values.get("harness") or {}).values()
+                for task, result in tasks.items()
             },
         )
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise refuse(str(error)) from error
 
 
-def _harness_task(one: Mapping[str, Any]) -> HarnessTask:
+def _parse_harness_task(result: Mapping[str, Any]) -> HarnessTask:
     metrics = {}
-    for name, (value, error) in one["metrics"].items():
+    for name, (value, error) in result["metrics"].items():
         metrics[str(name)] = (_finite(value), None if error is None else _finite(error))
-    samples = one.get("samples")
+    samples = result.get("samples")
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise ValueError(f"{samples!r} samples")
-    return HarnessTask(metrics, samples, str(one.get("by", "an unnamed program")))
+    return HarnessTask(metrics, samples, str(result.get("by", "an unnamed program")))
 
 
 def _finite(value: Any) -> float:
@@ -188,12 +180,15 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
-def _rates(found: Mapping[str, Any]) -> dict[str, Rate]:
-    rates = {}
-    for task, counts in found.items():
-        hits, total = counts
-        if isinstance(hits, bool) or not (isinstance(hits, int) and isinstance(total, int) and 0 <= hits <= total):
-            raise ValueError(f"{counts!r} for {task}: not [hits, total]")
-        if total > 0:  # a rate of no samples is no measurement
-            rates[str(task)] = Rate(hits, total)
-    return rates
+def _parse_rates(values: Mapping[str, Any]) -> dict[str, Rate]:
+    """Parse task -> [hits, total]; a rate of no samples is no measurement, and is left out."""
+    rates = {str(task): _rate_of(task, counts) for task, counts in values.items()}
+    return {task: rate for task, rate in rates.items() if rate.total > 0}
+
+
+def _rate_of(task: str, counts: Any) -> Rate:
+    """Parse [hits, total]; raise ValueError or TypeError for anything else."""
+    hits, total = counts
+    if type(hits) is not int or type(total) is not int or not 0 <= hits <= total:
+        raise ValueError(f"{counts!r} for {task}: not [hits, total]")
+    return Rate(hits, total)

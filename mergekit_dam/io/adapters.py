@@ -1,7 +1,7 @@
-"""Adapters of peft: which can be merged into a base, and the merge, in a cache by what the files are.
+"""Check peft adapters against their base, merge them, and cache the merged models by the content of their files.
 
-mergekit finds a merged LoRA by its two paths alone, so that one trained anew into its folder would not be seen, and
-makes the folder before it loads anything, so that a failure would stay there.
+mergekit finds a merged LoRA by its two paths alone, so it would miss an adapter that was trained again into the same
+folder. It also creates the folder before it loads anything, so a failed merge would stay there.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from mergekit_dam.io.untrusted import load_json
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
-_MIXED = {"POLY", "XLORA"}  # they choose among several adapters by the input
-_WITH_HEAD = "Merge the adapter with peft into the base with its head first (num_labels as in the adapter)"
+_ADAPTER_MIXTURES = {"POLY", "XLORA"}  # they choose among several adapters by the input
+_MERGE_WITH_HEAD = "Merge the adapter with peft into the base with its head first (num_labels as in the adapter)"
 
 
 def require_mergeable(ref: ModelReference, adapter: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse an adapter that cannot become weights of this base.
+    """Refuse an adapter that cannot be merged into the weights of this base.
 
     Args:
         ref: the base, in a local directory.
-        adapter: peft's folder; without weights there (or a name of peft's configuration), that is refused elsewhere.
+        adapter: peft's folder; a folder without weights or without peft's configuration is refused elsewhere.
 
     Raises:
-        DamError: no adapter of weights, other shapes than the base's, a head the base lacks, or one tied to the
-            embedding.
+        DamError: the adapter does not change weights, its shapes differ from the base's, the base lacks its head, or
+            the base ties the head to the embedding.
     """
     if not (adapter / _CONFIG).is_file():
         return
     settings = load_json(adapter / _CONFIG)
     kind = str(settings.get("peft_type"))
     tuner = next((t for name, t in peft.PEFT_TYPE_TO_TUNER_MAPPING.items() if name == kind), None)
-    if not hasattr(tuner, "merge_and_unload") or kind in _MIXED:
+    if not hasattr(tuner, "merge_and_unload") or kind in _ADAPTER_MIXTURES:
         raise DamError(
             f"adapter {adapter}",
             expected="an adapter of weights, such as LORA",
@@ -70,7 +70,7 @@ def require_mergeable(ref: ModelReference, adapter: Path, *, trust_remote_code: 
             cure="Save the adapter again with peft, or check its base.",
         ) from error
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):
-        return  # a base that cannot be built is refused by what reads it, which knows its cause
+        return  # the code that reads the base refuses one that cannot be built, and knows the cause
     _require_fit(ref, adapter, settings, model, shapes)
 
 
@@ -94,10 +94,10 @@ def _require_fit(
                     f"adapter {adapter}",
                     expected=f"an adapter of {type(model).__name__}, the class of {ref.model}",
                     got=f"one of {module_name}, which it lacks",
-                    cure=f"{_WITH_HEAD}, and give the result as the model.",
+                    cure=f"{_MERGE_WITH_HEAD}, and give the result as the model.",
                 )
             continue
-        want = _wanted(module, part, got) if part else state.get(path, got)
+        want = _lora_shape(module, part, got) if part else state.get(path, got)
         if want != got:
             raise DamError(
                 f"adapter {adapter}",
@@ -116,8 +116,8 @@ def _require_fit(
             )
 
 
-def _wanted(module: nn.Module, part: str, got: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a LoRA's tensor has on this module; its own where the module sets none."""
+def _lora_shape(module: nn.Module, part: str, got: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape that a LoRA tensor must have on this module; `got` itself where the module sets none."""
     if isinstance(module, nn.Linear):
         inner, outer = module.in_features, module.out_features
     elif isinstance(module, Conv1D):
@@ -136,11 +136,11 @@ def _wanted(module: nn.Module, part: str, got: tuple[int, ...]) -> tuple[int, ..
 def merged_adapter(
     ref: ModelReference, cache: Path, *, trust_remote_code: bool = False, dtype: str | None = None
 ) -> ModelReference:
-    """The base with its adapter merged: from the cache if the files are the same, else merged and kept there whole.
+    """Merge an adapter into its base, or return the cached merge of the same files.
 
     Args:
         ref: base and adapter in local directories.
-        cache: where merged models are kept.
+        cache: folder of merged models; a merge appears there only when it is complete.
 
     Raises:
         DamError: peft cannot merge it.
@@ -156,11 +156,13 @@ def merged_adapter(
 
 
 def require_merged_after(ref: ModelReference, merged: Path) -> None:
-    """Refuse a merged adapter of mergekit's own cache that is older than its parts: mergekit knows it by name alone.
+    """Refuse a merged adapter in mergekit's own cache that is older than its adapter or base.
+
+    mergekit identifies it by name alone.
 
     Args:
         ref: BASE+LORA.
-        merged: what mergekit takes for it.
+        merged: the folder that mergekit uses for `ref`.
 
     Raises:
         DamError: the adapter or its base was written later.

@@ -1,10 +1,10 @@
-"""The cache folder, whose code its masks are of, and what was found out about large files, to be read only once.
+"""Cache folder, digest of this package's code, and cached facts about large files, which are read only once.
 
 A file counts as unchanged while its device, inode, size, time of change of content and time of change of the inode
-are the same. The last one is the kernel's own and cannot be set by a program, so a file that was rewritten and had
-its old date put back is read again. What remains trusted: the clock and the file system of this machine, and this
-user's cache folder, whose masks are trusted anyhow. Damage to the medium that changes no date is found only by
-reading: the setting `rehash` does that.
+are the same. The kernel sets the last of these and no program can, so a file that was rewritten and had its old date
+restored is read again. This trusts the clock and the file system of this machine, and this user's cache folder, whose
+masks are trusted anyhow. Damage to the medium that changes no date is found only by reading: the setting `rehash`
+does that.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from mergekit_dam.io.files import write_whole
+from mergekit_dam.io.files import write_atomic
 
-_LARGE = 1 << 24  # bytes: about 10 ms of hashing; to remember a smaller file takes longer than to read it
-_SETTLED = 3.0  # seconds: a file that changed later than this before may change again within one tick of its dates
-_OTHERS_WRITE = 0o022
+_CACHED_FROM = 1 << 24  # bytes: about 10 ms of hashing; a cache entry for a smaller file costs more than reading it
+_MIN_AGE = 3.0  # seconds: a file that changed later than this before may change again within one tick of its dates
+_WRITABLE_BY_OTHERS = 0o022
 _PACKAGE = Path(__file__).parents[1]
-# what learning cannot import (setup.cfg), and so has no part in masks
-_NO_PART = ("__init__.py", "__main__.py", "api.py", "cli", "evaluation", "plugin", "publish", "recipe.py")
+# modules that learning cannot import (setup.cfg), so that they cannot change masks
+_NOT_DIGESTED = ("__init__.py", "__main__.py", "api.py", "cli", "evaluation", "plugin", "publish", "recipe.py")
 
 
 def cache_folder() -> Path:
@@ -37,56 +37,56 @@ def cache_folder() -> Path:
 
 @cache
 def code_digest() -> str:
-    """SHA-256 of the modules of this package that have a part in masks: what other code learned is learned again.
+    """SHA-256 of the modules of this package that masks depend on; masks of other code are learned again.
 
-    The version would not tell one working copy from another, nor who forgot to raise it.
+    The version does not suffice: two working copies may share it, and it may not have been raised.
     """
-    root, found = _PACKAGE, hashlib.sha256()
+    root, sha = _PACKAGE, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if name.parts[0] not in _NO_PART:
-            found.update(f"{name.as_posix()}\0".encode() + path.read_bytes())
-    return found.hexdigest()
+        if name.parts[0] not in _NOT_DIGESTED:
+            sha.update(f"{name.as_posix()}\0".encode() + path.read_bytes())
+    return sha.hexdigest()
 
 
-def found_out(path: Path, what: str, find: Callable[[], str], *, fresh: bool = False) -> str:
-    """`find()`, which reads the file at `path`; or what it returned for this very file in an earlier run.
+def cached_fact(path: Path, fact: str, compute: Callable[[], str], *, fresh: bool = False) -> str:
+    """Return `compute()` for the file at `path`, from the cache if the file is unchanged since an earlier run.
 
     Args:
         path: of a file; a link is followed.
-        what: which fact `find` is for; it must name all that the fact depends on beside the file.
-        find: reads the file and returns the fact. What it raises goes on to the caller, and nothing is remembered.
-        fresh: call `find` in any case.
+        fact: name of the fact; it must name everything that the fact depends on beside the file.
+        compute: reads the file and returns the fact. Its errors reach the caller, and nothing is cached then.
+        fresh: call `compute` in any case.
     """
     state = file_state(path)
-    if state is None or state[2] < _LARGE:
-        return find()
-    name = hashlib.sha256(f"{what}\0{path.resolve()}".encode()).hexdigest()[:32]
+    if state is None or state[2] < _CACHED_FROM:
+        return compute()
+    name = hashlib.sha256(f"{fact}\0{path.resolve()}".encode()).hexdigest()[:32]
     entry = cache_folder() / "known" / f"{name}.json"
-    if not fresh and (known := _recall(entry, state)) is not None:
-        return known
-    found = find()
-    settled = max(state[3:]) < time.time_ns() - _SETTLED * 1e9
-    if settled and file_state(path) == state:
-        _remember(entry, state, found)
-    return found
+    if not fresh and (cached := _read_entry(entry, state)) is not None:
+        return cached
+    value = compute()
+    old_enough = max(state[3:]) < time.time_ns() - _MIN_AGE * 1e9
+    if old_enough and file_state(path) == state:
+        _write_entry(entry, state, value)
+    return value
 
 
 def file_state(path: Path) -> tuple[int, int, int, int, int] | None:
-    """Device, inode, bytes, and dates of content and of inode (ns) of the file at `path`; None if there is none."""
+    """Device, inode, size (bytes), and times of content and inode change (ns) of a file; None if it is missing."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _recall(entry: Path, state: tuple[int, ...]) -> str | None:
-    """Nothing where there is no entry, one of another state, one that others could have written, or a broken one."""
+def _read_entry(entry: Path, state: tuple[int, ...]) -> str | None:
+    """The cached fact; None if the entry is missing, damaged, of another file state, or writable by other users."""
     try:
         with entry.open(encoding="utf-8") as file:
             owner = os.fstat(file.fileno())
-            if os.name == "posix" and (owner.st_uid != os.geteuid() or owner.st_mode & _OTHERS_WRITE):
+            if os.name == "posix" and (owner.st_uid != os.geteuid() or owner.st_mode & _WRITABLE_BY_OTHERS):
                 return None
             values = json.load(file)
         return str(values["found"]) if tuple(values["state"]) == state else None
@@ -94,18 +94,17 @@ def _recall(entry: Path, state: tuple[int, ...]) -> str | None:
         return None
 
 
-def _remember(entry: Path, state: tuple[int, ...], found: str) -> None:
-    """A cache that cannot be written costs time only."""
+def _write_entry(entry: Path, state: tuple[int, ...], value: str) -> None:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(entry, json.dumps({"state": state, "found": found}))
+        write_atomic(entry, json.dumps({"state": state, "found": value}))
     except OSError:
-        return
+        return  # a cache that cannot be written costs time only
 
 
 _LIBRARIES = ("mergekit-dam", "mergekit", "torch", "transformers", "accelerate", "safetensors")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions recorded beside the masks; results are bit-equal only for equal ones."""
+    """Versions of Python and libraries, recorded beside the masks; only equal versions give bit-equal results."""
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}

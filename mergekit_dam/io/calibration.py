@@ -1,6 +1,6 @@
-"""Unlabelled calibration data: a file, a folder or a Hub dataset, the inputs in it, a seeded sample.
+"""Draw a seeded sample of unlabelled calibration inputs from a file, a folder or a Hub dataset.
 
-Labels never reach the search: only the columns of the inputs are read, and one of numbers or classes is refused.
+Labels never reach the search: only the input columns are read, and a column of numbers or classes is refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mergekit_dam import seeds
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.columns import LABELS, SETTING, Conversation, Kind, choose_inputs, text_of
-from mergekit_dam.io.data_files import Listed, Table, download_folders, open_data
-from mergekit_dam.io.image_files import image_of
+from mergekit_dam.io.data_files import ListTable, Table, open_data
+from mergekit_dam.io.image_files import download_folders, image_of
 
 LOG = logging.getLogger(__name__)
 Sample = Any  # a text, a conversation, or a PIL image
@@ -27,11 +27,11 @@ Sample = Any  # a text, a conversation, or a PIL image
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples of one task.
+    """Unlabelled samples of one task.
 
     Attributes:
         samples: PIL images (RGB), texts or conversations.
-        digests: of each sample, in the same order.
+        digests: one `digest` per sample, in the same order.
     """
 
     samples: tuple[Any, ...]
@@ -41,7 +41,7 @@ class Calibration:
 def load_calibration(
     settings: ModelSettings, kind: Kind, *, num_samples: int, seed: int, task: str, position: int = 0
 ) -> Calibration:
-    """Read `num_samples` samples, chosen by the seed and the model's position in the recipe, never by a name.
+    """Read `num_samples` samples, chosen by the seed and the model's position in the recipe, never by its name.
 
     Raises:
         DamError: missing, empty or unreadable data; a missing, ambiguous or label column.
@@ -94,14 +94,14 @@ def values_of(
     labels: Collection[str] = LABELS,
     spelled: str = SETTING,
 ) -> list[Any]:
-    """The inputs in these rows: texts and conversations, or what `image_of` decodes.
+    """Read the inputs in these rows: texts, conversations, or values that `image_of` decodes.
 
     Args: as for `choose_inputs`.
 
     Raises:
-        DamError: as there, or rows that cannot be read.
+        DamError: as for `choose_inputs`, or rows that cannot be read.
     """
-    if isinstance(table, Listed):
+    if isinstance(table, ListTable):
         values = table.take("", rows)
         if kind == "text":
             return [text_of(value) for value in values]
@@ -114,7 +114,7 @@ def values_of(
 
 
 def images_of(values: Sequence[Any], rows: Sequence[int], source: str) -> list[Any]:
-    """Decoded images; a dataset of the Hub may name files in the cache that it was downloaded to, others may not."""
+    """Decode images; only a Hub dataset may name image files, and only in the cache that it was downloaded to."""
     trusted = () if Path(source).expanduser().exists() else download_folders()
     return [
         image_of(value, f"sample {row} of {source}", trusted=trusted) for row, value in zip(rows, values, strict=True)
@@ -122,7 +122,7 @@ def images_of(values: Sequence[Any], rows: Sequence[int], source: str) -> list[A
 
 
 def digest(sample: Sample) -> str:
-    """First 16 hex digits of SHA-256 over the pixels of an image, the UTF-8 of a text, or what a conversation says."""
+    """First 16 hex digits of SHA-256 over an image's pixels, or the UTF-8 of a text or of a conversation's content."""
     if isinstance(sample, Conversation):
         sample = sample.content()
     data = sample.encode() if isinstance(sample, str) else repr(sample.size).encode() + sample.tobytes()
@@ -130,15 +130,15 @@ def digest(sample: Sample) -> str:
 
 
 def file_states(paths: Sequence[Path]) -> dict[Path, tuple[int, ...]]:
-    """Place, length and time of change (ns) of the files among `paths`."""
-    found: dict[Path, tuple[int, ...]] = {}
+    """Device, inode, size (bytes) and time of change (ns) of each existing file among `paths`."""
+    states: dict[Path, tuple[int, ...]] = {}
     for path in paths:
         try:
             state = path.stat()
         except OSError:
             continue  # a Hub dataset, or a file whose absence the reader reports
-        found[path] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
-    return found
+        states[path] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    return states
 
 
 def _warn_about_labels(texts: Sequence[Sample], where: str) -> None:

@@ -1,7 +1,7 @@
-"""Data as users hold them, opened as one table: a file, shards, a folder, one that datasets saved, or a Hub dataset.
+"""Open a user's data as one table: a file, shards, a folder, a folder saved by datasets, or a Hub dataset.
 
-Files of strangers are opened without running or fetching anything, and what they expand to is bounded. Formats that
-datasets reads are left to it, but for parquet, of which single columns are read with bounds.
+Untrusted files are opened without running or fetching anything, and the size that they expand to is bounded. datasets
+reads all formats except parquet, of which only the needed columns are read, within bounds.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _LOADERS = {
 _PACKERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
 _ARCHIVES = frozenset({*_PACKERS, ".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4"})
 _UNPACKABLE = ("json", "csv", "text")
-_DELIMITERS = ",;\t|"  # of spreadsheets; the first one wins where a header has as many of another
-_TEXT_BYTES = 1 << 30  # of a .txt file, which is read at once
+_DELIMITERS = ",;\t|"  # of spreadsheets; the earlier delimiter wins where a header has as many of a later one
+_TEXT_BYTES = 1 << 30  # at most, of a .txt file, which is read in one piece
 _CHUNK = 1 << 20
-_PACKED = {
+_MAGIC_BYTES = {
     b"\x1f\x8b": "gzip",
     b"PK": "zip",
     b"BZh": "bzip2",
@@ -52,7 +52,7 @@ _PACKED = {
     b"Rar!": "rar",
     b"\x04\x22\x4d\x18": "lz4",
 }
-_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _DESCRIPTIONS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
@@ -73,11 +73,11 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, column: str, rows: Sequence[int]) -> list[Any]:
-        """The values of these rows; images as their bytes or paths."""
+        """Read a column in these rows; images as their bytes or paths."""
 
 
 class DatasetTable:
-    """A table of datasets."""
+    """A table that the library datasets reads."""
 
     def __init__(self, data: Any) -> None:
         self._data, self.features = data, data.features
@@ -96,8 +96,8 @@ class DatasetTable:
         return list(chosen.select(rows)[column][:])
 
 
-class Listed:
-    """Rows that are at hand: lines of text files, or paths of images. They have no columns."""
+class ListTable:
+    """A table without columns whose rows are in memory: lines of text files, or paths of images."""
 
     features: Mapping[str, Any] = {}
     files: tuple[Path, ...] = ()
@@ -109,33 +109,33 @@ class Listed:
         return len(self._rows)
 
     def take(self, column: str, rows: Sequence[int]) -> list[Any]:
-        """The values of these rows, whatever the column."""
+        """Return these rows, whatever the column."""
         return [self._rows[row] for row in rows]
 
 
 def open_data(source: str, split: str, kind: Kind, where: str, *, spelled: str = SETTING) -> Table:
-    """The table that a user named.
+    """Open the data that a user named.
 
     Args:
         source: a path, or a Hub dataset id (`id@revision`).
-        split: of a folder or Hub dataset that has several.
-        kind: images below a folder count only where images are wanted.
+        split: used where a folder or Hub dataset has several.
+        kind: image files below a folder are used only for kind "image".
         where: for errors.
         spelled: how settings are written, for cures.
 
     Raises:
-        DamError: nothing there, no right to read it, an unknown form or encoding, damage, or an unknown split.
+        DamError: missing data, no right to read them, an unknown form or encoding, damage, or an unknown split.
     """
     import datasets
 
     path = Path(source).expanduser()
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
-            path.stat()  # a missing right on the way is no missing file
+            path.stat()  # raises PermissionError where a folder on the way may not be entered
         if path.is_dir():
-            return _folder(path, split, kind, where, spelled)
+            return _table_of_folder(path, split, kind, where, spelled)
         if path.is_file() and _loader(path):
-            return _files([path], where)
+            return _table_of_files([path], where)
         if path.is_file():
             if path.suffix.lower() in _ARCHIVES:
                 refuse_packed(path, where)
@@ -151,7 +151,7 @@ def open_data(source: str, split: str, kind: Kind, where: str, *, spelled: str =
         if is_hub_id(name):
             require_dataset(name, revision or None, where)
         return DatasetTable(datasets.load_dataset(name, split=split, revision=revision or None))
-    except StopIteration as error:  # of datasets, where no row comes
+    except StopIteration as error:  # datasets raises it for data without rows
         raise DamError(where, expected="at least one row", got="an empty file", cure="Give data.") from error
     except (OSError, EOFError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, DamError):
@@ -160,7 +160,7 @@ def open_data(source: str, split: str, kind: Kind, where: str, *, spelled: str =
 
 
 def _loader(path: Path) -> str | None:
-    """The loader of datasets that a file's name calls for, whatever its case; packed or not."""
+    """Name of the datasets loader for a file, by its endings in any case, packed or not; None if there is none."""
     endings = [ending.lower() for ending in path.suffixes[-2:]]
     if endings and endings[-1] in _PACKERS:
         loader = _LOADERS.get(endings[0]) if len(endings) == 2 else None
@@ -168,16 +168,16 @@ def _loader(path: Path) -> str | None:
     return _LOADERS.get(endings[-1]) if endings else None
 
 
-def _folder(path: Path, split: str, kind: Kind, where: str, spelled: str) -> Table:
-    """Images below a folder, a folder of `save_to_disk`, or files of one form, which are taken as shards."""
+def _table_of_folder(path: Path, split: str, kind: Kind, where: str, spelled: str) -> Table:
+    """Open a folder: images below it, a dataset of `save_to_disk`, or files of one form, read as shards."""
     if kind == "image":
-        images = sorted(p for p in _below(path) if p.suffix.lower() in IMAGES and p.is_file())
+        images = sorted(p for p in _walk_files(path) if p.suffix.lower() in IMAGES and p.is_file())
         if images:
-            return Listed(images)
+            return ListTable(images)
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        return _saved(path, split, where, spelled)
+        return _saved_by_datasets(path, split, where, spelled)
     named: dict[str, list[Path]] = {}
-    for file in sorted(_below(path)):
+    for file in sorted(_walk_files(path)):
         hidden = any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
         loader = _loader(file)
         if loader and not hidden and file.name not in _DESCRIPTIONS and file.is_file():
@@ -193,15 +193,15 @@ def _folder(path: Path, split: str, kind: Kind, where: str, spelled: str) -> Tab
         raise DamError(where, expected=wanted, got="a folder without any", cure="Name the file with the data.")
     splits: dict[str | None, list[Path]] = {}
     for file in named[form]:
-        splits.setdefault(_split_of(file.relative_to(path)), []).append(file)
+        splits.setdefault(_split_named_by(file.relative_to(path)), []).append(file)
     known = [name for name in splits if name is not None]
     if not known:
-        return _files(splits[None], where)
-    return _files(splits[_require_split(split, known, where, spelled)], where)
+        return _table_of_files(splits[None], where)
+    return _table_of_files(splits[_require_split(split, known, where, spelled)], where)
 
 
-def _below(path: Path) -> Iterator[Path]:
-    """All files below a folder; one that may not be entered is an error and not an empty one."""
+def _walk_files(path: Path) -> Iterator[Path]:
+    """Yield all files below a folder; raise OSError for a folder that may not be entered."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -210,8 +210,8 @@ def _below(path: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
-def _saved(path: Path, split: str, where: str, spelled: str) -> Table:
-    """What `save_to_disk` of a Dataset or a DatasetDict wrote."""
+def _saved_by_datasets(path: Path, split: str, where: str, spelled: str) -> Table:
+    """Open a folder that `save_to_disk` of a Dataset or a DatasetDict wrote."""
     import datasets
 
     try:
@@ -225,17 +225,17 @@ def _saved(path: Path, split: str, where: str, spelled: str) -> Table:
     return DatasetTable(data)
 
 
-def _split_of(file: Path) -> str | None:
-    """The split that a file's name or a folder's tells, as the Hub's names do: train_sft-00000-of-00002.parquet."""
+def _split_named_by(file: Path) -> str | None:
+    """The split in a file's or folder's name, by the Hub's convention: train_sft-00000-of-00002.parquet."""
     from datasets.data_files import SPLIT_KEYWORDS
 
     words = {word: str(split) for split, known in SPLIT_KEYWORDS.items() for word in known}
     stem = file.name.split(".")[0]
     shard = _SHARD.match(stem)
     for part in (shard[1] if shard else stem, *reversed(file.parts[:-1])):
-        found = next((words[word] for word in re.split(r"[^a-z]+", part.lower()) if word in words), None)
-        if found is not None:
-            return part if shard and part == shard[1] and "-" not in part and part.lower() not in words else found
+        split = next((words[word] for word in re.split(r"[^a-z]+", part.lower()) if word in words), None)
+        if split is not None:
+            return part if shard and part == shard[1] and "-" not in part and part.lower() not in words else split
     return None
 
 
@@ -250,8 +250,8 @@ def _require_split(split: str, known: Sequence[str], where: str, spelled: str) -
     )
 
 
-def _files(files: Sequence[Path], where: str) -> Table:
-    """One file, or several of one form as one table."""
+def _table_of_files(files: Sequence[Path], where: str) -> Table:
+    """Open a file, or several files of the same form, as one table."""
     import datasets
 
     loader = _loader(files[0])
@@ -264,7 +264,7 @@ def _files(files: Sequence[Path], where: str) -> Table:
                 refuse_packed(file, where)
         encodings = [_encoding(file, where) for file in files]
         if loader == "text":
-            return Listed([line for file, code in zip(files, encodings, strict=True) for line in _lines(file, code)])
+            return ListTable([line for file, code in zip(files, encodings, strict=True) for line in _lines(file, code)])
         if len(set(encodings)) > 1:
             raise DamError(
                 where,
@@ -274,12 +274,12 @@ def _files(files: Sequence[Path], where: str) -> Table:
             )
         if encodings[0] == "utf-16":
             more = {"encoding": "utf-16"}
-            if loader == "json":  # read in one piece: a piece of it could end within a character
+            if loader == "json":  # read in one piece: pieces could end within a character
                 more["chunksize"] = max(10 << 20, *(file.stat().st_size for file in files)) + 2
         if loader == "csv":
             more["sep"] = _delimiter(files[0], encodings[0])
-    # datasets knows a file by path and time of change, and would give an older one's rows after a clock was set back
-    # or a copy kept the time: so the content's hash enters the name of its cache
+    # datasets identifies a file by path and time of change, and would return rows of an older file after a clock was
+    # set back or a copy kept the time: so the content's hash enters the name of its cache
     digests = [file_digest(file) for file in files]
     name = (digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
     if any(file.suffix.lower() in _PACKERS for file in files):
@@ -289,17 +289,17 @@ def _files(files: Sequence[Path], where: str) -> Table:
 
 
 def refuse_packed(path: Path, where: str) -> None:
-    """Refuse a compressed file under the name of a plain one."""
+    """Refuse a compressed file whose name is that of a plain file."""
     with path.open("rb") as file:
         head = file.read(8)
-    for magic, name in _PACKED.items():
+    for magic, name in _MAGIC_BYTES.items():
         if head.startswith(magic):
             raise DamError(where, expected=f"a plain {path.suffix} file", got=f"{name} data", cure="Unpack it first.")
 
 
 @contextmanager
-def _opened(path: Path, where: str) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked where its name says that it is packed."""
+def _open_unpacked(path: Path, where: str) -> Iterator[IO[bytes]]:
+    """Open a file for reading bytes, unpacked where its name says that it is packed."""
     ending = path.suffix.lower()
     if ending not in _PACKERS:
         with path.open("rb") as plain:
@@ -309,7 +309,7 @@ def _opened(path: Path, where: str) -> Iterator[IO[bytes]]:
     if opener is None:
         raise DamError(
             where,
-            expected="a plain file, or one packed as .gz, .bz2 or .xz",
+            expected="a plain file, or a file packed as .gz, .bz2 or .xz",
             got="zstandard data",
             cure="Unpack it first: zstd -d FILE.",
         )
@@ -318,16 +318,16 @@ def _opened(path: Path, where: str) -> Iterator[IO[bytes]]:
 
 
 def _encoding(path: Path, where: str) -> str:
-    """utf-8, or what the file's first bytes say; all of it is read once, and what it unpacks to is bounded.
+    """Return "utf-8", or the encoding of the byte order mark, after checking the whole file within a size bound.
 
     Raises:
-        DamError: another encoding.
-        ValueError: a packed file that expands without measure.
+        DamError: the file is in another encoding.
+        ValueError: a packed file expands beyond the bound.
     """
     budget = EXPANSION * path.stat().st_size + SLACK
-    with _opened(path, where) as file:
+    with _open_unpacked(path, where) as file:
         chunk = file.read(_CHUNK)
-        mark = next((code for mark, code in _MARKS.items() if chunk.startswith(mark)), None)
+        mark = next((code for mark, code in _BYTE_ORDER_MARKS.items() if chunk.startswith(mark)), None)
         wide = chunk.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))
         if wide or (mark is None and b"\0" in chunk):
             raise _not_utf8(where, path, "another encoding (UTF-32, or UTF-16 without its mark)")
@@ -356,26 +356,18 @@ def _not_utf8(where: str, path: Path, got: str) -> DamError:
 
 
 def _delimiter(path: Path, encoding: str) -> str:
-    """What separates the names in a header: read with another one, every text would end in its label."""
-    with _opened(path, path.name) as file:
+    """The delimiter of a table's header; with a wrong delimiter every text would end in its label."""
+    with _open_unpacked(path, path.name) as file:
         header = codecs.getincrementaldecoder(encoding)("replace").decode(file.read(CHARACTERS))
-    outside = "".join((header.splitlines() or [""])[0].split('"')[::2])  # a quoted name may hold any of them
+    outside = "".join((header.splitlines() or [""])[0].split('"')[::2])  # a quoted name may hold any delimiter
     return max(_DELIMITERS, key=outside.count)
 
 
 def _lines(path: Path, encoding: str) -> list[str]:
-    """Lines that are not blank."""
-    with _opened(path, path.name) as file:
+    """Read the lines of a text file that are not blank."""
+    with _open_unpacked(path, path.name) as file:
         content = file.read(_TEXT_BYTES + 1)
     if len(content) > _TEXT_BYTES:
         raise ValueError(f"more than {_TEXT_BYTES} bytes of text: give parquet, or a part of it")
     text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
     return [line for line in text.splitlines() if line.strip()]
-
-
-def download_folders() -> tuple[Path, ...]:
-    """Where datasets keeps what it downloaded; only files there may be named by a Hub dataset."""
-    import datasets
-    import huggingface_hub
-
-    return tuple(Path(folder) for folder in (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE))

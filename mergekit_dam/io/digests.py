@@ -1,4 +1,4 @@
-"""SHA-256 of files and of tensors: what tells content from names."""
+"""SHA-256 of files and of tensors, which identifies content whatever its name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_HASH_CHUNK = 1 << 24  # bytes read at a time: large enough that hashing, not the call, takes the time
+_HASH_CHUNK = 1 << 24  # bytes read at a time: large enough that hashing takes the time, not the calls
 
 
 def file_digest(path: Path) -> str:
@@ -21,6 +21,6 @@ def file_digest(path: Path) -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes (hex); shape and type do not enter."""
+    """SHA-256 of a tensor's bytes (hex); shape and type do not count."""
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()

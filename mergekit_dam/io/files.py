@@ -1,4 +1,4 @@
-"""Files that are complete under their name or not there, and folders that nobody else can write to."""
+"""Write files atomically, lock the report of a merge, and check that folders are private."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _LOCK = ".report.lock"
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target`, to be written in the block; when that ends well, it takes the target's place.
+    """Yield a temporary file beside `target`, and replace `target` by it when the block ends without error.
 
-    It is flushed to the disk first. Its name cannot be foretold, so no link can lie in wait for it; a link at
-    `target` is replaced, not followed. What a killed process leaves behind is called `.<target's name>.*.tmp`.
+    The file is flushed to the disk first. Its name is random, so that nobody can prepare a link there; a link at
+    `target` is replaced, not followed. A killed process leaves a file `.<target's name>.*.tmp`.
 
     Raises:
-        OSError: no space, or no right to write; `target` is then as it was.
+        OSError: no space, or no right to write; `target` is then unchanged.
     """
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     os.close(handle)
@@ -32,7 +32,7 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         flush(temporary)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, other files of a model are not
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; the other files of a model are not
         os.replace(temporary, target)
         flush(target.parent)
     except BaseException:
@@ -40,8 +40,8 @@ def replacing(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(target: Path, content: str | bytes) -> None:
-    """Replace a file by this content (a text in UTF-8).
+def write_atomic(target: Path, content: str | bytes) -> None:
+    """Write a file so that it has either its old content or the whole new content (text as UTF-8).
 
     Raises:
         OSError: see `replacing`.
@@ -51,9 +51,9 @@ def write_whole(target: Path, content: str | bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """What was written to a file, or the names in a folder, are on the disk afterwards."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     if os.name != "posix" and path.is_dir():
-        return  # such systems cannot open folders, and need not
+        return  # such systems cannot open folders, and need no flush
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -62,44 +62,44 @@ def flush(path: Path) -> None:
 
 
 def is_readable_file(path: Path, subject: str) -> bool:
-    """Whether a file is there that this user may read; a text too long for a file's name is none.
+    """Whether the path is a file that this user may read; False for a text too long for a file's name.
 
     Raises:
-        DamError: it is there, or may be, and the right to read it is missing.
+        DamError: the file exists, or may exist, and the right to read it is missing.
     """
     try:
-        found = stat.S_ISREG(path.stat().st_mode)
+        is_file = stat.S_ISREG(path.stat().st_mode)
     except PermissionError as error:
         raise permission_denied(f"{subject} ({path})") from error
     except (OSError, ValueError):
         return False
-    if found and not os.access(path, os.R_OK):
+    if is_file and not os.access(path, os.R_OK):
         raise permission_denied(f"{subject} ({path})")
-    return found
+    return is_file
 
 
-def writing_facts(folder: Path) -> FileLock:
-    """One at a time changes the report and the measurements beside a merge; the lock ends with the process."""
+def report_lock(folder: Path) -> FileLock:
+    """The lock that a process holds while it changes the report and measurements beside a merge."""
     return FileLock(folder / _LOCK)
 
 
 def require_own(folder: Path, cure: str) -> None:
-    """Refuse a folder of believed files in which another user may put some, or that is a link.
+    """Refuse a folder of trusted files that is a link, or that another user may write to.
 
-    Root's own folders are fine for all, and root itself works in folders of others (containers).
+    Root's folders are accepted for all users, and root may use any user's folder (containers).
 
     Raises:
-        DamError: it belongs to another user, or all users may write to it.
+        DamError: the folder is a link, belongs to another user, or all users may write to it.
     """
     if os.name != "posix":
         return
-    found, user = folder.lstat(), os.geteuid()
-    if stat.S_ISLNK(found.st_mode):
+    status, user = folder.lstat(), os.geteuid()
+    if stat.S_ISLNK(status.st_mode):
         got = "a link"
-    elif user != 0 and found.st_uid not in (user, 0):
-        got = f"one of user {found.st_uid}"
-    elif found.st_mode & stat.S_IWOTH:
-        got = "one that all users may write to"
+    elif user != 0 and status.st_uid not in (user, 0):
+        got = f"a folder of user {status.st_uid}"
+    elif status.st_mode & stat.S_IWOTH:
+        got = "a folder that all users may write to"
     else:
         return
-    raise DamError(f"folder {folder}", expected="one that only you can write to", got=got, cure=cure)
+    raise DamError(f"folder {folder}", expected="a folder that only you can write to", got=got, cure=cure)

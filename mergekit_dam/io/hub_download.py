@@ -1,8 +1,8 @@
-"""Models and LoRAs by Hub id: downloaded once, at one commit, and then used as local directories.
+"""Download models and LoRAs of the Hub once, at one commit, and use them as local directories.
 
-mergekit 0.1.5 lists a repository's files on every use, so that a model in the cache cannot be merged without network,
-and a branch that moves while a merge runs is read at two commits. `localise` fetches every model first; the recipe
-keeps its ids, and the references of the returned configuration know where their files are.
+mergekit 0.1.5 lists a repository's files on every use, so that a cached model cannot be merged without network, and a
+branch that moves while a merge runs is read at two commits. `localise` fetches every model first; the recipe keeps its
+ids, and the references of the returned configuration hold the local directories.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.errors import DamError, permission_denied
 from mergekit_dam.io.adapters import merged_adapter, require_mergeable
-from mergekit_dam.io.files import write_whole
-from mergekit_dam.io.hub_client import is_hub_id, patiently
-from mergekit_dam.io.hub_headers import lay_out
+from mergekit_dam.io.files import write_atomic
+from mergekit_dam.io.hub_client import is_hub_id, with_retries
+from mergekit_dam.io.hub_headers import download_headers
 from mergekit_dam.io.untrusted import load_json
 
 INPUTS_FILE = "inputs.json"
 _WEIGHTS = "*.safetensors"
 _WANTED = ["*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["*/*"]  # other formats, and the masks and heads of a merge, lie in folders
-
-_MASKS = ["dam/*masks*"]  # as large as a model, and only of use to one who merges again
+_MASKS = ["dam/*masks*"]  # as large as a model, and used only by a further merge
 
 
 class LocalReference(ModelReference):
-    """A reference that prints as in the recipe and is read from directories on this disk.
+    """A mergekit reference that prints as in the recipe and reads from local directories.
 
-    With `weightless` it is for looking only: a LoRA, which changes no shape, is not merged.
+    Attributes:
+        model_folder: directory of the model.
+        lora_folder: directory of the adapter, or None.
+        weightless: for a plan only: the weights may be absent, and a LoRA, which changes no shape, is not merged.
     """
 
     model_folder: str
@@ -54,14 +56,14 @@ class LocalReference(ModelReference):
         )
 
     def require_mergeable(self, *, trust_remote_code: bool) -> None:
-        """Refuse an adapter that cannot become weights of its base."""
+        """Refuse an adapter that cannot be merged into its base; see `adapters.require_mergeable`."""
         if self.lora_folder is not None:
             require_mergeable(self._local(), Path(self.lora_folder), trust_remote_code=trust_remote_code)
 
     def merged(
         self, cache_dir: str | None = None, trust_remote_code: bool = False, lora_merge_dtype: str | None = None
     ) -> ModelReference:
-        """This, or the base with its LoRA merged; one that was trained anew, or on a moved branch, is merged anew."""
+        """Return the base with its LoRA merged, from the cache if their files are the same; without LoRA, itself."""
         if self.lora is None:
             return self
         if self.weightless:
@@ -73,19 +75,19 @@ class LocalReference(ModelReference):
         )
 
     def config(self, trust_remote_code: bool = False) -> PretrainedConfig:
-        """config.json of the model."""
-        found: PretrainedConfig = self._local().config(trust_remote_code)
-        return found
+        """Read config.json of the model."""
+        config: PretrainedConfig = self._local().config(trust_remote_code)
+        return config
 
     def local_path(self, cache_dir: str | None = None, ignore_lora: bool = False) -> str:
-        """Where the files are; nothing is asked of the Hub."""
-        assert self.lora is None or ignore_lora, "a LoRA is merged first"
+        """Directory of the model's files; makes no request to the Hub."""
+        assert self.lora is None or ignore_lora, "a LoRA must be merged first"
         return self.model_folder
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """A recipe whose models are on this disk.
+class LocalRecipe:
+    """A recipe whose models are local directories.
 
     Attributes:
         config: the recipe with `LocalReference`s.
@@ -100,21 +102,21 @@ class Inputs:
 
 def localise(
     config: MergeConfiguration, options: MergeOptions, *, lora_cache: Path, headers: Path | None = None
-) -> Inputs:
-    """Fetch every model and LoRA of a recipe.
+) -> LocalRecipe:
+    """Download every model and LoRA of a recipe.
 
     Args:
         config: the recipe.
         options: mergekit's options; `transformers_cache` holds the downloads.
         lora_cache: where LoRAs are merged into their bases if `lora_merge_cache` is not given.
-        headers: an empty folder, for looking only: no weights are fetched, and the headers of their files lie there.
+        headers: an empty folder, for a plan only: instead of weights, the headers of their files are written there.
 
     Raises:
         DamError: an unknown id or revision, a gated model, no network and no copy, or an adapter without its base.
     """
     caches = {"lora_merge_cache": options.lora_merge_cache, "transformers_cache": options.transformers_cache}
-    at_home = {name: os.path.expanduser(path) for name, path in caches.items() if path and path.startswith("~")}
-    options = options.model_copy(update=at_home) if at_home else options
+    expanded = {name: os.path.expanduser(path) for name, path in caches.items() if path and path.startswith("~")}
+    options = options.model_copy(update=expanded) if expanded else options
     references = config.referenced_models()
     if isinstance(config.tokenizer_source, ModelReference):
         references.append(config.tokenizer_source)
@@ -133,15 +135,15 @@ def localise(
                 commits[str(part)] = commit
         return fetched[part]
 
-    found = {
+    local = {
         ref: _local_reference(ref, folder_of, commits, weightless=headers is not None)
         for ref in dict.fromkeys(references)
     }
-    for ref in found.values():
+    for ref in local.values():
         ref.require_mergeable(trust_remote_code=options.trust_remote_code)
-    if any(ref.lora for ref in found) and options.lora_merge_cache is None:
+    if any(ref.lora for ref in local) and options.lora_merge_cache is None:
         options = options.model_copy(update={"lora_merge_cache": str(lora_cache)})
-    return Inputs(_replaced(config, found), options, commits)
+    return LocalRecipe(_replaced(config, local), options, commits)
 
 
 def fetch(
@@ -152,20 +154,20 @@ def fetch(
     everything: bool = False,
     headers: Path | None = None,
 ) -> tuple[Path, str | None]:
-    """A model's directory: the path itself if it is one, else a snapshot of the Hub's repository.
+    """Return a model's directory: the path itself if it exists, else a downloaded snapshot of the Hub repository.
 
     Args:
         path: a directory, or an id.
         revision: branch, tag or commit; None for the main branch.
         cache_dir: of the Hub; None for its default (HF_HOME).
-        everything: folders too, which inputs of a merge do not need.
-        headers: where to lay out the model without its weights (`hub_headers`); without network, the cache's are used.
+        everything: download subfolders, too, which inputs of a merge do not need.
+        headers: where to write the model with headers in place of weights (`hub_headers`); offline, the cache is used.
 
     Returns:
         The directory, and the commit if it came from the Hub.
 
     Raises:
-        DamError: what went wrong, with its cure.
+        DamError: a revision of a local folder, neither a directory nor an id, or an error of the Hub.
     """
     path = os.path.expanduser(path)  # no shell does it in a recipe
     name = f"{path}@{revision}" if revision else path
@@ -175,7 +177,7 @@ def fetch(
             f"model {name}",
             expected="a Hub id before @REVISION",
             got="a local folder",
-            cure="In a recipe @ begins a revision, which folders have not: rename the folder, or link to it by a name "
+            cure="In a recipe @ begins a revision, and folders have none: rename the folder, or link to it by a name "
             "without @.",
         )
     if Path(path).exists():
@@ -189,46 +191,46 @@ def fetch(
         )
     unwanted = _MASKS if everything else _UNWANTED
     if headers is not None and not constants.HF_HUB_OFFLINE:
-        # by its commit: a branch that is in the cache by name would be taken for whole when the network is gone
-        revision = patiently(lambda: HfApi().model_info(path, revision=revision), f"model {name}").sha
+        # by commit: a branch cached by name but without weights would count as complete when the network is gone
+        revision = with_retries(lambda: HfApi().model_info(path, revision=revision), f"model {name}").sha
         unwanted = [*unwanted, _WEIGHTS]
     folder = Path(
-        patiently(
+        with_retries(
             lambda: snapshot_download(
                 path, revision=revision, cache_dir=cache_dir, allow_patterns=_WANTED, ignore_patterns=unwanted
             ),
             f"model {name}",
         )
     )
-    commit = folder.name  # the cache names a snapshot by it
+    commit = folder.name  # the cache names snapshots by commit
     if headers is not None and not constants.HF_HUB_OFFLINE:
-        folder = lay_out(path, commit, folder, headers, cache_dir=cache_dir)
+        folder = download_headers(path, commit, folder, headers, cache_dir=cache_dir)
     return folder, commit
 
 
 def require_readable(folder: Path) -> None:
-    """Refuse a model folder, or a file in it that a merge reads, for which this user lacks the right.
+    """Refuse a model folder that this user may not read, or that holds such a file.
 
     Raises:
-        DamError: naming the right.
+        DamError: the right to read is missing.
     """
     try:
         if not folder.exists():
             return
         needed = os.R_OK | os.X_OK if folder.is_dir() else os.R_OK
-        read = [*folder.glob(_WEIGHTS), *folder.glob("*config.json"), *folder.glob("tokenizer*")]
-        denied = next((file for file in read if file.is_file() and not os.access(file, os.R_OK)), None)
+        files = [*folder.glob(_WEIGHTS), *folder.glob("*config.json"), *folder.glob("tokenizer*")]
+        denied = next((file for file in files if file.is_file() and not os.access(file, os.R_OK)), None)
         if os.access(folder, needed):
             if denied is None:
                 return
             folder = denied
     except PermissionError:
-        pass  # a folder on the way to it, or the folder itself
+        pass  # raised by the folder itself, or by a folder on the way to it
     raise permission_denied(str(folder))
 
 
 def require_dataset(name: str, revision: str | None, subject: str) -> None:
-    """Say precisely what hinders the reading of a data set, which `datasets` does not; offline, nothing is asked.
+    """Raise a precise error if a Hub dataset cannot be read, which `datasets` does not; offline, do nothing.
 
     Raises:
         DamError: no such data set or revision, or a gated one.
@@ -236,15 +238,15 @@ def require_dataset(name: str, revision: str | None, subject: str) -> None:
     if constants.HF_HUB_OFFLINE:
         return
     api = HfApi()
-    patiently(lambda: api.dataset_info(name, revision=revision), subject)
-    patiently(lambda: api.auth_check(name, repo_type="dataset"), subject)
+    with_retries(lambda: api.dataset_info(name, revision=revision), subject)
+    with_retries(lambda: api.auth_check(name, repo_type="dataset"), subject)
 
 
 def record_inputs(folder: Path, commits: Mapping[str, str]) -> None:
-    """Keep the commits beside a merge: `dam/inputs.json`."""
+    """Write the commits of a merge's models to `inputs.json` in `folder`."""
     if commits:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / INPUTS_FILE, json.dumps(dict(sorted(commits.items())), indent=1))
+        write_atomic(folder / INPUTS_FILE, json.dumps(dict(sorted(commits.items())), indent=1))
 
 
 def _local_reference(
@@ -293,26 +295,26 @@ def _local_reference(
 
 
 def _absolute(part: ModelPath) -> ModelPath:
-    """mergekit asks the Hub about a relative path when it writes the card, and without network that fails."""
+    """Make a local path absolute: mergekit would look a relative path up on the Hub when it writes the card."""
     path = Path(part.path).expanduser() if part.path.startswith("~") else Path(part.path)
     if part.revision is None and path.exists():
         return ModelPath(path=str(path.absolute()))
     return part
 
 
-def _replaced(value: Any, found: Mapping[ModelReference, LocalReference]) -> Any:
-    """The same value with other references; what holds none stays the very object."""
+def _replaced(value: Any, local: Mapping[ModelReference, LocalReference]) -> Any:
+    """Replace the references inside a value; a part without references stays the same object."""
     if isinstance(value, ModelReference):
-        return found.get(value, value)
+        return local.get(value, value)
     if isinstance(value, BaseModel):
         fields = {name: getattr(value, name) for name in type(value).model_fields}
-        new = {name: _replaced(field, found) for name, field in fields.items()}
+        new = {name: _replaced(field, local) for name, field in fields.items()}
         changed = {name: field for name, field in new.items() if field is not fields[name]}
         return value.model_copy(update=changed) if changed else value
     if isinstance(value, dict):
-        entries = {key: _replaced(entry, found) for key, entry in value.items()}
+        entries = {key: _replaced(entry, local) for key, entry in value.items()}
         return entries if any(entries[key] is not value[key] for key in value) else value
     if isinstance(value, list):
-        items = [_replaced(item, found) for item in value]
+        items = [_replaced(item, local) for item in value]
         return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
     return value

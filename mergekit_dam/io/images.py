@@ -1,4 +1,4 @@
-"""PIL images -> pixels in [0, 1], as a model's preprocessor_config.json asks; mean and std stay apart.
+"""Resize, crop and normalise PIL images as a model's preprocessor_config.json says.
 
 Legend: B batch, C channels, H, W pixels.
 """
@@ -22,13 +22,21 @@ from mergekit_dam.io.untrusted import load_json
 
 LOG = logging.getLogger(__name__)
 PREPROCESSING_FILES = ("preprocessor_config.json", "processor_config.json")
-_LARGEST_EDGE = 4096  # pixels of a resized image; 200 MB for one, beyond what any encoder here takes
+_LARGEST_EDGE = 4096  # pixels of a resized image, which then takes 200 MB; no encoder here takes larger ones
 _SMALLEST_STD = 1e-6
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, optional centre crop, and the normalisation that belongs to the model."""
+    """Resize, optional centre crop, and normalisation of a model.
+
+    Attributes:
+        resize: (height, width), or the shorter edge, in pixels.
+        crop: (height, width) of the centre crop in pixels, or None.
+        resample: filter, a value of PIL's `Image.Resampling`.
+        mean: of the three channels, for pixels in [0, 1].
+        std: of the three channels, for pixels in [0, 1].
+    """
 
     resize: tuple[int, int] | int
     crop: tuple[int, int] | None
@@ -38,18 +46,24 @@ class Preprocessing:
 
     @classmethod
     def read(cls, folders: Iterable[Path], image_size: int) -> Preprocessing:
-        """From the first folder with a preprocessor_config.json, or a processor_config.json that holds the same under
-        `image_processor` (transformers 5 writes that for CLIP); else image_size, mean = std = 0.5."""
+        """Read the first preprocessor_config.json or processor_config.json in `folders`.
+
+        The latter holds the same values under `image_processor` (transformers 5 writes that for CLIP). Without such a
+        file, images are resized to `image_size` (pixels), and mean = std = 0.5.
+
+        Raises:
+            DamError: a file with sizes, mean or std that cannot be.
+        """
         for file in (folder / name for folder in folders for name in PREPROCESSING_FILES):
             if file.is_file():
                 values = load_json(file)
                 if file.name != PREPROCESSING_FILES[0]:
                     if not isinstance(values, dict) or not values.get("image_processor"):
-                        continue  # of a processor whose parts lie in files of their own
+                        continue  # this processor keeps its image settings in a file of their own
                     values = values["image_processor"]
                 try:
-                    found = cls._from_json(values, image_size)
-                    found._require_plausible()
+                    preprocessing = cls._from_json(values, image_size)
+                    preprocessing._require_plausible()
                 except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                     raise DamError(
                         str(file),
@@ -57,7 +71,7 @@ class Preprocessing:
                         got=first_line(error),
                         cure="Download it again, or write it with save_pretrained(...).",
                     ) from error
-                return found
+                return preprocessing
         LOG.warning("no preprocessor_config.json: images are resized to %d, mean = std = 0.5", image_size)
         return cls((image_size, image_size), None, Image.Resampling.BILINEAR, (0.5,) * 3, (0.5,) * 3)
 
@@ -68,7 +82,7 @@ class Preprocessing:
             shortest = size.get("shortest_edge")
             resize: tuple[int, int] | int = shortest or (size.get("height", image_size), size.get("width", image_size))
         elif values.get("do_center_crop"):
-            resize = size  # a bare number beside a crop is the shorter edge, as in CLIP's own file
+            resize = size  # a number beside a crop is the shorter edge, as in CLIP's own file
         else:
             resize = (size, size)
         crop = values.get("crop_size") if values.get("do_center_crop") else None
@@ -86,7 +100,7 @@ class Preprocessing:
         )
 
     def _require_plausible(self) -> None:
-        """Raise ValueError for what would fill the memory or make NaN."""
+        """Raise ValueError for values that would fill the memory or make NaN."""
         edges = [*(self.resize if isinstance(self.resize, tuple) else (self.resize,)), *(self.crop or ())]
         for edge in edges:
             if not isinstance(edge, int) or not 1 <= edge <= _LARGEST_EDGE:
@@ -98,10 +112,10 @@ class Preprocessing:
             raise ValueError(f"mean {self.mean} and std {self.std}")
 
     def pixels(self, images: Iterable[Image.Image]) -> Tensor:
-        """uint8 pixels_BCHW: a quarter of the memory of floats, and what the file held."""
-        return torch.stack([self._one(image) for image in images])
+        """Resize and crop images to uint8 pixels_BCHW, which take a quarter of the memory of floats."""
+        return torch.stack([self._pixels_of(image) for image in images])
 
-    def _one(self, image: Image.Image) -> Tensor:
+    def _pixels_of(self, image: Image.Image) -> Tensor:
         image = image.convert("RGB")
         if isinstance(self.resize, int):
             scale = self.resize / min(image.size)
@@ -116,6 +130,6 @@ class Preprocessing:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def normalise(self, pixels_BCHW: Tensor) -> Tensor:
-        """(x - mean) / std, the last step before the model."""
+        """Return (x - mean) / std of pixels_BCHW in [0, 1], the last step before the model."""
         mean, std = (torch.tensor(v, device=pixels_BCHW.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return (pixels_BCHW - mean) / std

@@ -1,4 +1,4 @@
-"""Parquet files of strangers: single columns, chosen rows, and a bound on what the pages may expand to."""
+"""Read single columns and chosen rows of untrusted parquet files, with a bound on the size of the expanded pages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mergekit_dam.errors import DamError, first_line, permission_denied
 
 EXPANSION = 200  # text packs to a tenth, images do not pack; bombs reach 10,000
 SLACK = 1 << 26  # bytes that any file may expand to
-_BATCH_BYTES = 1 << 30  # that a batch of rows could expand to
-_ROWS = 50_000_000  # of one source; beyond it the shuffle alone takes gigabytes
-# encodings in which a value is written for each row that has it
-_ONCE = frozenset({"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"})
+_MAX_BATCH_BYTES = 1 << 30  # of a batch of rows when expanded
+_MAX_ROWS = 50_000_000  # of one source; beyond it the shuffle alone takes gigabytes
+# encodings that write a value again for each row that has it
+_UNSHARED_ENCODINGS = frozenset({"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"})
 
 
 class ParquetTable:
@@ -40,27 +40,29 @@ class ParquetTable:
                     got=f"{', '.join(shard.features)} in {shard.path.name}",
                     cure="Name one of the files, or a folder that holds the shards of one data set.",
                 )
-        if len(self) > _ROWS:
-            raise DamError(where, expected=f"at most {_ROWS} rows", got=str(len(self)), cure="Give a part of the data.")
+        if len(self) > _MAX_ROWS:
+            raise DamError(
+                where, expected=f"at most {_MAX_ROWS} rows", got=str(len(self)), cure="Give a part of the data."
+            )
 
     def __len__(self) -> int:
         return sum(shard.length for shard in self._shards)
 
     def take(self, column: str, rows: Sequence[int]) -> list[Any]:
-        """The values of these rows, as Python objects.
+        """Read a column in these rows, as Python objects.
 
         Raises:
-            DamError: damaged pages, or pages that expand without measure.
+            DamError: pages are damaged, or expand beyond the bound.
         """
-        wanted, found, start = sorted(set(rows)), dict[int, Any](), 0
+        wanted, values, start = sorted(set(rows)), dict[int, Any](), 0
         try:
             for shard in self._shards:
                 inside = _between(wanted, start, start + shard.length)
                 if inside:
-                    values = shard.read(column, [row - start for row in inside])
-                    found |= {row + start: value for row, value in values.items()}
+                    part = shard.read(column, [row - start for row in inside])
+                    values |= {row + start: value for row, value in part.items()}
                 start += shard.length
-            return [found[row] for row in rows]
+            return [values[row] for row in rows]
         except Exception as error:  # pyarrow raises many kinds on damaged pages
             if isinstance(error, DamError):
                 raise
@@ -68,7 +70,7 @@ class ParquetTable:
 
 
 class _Shard:
-    """One file, opened for each column that is read."""
+    """A parquet file, opened anew for each column that is read."""
 
     def __init__(self, path: Path, where: str) -> None:
         import datasets
@@ -83,41 +85,41 @@ class _Shard:
         self.length = int(file.metadata.num_rows)
 
     def read(self, column: str, wanted: Sequence[int]) -> dict[int, Any]:
-        """Row -> value; `wanted` is sorted."""
+        """Return row -> value of a column; `wanted` holds row numbers in ascending order."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(self.path)
         flat = not pa.types.is_nested(file.schema_arrow.field(column).type)
         if flat:
-            # a value that many rows use then stays one value in memory
+            # rows with the same value then share it in memory
             file = pq.ParquetFile(self.path, metadata=file.metadata, read_dictionary=[column])
-        found: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         budget, start = EXPANSION * self.path.stat().st_size + SLACK, 0
         for group in range(file.metadata.num_row_groups):
             length = file.metadata.row_group(group).num_rows
             inside = _between(wanted, start, start + length)
             if inside:
-                budget = _read_group(file, column, group, flat, (start, inside), budget, found)
+                budget = _read_group(file, column, group, flat, (start, inside), budget, values)
             start += length
-        return found
+        return values
 
 
 def _read_group(
-    file: Any, column: str, group: int, flat: bool, rows: tuple[int, Sequence[int]], budget: int, found: dict[int, Any]
+    file: Any, column: str, group: int, flat: bool, rows: tuple[int, Sequence[int]], budget: int, into: dict[int, Any]
 ) -> int:
-    """Add the wanted rows of a group to `found`.
+    """Add the wanted rows of a row group to `into`.
 
     Args:
         flat: whether the column was opened with its dictionary kept.
-        rows: the number of the group's first row, and those wanted.
+        rows: number of the group's first row, and numbers of the wanted rows.
         budget: bytes that the file may still expand to.
 
     Returns:
-        What is left of the budget.
+        The remaining budget in bytes.
 
     Raises:
-        ValueError: it is used up.
+        ValueError: the budget is exceeded.
     """
     import pyarrow as pa
 
@@ -130,35 +132,35 @@ def _read_group(
     ]
     size = sum(part.total_uncompressed_size for part in parts)
     # with the dictionary kept, only values that share a prefix grow
-    grows = [e for part in parts for e in part.encodings if e not in _ONCE and not (flat and "DICT" in e)]
-    at_once = max(1, min(1024, _BATCH_BYTES // max(1, size))) if grows else 1024
+    grows = [e for part in parts for e in part.encodings if e not in _UNSHARED_ENCODINGS and not (flat and "DICT" in e)]
+    at_once = max(1, min(1024, _MAX_BATCH_BYTES // max(1, size))) if grows else 1024
     for batch in file.iter_batches(batch_size=at_once, row_groups=[group], columns=[column], use_threads=False):
         values = batch.column(0)
-        once = isinstance(values, pa.DictionaryArray)  # its values stand in memory once, whatever the batch
-        budget -= values.indices.nbytes if once else values.nbytes
-        if values.nbytes > _BATCH_BYTES or budget < 0:
+        shared = isinstance(values, pa.DictionaryArray)  # its values are in memory once, whatever the batch
+        budget -= values.indices.nbytes if shared else values.nbytes
+        if values.nbytes > _MAX_BATCH_BYTES or budget < 0:
             raise ValueError(f"a file that expands to more than {EXPANSION} times its size")
         for row in _between(wanted, start, start + batch.num_rows):
-            found[row] = values[row - start].as_py()
+            into[row] = values[row - start].as_py()
         start += batch.num_rows
     return budget
 
 
 def _between(rows: Sequence[int], start: int, end: int) -> Sequence[int]:
-    """Of sorted rows those in [start, end)."""
+    """The rows in [start, end), of rows in ascending order."""
     return rows[bisect_left(rows, start) : bisect_left(rows, end)]
 
 
 def unreadable(where: str, error: BaseException) -> DamError:
-    """What a library said about data that it cannot read, or that this user may not read."""
+    """Make a DamError of a library's error about data that it cannot read, or that this user may not read."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    denied = next((one for one in chain if isinstance(one, PermissionError)), None)
+    denied = next((e for e in chain if isinstance(e, PermissionError)), None)
     if denied is not None:
         place = denied.filename
         return permission_denied(where if place is None or str(place) in where else f"{where}: {place}")
-    generic = type(error).__name__.startswith("DatasetGeneration")  # it says no more than that
+    generic = type(error).__name__.startswith("DatasetGeneration")  # its message does not name the cause
     return DamError(
         where,
         got=first_line(chain[-1] if generic else error),

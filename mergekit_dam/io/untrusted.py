@@ -1,7 +1,7 @@
-"""Files that others wrote: read with bounds on size and depth, names that cannot leave their folder.
+"""Read untrusted files within bounds on size and depth, and refuse names and links that leave their folder.
 
-Models, recipes and artefacts come from strangers. Nothing here runs what it reads; each bound is far above what real
-files need, and a file beyond one is refused by name before memory or time is spent on it.
+Models, recipes and artefacts come from strangers. Nothing here runs what it reads; each bound is far above the needs
+of real files, and a file beyond a bound is refused by name before memory or time is spent on it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mergekit_dam.errors import DamError, first_line, permission_denied
 _YAML_BYTES = 1 << 20  # a recipe of a thousand models has 100 kB
 _YAML_NODES = 100_000  # after all aliases are followed; ten lines of aliases to aliases would make 10^9
 _JSON_BYTES = 1 << 26  # the shard index of the largest models has 10 MB
-_NAME_CHARACTERS = 128  # of a name that becomes part of a file's name (systems allow 255 bytes)
-# config.json: what decides how many objects or how much memory a model takes before a weight is read
+_NAME_BYTES = 128  # of a name that becomes part of a file's name (systems allow 255 bytes)
+# entries of config.json that decide how many objects or how much memory a model takes before a weight is read
 _CONFIG_LIMITS: dict[str, int] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_local_experts"), 4096),
     **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "dim", "hidden_dim", "projection_dim"), 1 << 21),
@@ -32,7 +32,7 @@ _CONFIG_LIMITS: dict[str, int] = {
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """YAML of plain values (no tags that make objects), at most 1 MB and 100,000 nodes with aliases followed.
+    """Parse YAML of plain values (no tags that make objects), at most 1 MB and 100,000 nodes with aliases followed.
 
     Raises:
         DamError: not YAML, too large, too deep, or aliases that contain themselves.
@@ -60,7 +60,7 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 def _yaml_fault(error: yaml.YAMLError, text: str) -> dict[str, str]:
-    """What is wrong at which line and column, and the cure where that line shows it."""
+    """The got and cure of a YAML error, with line and column; the cure names a tab or no-break space there."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     if isinstance(error, yaml.reader.ReaderError):
         before = text[: error.position]
@@ -68,23 +68,23 @@ def _yaml_fault(error: yaml.YAMLError, text: str) -> dict[str, str]:
         got = f"the character {error.character!r}"
     elif mark is not None:
         number, column = mark.line + 1, mark.column + 1
-        said = (getattr(error, "context", None), getattr(error, "problem", None))
-        got = ", ".join(part for part in said if part)
+        parts = (getattr(error, "context", None), getattr(error, "problem", None))
+        got = ", ".join(part for part in parts if part)
     else:
         return {"got": first_line(error), "cure": "See the example in the README."}
     lines = text.splitlines()
-    line = next((one for one in lines[max(0, number - 2) : number] if "\t" in one or "\xa0" in one), "")
+    line = next((text for text in lines[max(0, number - 2) : number] if "\t" in text or "\xa0" in text), "")
     if "\t" in line:
-        cure = "A tab is in the way: indent with spaces."
+        cure = "The line has a tab: indent with spaces."
     elif "\xa0" in line:
-        cure = "A no-break space, as web pages have, is in the way: type a plain one."
+        cure = "The line has a no-break space, as web pages have: type a plain space."
     else:
         cure = "Correct this line or the one before it."
     return {"got": f"{got} (line {number}, column {column})", "cure": cure}
 
 
 def read_utf8(path: Path, where: str) -> str:
-    """A text file that a person wrote, in UTF-8 with or without its mark.
+    """Read a text file in UTF-8, with or without a byte order mark.
 
     Raises:
         DamError: no right to read it, or another encoding.
@@ -103,12 +103,12 @@ def read_utf8(path: Path, where: str) -> str:
 
 
 def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes below and with `node`, each alias counted as a copy; Python's integers do not overflow."""
+    """Count `node` and the nodes below it, each alias as a copy; Python's integers do not overflow."""
     if id(node) in known:
         if known[id(node)] == 0:
             raise ValueError("an alias inside the value that it stands for")
         return known[id(node)]
-    known[id(node)] = 0  # under way
+    known[id(node)] = 0  # being counted
     total = 1
     if isinstance(node, yaml.SequenceNode):
         total += sum(_nodes(child, known) for child in node.value)
@@ -119,7 +119,7 @@ def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def load_json(path: Path, *, where: str | None = None, max_bytes: int = _JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of bounded size.
+    """Read a JSON object from a file of bounded size.
 
     Raises:
         DamError: no right to read it, too large, too deep, not JSON, or not an object.
@@ -144,11 +144,11 @@ def require_plausible_config(folder: Path) -> None:
     """Refuse a config.json whose sizes would exhaust memory or time before a weight is read.
 
     Raises:
-        DamError: naming the entry.
+        DamError: an entry exceeds its limit.
     """
     path = folder / "config.json"
     if not path.is_file():
-        return  # loading it says so
+        return  # loading the model reports the missing file
     values = load_json(path)
     labels = values.get("id2label")
     if isinstance(labels, Mapping):
@@ -174,14 +174,14 @@ def _number(value: Any) -> float:
 
 
 def plain_name(name: str, what: str) -> str:
-    """The name itself, if it stays in its folder whatever the system: no separator, no dots only, no control code.
+    """Return the name if it stays in its folder on every system: no separator, not only dots, no control character.
 
     Raises:
-        DamError: for any other name.
+        DamError: any other name.
     """
     if (
         not name.strip(". ")
-        or len(name.encode("utf-8", "surrogatepass")) > _NAME_CHARACTERS
+        or len(name.encode("utf-8", "surrogatepass")) > _NAME_BYTES
         or any(c in '/\\:*?"<>|' or not c.isprintable() for c in name)
     ):
         raise DamError(
@@ -194,28 +194,28 @@ def plain_name(name: str, what: str) -> str:
 
 
 def file_safe(name: str) -> str:
-    """A plain name that looks like `name`: other characters become `-`, and it is cut to 96 bytes."""
+    """Make a plain name of `name`: characters other than letters, digits and `-_.` become `-`; at most 96 bytes."""
     kept = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     kept = kept.encode("utf-8", "replace")[:96].decode("utf-8", "ignore")
     return kept if kept.strip(".") else "model"
 
 
 def require_no_links_out(folder: Path, names: tuple[str, ...] = ("", "dam", "dam/heads", "dam/figures")) -> None:
-    """Refuse an output folder in which a symbolic link would make the merge write elsewhere.
+    """Refuse an output folder in which a symbolic link would make the merge write outside it.
 
     Args:
         folder: the output; it need not exist. It may be a link itself, since the user named it.
         names: the folders below it that a merge writes to.
 
     Raises:
-        DamError: naming the link.
+        DamError: a link leads outside the folder.
     """
     root = folder.resolve()
     for name in names:
         try:
             entries = [*os.scandir(root / name)] if (root / name).is_dir() else []
         except OSError:
-            entries = []  # a folder that cannot be listed fails with a message of its own when it is written
+            entries = []  # writing to a folder that cannot be listed fails with a message of its own
         for entry in entries:
             if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
                 raise DamError(

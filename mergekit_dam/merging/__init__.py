@@ -1,1 +1,1 @@
-"""The merge equation and its gradients, on the CPU and in Triton."""
+"""Compute the merge equation and its gradients, on the CPU and in Triton."""

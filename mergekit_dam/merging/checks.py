@@ -1,4 +1,4 @@
-"""NaN and infinity named where they arise; masks and task vectors that say nothing reported."""
+"""Refuse NaN and infinity by tensor name, and warn about meaningless masks and task vectors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mergekit_dam.merging.foreach import are_finite
 from mergekit_dam.merging.mask_bytes import to_probabilities
 
 LOG = logging.getLogger(__name__)
-_COLLAPSED = 1e-3  # a mask whose mean is nearer than this to 0 or 1 decides nothing
-_PIECE = 1 << 17  # elements
-_OUTLIER = 100.0  # a task vector so many times longer than the median one
+_COLLAPSED = 1e-3  # a mask whose mean is nearer than this to 0 or 1 separates no weights
+_PIECE = 1 << 17  # elements, which fit into the processor's cache
+_OUTLIER = 100.0  # times the median length, from which a task vector is reported
 _DAMAGED = "This model is damaged: download or train it again, or leave it out."
 
 
 def require_finite(tensor: Tensor, name: str, owner: str, cure: str = _DAMAGED) -> None:
-    """Refuse a floating tensor of any shape with NaN or infinity in it.
+    """Refuse a floating tensor, of any shape, that has NaN or infinity.
 
     Raises:
-        DamError: `name` of `owner`, and how many of its elements.
+        DamError: with `name`, `owner` and the number of such elements.
     """
     if tensor.is_floating_point() and not bool(finite_flag(tensor)):
         count = int((~torch.isfinite(tensor)).sum())
@@ -37,36 +37,36 @@ def require_finite(tensor: Tensor, name: str, owner: str, cure: str = _DAMAGED) 
 
 
 def finite_flag(tensor: Tensor) -> Tensor:
-    """Whether all elements are finite: 0-dim bool on the tensor's device, from one pass that copies nothing."""
+    """Whether all elements are finite, as a 0-dim bool on the tensor's device; one pass without a copy."""
     if not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
-    low, high = tensor.detach().aminmax()  # NaN wins
+    low, high = tensor.detach().aminmax()  # NaN if any element is
     return torch.isfinite(low) & torch.isfinite(high)
 
 
 def finite_flags(tensors: Sequence[Tensor]) -> Tensor:
-    """`finite_flag` of each, (n,); a few launches in all on an accelerator."""
+    """`finite_flag` of each tensor, (n,), in few launches on an accelerator."""
     if tensors[0].device.type == "cpu":
         return torch.stack([finite_flag(tensor) for tensor in tensors])
     return are_finite(tensors)
 
 
 def require_finite_gradients(gradients: Mapping[str, Tensor | None], what: str, step: int) -> None:
-    """Refuse NaN or infinity in gradients by name.
+    """Refuse gradients with NaN or infinity.
 
     Raises:
-        DamError: the first tensor concerned, and the step.
+        DamError: with the first such tensor and the step.
     """
-    found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    if found:
-        require_flags([f"{what} for {name}" for name in found], finite_flags(list(found.values())), step)
+    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    if present:
+        require_flags([f"{what} for {name}" for name in present], finite_flags(list(present.values())), step)
 
 
 def require_flags(names: Sequence[str], flags_N: Tensor, step: int) -> None:
-    """Refuse a step in which some gradient was not finite (`finite_flags`); one wait for the device in all.
+    """Refuse a step in which a gradient was not finite (`finite_flags`); it waits for the device once.
 
     Raises:
-        DamError: the first tensor concerned, and the step.
+        DamError: with the first such tensor and the step.
     """
     if bool(flags_N.all()):
         return
@@ -79,21 +79,21 @@ def require_flags(names: Sequence[str], flags_N: Tensor, step: int) -> None:
 
 
 def warn_about_masks(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor) -> list[str]:
-    """Log, and return, `mask_faults`."""
-    found = mask_faults(probabilities, coefficients)
-    for line in found:
+    """Log and return `mask_faults`."""
+    faults = mask_faults(probabilities, coefficients)
+    for line in faults:
         LOG.warning("dam: %s", line)
-    return found
+    return faults
 
 
 def mask_faults(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients: Tensor) -> list[str]:
-    """What makes learned masks meaningless: a mask all 0 or all 1, or coefficients all 0.
+    """Describe faults that make learned masks meaningless: a mask all 0 or all 1, or coefficients all 0.
 
     Args:
         probabilities: mask name -> tensor name -> probabilities of any shape, or their bytes.
         coefficients: lambda, (T, 1) or (T, P).
     """
-    found = []
+    faults = []
     for mask, by_name in probabilities.items():
         sums = {name: _sum(values) for name, values in by_name.items()}
         kept = math.fsum(sums.values())
@@ -102,38 +102,38 @@ def mask_faults(probabilities: Mapping[str, Mapping[str, Tensor]], coefficients:
             continue
         mean = kept / units
         if mean < _COLLAPSED:
-            found.append(f"mask {mask} has collapsed to 0 (mean {mean:.2g}): it tells no weights apart")
+            faults.append(f"mask {mask} has collapsed to 0 (mean {mean:.2g}): it separates no weights")
         elif mean > 1 - _COLLAPSED:
-            found.append(f"mask {mask} has collapsed to 1 (mean {mean:.6g}): it takes nothing out")
+            faults.append(f"mask {mask} has collapsed to 1 (mean {mean:.6g}): it removes nothing")
         dead = [name for name, values in by_name.items() if sums[name] < _COLLAPSED * values.numel()]
         if dead and mean >= _COLLAPSED:
-            found.append(f"mask {mask} is 0 in {len(dead)} of {len(by_name)} tensors (first: {dead[0]})")
+            faults.append(f"mask {mask} is 0 in {len(dead)} of {len(by_name)} tensors (first: {dead[0]})")
     if not bool(coefficients.any()):
-        found.append("all merging coefficients are 0: the merge is theta_0")
-    return found
+        faults.append("all merging coefficients are 0: the merge is theta_0")
+    return faults
 
 
 def _sum(values: Tensor) -> float:
-    """In pieces that stay in the processor's cache, for a copy in float32 of all is as large as the masks twice."""
+    """Sum probabilities in pieces that fit into the cache; a whole float32 copy would take twice the masks."""
     return math.fsum(float(to_probabilities(part).sum()) for part in values.reshape(-1).split(_PIECE))
 
 
 def warn_about_task_vectors(names: Sequence[str], norms: Sequence[float]) -> list[str]:
-    """Log, and return, models equal to theta_0 and models that drown the others.
+    """Log and return warnings about models that equal theta_0 or are much farther from it than the median model.
 
     Args:
         names: of the T models.
-        norms: L2 norm of each one's whole task vector.
+        norms: L2 norm of each model's whole task vector.
     """
-    middle = sorted(norms)[(len(norms) - 1) // 2]
-    found = []
+    median = sorted(norms)[(len(norms) - 1) // 2]
+    warnings = []
     for name, norm in zip(names, norms, strict=True):
         if norm == 0.0:
-            found.append(f"model {name} equals theta_0 in every shared tensor: it adds nothing")
-        elif middle > 0.0 and norm > _OUTLIER * middle:
-            found.append(f"model {name} is {norm / middle:.3g} times as far from theta_0 as the median model")
+            warnings.append(f"model {name} equals theta_0 in every shared tensor: it adds nothing")
+        elif median > 0.0 and norm > _OUTLIER * median:
+            warnings.append(f"model {name} is {norm / median:.3g} times as far from theta_0 as the median model")
         elif not math.isfinite(norm):
-            found.append(f"model {name} is too far from theta_0 to measure")
-    for line in found:
+            warnings.append(f"model {name} is too far from theta_0 to measure")
+    for line in warnings:
         LOG.warning("dam: %s", line)
-    return found
+    return warnings

@@ -1,4 +1,4 @@
-"""How a tensor of shape S and its mask are cut into chunks that stay in the processor's cache, and the work on one."""
+"""Split a tensor of shape S and its mask into chunks that fit into the processor's cache, with buffers for a chunk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gradient_shape(mask: Mask) -> torch.Size:
 
 
 class Layout:
-    """How a tensor of shape S and its mask are cut: in rows where an entry covers a row, else in flat pieces."""
+    """The split of a tensor of shape S and its mask: in rows where a mask entry covers a row, else in flat pieces."""
 
     def __init__(self, like: Tensor, mask_shape: Sequence[int]) -> None:
         self.shape = like.shape
@@ -36,7 +36,7 @@ class Layout:
         self.largest = min(numel, self.size * (numel // entries) if self.rows else self.size)
 
     def split(self, tensor: Tensor | None) -> Sequence[Tensor | None]:
-        """Chunks of a tensor of shape S, as views; of None so many times None."""
+        """Chunks of a tensor of shape S, as views; for None, a None per chunk."""
         if tensor is None:
             return [None] * self.count
         view = tensor.reshape(self.shape[0], -1) if self.rows else tensor.reshape(-1)
@@ -44,7 +44,7 @@ class Layout:
         return chunks
 
     def split_mask(self, mask: Mask | None) -> Iterator[Tensor | None]:
-        """Chunks of M that broadcast to those of the tensor."""
+        """Chunks of M that broadcast to the tensor's chunks."""
         if mask is None:
             yield from [None] * self.count
         elif isinstance(mask, MaskProduct):
@@ -62,17 +62,17 @@ class Layout:
             yield from mask.expand(self.shape).reshape(-1).split(self.size)
 
     def split_own(self, mask: Mask | None) -> Iterator[Sequence[Tensor | None]]:
-        """Chunks of the models' own factors, T at a time; () where they have none."""
+        """Chunks of the models' own factors, T at a time; () per chunk where models have no own factors."""
         if not has_own(mask):
             return itertools.repeat((), self.count)
         return zip(*(self.split_mask(mask.of_model(t)) for t in range(len(mask.own))), strict=True)
 
     def split_shared(self, mask: Mask | None) -> Iterator[Tensor | None]:
-        """Chunks of what all models' task vectors are multiplied by."""
+        """Chunks of the factor that multiplies the task vectors of all models."""
         return self.split_mask(mask.shared if isinstance(mask, MaskProduct) else mask)
 
     def add_to_mask(self, out: Tensor, gradient: Tensor) -> None:
-        """Add a chunk's dL/dM to that of the mask entries that cover it."""
+        """Add a chunk's dL/dM to the gradient of the mask entries that cover it."""
         if self.rows:
             out.add_(gradient.sum(1, keepdim=True))
         elif self.single:
@@ -82,14 +82,14 @@ class Layout:
 
 
 def add_products(products: Sequence[Sequence[Tensor]], out: Tensor) -> None:
-    """Add each model's sum over the chunks to `out`, (T,)."""
-    for t, found in enumerate(products):
-        if found:
-            out[t] += torch.stack(list(found)).sum()
+    """Sum each model's products over the chunks, and add the sums to `out`, (T,)."""
+    for t, of_chunks in enumerate(products):
+        if of_chunks:
+            out[t] += torch.stack(list(of_chunks)).sum()
 
 
-class Work:
-    """Buffers of one chunk, used again for every chunk of a tensor."""
+class ChunkBuffers:
+    """Buffers for one chunk, reused for every chunk of a tensor."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._buffers = torch.empty((4, layout.largest), dtype=torch.float32, device=device).unbind()
@@ -98,19 +98,19 @@ class Work:
         return self._buffers[index][: chunk.numel()].view(chunk.shape)
 
     def float32(self, chunk: Tensor) -> Tensor:
-        """The chunk itself, or a copy in float32."""
+        """Return the chunk itself if it is float32, else a float32 copy."""
         return chunk if chunk.dtype == torch.float32 else self._like(3, chunk).copy_(chunk)
 
     def masked(self, gradient: Tensor, mask: Tensor) -> Tensor:
-        """dL/dtheta o M."""
+        """Compute dL/dtheta o M."""
         return torch.mul(gradient, mask, out=self._like(2, gradient))
 
     def total(self, like: Tensor) -> Tensor:
-        """Memory for a sum over models; what it holds is anything."""
+        """Return uninitialised memory for a sum over models."""
         return self._like(0, like)
 
     def task_vectors(self, base: Tensor, models: Sequence[Tensor | None]) -> Iterator[tuple[int, Tensor]]:
-        """t and tau_t of the models that have the tensor; each may be changed, and is overwritten by the next."""
+        """Yield t and tau_t of the models that have the tensor; tau_t may be changed, and the next overwrites it."""
         tau = self._like(1, base)
         for t, model in enumerate(models):
             if model is None:

@@ -1,6 +1,6 @@
-"""Reductions of many tensors in a few launches, for accelerators, where a call costs more than a small tensor's work.
+"""Reduce many tensors in a few launches, since a launch on an accelerator costs more than the work on a small tensor.
 
-torch's `_foreach` functions are what its own optimisers and gradient clipping are made of.
+torch's own optimisers and gradient clipping use the same `_foreach` functions.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ Item = TypeVar("Item")
 
 
 def groups(items: Iterable[Item], most: int, numel: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Items in their order, together until they have `most` elements or more; the empty ones left out."""
+    """Group items in their order, each group until it has `most` elements or more; empty items are left out."""
     group: list[Item] = []
-    held = 0
+    elements = 0
     for item in items:
         if numel(item):
             group.append(item)
-            held += numel(item)
-        if held >= most:
+            elements += numel(item)
+        if elements >= most:
             yield group
-            group, held = [], 0
+            group, elements = [], 0
     if group:
         yield group
 
 
 def sums_of_sigmoids(logits: Sequence[Tensor]) -> Tensor:
-    """sum sigmoid(logit) of each tensor, (n,), float32: the L1 norm of what is not negative is its sum."""
+    """sum sigmoid(logit) of each tensor, (n,), float32, as an L1 norm, since sigmoids are positive."""
     return torch.stack(list(torch._foreach_norm(list(torch._foreach_sigmoid(list(logits))), 1)))
 
 
 def are_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether all elements of each tensor are finite, (n,), bool; in a maximum NaN wins. Empty tensors are."""
+    """Whether all elements of each tensor are finite, (n,), bool; a maximum norm keeps NaN. Empty tensors count."""
     return torch.isfinite(torch.stack(list(torch._foreach_norm(list(tensors), torch.inf))))

@@ -1,7 +1,7 @@
-"""Probabilities of masks as they are kept: one byte each, in steps of 1/254, so that 0, 1/2 and 1 are exact.
+"""Store probabilities of masks as one byte each, in steps of 1/254, so that 0, 1/2 and 1 are exact.
 
-Rounding moves a probability by 0.002 at most. A file is half as large as with float16, and applying masks is bound by
-reading them (benchmarks/dam_bench/performance/run_steps.py).
+Rounding changes a probability by at most 0.002. A file is half as large as with float16, and reading masks takes most
+of the time of applying them (benchmarks/dam_bench/performance/run_steps.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ STEPS = 254
 
 
 def to_bytes(probabilities: Tensor) -> Tensor:
-    """uint8, the same shape; what is bytes already stays as it is.
+    """Convert probabilities to uint8 of the same shape; bytes are returned unchanged.
 
     Args:
         probabilities: in [0, 1], any floating type.
@@ -24,11 +24,11 @@ def to_bytes(probabilities: Tensor) -> Tensor:
 
 
 def to_probabilities(values: Tensor, out: Tensor | None = None) -> Tensor:
-    """float32, the same shape.
+    """Convert bytes to float32 probabilities of the same shape.
 
     Args:
         values: bytes, or probabilities in any floating type (files of schema 1 have float16).
-        out: float32, where they go; a new tensor if not given.
+        out: float32 tensor to write to; a new tensor if not given.
     """
     out = torch.empty(values.shape, dtype=torch.float32, device=values.device) if out is None else out
     out.copy_(values)

@@ -1,4 +1,4 @@
-"""Names, shapes and keys of masks: what the files of a merge, the equation and learning all know of them."""
+"""Define names, shapes and keys of masks, for the files of a merge, the equation and learning."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def table_granularity(granularity: Granularity) -> Granularity:
 
 
 def own_key(model: int, name: str) -> str:
-    """Key of a tensor in a mask that each model has its own of."""
+    """Key of a tensor in a mask of which each model has its own."""
     return f"{model}.{name}"
 
 
 def owned_name(key: str) -> str:
-    """Tensor of an `own_key`."""
+    """Tensor name in an `own_key`."""
     return key.partition(".")[2]

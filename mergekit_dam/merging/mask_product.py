@@ -1,4 +1,4 @@
-"""M = M1 o M2 of one tensor as it is used: chunk by chunk, and back to the logits. T models."""
+"""Form M = M1 o M2 of a tensor chunk by chunk, and propagate gradients back to the logits. T models."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from typing_extensions import TypeIs
 from mergekit_dam.merging.mask_bytes import STEPS, to_probabilities
 
 SMALLEST = 1e-6  # keeps the mean of a mask away from zero
-_IN_CACHE = 1 << 17  # elements, 512 KiB in float32: smaller ones cost more in calls than the cache saves (measured)
-_ON_DEVICE = 1 << 26  # elements: 256 MiB in float32; here a launch costs more than a pass through memory
+_IN_CACHE = 1 << 17  # elements, 512 KiB in float32: with smaller chunks calls cost more than the cache saves (measured)
+_ON_DEVICE = 1 << 26  # elements, 256 MiB in float32: here a launch costs more than a pass through memory
 
 
 def chunk_numel(device: torch.device) -> int:
-    """Elements that elementwise work takes at a time."""
+    """Elements of a chunk of elementwise work."""
     return _IN_CACHE if device.type == "cpu" else _ON_DEVICE
 
 
 def together_numel(device: torch.device, total: int) -> int:
-    """Elements of the tensors that are stepped together, out of `total`: one tensor on the CPU, so that no two
-    gradients exist; on an accelerator enough that there are few calls, in little memory beside masks and moments."""
+    """Elements of the tensors that an optimiser step takes together, of `total` elements.
+
+    On the CPU a step takes one tensor, so that never two gradients exist. On an accelerator it takes enough for few
+    calls, in little memory compared to masks and moments.
+    """
     return 1 if device.type == "cpu" else max(2 * _ON_DEVICE, total // 8)
 
 
@@ -33,26 +36,26 @@ def _identity(total: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class MaskProduct:
-    """M = prod_i f_i of one tensor, formed chunk by chunk where it is used and never stored.
+    """M = prod_i f_i of a tensor, formed chunk by chunk and never stored whole.
 
-    Where models have factors of their own, model t's task vector is multiplied by M_t = M o own_t.
+    Where models have own factors, model t's task vector is multiplied by M_t = M o own_t.
 
     Attributes:
-        factors: one per mask that all models share, all of M's shape: samples or probabilities in any floating type or
+        factors: a factor per mask that all models share, of M's shape: samples or probabilities in any floating type or
             as bytes (mask_bytes.py), or logits.
         logits: whether a factor is a logit, so that sigmoid makes it a probability.
-        means: where masks are rescaled, the mean of each factor, 0-dim: f_i is divided by it.
+        means: mean of each factor, 0-dim, by which f_i is divided; None where masks are not rescaled.
         temperature: of the relaxation, for the gradient.
-        add_up: makes the sum over the whole tensor from that over the entries held here.
-        entries: of the whole tensor; 0 for those held here.
-        own: one more factor per model, T of M's shape, or none at all; masks that are rescaled have none.
+        all_reduce: turns a sum over the entries of this shard into the sum over the whole tensor.
+        entries: number of entries of the whole tensor; 0 if this shard is the whole tensor.
+        own: a further factor per model, T of M's shape, or (); () where masks are rescaled.
     """
 
     factors: tuple[Tensor, ...]
     logits: bool = False
     means: tuple[Tensor, ...] | None = None
     temperature: float = 1.0
-    add_up: Callable[[Tensor], Tensor] = _identity
+    all_reduce: Callable[[Tensor], Tensor] = _identity
     entries: int = 0
     own: tuple[Tensor, ...] = ()
 
@@ -62,31 +65,31 @@ class MaskProduct:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """All factors, those of the models last."""
+        """All factors, the models' own factors last."""
         return (*self.factors, *self.own)
 
     @property
     def gradient_shape(self) -> torch.Size:
-        """Of dL/dM; (T, *shape), dL/dM_t, where models have factors of their own."""
+        """Shape of dL/dM; (T, *shape), for dL/dM_t, where models have own factors."""
         return torch.Size((len(self.own), *self.shape)) if self.own else self.shape
 
     @property
     def shared(self) -> MaskProduct | None:
-        """What all task vectors are multiplied by; None where models have factors of their own only."""
+        """The factor of all task vectors; None where models have only own factors."""
         return replace(self, own=()) if self.factors else None
 
     def of_model(self, model: int) -> MaskProduct | None:
-        """own_t by itself; None where models have none."""
+        """own_t as a product; None where models have no own factors."""
         return replace(self, factors=(self.own[model],), means=None, own=()) if self.own else None
 
     def chunks(self, size: int) -> Iterator[Tensor]:
-        """M, flat, `size` entries at a time in float32. Each chunk is overwritten by the next."""
+        """Yield M, flat, in float32, `size` entries at a time; each chunk overwrites the last."""
         if all(factor.dtype == torch.uint8 for factor in self.factors):
             return self._chunks_of_bytes(size)
         return (product for product, _ in self.chunks_with_factors(size))
 
     def _chunks_of_bytes(self, size: int) -> Iterator[Tensor]:
-        """The same where no single s_i is asked for: bytes are multiplied first, and divided once."""
+        """`chunks` for factors that are all bytes: they are multiplied first, and divided once."""
         product_buffer, buffer = self._buffers(size, 2)
         scale = self._scale()
         for first, *others in zip(*(f.reshape(-1).split(size) for f in self.factors), strict=True):
@@ -97,7 +100,7 @@ class MaskProduct:
             yield product if scale is None else product.mul_(scale)
 
     def chunks_with_factors(self, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """M as `chunks` gives it, and beside each chunk those of the s_i, in float32."""
+        """Yield chunks of M as `chunks` does, each with the chunks of all s_i, in float32."""
         product_buffer, *buffers = self._buffers(size, 1 + len(self.factors))
         scale = self._scale()
         for parts in zip(*(f.reshape(-1).split(size) for f in self.factors), strict=True):
@@ -114,7 +117,7 @@ class MaskProduct:
         return self.means is None
 
     def full(self) -> Tensor:
-        """M as one tensor of `gradient_shape`, float32."""
+        """Form M as a tensor of `gradient_shape`, float32."""
         if self.own:
             return torch.stack([replace(self, factors=(*self.factors, own), own=()).full() for own in self.own])
         out = torch.empty(self.shape, dtype=torch.float32, device=self.factors[0].device)
@@ -124,18 +127,18 @@ class MaskProduct:
         return out
 
     def logit_gradients(self, gradient: Tensor, wanted: Sequence[int]) -> list[Tensor]:
-        """dL/dlogit of the wanted masks from dL/dM, through the means and the sigmoid.
+        """Compute dL/dlogit of the wanted masks from dL/dM, through the means and the sigmoid.
 
         With s_i the sample or probability, n entries and h = dL/dM o M:
         dL/dlogit_i = (h - s_i sum(h) / (n mean_i)) (1 - s_i) / temperature, the middle term where masks are rescaled.
-        A factor of model t has h_t = dL/dM_t o M_t; to shared ones their sum comes.
+        Model t's own factor has h_t = dL/dM_t o M_t; shared factors get the sum of h_t over models.
 
         Args:
             gradient: dL/dM, of `gradient_shape`, contiguous, float32; it is overwritten.
-            wanted: indices of `parts`; all of them where models have factors of their own.
+            wanted: indices of `parts`; all of them where models have own factors.
         """
         if self.own:
-            return self._of_all_models(gradient)
+            return self._logit_gradients_per_model(gradient)
         size = chunk_numel(gradient.device)
         pieces = gradient.view(-1).split(size)
         if self.separate:
@@ -147,10 +150,10 @@ class MaskProduct:
         totals = []
         for h, product in zip(pieces, self.chunks(size), strict=True):
             totals.append(h.mul_(product).sum())
-        total = self.add_up(torch.stack(totals).sum()) / (self.entries or gradient.numel())
-        found = []
+        total = self.all_reduce(torch.stack(totals).sum()) / (self.entries or gradient.numel())
+        logit_gradients = []
         for i in wanted:
-            # the last one may have the gradient's own memory
+            # the last may reuse the gradient's memory
             out = gradient if i == wanted[-1] else torch.empty_like(gradient)
             (value, work) = self._buffers(size, 2)
             assert self.means is not None
@@ -161,11 +164,11 @@ class MaskProduct:
                 s = self._value(part, value[: part.numel()])
                 h = torch.sub(h, torch.mul(s, through_mean, out=work[: part.numel()]), out=work[: part.numel()])
                 torch.addcmul(h, h, s, value=-1.0, out=to).div_(self.temperature)
-            found.append(out)
-        return found
+            logit_gradients.append(out)
+        return logit_gradients
 
-    def _of_all_models(self, gradient: Tensor) -> list[Tensor]:
-        """`logit_gradients` where models have factors of their own."""
+    def _logit_gradients_per_model(self, gradient: Tensor) -> list[Tensor]:
+        """`logit_gradients` where models have own factors."""
         h_T = list(gradient)
         if self.shared is not None:
             m = self.shared.full()
@@ -182,12 +185,12 @@ class MaskProduct:
         return [*shared, *h_T]
 
     def to_logits(self, h: Tensor, values: Sequence[Tensor], wanted: Sequence[int], to: Sequence[Tensor]) -> None:
-        """h (1 - s_i) / temperature of one chunk into `to`, for masks that are not rescaled; see `logit_gradients`.
+        """Write h (1 - s_i) / temperature of a chunk to `to`, for masks that are not rescaled; see `logit_gradients`.
 
         Args:
-            h: dL/dM o M; the last of `to` may have its memory.
+            h: dL/dM o M; the last of `to` may share its memory.
             values: all s_i.
-            wanted: indices of factors, one per tensor of `to`.
+            wanted: indices of factors, as many as tensors in `to`.
         """
         for i, out in zip(wanted, to, strict=True):
             torch.addcmul(h, h, values[i], value=-1.0, out=out)
@@ -211,11 +214,11 @@ class MaskProduct:
 
 
 def has_own(mask: object) -> TypeIs[MaskProduct]:
-    """Whether models have factors of their own."""
+    """Whether the mask has own factors of models."""
     return isinstance(mask, MaskProduct) and len(mask.own) > 0
 
 
 def means_of(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Mean of each factor over its whole tensor, by which it is divided (step 1 of the published loop); not zero."""
+    """Mean of each factor over its whole tensor, never zero, for rescaling (step 1 of the published loop)."""
     means = (v.mean(dtype=torch.float32) / (STEPS if v.dtype == torch.uint8 else 1) for v in values)
     return tuple(mean.clamp_min(SMALLEST) for mean in means)

@@ -1,14 +1,14 @@
-"""The merge equation, once: theta = theta_0 + M o sum_t lambda_t (theta_t - theta_0), and its chain rule.
+"""Compute the merge equation, theta = theta_0 + M o sum_t lambda_t (theta_t - theta_0), and its chain rule.
 
-Source: DAM (arXiv 2410.13910), with M = M1 o M2 one mask for all models; or each model's tau_t has an M2 of its own,
-theta = theta_0 + M1 o sum_t lambda_t M2_t o tau_t: a model that is suspect can be cut without hurting the others. The
-streaming merge and the learning loop both call `merge`, so that they agree bit for bit, the rounding to the type of
-`out` included. T models; tensors of any shape S, masks that broadcast to S, coefficients (T,). Everything is computed
-in float32 and elementwise, hence commutes with sharding.
+Source: DAM (arXiv 2410.13910), with M = M1 o M2 one mask for all models. Or each model's tau_t has its own M2,
+theta = theta_0 + M1 o sum_t lambda_t M2_t o tau_t, so that a suspect model can be masked without hurting the other
+models. The streaming merge and the learning loop both call `merge`, so that they agree bit for bit, including the
+rounding to the type of `out`. T models; tensors of any shape S, masks that broadcast to S, coefficients (T,).
+Everything is computed in float32 and elementwise, so that it commutes with sharding.
 
-All of it runs over chunks that stay in the processor's cache: each tensor is read once, and no intermediate result of
-a tensor's size exists. On accelerators kernels of our own do the same where they can (triton_merge.py); elsewhere a
-chunk is large there, for the number of kernels counts.
+The work runs over chunks that fit into the processor's cache: each tensor is read once, and no intermediate result of
+a tensor's size exists. On accelerators our own kernels do the same where they can (triton_merge.py). Where they cannot,
+a chunk on an accelerator is large, because the number of launches decides the time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.merging import triton_merge
-from mergekit_dam.merging.chunks import Layout, Mask, Work, add_products
+from mergekit_dam.merging.chunks import ChunkBuffers, Layout, Mask, add_products
 from mergekit_dam.merging.mask_product import MaskProduct, has_own
 
 
 def task_vector(base: Tensor, model: Tensor) -> Tensor:
-    """tau_t = theta_t - theta_0 in float32 (arXiv 2212.04089)."""
+    """Compute tau_t = theta_t - theta_0 in float32 (arXiv 2212.04089)."""
     return model.to(torch.float32) - base.to(torch.float32)
 
 
@@ -36,14 +36,14 @@ def merge(
     mask: Mask | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """theta, shape S, float32.
+    """Compute theta, shape S, in float32 unless `out` is given.
 
     Args:
         base: theta_0, shape S, any floating type.
         models: theta_t, each of shape S or None; a model that lacks the tensor (None) adds nothing.
         coefficients: lambda, shape (T,), float32.
         mask: M, broadcastable to S; None keeps everything.
-        out: contiguous, shape S, any floating type: where theta goes; a new float32 tensor if not given.
+        out: tensor to write theta to, contiguous, shape S, any floating type; a new float32 tensor if not given.
     """
     if out is None:
         out = torch.empty(base.shape, dtype=torch.float32, device=base.device)
@@ -52,7 +52,7 @@ def merge(
         return out
     lambdas = coefficients.tolist()
     layout = Layout(base, mask.shape if mask is not None else base.shape)
-    work = Work(layout, base.device)
+    buffers = ChunkBuffers(layout, base.device)
     for base_c, *models_c, out_c, mask_c, owns_c in zip(
         layout.split(base),
         *(layout.split(m) for m in models),
@@ -61,8 +61,8 @@ def merge(
         layout.split_own(mask),
         strict=True,
     ):
-        total = work.total(base_c).zero_()
-        for t, tau in work.task_vectors(base_c, models_c):
+        total = buffers.total(base_c).zero_()
+        for t, tau in buffers.task_vectors(base_c, models_c):
             if owns_c:
                 tau.mul_(owns_c[t])
             total.add_(tau, alpha=lambdas[t])
@@ -84,24 +84,24 @@ def gradients(
     logits_out: Sequence[Tensor] = (),
     wanted: Sequence[int] = (),
 ) -> None:
-    """The chain rule of `merge`, all of it in one reading of the tensors.
+    """Compute the gradients of `merge`, reading each tensor once.
 
-    With G = dL/dtheta: dL/dlambda_t = <G, M o tau_t> and dL/dM = G o sum_t lambda_t tau_t, summed over what one mask
-    entry covers; where models have factors of their own, dL/dlambda_t = <G o M1, M2_t o tau_t> and
+    With G = dL/dtheta: dL/dlambda_t = <G, M o tau_t> and dL/dM = G o sum_t lambda_t tau_t, summed over the elements
+    that a mask entry covers. Where models have own factors, dL/dlambda_t = <G o M1, M2_t o tau_t> and
     dL/dM_t = G o lambda_t tau_t. dL/dlogit follows from h = dL/dM o M (`MaskProduct.to_logits`).
 
     Args:
         gradient: G, shape S, any floating type.
         coefficients: lambda (T,), needed for `mask_out` and `logits_out`.
-        mask: M, needed for `coefficient_out`, for `logits_out` and where models have factors of their own; None keeps
+        mask: M, needed for `coefficient_out`, for `logits_out` and where models have own factors; None keeps
             everything.
         coefficient_out: (T,), float32: dL/dlambda is added to it.
         mask_out: contiguous, float32, of M's `gradient_shape`: dL/dM is added to it.
-        logits_out: dL/dlogit of the wanted factors goes here, each of shape S, contiguous, float32; for a mask of
-            shape S that is not rescaled (`MaskProduct.separate`). Not together with `mask_out`.
-        wanted: indices of the mask's `parts`; all of them where models have factors of their own.
+        logits_out: tensors to write dL/dlogit of the wanted factors to, each of shape S, contiguous, float32; for a
+            mask of shape S that is not rescaled (`MaskProduct.separate`). Not together with `mask_out`.
+        wanted: indices of the mask's `parts`; all of them where models have own factors.
     """
-    owned, product = has_own(mask), cast(MaskProduct, mask)  # a product wherever there are logits
+    owned, product = has_own(mask), cast(MaskProduct, mask)  # a product in all cases with logits
     if _on_accelerator(base, coefficients, mask, coefficient_out, mask_out, wanted):
         assert coefficients is not None and coefficient_out is not None
         triton_merge.gradients(
@@ -119,7 +119,7 @@ def gradients(
     lambdas = coefficients.tolist() if coefficients is not None and sums else None
     shape = mask.shape if mask is not None else mask_out.shape if mask_out is not None else base.shape
     layout = Layout(base, shape)
-    work = Work(layout, base.device)
+    buffers = ChunkBuffers(layout, base.device)
     products: list[list[Tensor]] = [[] for _ in models]
     num_shared = len(logits_out) - len(models) if owned else len(logits_out)
     needed = mask if coefficient_out is not None or logits_out else None
@@ -133,12 +133,12 @@ def gradients(
         _each(layout.split, logits_out, layout.count),
         strict=True,
     ):
-        gradient_c = work.float32(gradient_c)
-        masked = gradient_c if mask_c is None else work.masked(gradient_c, mask_c)
-        total = work.total(base_c)
+        gradient_c = buffers.float32(gradient_c)
+        masked = gradient_c if mask_c is None else buffers.masked(gradient_c, mask_c)
+        total = buffers.total(base_c)
         if lambdas is not None and not (owned and sums_c):
             total.zero_()
-        for t, tau in work.task_vectors(base_c, models_c):
+        for t, tau in buffers.task_vectors(base_c, models_c):
             if owned and sums_c and lambdas is not None:
                 layout.add_to_mask(sums_c[t], torch.mul(tau, gradient_c, out=total).mul_(lambdas[t]))
             if owned:
@@ -169,22 +169,29 @@ def logit_gradients(
     *,
     coefficient_out: Tensor,
 ) -> list[Tensor]:
-    """`gradients` and then `mask.logit_gradients`, without dL/dM in between: the same values from one reading of all.
+    """Compute dL/dlogit as `gradients` and then `mask.logit_gradients` would, without storing dL/dM.
 
     Args: as for `gradients`.
 
     Returns:
         dL/dlogit of the wanted factors, each of shape S, float32.
     """
-    # a model that lacks the tensor leaves its own logits as they are
-    found = [
+    # zeros, since a model that lacks the tensor does not change its own logits
+    logits_out = [
         (torch.empty if i < len(mask.factors) else torch.zeros)(base.shape, dtype=torch.float32, device=base.device)
         for i in wanted
     ]
     gradients(
-        gradient, base, models, coefficients, mask, coefficient_out=coefficient_out, logits_out=found, wanted=wanted
+        gradient,
+        base,
+        models,
+        coefficients,
+        mask,
+        coefficient_out=coefficient_out,
+        logits_out=logits_out,
+        wanted=wanted,
     )
-    return found
+    return logits_out
 
 
 def _on_accelerator(
@@ -195,7 +202,7 @@ def _on_accelerator(
     mask_out: Tensor | None,
     wanted: Sequence[int],
 ) -> bool:
-    """Whether the kernels do this; they give all gradients at once, and those of all factors."""
+    """Whether the kernels can compute this: they compute all gradients, of all factors, at once."""
     if any(part is None for part in (coefficients, mask, coefficient_out)) or not triton_merge.serves(base, mask):
         return False
     return mask_out is not None or (isinstance(mask, MaskProduct) and tuple(wanted) == tuple(range(len(mask.parts))))
@@ -204,7 +211,7 @@ def _on_accelerator(
 def _factors(
     mask: Mask | None, layout: Layout, *, separately: bool
 ) -> Iterator[tuple[Tensor | None, Sequence[Tensor]]]:
-    """Chunks of what all models' task vectors are multiplied by; with `separately` also of its factors."""
+    """Chunks of the factor of all task vectors; with `separately` also chunks of its own factors."""
     if not separately:
         return ((chunk, ()) for chunk in layout.split_shared(mask))
     assert isinstance(mask, MaskProduct)
@@ -214,12 +221,12 @@ def _factors(
 
 
 def _by_model(mask_out: Tensor | None, owned: bool) -> Sequence[Tensor]:
-    """Where dL/dM goes: one tensor, or one per model."""
+    """The outputs for dL/dM: one tensor, or one per model."""
     if mask_out is None:
         return ()
     return list(mask_out) if owned else [mask_out]
 
 
 def _each(split: Callable[[Tensor], Iterable[Any]], tensors: Sequence[Tensor], count: int) -> Iterator[Sequence[Any]]:
-    """Chunks of all the tensors together; () so many times where there is none."""
+    """Chunks of all tensors together; a () per chunk without tensors."""
     return zip(*map(split, tensors), strict=True) if tensors else iter([()] * count)

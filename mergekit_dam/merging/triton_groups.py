@@ -1,8 +1,8 @@
-"""Many tensors of a model at once on an accelerator: a launch per group of them instead of several per tensor.
+"""Merge many tensors of a model at once on an accelerator: one launch per group replaces several per tensor.
 
 A model of 200 tensors otherwise takes 400 launches per step from Python, as long as its passes take with a small
 batch. Addresses of the tensors go to the kernels in tables; merged tensors and gradients are parts of one allocation.
-The groups that there are, by what one entry of a mask covers: triton_groups.py.
+The kinds of groups differ in the elements that a mask entry covers: `ElementGroup` and `RowGroup`.
 Legend: T models, n tensors of a group, P columns of the coefficients, F factors of a mask.
 """
 
@@ -23,18 +23,18 @@ from mergekit_dam.merging.mask_keys import mask_shape
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.merging.triton_merge import BLOCK, triton_kernels
 
-_SUMS = 2048  # products per step of their sum
-ALIGNED = 16  # bytes of addresses, elements of sizes: what lets a thread load 16 bytes at once
+_SUMS = 2048  # products that a step of the sum adds
+ALIGNED = 16  # bytes of addresses and elements of sizes, so that a thread can load 16 bytes at once
 
 
 @dataclass(frozen=True)
 class Member:
-    """One tensor that changes.
+    """A tensor that the merge changes.
 
     Attributes:
-        name: of the tensor.
-        mask: name of its mask, which no other tensor has.
-        column: of the coefficients.
+        name: name of the tensor.
+        mask: name of its mask, which no other tensor uses.
+        column: its column of the coefficients.
         base: theta_0.
         models: theta_1..T; None where a model lacks the tensor.
     """
@@ -46,18 +46,18 @@ class Member:
     models: Sequence[Tensor | None]
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the kernels can read it together with others."""
+    def is_readable(self) -> bool:
+        """Whether the kernels can read it as a member of a group."""
         every = [self.base, *(model for model in self.models if model is not None)]
-        return self.base.numel() > 0 and all(t.dtype == self.base.dtype and _is_plain(t) for t in every)
+        return self.base.numel() > 0 and all(t.dtype == self.base.dtype and _is_aligned(t) for t in every)
 
 
 class Group(ABC):
-    """Tensors of one type on one device, and what the kernels must know of them.
+    """Tensors of one type on one device, with the tables that the kernels need.
 
     Attributes:
-        members: n of them.
-        numel: elements of all.
+        members: the n tensors.
+        numel: number of elements of all tensors.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -67,7 +67,7 @@ class Group(ABC):
         self._mask_shapes = [self.mask_shape(member) for member in members]
         sizes = [member.base.numel() for member in members]
         self.numel = sum(sizes)
-        # a model that lacks the tensor has theta_0's: its task vector is zero
+        # a model that lacks the tensor gets theta_0's address: its task vector is zero
         addresses = [(m.base if t is None else t).data_ptr() for m in members for t in (m.base, *m.models)]
         self._frozen = self._table(addresses)
         self._offsets = self._table(_starts(sizes))
@@ -81,49 +81,52 @@ class Group(ABC):
     @staticmethod
     @abstractmethod
     def takes(member: Member) -> bool:
-        """Whether such groups can have this tensor, with the masks that they are for."""
+        """Whether groups of this kind can hold this tensor."""
 
     @staticmethod
     @abstractmethod
     def mask_shape(member: Member) -> tuple[int, ...]:
-        """Shape that a tensor's mask must have."""
+        """Shape of the tensor's mask in groups of this kind."""
 
     @staticmethod
     @abstractmethod
     def _num_programs(member: Member) -> int:
-        """Programs that work on a tensor; they lie one after the other."""
+        """Number of programs that work on a tensor; their indices are consecutive."""
 
     @abstractmethod
     def _merge(self, arguments: Mapping[str, Any]) -> None:
-        """Start the kernel that puts theta of all members into `out`."""
+        """Start the kernel that writes theta of all members to `out`."""
 
     @abstractmethod
     def _chain(self, arguments: Mapping[str, Any]) -> None:
-        """Start the kernel that puts dL/dlogit, (parts, entries of all masks), into `out`, and into `products` what
-        adds up to dL/dlambda, (T, programs)."""
+        """Start the kernel that writes the gradients.
+
+        It writes dL/dlogit, (parts, entries of all masks), to `out`, and summands of dL/dlambda, (T, programs), to
+        `products`.
+        """
 
     @property
     def mask_names(self) -> frozenset[str]:
-        """Of all members."""
+        """Names of the masks of all members."""
         return frozenset(member.mask for member in self.members)
 
     def serves(self, masks: Mapping[str, Mask]) -> bool:
-        """Whether these masks, by name, are of a kind that the kernels know."""
-        found = [masks.get(member.mask) for member in self.members]
-        products = [mask for mask in found if isinstance(mask, MaskProduct) and mask.separate]
-        if len(products) < len(found):
+        """Whether the kernels support these masks, by name."""
+        wanted = [masks.get(member.mask) for member in self.members]
+        products = [mask for mask in wanted if isinstance(mask, MaskProduct) and mask.separate]
+        if len(products) < len(wanted):
             return False
         kinds = {(len(mask.factors), len(mask.own), mask.logits, mask.temperature) for mask in products}
         if len(kinds) > 1 or [tuple(mask.shape) for mask in products] != self._mask_shapes:
             return False
-        return all(f.dtype == torch.float32 and _is_plain(f) for mask in products for f in mask.parts)
+        return all(f.dtype == torch.float32 and _is_aligned(f) for mask in products for f in mask.parts)
 
     def num_parts(self, masks: Mapping[str, Mask]) -> int:
-        """F, or F + T where models have factors of their own, of masks that this group serves."""
+        """F, or F + T where models have own factors, of masks that this group serves."""
         return len(self._product(masks).parts)
 
     def merged(self, masks: Mapping[str, Mask], coefficients: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """theta by name, each a part of one allocation.
+        """Compute theta by name, as parts of one allocation.
 
         Args:
             masks: M by mask name, which this group serves.
@@ -131,7 +134,7 @@ class Group(ABC):
             dtype: of theta.
         """
         flat = torch.empty(self.numel, dtype=dtype, device=self._device)
-        with triton_merge.on(self._device):
+        with triton_merge.on_device(self._device):
             self._merge({**self._arguments(masks, coefficients), "out": flat, "offsets": self._offsets})
         parts = _parts(flat, [tuple(member.base.shape) for member in self.members])
         return {member.name: part for member, part in zip(self.members, parts, strict=True)}
@@ -143,31 +146,31 @@ class Group(ABC):
         coefficients: Tensor,
         coefficient_out: Tensor,
     ) -> Iterator[tuple[str, list[Tensor]]]:
-        """dL/dlogit of all parts, mask by mask; dL/dlambda is added to `coefficient_out`, shaped like lambda.
+        """Yield mask name and dL/dlogit of all its parts, and add dL/dlambda to `coefficient_out`, shaped like lambda.
 
         Args:
-            upstreams: dL/dtheta of each tensor; None if no task used it: then nothing is said of it.
+            upstreams: dL/dtheta of each tensor; None for a tensor that no task used, which is left out.
         """
         present = [u for u in upstreams if u is not None]
         if not present:
             return
         unused = max((m.base.numel() for m, u in zip(self.members, upstreams, strict=True) if u is None), default=0)
-        nothing = present[0].new_zeros(unused)
+        zeros = present[0].new_zeros(unused)
         entries = sum(torch.Size(shape).numel() for shape in self._mask_shapes)
         flat = torch.empty((self.num_parts(masks), entries), dtype=torch.float32, device=self._device)
         products = torch.empty((self._tasks, self._programs), dtype=torch.float32, device=self._device)
         sums = torch.empty((self._tasks, len(self.members)), dtype=torch.float32, device=self._device)
-        with triton_merge.on(self._device):
-            ready = [_ready(nothing if u is None else u) for u in upstreams]
+        with triton_merge.on_device(self._device):
+            aligned = [_aligned(zeros if u is None else u) for u in upstreams]
             self._chain(
                 {
                     **self._arguments(masks, coefficients),
                     "out": flat,
                     "products": products,
-                    "upstreams": self._table([u.data_ptr() for u in ready]),
+                    "upstreams": self._table([u.data_ptr() for u in aligned]),
                     "programs": self._programs,
                     "sharpness": 1.0 / self._product(masks).temperature,
-                    "COMPUTED": triton_merge.element_type(ready[0].dtype),
+                    "COMPUTED": triton_merge.element_type(aligned[0].dtype),
                 }
             )
             triton_kernels.sum_products[len(self.members), self._tasks](
@@ -186,7 +189,7 @@ class Group(ABC):
         return torch.tensor(values, dtype=dtype).to(self._device)
 
     def _arguments(self, masks: Mapping[str, Mask], coefficients: Tensor) -> dict[str, Any]:
-        """What both kernels of a kind are given."""
+        """Arguments that both kernels of a group share."""
         first = self._product(masks)
         every = (masks[member.mask] for member in self.members)
         factors = [f.data_ptr() for mask in every if isinstance(mask, MaskProduct) for f in mask.parts]
@@ -208,14 +211,14 @@ class Group(ABC):
         }
 
     def _product(self, masks: Mapping[str, Mask]) -> MaskProduct:
-        """The first of masks that this group serves: number, kind and temperature of factors are those of all."""
+        """The first member's mask; the masks of all members have the same number, kind and temperature of factors."""
         first = masks[self.members[0].mask]
         assert isinstance(first, MaskProduct)
         return first
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
-    """Where each of them begins if they lie one after the other."""
+    """Start offsets of consecutive ranges of these sizes."""
     starts = [0]
     for size in sizes[:-1]:
         starts.append(starts[-1] + size)
@@ -223,42 +226,42 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 def _parts(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Views of what lies one after the other."""
+    """Views of consecutive parts of a flat tensor."""
     parts = flat.split([torch.Size(shape).numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_aligned(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % ALIGNED == 0
 
 
-def _ready(upstream: Tensor) -> Tensor:
+def _aligned(upstream: Tensor) -> Tensor:
     upstream = upstream.contiguous()
-    return upstream if _is_plain(upstream) else upstream.clone()
+    return upstream if _is_aligned(upstream) else upstream.clone()
 
 
 def grouped(members: Sequence[Member], most: int) -> list[Group]:
-    """Groups of each kind; which of them serves is for the masks to say. Tensors that do not fit are left out.
+    """Make groups of each kind; `Group.serves` tells which of them the masks allow. Unsuitable tensors are left out.
 
-    Vectors have an entry per element at both granularities, so they are never in one group with others.
+    Vectors have an entry per element at both granularities, so they never share a group with tensors of more axes.
 
     Args:
-        members: tensors that change.
-        most: a group ends once it has so many elements.
+        members: tensors that the merge changes.
+        most: number of elements from which a group is complete.
     """
-    found: list[Group] = []
+    all_groups: list[Group] = []
     for kind in (ElementGroup, RowGroup):
         alike: dict[tuple[torch.dtype, bool], list[Member]] = {}
         for member in members:
-            if member.is_plain and kind.takes(member):
+            if member.is_readable and kind.takes(member):
                 alike.setdefault((member.base.dtype, member.base.ndim > 1), []).append(member)
         for same in alike.values():
-            found += [kind(some) for some in groups(same, most, lambda m: m.base.numel())]
-    return found
+            all_groups += [kind(part) for part in groups(same, most, lambda m: m.base.numel())]
+    return all_groups
 
 
 class ElementGroup(Group):
-    """Masks with an entry per element; a program works on a block of elements."""
+    """Tensors whose masks have an entry per element; a program works on a block of elements."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(members)
@@ -286,7 +289,7 @@ class ElementGroup(Group):
 
 
 class RowGroup(Group):
-    """Masks with an entry per row; a program works on a row."""
+    """Tensors whose masks have an entry per row; a program works on a row."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(members)
@@ -312,5 +315,5 @@ class RowGroup(Group):
 
 
 def _width(member: Member) -> int:
-    """Elements of one row."""
+    """Number of elements of a row."""
     return member.base.numel() // len(member.base)

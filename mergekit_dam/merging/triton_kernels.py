@@ -1,8 +1,8 @@
-"""Triton kernels of the merge rule: each input is read once, nothing of a tensor's size is stored in between.
+"""Triton kernels of the merge rule, which read each input once and store no intermediate result of a tensor's size.
 
-Callers and shapes: triton_merge.py (one tensor), triton_groups.py (a group of them). All pointers are to contiguous
-memory; arithmetic is in float32. OWN: whether each model has a factor of its own beside those that all share (groups:
-T or 0).
+Callers and shapes: triton_merge.py (one tensor), triton_groups.py (a group of tensors). All pointers are to contiguous
+memory; arithmetic is in float32. OWN: whether each model has an own factor beside the shared factors (in groups: T or
+0).
 """
 
 # no postponed annotations: Triton reads them
@@ -16,7 +16,7 @@ TYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 
 @triton.jit
 def _probability(factor, at, inside, LOGITS: tl.constexpr):
-    """Elements of a factor."""
+    """Load elements of a factor as probabilities."""
     value = tl.load(factor + at, mask=inside, other=0.0).to(tl.float32)
     return tl.sigmoid(value) if LOGITS else value
 
@@ -104,7 +104,7 @@ def gradients(
 
 @triton.jit
 def _block(owners, firsts, sizes, BLOCK: tl.constexpr):
-    """The tensor of this program, the elements of it, and which of them exist. Sizes are multiples of 16."""
+    """Return this program's tensor, its element indices, and which of them exist. Sizes are multiples of 16."""
     program = tl.program_id(0)
     tensor = tl.load(owners + program)
     at = (program - tl.load(firsts + tensor)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -112,15 +112,15 @@ def _block(owners, firsts, sizes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _loaded(addresses, index, at, inside, TYPE: tl.constexpr):
-    """Elements, in float32, of what begins at an address out of a table; addresses are multiples of 16."""
+def _load(addresses, index, at, inside, TYPE: tl.constexpr):
+    """Load elements, in float32, from an address in a table; addresses are multiples of 16."""
     begin = tl.multiple_of(tl.load(addresses + index).to(tl.pointer_type(TYPE)), 16)
     return tl.load(begin + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _listed(factors, index, at, inside, LOGITS: tl.constexpr):
-    """Elements of a factor that begins at an address out of a table."""
+def _load_factor(factors, index, at, inside, LOGITS: tl.constexpr):
+    """Load elements of a factor, as probabilities, from an address in a table."""
     begin = tl.multiple_of(tl.load(factors + index).to(tl.pointer_type(tl.float32)), 16)
     return _probability(begin, at, inside, LOGITS)
 
@@ -146,16 +146,16 @@ def merge_many(
     BLOCK: tl.constexpr,
 ):
     tensor, at, inside = _block(owners, firsts, sizes, BLOCK)
-    theta_0 = _loaded(frozen, tensor * (TASKS + 1), at, inside, STORED)
+    theta_0 = _load(frozen, tensor * (TASKS + 1), at, inside, STORED)
     column = lambdas + tl.load(columns + tensor) * stride_p
     total = tl.zeros((BLOCK,), tl.float32)
     for t in tl.static_range(TASKS):
-        tau = _loaded(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
+        tau = _load(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
         if OWN:
-            tau *= _listed(factors, tensor * (FACTORS + OWN) + FACTORS + t, at, inside, LOGITS)
+            tau *= _load_factor(factors, tensor * (FACTORS + OWN) + FACTORS + t, at, inside, LOGITS)
         total += tl.load(column + t * stride_t) * tau
     for f in tl.static_range(FACTORS):
-        total *= _listed(factors, tensor * (FACTORS + OWN) + f, at, inside, LOGITS)
+        total *= _load_factor(factors, tensor * (FACTORS + OWN) + f, at, inside, LOGITS)
     tl.store(out + tl.multiple_of(tl.load(offsets + tensor), 16) + at, total + theta_0, mask=inside)
 
 
@@ -186,19 +186,19 @@ def gradients_many(
     BLOCK: tl.constexpr,
 ):
     tensor, at, inside = _block(owners, firsts, sizes, BLOCK)
-    theta_0 = _loaded(frozen, tensor * (TASKS + 1), at, inside, STORED)
-    upstream = _loaded(upstreams, tensor, at, inside, COMPUTED)
+    theta_0 = _load(frozen, tensor * (TASKS + 1), at, inside, STORED)
+    upstream = _load(upstreams, tensor, at, inside, COMPUTED)
     column = lambdas + tl.load(columns + tensor) * stride_p
     kept = tl.full((BLOCK,), 1.0, tl.float32)
     for f in tl.static_range(FACTORS):
-        kept *= _listed(factors, tensor * (FACTORS + OWN) + f, at, inside, LOGITS)
+        kept *= _load_factor(factors, tensor * (FACTORS + OWN) + f, at, inside, LOGITS)
     total = tl.zeros((BLOCK,), tl.float32)
     begin = out + tl.multiple_of(tl.load(offsets + tensor), 16) + at
     for t in tl.static_range(TASKS):
-        tau = _loaded(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
+        tau = _load(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
         coefficient = tl.load(column + t * stride_t)
         if OWN:
-            value = _listed(factors, tensor * (FACTORS + OWN) + FACTORS + t, at, inside, LOGITS)
+            value = _load_factor(factors, tensor * (FACTORS + OWN) + FACTORS + t, at, inside, LOGITS)
             tau *= value
             to_own = upstream * kept * coefficient * tau * (1.0 - value) * sharpness
             tl.store(begin + (FACTORS + t) * tl.multiple_of(numel, 16), to_own, mask=inside)
@@ -207,20 +207,20 @@ def gradients_many(
     to_mask = total * upstream * kept
     for f in tl.static_range(FACTORS):
         # read again, from the cache, rather than held in registers
-        value = _listed(factors, tensor * (FACTORS + OWN) + f, at, inside, LOGITS)
+        value = _load_factor(factors, tensor * (FACTORS + OWN) + f, at, inside, LOGITS)
         tl.store(begin + f * tl.multiple_of(numel, 16), to_mask * (1.0 - value) * sharpness, mask=inside)
 
 
 @triton.jit
 def _row(owners, firsts, widths):
-    """The tensor of this program, the row of it, and how many elements that has: a multiple of 16."""
+    """Return this program's tensor, its row, and the row's number of elements, a multiple of 16."""
     tensor = tl.load(owners + tl.program_id(0))
     return tensor, tl.program_id(0) - tl.load(firsts + tensor), tl.multiple_of(tl.load(widths + tensor), 16)
 
 
 @triton.jit
-def _factor(factors, index, row, LOGITS: tl.constexpr):
-    """One entry of a factor that begins at an address out of a table."""
+def _row_factor(factors, index, row, LOGITS: tl.constexpr):
+    """Load the entry of a row of a factor, as a probability, from an address in a table."""
     value = tl.load(tl.load(factors + index).to(tl.pointer_type(tl.float32)) + row)
     return tl.sigmoid(value) if LOGITS else value
 
@@ -251,18 +251,18 @@ def merge_rows(
     to = out + tl.multiple_of(tl.load(offsets + tensor), 16)
     kept = 1.0
     for f in tl.static_range(FACTORS):
-        kept *= _factor(factors, tensor * (FACTORS + OWN) + f, row, LOGITS)
+        kept *= _row_factor(factors, tensor * (FACTORS + OWN) + f, row, LOGITS)
     block = 0
     while block * BLOCK < width:
         within = block * BLOCK + tl.arange(0, BLOCK)
         at, inside = begin + within, within < width
-        theta_0 = _loaded(frozen, tensor * (TASKS + 1), at, inside, STORED)
+        theta_0 = _load(frozen, tensor * (TASKS + 1), at, inside, STORED)
         total = tl.zeros((BLOCK,), tl.float32)
         for t in tl.static_range(TASKS):
-            tau = _loaded(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
+            tau = _load(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
             coefficient = tl.load(column + t * stride_t)
             if OWN:
-                coefficient *= _factor(factors, tensor * (FACTORS + OWN) + FACTORS + t, row, LOGITS)
+                coefficient *= _row_factor(factors, tensor * (FACTORS + OWN) + FACTORS + t, row, LOGITS)
             total += coefficient * tau
         tl.store(to + at, total * kept + theta_0, mask=inside)
         block += 1
@@ -297,41 +297,41 @@ def gradients_rows(
     column = lambdas + tl.load(columns + tensor) * stride_p
     kept = 1.0
     for f in tl.static_range(FACTORS):
-        kept *= _factor(factors, tensor * (FACTORS + OWN) + f, row, LOGITS)
+        kept *= _row_factor(factors, tensor * (FACTORS + OWN) + f, row, LOGITS)
     to_mask = 0.0
     for t in tl.static_range(TASKS):
-        # theta_0 and the upstream gradient of a row are in the cache for all models but the first
+        # from the second model on, theta_0 and the upstream gradient of the row are in the cache
         total = tl.zeros((BLOCK,), tl.float32)
         block = 0
         while block * BLOCK < width:
             within = block * BLOCK + tl.arange(0, BLOCK)
             at, inside = begin + within, within < width
-            theta_0 = _loaded(frozen, tensor * (TASKS + 1), at, inside, STORED)
-            tau = _loaded(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
-            total += _loaded(upstreams, tensor, at, inside, COMPUTED) * tau
+            theta_0 = _load(frozen, tensor * (TASKS + 1), at, inside, STORED)
+            tau = _load(frozen, tensor * (TASKS + 1) + t + 1, at, inside, STORED) - theta_0
+            total += _load(upstreams, tensor, at, inside, COMPUTED) * tau
             block += 1
         product, coefficient = tl.sum(total), tl.load(column + t * stride_t)
         if OWN:
-            value = _factor(factors, tensor * (FACTORS + OWN) + FACTORS + t, row, LOGITS)
+            value = _row_factor(factors, tensor * (FACTORS + OWN) + FACTORS + t, row, LOGITS)
             product *= value
             to_own = coefficient * product * kept * (1.0 - value) * sharpness
             tl.store(out + (FACTORS + t) * programs + tl.program_id(0), to_own)
         tl.store(products + t * programs + tl.program_id(0), product * kept)
         to_mask += coefficient * product
     for f in tl.static_range(FACTORS):
-        value = _factor(factors, tensor * (FACTORS + OWN) + f, row, LOGITS)
+        value = _row_factor(factors, tensor * (FACTORS + OWN) + f, row, LOGITS)
         tl.store(out + f * programs + tl.program_id(0), to_mask * kept * (1.0 - value) * sharpness)
 
 
 @triton.jit
 def sum_products(products, programs, firsts, counts, out, BLOCK: tl.constexpr):
-    """Per tensor and task, the sum over its blocks, in one order: atomic additions would make runs differ."""
+    """Sum the products of each tensor and task in a fixed order; atomic additions would make runs differ."""
     tensor, task = tl.program_id(0), tl.program_id(1)
     begin = products + task * programs + tl.load(firsts + tensor)
     count = tl.load(counts + tensor)
     total = tl.zeros((BLOCK,), tl.float32)
     start = 0
-    while start < count:  # Triton's interpreter knows no range up to what was loaded
+    while start < count:  # Triton's interpreter supports no range up to a loaded value
         at = start + tl.arange(0, BLOCK)
         total += tl.load(begin + at, mask=at < count, other=0.0)
         start += BLOCK

@@ -1,9 +1,9 @@
-"""The merge rule on an accelerator: one kernel per tensor that reads each of its inputs once (Triton).
+"""Compute the merge rule on an accelerator, with one Triton kernel per tensor that reads each input once.
 
-Same arithmetic as rule.py's, which serves everything that these kernels do not: masks of rows (but for groups of
-tensors, triton_groups.py) or of whole tensors, rescaled masks, and devices without Triton. There each operation is a
-kernel of its own that reads and writes whole tensors, 6 T + 4 passes through memory for a merge of T models instead
-of T + 4, and costs a launch.
+The arithmetic is that of rule.py, which handles the cases that these kernels do not: masks of rows (except in groups
+of tensors, triton_groups.py) or of whole tensors, rescaled masks, and devices without Triton. There each operation is
+a separate kernel that reads and writes whole tensors and costs a launch: 6 T + 4 passes through memory for a merge of
+T models, where one kernel makes T + 4.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ BLOCK = 1024  # elements per program
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether there are kernels for this device; they take coefficients from its memory."""
+    """Whether there are kernels for this device; they read coefficients from its memory."""
     return triton_kernels is not None and device.type == "cuda"
 
 
 def warn_without_kernels(device: torch.device) -> None:
-    """Say so once where an accelerator could have them."""
+    """Warn if Triton is missing on a device that it supports."""
     if triton_kernels is None and device.type == "cuda":
         LOG.warning(
             "dam: without Triton the merge rule takes about ten times as long on this device: "
@@ -43,7 +43,7 @@ def warn_without_kernels(device: torch.device) -> None:
 
 
 def serves(base: Tensor, mask: Tensor | MaskProduct | None) -> bool:
-    """Whether the kernels can do this tensor's work."""
+    """Whether the kernels support this tensor and mask."""
     if not runs_on(base.device) or not base.numel():
         return False
     if isinstance(mask, MaskProduct) and not mask.separate:
@@ -51,24 +51,24 @@ def serves(base: Tensor, mask: Tensor | MaskProduct | None) -> bool:
     return mask is None or mask.shape == base.shape
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels are started on this device, whatever the current one is."""
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make this the current device, on which kernels are started."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def element_type(dtype: torch.dtype) -> Any:
-    """What a kernel calls this type."""
+    """The Triton type of a torch type."""
     return triton_kernels.TYPES[str(dtype).removeprefix("torch.")]
 
 
 def merge(
     base: Tensor, models: Sequence[Tensor | None], coefficients: Tensor, mask: Tensor | MaskProduct | None, out: Tensor
 ) -> None:
-    """theta = theta_0 + M o sum_t lambda_t tau_t into `out`; arguments as `rule.merge` has them."""
+    """Write theta = theta_0 + M o sum_t lambda_t tau_t to `out`; arguments as for `rule.merge`."""
     present, lambdas = _present(models, coefficients.to(out.device))
     factors, owns, logits = _factors(mask, models)
     grid = (-(-base.numel() // BLOCK),)
-    with on(out.device):
+    with on_device(out.device):
         triton_kernels.merge[grid](
             out,
             base.contiguous(),
@@ -95,7 +95,7 @@ def gradients(
     mask_out: Tensor | None = None,
     logits_out: Sequence[Tensor] = (),
 ) -> None:
-    """dL/dlambda, added to `coefficient_out`, and dL/dM, added to `mask_out`, or dL/dlogit into `logits_out`.
+    """Add dL/dlambda to `coefficient_out`, and add dL/dM to `mask_out` or write dL/dlogit to `logits_out`.
 
     Args:
         gradient: dL/dtheta, shape S, any floating type.
@@ -103,7 +103,7 @@ def gradients(
         coefficients: lambda, (T,).
         mask: M, of shape S; a product of logits for `logits_out`.
         coefficient_out: (T,), float32.
-        mask_out: shape S, or (T, *S) where models have factors of their own, contiguous, float32.
+        mask_out: shape S, or (T, *S) where models have own factors, contiguous, float32.
         logits_out: for each of the mask's `parts`, shape S, contiguous, float32.
     """
     present, lambdas = _present(models, coefficients.to(base.device))
@@ -115,11 +115,11 @@ def gradients(
         every = logits_out[len(factors) :] if mask_out is None else mask_out
         outs = (*logits_out[: len(factors)], *(o for o, m in zip(every, models, strict=True) if m is not None))
         for out in (o for o, m in zip(logits_out[len(factors) :], models, strict=False) if m is None):
-            out.zero_()  # a model that lacks the tensor leaves its logits as they are
+            out.zero_()  # a model that lacks the tensor does not change its logits
     else:
         outs = tuple(logits_out) if mask_out is None else (mask_out,)
     temperature = mask.temperature if isinstance(mask, MaskProduct) else 1.0
-    with on(base.device):
+    with on_device(base.device):
         triton_kernels.gradients[(programs,)](
             gradient.contiguous(),
             base.contiguous(),
@@ -146,7 +146,7 @@ def gradients(
 
 
 def _present(models: Sequence[Tensor | None], coefficients: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The models that have the tensor, and their coefficients."""
+    """Select the models that have the tensor, and their coefficients."""
     present = tuple(model.contiguous() for model in models if model is not None)
     if len(present) == len(models):
         return present, coefficients
@@ -156,7 +156,7 @@ def _present(models: Sequence[Tensor | None], coefficients: Tensor) -> tuple[tup
 def _factors(
     mask: Tensor | MaskProduct | None, models: Sequence[Tensor | None]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], bool]:
-    """What M is the product of, the own factors of the models that have the tensor, and whether these are logits."""
+    """Return the shared factors of M, the own factors of models that have the tensor, and whether they are logits."""
     if mask is None:
         return (), (), False
     if not isinstance(mask, MaskProduct):

@@ -1,1 +1,1 @@
-"""Checkpoints, the plan of a merge, and the architectures that mergekit lacks."""
+"""Read checkpoints, plan a merge, and define the architectures that mergekit lacks."""

@@ -1,4 +1,4 @@
-"""A local model directory of safetensors files, read lazily through memory maps."""
+"""Read a local model directory of safetensors files lazily through memory maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.cache import file_state, found_out
+from mergekit_dam.io.cache import cached_fact, file_state
 from mergekit_dam.io.digests import file_digest
 from mergekit_dam.io.untrusted import load_json
 
@@ -37,22 +37,22 @@ _DTYPES = {
 class Checkpoint:
     """Tensors of one model directory, by name.
 
-    Nothing is read before it is touched: `tensor` returns a view of a private memory map. The views must not
-    be written to for reasons of clarity only; the file itself can never change through them.
+    `tensor` returns a view of a private memory map, so that content is read when it is first used. Do not write to
+    the views; the file itself cannot change through them.
     """
 
     def __init__(self, path: Path, files: dict[str, str]) -> None:
         self.path = path
         self._files = files
         self._handles: dict[str, Any] = {}
-        self._seen: dict[str, tuple[int, ...] | None] = {}
+        self._hashed_states: dict[str, tuple[int, ...] | None] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
         """Open the safetensors checkpoint in a local directory.
 
         Raises:
-            DamError: no such directory, no safetensors in it (pickle files are never loaded), or a broken file.
+            DamError: the directory is missing, has no safetensors (pickle files are never loaded), or a damaged file.
         """
         path = Path(path)
         if not path.is_dir():
@@ -113,10 +113,10 @@ class Checkpoint:
     @property
     def files(self) -> dict[str, list[str]]:
         """File name -> names of its tensors."""
-        found: dict[str, list[str]] = {}
+        files: dict[str, list[str]] = {}
         for name, file in self._files.items():
-            found.setdefault(file, []).append(name)
-        return found
+            files.setdefault(file, []).append(name)
+        return files
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -127,7 +127,7 @@ class Checkpoint:
     def _open(self, file: str) -> Any:
         if file not in self._handles:
             handle = _safe_open(self.path / file)
-            missing = {name for name, where in self._files.items() if where == file} - set(handle.keys())
+            missing = {name for name, holder in self._files.items() if holder == file} - set(handle.keys())
             if missing:
                 raise DamError(
                     f"{self.path / file}",
@@ -139,11 +139,11 @@ class Checkpoint:
         return self._handles[file]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape from the header alone."""
+        """Shape of a tensor, from the header alone."""
         return tuple(self._open(self._files[name]).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Element type from the header alone."""
+        """Element type of a tensor, from the header alone."""
         code = self._open(self._files[name]).get_slice(name).get_dtype()
         if code not in _DTYPES:
             raise DamError(
@@ -155,42 +155,42 @@ class Checkpoint:
         return _DTYPES[code]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, in its own type, as a view of the memory-mapped file."""
+        """Return a tensor in its own type, as a view of the memory-mapped file."""
         tensor: torch.Tensor = self._open(self._files[name]).get_tensor(name)
         return tensor
 
     def digest(self, *, fresh: bool = False) -> str:
-        """SHA-256 over the content of all weight files (hex): names of files or their place do not enter.
+        """SHA-256 (hex) over the content of all weight files; names and locations of the files do not count.
 
         Args:
             fresh: read all files, also those whose digest is known from an earlier run (io/cache.py).
         """
         files = sorted(set(self._files.values()))
-        self._seen = {file: _state(self.path / file) for file in files}
+        self._hashed_states = {file: _state(self.path / file) for file in files}
         with ThreadPoolExecutor(max_workers=4) as pool:
             parts = list(pool.map(lambda file: _sha256(self.path / file, fresh), files))
         return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
 
     def require_unchanged(self) -> None:
-        """Refuse weight files that are not as they were when `digest` read them.
+        """Refuse weight files that changed since `digest` read them.
 
         Raises:
-            DamError: a file was replaced, written to, or is gone.
+            DamError: a file was replaced, written to, or removed.
         """
-        for file, state in self._seen.items():
+        for file, state in self._hashed_states.items():
             if _state(self.path / file) != state:
                 raise DamError(
                     f"{self.path / file}",
                     expected="the file that was read at the start",
-                    got="a changed one",
+                    got="a changed file",
                     cure="Run again, and leave the models alone while they are merged.",
                 )
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
-    """Place, length and date of content; None if it is gone. Hashing again would read everything once more."""
-    found = file_state(path)
-    return None if found is None else found[:4]  # new rights or links change the inode's date, but no weight
+    """Device, inode, size and time of content change; None if the file is missing. Much cheaper than a new hash."""
+    state = file_state(path)
+    return None if state is None else state[:4]  # new rights or links change the inode's time, but no weight
 
 
 def _safe_open(path: Path) -> Any:
@@ -201,15 +201,15 @@ def _safe_open(path: Path) -> Any:
             f"{path}",
             expected="a complete safetensors file",
             got=str(error),
-            cure="Download or save it again; it is cut short or damaged.",
+            cure="Download or save it again; it is truncated or damaged.",
         ) from error
 
 
 def _keys(path: Path) -> list[str]:
     handle = _safe_open(path)
-    # offset_keys: reading in file order is what disks and the page cache like best
+    # offset_keys: disks and the page cache are fastest in file order
     return list(handle.offset_keys())
 
 
 def _sha256(path: Path, fresh: bool) -> str:
-    return found_out(path, "sha256", lambda: file_digest(path), fresh=fresh)
+    return cached_fact(path, "sha256", lambda: file_digest(path), fresh=fresh)

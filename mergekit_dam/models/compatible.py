@@ -1,4 +1,4 @@
-"""Can these files be merged at all? Asked of headers and configs, before mergekit or learning meets the answer."""
+"""Refuse models that cannot be merged, by their headers and configs, before mergekit or learning reads weights."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SCALES = (
     ".weight.absmax",
     ".g_idx",
 )
-# entries of config.json that say nothing of what the weights compute
-_UNIMPORTANT = {
+# entries of config.json that do not affect what the weights compute
+_WITHOUT_EFFECT = {
     "_name_or_path",
     "architectures",
     "auto_map",
@@ -59,7 +59,7 @@ _UNIMPORTANT = {
 
 
 class Model(Protocol):
-    """What is asked of a model."""
+    """Name and config of a model."""
 
     @property
     def name(self) -> str: ...
@@ -67,11 +67,11 @@ class Model(Protocol):
     def config(self) -> PretrainedConfig: ...
 
 
-def require_plain(model: Model, checkpoint: Checkpoint) -> None:
-    """Refuse files that hold no weights to add: empty tensors, and quantised ones.
+def require_plain_weights(model: Model, checkpoint: Checkpoint) -> None:
+    """Refuse checkpoints with empty or quantised tensors, which cannot be added.
 
     Raises:
-        DamError: naming the first such tensor.
+        DamError: a tensor is empty or quantised.
     """
     for name in checkpoint.names:
         if 0 in checkpoint.shape(name):
@@ -79,7 +79,7 @@ def require_plain(model: Model, checkpoint: Checkpoint) -> None:
                 f"tensor {name} of model {model.name}",
                 expected="its values",
                 got="an empty tensor",
-                cure="It was saved by a process that held a part (DeepSpeed ZeRO-3): save again with gathered weights "
+                cure="A process that held only a part saved it (DeepSpeed ZeRO-3): save again with gathered weights "
                 "(zero_to_fp32.py).",
             )
         kind = checkpoint.dtype(name)
@@ -87,16 +87,16 @@ def require_plain(model: Model, checkpoint: Checkpoint) -> None:
             raise DamError(
                 f"model {model.name}",
                 expected="16-bit or 32-bit weights",
-                got=f"quantised ones ({name} is {kind})",
-                cure="Take the original weights, in bfloat16 or float16, of the same model.",
+                got=f"quantised weights ({name} is {kind})",
+                cure="Use the original weights of the same model, in bfloat16 or float16.",
             )
 
 
 def require_equal_depth(base: Model, model: Model) -> None:
-    """Refuse a model of another size.
+    """Refuse a model whose number of layers differs from the base's.
 
     Raises:
-        DamError: another number of layers.
+        DamError: the numbers of layers differ.
     """
     wanted, got = _layers(base.config), _layers(model.config)
     if wanted is not None and got is not None and wanted != got:
@@ -110,21 +110,21 @@ def require_equal_depth(base: Model, model: Model) -> None:
 
 def _layers(config: PretrainedConfig) -> int | None:
     part = getattr(config, "vision_config", None) or config.get_text_config()
-    found = getattr(part, "num_hidden_layers", None)
-    return found if isinstance(found, int) else None
+    layers = getattr(part, "num_hidden_layers", None)
+    return layers if isinstance(layers, int) else None
 
 
 def missing_tensor(model: Model, weight: WeightInfo, checkpoint: Checkpoint) -> DamError:
-    """What to say of a model that lacks a tensor that mergekit requires."""
+    """Make the error for a model that lacks a tensor that mergekit requires."""
     prefix = next((n[: -len(weight.name)] for n in checkpoint.names if n.endswith(f".{weight.name}")), None)
     if prefix:
-        got = f"none of that name among {len(checkpoint.names)}; its names begin with {prefix!r}"
+        got = f"no such name among {len(checkpoint.names)}; its names begin with {prefix!r}"
         cure = "Save the model again without the wrapper that renames its tensors."
     elif not module_names(meta_model(model.config, torch.device("cpu")), [weight.name]):
         got = "none, and its config asks for none"
-        cure = "mergekit's definition of this architecture is of another variant: mergekit cannot merge this one."
+        cure = "mergekit defines another variant of this architecture, and cannot merge this variant."
     else:
-        got = f"none of that name among {len(checkpoint.names)} (such as {checkpoint.names[0]})"
+        got = f"no such name among {len(checkpoint.names)} (such as {checkpoint.names[0]})"
         cure = "Download or save the model again; it lacks weights."
     return DamError(
         f"model {model.name}", expected=f"the tensor {weight.name}, as its architecture has it", got=got, cure=cure
@@ -132,7 +132,7 @@ def missing_tensor(model: Model, weight: WeightInfo, checkpoint: Checkpoint) -> 
 
 
 def require_equal_tying(base: Model, model: Model, weight: WeightInfo) -> None:
-    """Refuse a head of its own beside one that is the embedding: one output cannot be both.
+    """Refuse a model that ties its head to the embedding where the base does not, or the reverse.
 
     Raises:
         DamError: base and model differ in tie_word_embeddings.
@@ -151,11 +151,11 @@ def require_equal_tying(base: Model, model: Model, weight: WeightInfo) -> None:
 
 
 def differing_entries(base: PretrainedConfig, model: PretrainedConfig) -> list[str]:
-    """Entries of config.json in which a model computes otherwise than the base, whose entries the output gets."""
+    """Describe entries of config.json that affect the computation and differ from the base's, which the output gets."""
     ours, theirs = base.to_dict(), model.to_dict()
     return [
         f"{key} ({_short(theirs[key])}, base {_short(ours[key])})"
-        for key in sorted(ours.keys() & theirs.keys() - _UNIMPORTANT)
+        for key in sorted(ours.keys() & theirs.keys() - _WITHOUT_EFFECT)
         if ours[key] != theirs[key]
     ]
 

@@ -1,13 +1,13 @@
-"""Model families that mergekit 0.1.5 cannot merge, or not with heads that differ from the base's.
+"""Define model families that mergekit 0.1.5 cannot merge, or only with heads like the base's.
 
-All classes that share an encoder map to ONE architecture, so that a headless base and fine-tunes with heads of
-any size go into one merge: the output has the tensors of the base, and every spelling of a name that
-occurs on disk (with or without the class prefix, LayerNorm.gamma/beta) is an alias. The tensor lists are the
-JSON files in `architectures/`, names without the class prefix.
+All classes that share an encoder map to ONE architecture, so that a headless base can be merged with fine-tunes whose
+heads have any size. The output has the tensors of the base, and every spelling of a name that occurs on disk (with or
+without the class prefix, LayerNorm.gamma/beta) is an alias. The JSON files in `architectures/` list the tensors, by
+names without the class prefix.
 
-A class does not say what its checkpoints hold: bert-base-uncased calls itself BertForMaskedLM and has a pooler,
-newer files of that class have none, older ones carry `position_ids`. mergekit fails on a tensor that fine-tunes
-have and the base lacks, so what is optional is listed only if the base's own files have it.
+The class does not determine the tensors of a checkpoint: bert-base-uncased calls itself BertForMaskedLM and has a
+pooler, newer files of that class have none, older ones have `position_ids`. mergekit fails on a tensor that fine-tunes
+have and the base lacks, so an optional tensor is listed only if the base's files have it.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from mergekit_dam.registry import load_plugins
 
 _LOCK = threading.Lock()
 _LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-# what mergekit asks of every model of a class: buffers that new files of GPT-NeoX do not hold and that are computed,
-# and norms that only some sizes of Command R have
+# tensors that mergekit requires of every model of a class, though some lack them: computed buffers that new files of
+# GPT-NeoX do not hold, and norms that only some sizes of Command R have
 _VARIANTS: dict[str, tuple[str, str | None]] = {
     "GPTNeoXForCausalLM": (r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$", None),
     "CohereForCausalLM": (r"\.self_attn\.[qk]_norm\.weight$", "use_qk_norm"),
 }
-_SINGLE = ("vit", "bert", "roberta", "distilbert", "clip_vision")
+_SINGLE_ENCODERS = ("vit", "bert", "roberta", "distilbert", "clip_vision")
 
 
 class Aliases(tuple[str, ...]):
-    """Spellings that can be added to a list: mergekit 0.1.5 does so for optional weights, and a tuple cannot."""
+    """A tuple of spellings that can be added to a list, as mergekit 0.1.5 does for optional weights."""
 
     def __radd__(self, other: list[str]) -> list[str]:
         return [*other, *self]
 
 
 class EncoderTensors(BaseModel, frozen=True, extra="forbid"):
-    """One JSON file: tensor names of an encoder and of the heads that transformers puts on it."""
+    """Tensor names of an encoder and of the heads that transformers adds to it, as in a JSON file."""
 
     model_type: str
     prefix: str
@@ -65,12 +65,12 @@ class EncoderTensors(BaseModel, frozen=True, extra="forbid"):
 
 
 class EncoderArchitecture(ModuleArchitecture, BaseModel, frozen=True):
-    """Weights of an encoder for the class that a config names.
+    """mergekit's definition of an encoder's weights, for the class that a config names.
 
     Args:
-        tensors: the names.
-        config_key: where the encoder's own config lies in a nested one, e.g. `vision_config`.
-        extra: tensors outside the encoder that this module writes as well.
+        tensors: names of the tensors.
+        config_key: key of the encoder's config in a nested config, e.g. `vision_config`.
+        extra: names of tensors outside the encoder that this module also writes.
     """
 
     tensors: EncoderTensors
@@ -90,7 +90,7 @@ class EncoderArchitecture(ModuleArchitecture, BaseModel, frozen=True):
 
     def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
         bare = self._is_bare(config)
-        return _held([self._body(name, bare) for name in self.tensors.pre_weights], config)
+        return _present([self._body(name, bare) for name in self.tensors.pre_weights], config)
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
         layer = f"{self.tensors.layer_prefix}.{index}."
@@ -98,22 +98,22 @@ class EncoderArchitecture(ModuleArchitecture, BaseModel, frozen=True):
         return [self._body(layer + name, bare) for name in self.tensors.layer_weights]
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        loose = (*self.tensors.heads.get(_class_name(config), ()), *self.extra)
+        outside = (*self.tensors.heads.get(_class_name(config), ()), *self.extra)
         bare = self._is_bare(config)
         weights = [self._body(name, bare) for name in self.tensors.post_weights]
-        return _held([*weights, *(self._weight(name, (), optional=True) for name in loose)], config)
+        return _present([*weights, *(self._weight(name, (), optional=True) for name in outside)], config)
 
     def _body(self, name: str, is_bare: bool) -> WeightInfo:
         prefixed = self.tensors.prefix + name
         own, other = (name, prefixed) if is_bare else (prefixed, name)
-        # a base saved without its pooler or mask token still merges: nothing there is required to exist
+        # a base saved without its pooler or mask token can still be merged, so these are optional
         optional = name in self.tensors.buffers or name.startswith("pooler.") or name.endswith("mask_token")
         return self._weight(own, (other,), optional=optional, bare=name)
 
     def _is_bare(self, config: PretrainedConfig) -> bool:
         class_name = _class_name(config)
         if class_name in self.tensors.either_spelling:
-            # transformers before 5 loads these only with the prefix: the output keeps what the base has
+            # transformers before 5 loads these only with the prefix: the output keeps the base's spelling
             return not any(name.startswith(self.tensors.prefix) for name in _names_on_disk(config) or ())
         return class_name in self.tensors.headless
 
@@ -137,14 +137,14 @@ class VariantArchitecture(ModuleArchitecture, BaseModel, frozen=True, arbitrary_
     """mergekit's own definition without tensors that only some models of the class have.
 
     Args:
-        original: the definition.
-        left_out: pattern of the names.
-        kept_if: entry of config.json with which a model has them; None: no model needs them.
+        original: mergekit's definition.
+        excluded: pattern of the names of these tensors.
+        required_by: entry of config.json that is set where a model has them; None: no model needs them.
     """
 
     original: ModuleArchitecture
-    left_out: str
-    kept_if: str | None
+    excluded: str
+    required_by: str | None
 
     def name(self) -> str:
         return str(getattr(self.original, "name", lambda: "")())
@@ -162,17 +162,17 @@ class VariantArchitecture(ModuleArchitecture, BaseModel, frozen=True, arbitrary_
         return self._of_variant(self.original.post_weights(config), config)
 
     def _of_variant(self, weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInfo]:
-        if self.kept_if is not None and getattr(config, self.kept_if, False):
+        if self.required_by is not None and getattr(config, self.required_by, False):
             return weights
-        return [weight for weight in weights if not re.search(self.left_out, weight.name)]
+        return [weight for weight in weights if not re.search(self.excluded, weight.name)]
 
 
 def _class_name(config: PretrainedConfig) -> str:
     return str((config.architectures or [""])[0])
 
 
-def _held(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInfo]:
-    """Without the optional weights that the base's files lack; all of them where the files are not known."""
+def _present(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInfo]:
+    """Drop the optional weights that the base's files lack; keep all where the files are unknown."""
     names = _names_on_disk(config)
     if names is None:
         return weights
@@ -180,7 +180,7 @@ def _held(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInf
 
 
 def _names_on_disk(config: PretrainedConfig) -> frozenset[str] | None:
-    """Tensor names in the files that this config lies beside, if they are at hand."""
+    """Tensor names in the weight files beside this config; None if there are no such local files."""
     path = str(config.name_or_path)
     for ref, loader in LoaderCache().loaders.items():
         if ref.model.path == path:
@@ -188,31 +188,31 @@ def _names_on_disk(config: PretrainedConfig) -> frozenset[str] | None:
     try:
         return frozenset(ShardedTensorIndex.from_disk(path).tensor_paths) if os.path.isdir(path) else None
     except (OSError, RuntimeError, ValueError):
-        return None  # whoever reads the tensors reports what is wrong with the files
+        return None  # the code that reads the tensors reports the damage
 
 
 def load_tensors(name: str) -> EncoderTensors:
-    """The tensors of a family that this package brings, e.g. `vit`."""
+    """Read the tensor names of a family of this package, e.g. `vit`."""
     text = importlib.resources.files("mergekit_dam.models.architectures").joinpath(f"{name}.json").read_text("utf-8")
     return EncoderTensors.model_validate(json.loads(text))
 
 
 def _architectures() -> dict[str, ModelArchitecture]:
-    """Class name -> architecture, one object per family."""
-    found: dict[str, ModelArchitecture] = {}
-    for name in _SINGLE:
-        found |= _family(load_tensors(name), config_key="vision_config" if name == "clip_vision" else None)
-    loose = ("logit_scale", "visual_projection.weight", "text_projection.weight")
+    """Build class name -> architecture, with one object per family."""
+    architectures: dict[str, ModelArchitecture] = {}
+    for name in _SINGLE_ENCODERS:
+        architectures |= _family(load_tensors(name), config_key="vision_config" if name == "clip_vision" else None)
+    outside = ("logit_scale", "visual_projection.weight", "text_projection.weight")
     towers = {
         "vision_model": EncoderArchitecture(tensors=load_tensors("clip_vision"), config_key="vision_config"),
-        "text_model": EncoderArchitecture(tensors=load_tensors("clip_text"), config_key="text_config", extra=loose),
+        "text_model": EncoderArchitecture(tensors=load_tensors("clip_text"), config_key="text_config", extra=outside),
     }
-    found["CLIPModel"] = _model(towers, ["CLIPModel"], "clip", vocab_size_config_key="text_config.vocab_size")
-    return found
+    architectures["CLIPModel"] = _model(towers, ["CLIPModel"], "clip", vocab_size_config_key="text_config.vocab_size")
+    return architectures
 
 
 def _family(tensors: EncoderTensors, *, config_key: str | None = None) -> dict[str, ModelArchitecture]:
-    """Class name -> the one architecture of a family with a single encoder."""
+    """Build class name -> architecture of a family with a single encoder; all classes share it."""
     classes = [*tensors.headless, *tensors.heads]
     module = EncoderArchitecture(tensors=tensors, config_key=config_key)
     return dict.fromkeys(classes, _model({"default": module}, classes, tensors.model_type))
@@ -231,16 +231,16 @@ def _model(
     )
 
 
-def _by_variant(known: ModelArchitecture, left_out: str, kept_if: str | None) -> ModelArchitecture:
+def _with_variant(known: ModelArchitecture, excluded: str, required_by: str | None) -> ModelArchitecture:
     modules = {}
     for key, part in known.modules.items():
-        variant = VariantArchitecture(original=part.architecture, left_out=left_out, kept_if=kept_if)
+        variant = VariantArchitecture(original=part.architecture, excluded=excluded, required_by=required_by)
         modules[key] = part.model_copy(update={"architecture": variant})
     return known.model_copy(update={"modules": modules})
 
 
 def register_family(tensors: EncoderTensors) -> None:
-    """Make mergekit know the classes of one more family; what it knew of them before is replaced.
+    """Register the classes of a further family with mergekit; earlier definitions of these classes are replaced.
 
     Args:
         tensors: of the family, e.g. those of one that is here with some fields changed (`load_tensors`).
@@ -248,22 +248,22 @@ def register_family(tensors: EncoderTensors) -> None:
     from mergekit.architecture import json_definitions
 
     with _LOCK:
-        json_definitions.NAME_TO_ARCH.update({name: [one] for name, one in _family(tensors).items()})
+        json_definitions.NAME_TO_ARCH.update({name: [arch] for name, arch in _family(tensors).items()})
 
 
 def register_architectures() -> None:
-    """Put the definitions, and those of plugins, into mergekit's table of architectures. Idempotent; never raises."""
+    """Register all families, and those of plugins, with mergekit; repeated calls change nothing, errors only warn."""
     try:
         from mergekit.architecture import json_definitions
 
         table: dict[str, Any] = json_definitions.NAME_TO_ARCH
         with _LOCK:
-            # our own class marks an entry as ours: building the architectures twice would make them unequal
+            # EncoderArchitecture marks an entry as ours: architectures that are built twice would be unequal
             if not _is_ours(table.get("BertModel")):
                 for name, architecture in _architectures().items():
                     table[name] = [architecture]
                 for name, variant in ((n, v) for n, v in _VARIANTS.items() if n in table):
-                    table[name] = [_by_variant(known, *variant) for known in table[name]]
+                    table[name] = [_with_variant(known, *variant) for known in table[name]]
     except Exception as error:
         warnings.warn(f"mergekit-dam: model families not registered: {error!r}", stacklevel=2)
     load_plugins()

@@ -1,4 +1,4 @@
-"""A merged directory, loaded for one task: the shared body with that task's own head."""
+"""Load a merged directory for one task: the shared body with that task's own head."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def load_merged(
 
     Args:
         output: the directory that mergekit wrote, or the Hub id (ORG/NAME) of a merge that was pushed.
-        task: an input model's name (the last part of its path) to get its own head; None for the body alone.
+        task: name of an input model (the last part of its path), whose head is loaded; None for the body alone.
         revision: branch, tag or commit on the Hub.
-        device: where the parameters go.
+        device: device of the parameters.
 
     Returns:
         A transformers model: of the output's class, or of the task's class with the merged body.
 
     Raises:
-        DamError: an unknown task, or tensors of the task's class that neither merge nor head has.
+        DamError: the task is unknown, or neither merge nor head has some tensors of the task's class.
     """
     hub_id = not Path(output).exists() and isinstance(output, str) and output.count("/") == 1 and is_hub_id(output)
     output = fetch(str(output), revision, everything=True)[0] if hub_id else Path(output)
@@ -64,18 +64,18 @@ def load_merged(
     for target, tensor in values.items():
         owner, _, leaf = target.rpartition(".")
         module = model.get_submodule(owner)
-        placed = tensor.to(device).clone()
+        value = tensor.to(device).clone()
         if leaf in module._parameters:
-            module._parameters[leaf] = torch.nn.Parameter(placed, requires_grad=False)
+            module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
         else:
-            module._buffers[leaf] = placed
+            module._buffers[leaf] = value
     model.tie_weights()
     model.eval()
     return model
 
 
 def _head(output: Path, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]:
-    """The task's config and head tensors: beside the output, else from the input model that the recipe names."""
+    """Read the task's config and head tensors, from `dam/heads`, else from the input model that the recipe names."""
     plain_name(task, f"task {task!r}")
     folder = output / "dam" / "heads"
     if (folder / f"{task}.json").is_file():
@@ -86,7 +86,7 @@ def _head(output: Path, task: str) -> tuple[PretrainedConfig, dict[str, Tensor]]
         raise DamError(
             f"task {task!r}",
             expected=f"one of {', '.join(known) or 'none (no heads were kept)'}",
-            got="an unknown one",
+            got="an unknown task",
             cure=did_you_mean(task, known) or "Give the last part of an input model's path.",
         )
     path = inputs[task]
@@ -109,15 +109,15 @@ def _input_models(output: Path) -> dict[str, Path]:
 
 
 def config_without_code(path: Path) -> PretrainedConfig:
-    """A config, without running code that it names.
+    """Read a model's config without running code that it names.
 
     Raises:
-        DamError: not a config of a class that transformers itself has.
+        DamError: the config is not of a class that transformers itself has.
     """
     try:
         if path.is_dir():
             require_plausible_config(path)
-        found: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error, DamError):
             raise
@@ -127,14 +127,14 @@ def config_without_code(path: Path) -> PretrainedConfig:
             got=first_line(error),
             cure="Merge again, or upgrade transformers; code that comes with a model is not run here.",
         ) from error
-    return found
+    return config
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        found: dict[str, Tensor] = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise DamError(
             f"head {path}", expected="a complete safetensors file", got=first_line(error), cure="Merge again."
         ) from error
-    return found
+    return tensors

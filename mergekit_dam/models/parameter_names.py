@@ -1,4 +1,4 @@
-"""Checkpoint tensor names <-> parameter names of the transformers module, in one place.
+"""Map checkpoint tensor names to parameter names of the transformers module.
 
 Since transformers 5 a checkpoint's names need not be the module's: `encoder.layer.0.attention.attention.query`
 of a ViT file is `layers.0.attention.q_proj` in memory.
@@ -21,7 +21,7 @@ from mergekit_dam.errors import DamError
 
 
 def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
-    """The class that `config.architectures` names, parameters on the meta device, buffers real on `device`.
+    """Build the class that `config.architectures` names, with parameters on the meta device and buffers on `device`.
 
     Raises:
         DamError: transformers has no such class.
@@ -32,8 +32,8 @@ def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedMode
         raise DamError(
             f"architecture {name}",
             expected="a class of the installed transformers",
-            got="none of that name",
-            cure="Models with remote code cannot be learned on; upgrade transformers if the class is new.",
+            got="no such class",
+            cure="dam runs no remote code; upgrade transformers if the class is new.",
         )
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class(_config_of(model_class, config))
@@ -47,32 +47,32 @@ def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedMode
 
 
 def _config_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
-    """A copy (building a model writes to it), of the part for this class where the config covers several models."""
+    """Copy the config, since building a model writes to it; of a nested config, copy the part for this class."""
     wanted = model_class.config_class or PretrainedConfig
     parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
-    found = copy.deepcopy(next((part for part in parts if isinstance(part, wanted)), config))
-    # how attention is computed changes no weight, and the kernels that a config asks for need not be installed here
-    if found._attn_implementation not in (None, "eager", "sdpa"):
-        found._attn_implementation = None
-    for part in {id(p): p for p in (found, found.get_text_config())}.values():
-        pad, words = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
-        if isinstance(pad, int) and isinstance(words, int) and not 0 <= pad < words:
-            part.pad_token_id = None  # no row of the embedding
-    return found
+    own = copy.deepcopy(next((part for part in parts if isinstance(part, wanted)), config))
+    # the attention implementation changes no weight, and the kernels that a config names need not be installed here
+    if own._attn_implementation not in (None, "eager", "sdpa"):
+        own._attn_implementation = None
+    for part in {id(p): p for p in (own, own.get_text_config())}.values():
+        pad, vocab_size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(vocab_size, int) and not 0 <= pad < vocab_size:
+            part.pad_token_id = None  # the embedding has no such row
+    return own
 
 
 def module_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint name -> parameter or buffer name of `model`; names that nothing takes are left out.
+    """Map checkpoint names to parameter or buffer names of `model`; names without a counterpart are left out.
 
     Raises:
-        DamError: a tensor that loading would fuse with others, e.g. the experts of a mixture.
+        DamError: loading would fuse a tensor with further tensors, e.g. the experts of a mixture.
     """
     known = model.state_dict()
     return {name: target for name, target in load_names(model, names).items() if target in known}
 
 
 def load_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint name -> the name under which loading looks for a parameter of `model`, there or not.
+    """Map checkpoint names to the names that loading looks up in `model`, whether the model has them or not.
 
     Raises:
         DamError: see `module_names`.
@@ -81,22 +81,22 @@ def load_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     known = model.state_dict()
-    found = {}
+    targets = {}
     for name in names:
         target, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if fused is not None:
             raise DamError(
                 f"tensor {name}",
-                expected="a tensor that one parameter takes",
-                got="one that loading fuses",
+                expected="a tensor that becomes one parameter",
+                got="a tensor that loading fuses with further tensors",
                 cure="This architecture (fused tensors, mixture of experts) is not supported yet.",
             )
-        found[name] = target
-    return found
+        targets[name] = target
+    return targets
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Further names of shared parameters -> the first name."""
+    """Map the further names of each shared parameter to its first name."""
     first: dict[int, str] = {}
     aliases = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""From references and raw settings to a frozen Plan: which tensors, from where, without reading one."""
+"""Resolve model references and raw settings to a frozen Plan of the tensors to merge, without reading a weight."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from mergekit_dam.models.compatible import (
     missing_tensor,
     require_equal_depth,
     require_equal_tying,
-    require_plain,
+    require_plain_weights,
     require_window,
 )
 from mergekit_dam.models.families import register_architectures
 from mergekit_dam.models.parameter_names import meta_model, module_names
 from mergekit_dam.models.verify import check_coverage
 
-_REMOTE_CODE = "It needs code of its own, which dam cannot learn on; other methods merge it with --trust-remote-code."
-# computed from the config since long; older files still hold them
+_REMOTE_CODE = "It needs code of its own, which dam does not run; other methods merge it with --trust-remote-code."
+# buffers that only older files hold; they are computed from the config
 _OLD_BUFFER = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|\.(attn|attention)\.(masked_)?bias)$"
 )
@@ -42,16 +42,16 @@ _OLD_BUFFER = re.compile(
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor that the merge writes.
+    """A tensor that the merge writes.
 
     Attributes:
         name: output name, the base checkpoint's own spelling wherever mergekit keeps it.
-        shape: of base and models alike.
-        dtype: as the base stores it.
-        base_source: its name in the base's checkpoint.
-        sources: per model its name there, or None where the model lacks it (task vector 0).
-        mask_name: whose mask applies; tied tensors share one.
-        vocabulary_axis: axis with a row per token; None of other tensors.
+        shape: in base and models alike.
+        dtype: element type in the base's checkpoint.
+        base_source: name in the base's checkpoint.
+        sources: name in each model's checkpoint, or None where the model lacks the tensor (task vector 0).
+        mask_name: name of the mask; tied tensors share a mask.
+        vocabulary_axis: axis with a row per token; None without such an axis.
     """
 
     name: str
@@ -65,7 +65,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A model of the merge: `path` is a local directory with any LoRA already merged."""
+    """A model of the merge, in the local directory `path` with any LoRA already merged."""
 
     name: str
     ref: ModelReference
@@ -76,7 +76,7 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known before a weight is read."""
+    """Models, tensors and settings of a merge, known before a weight is read."""
 
     base: ModelInput
     models: tuple[ModelInput, ...]
@@ -93,18 +93,18 @@ def build_plan(
     options: MergeOptions | None = None,
     least: int = 2,
 ) -> Plan:
-    """Resolve models, settings and tensors.
+    """Resolve the models, settings and tensors of a merge.
 
     Args:
         base: theta_0.
         models: the fine-tuned models, T >= `least`, without the base.
         shared: raw values under `parameters:`; None means not given.
-        per_model: raw values per model; they win over shared ones.
+        per_model: raw values per model; they override shared values.
         options: mergekit's options (caches, trust_remote_code).
-        least: models that are needed; 1 where nothing is merged.
+        least: smallest number of models; 1 where nothing is merged.
 
     Raises:
-        DamError: too few models, unknown settings, a missing model, tensors that do not match.
+        DamError: too few models, unknown settings, a missing model, or tensors that do not match.
     """
     options = options or MergeOptions()
     if len(models) < least:
@@ -126,21 +126,21 @@ def build_plan(
         merge_method="dam", base_model=base, models=[{"model": ref} for ref in (base, *models)]
     )
     weights = _weights(merge_config, options, (base_input, *inputs))
-    checkpoint, *others = (Checkpoint.open(model.path) for model in (base_input, *inputs))
-    for model, own in zip((base_input, *inputs), (checkpoint, *others), strict=True):
+    base_checkpoint, *checkpoints = (Checkpoint.open(model.path) for model in (base_input, *inputs))
+    for model, own in zip((base_input, *inputs), (base_checkpoint, *checkpoints), strict=True):
         require_equal_depth(base_input, model)
-        require_plain(model, own)
+        require_plain_weights(model, own)
         meta_model(model.config, torch.device("cpu"))  # refuses a class that learning could not build
-    check_coverage(weights, checkpoint.names, ignored=_left_out(base_input, checkpoint))
-    tensors = tuple(_tensor_specs(weights, base_input, checkpoint, inputs, others))
+    check_coverage(weights, base_checkpoint.names, ignored=_excluded_names(base_input, base_checkpoint))
+    tensors = tuple(_tensor_specs(weights, base_input, base_checkpoint, inputs, checkpoints))
     return Plan(base_input, inputs, tensors, config)
 
 
 def _weights(config: MergeConfiguration, options: MergeOptions, inputs: Sequence[ModelInput]) -> list[WeightInfo]:
-    """The tensors that mergekit would merge.
+    """List the tensors that mergekit would merge.
 
     Raises:
-        DamError: a model whose class is not told, or classes that mergekit cannot merge.
+        DamError: a config does not name the model's class, or mergekit cannot merge these classes.
     """
     for model in inputs:
         if not model.config.architectures:
@@ -152,12 +152,12 @@ def _weights(config: MergeConfiguration, options: MergeOptions, inputs: Sequence
             )
     classes = ", ".join(dict.fromkeys(str((model.config.architectures or [""])[0]) for model in inputs))
     try:
-        # of classes that differ mergekit would take any one; the output has the base's
+        # where classes differ, mergekit would use any of them; the output has the base's class
         known = arch_info_for_config(inputs[0].config) if options.allow_crimes else None
         return list((known or get_architecture_info(config, options)).all_weights(inputs[0].config))
     except DamError:
         raise
-    except Exception as error:  # mergekit raises whatever it meets in classes that it does not know
+    except Exception as error:  # mergekit raises many kinds on unknown classes
         several = "," in classes
         raise DamError(
             "classes of base and models",
@@ -169,8 +169,8 @@ def _weights(config: MergeConfiguration, options: MergeOptions, inputs: Sequence
         ) from error
 
 
-def _left_out(base: ModelInput, checkpoint: Checkpoint) -> frozenset[str]:
-    """Names that the base's class does not take: old buffers, and the head of a base that is used without it."""
+def _excluded_names(base: ModelInput, checkpoint: Checkpoint) -> frozenset[str]:
+    """Names in the base's files that its class does not load: old buffers, and the head of a base used without it."""
     model = meta_model(base.config, torch.device("cpu"))
     if base.ref.override_architecture is not None:
         return frozenset(checkpoint.names) - frozenset(module_names(model, checkpoint.names))
@@ -181,7 +181,7 @@ def _left_out(base: ModelInput, checkpoint: Checkpoint) -> frozenset[str]:
 def parse_settings(
     shared: Mapping[str, Any], per_model: Sequence[Mapping[str, Any]]
 ) -> tuple[DamConfig, list[ModelSettings]]:
-    """Split raw values into shared and per-model settings and validate both."""
+    """Split raw values into shared and per-model settings, and validate both."""
     for where, values in (("parameters", shared), *((f"model {i + 1}", own) for i, own in enumerate(per_model))):
         given = [key for key, value in values.items() if value is not None]
         unknown_setting(unknown_keys(given), where, KNOWN, "dam")
@@ -197,10 +197,10 @@ def parse_settings(
 
 
 def model_input(name: str, ref: ModelReference, settings: ModelSettings, options: MergeOptions) -> ModelInput:
-    """A reference resolved to a local directory, its LoRA merged, and its config.
+    """Resolve a reference to a local directory, merge its LoRA, and read its config.
 
     Raises:
-        DamError: a model that cannot be read.
+        DamError: the model cannot be read.
     """
     refuse_unsafe(ref)
     try:
@@ -232,10 +232,10 @@ def model_input(name: str, ref: ModelReference, settings: ModelSettings, options
 
 
 def refuse_unsafe(ref: ModelReference) -> None:
-    """Before any other library opens it: pickled weights, also of an adapter, and sizes that exhaust the machine.
+    """Refuse pickled weights, also of an adapter, and sizes that exhaust the machine, before a library reads them.
 
     Raises:
-        DamError: for a local directory that holds such things. What is not local yet is checked once it is.
+        DamError: a local directory holds such files. A model that is not local is checked after its download.
     """
     local = isinstance(ref, LocalReference)
     folder = Path(ref.model_folder if local else ref.model.path)
@@ -250,14 +250,14 @@ def refuse_unsafe(ref: ModelReference) -> None:
             got=", ".join(sorted(p.name for p in adapter.glob("*.bin"))[:2]) or "no such file",
             cure="Pickle can run code and is never loaded: save the adapter again with safe_serialization=True.",
         )
-    if adapter is not None and folder.is_dir() and not local:  # of a local reference it was asked when it was made
+    if adapter is not None and folder.is_dir() and not local:  # a local reference was checked when it was made
         require_mergeable(ref.model_copy(update={"lora": None}), adapter)
 
 
 def _task_names(models: Sequence[ModelReference]) -> list[str]:
-    """A short, unique, file-safe name per model: the last part of its path, numbered where two agree."""
+    """A short, unique, file-safe name per model: the last part of its path, numbered where two are equal."""
     names: list[str] = []
-    taken = {"base"}  # theta_0's own name; compared without case, since some file systems know none
+    taken = {"base"}  # theta_0's own name; compared without case, since some file systems ignore case
     for ref in models:
         stem = file_safe(Path((ref.lora or ref.model).path).name)
         name, count = stem, 2
@@ -291,7 +291,7 @@ def _tensor_specs(
             raise DamError(
                 f"tensor {weight.name}",
                 expected="in the base, since a model has it",
-                got="a base without it",
+                got="a base without this tensor",
                 cure="Merge models that were fine-tuned from this base.",
             )
         for model in models if weight.tied_names else ():
@@ -322,10 +322,10 @@ def _shape_error(
     axis = weight.vocabulary_axis
     differing = [i for i, sizes in enumerate(zip(shape, got, strict=False)) if sizes[0] != sizes[1]]
     if axis is not None and len(shape) == len(got) and differing == [axis % len(shape)]:
-        cure = "Vocabularies differ: align them first with tokenizer: {source: base} in a stage of its own."
+        cure = "Vocabularies differ: align them first with tokenizer: {source: base} in a separate stage."
     elif "classifier" in weight.name or "score" in weight.name:
         cure = (
-            "Heads of different tasks cannot be merged: take the base without its head, "
+            "Heads of different tasks cannot be merged: use the base without its head, "
             f"base_model: {{model: {base.ref}, override_architecture: <class without head>}}."
         )
     else:

@@ -1,4 +1,4 @@
-"""Is everything there? Before the merge: does mergekit know every tensor; after it: was every one written."""
+"""Check that mergekit knows every tensor before a merge, and that the merge wrote every tensor."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _SHOWN = 3  # names listed in an error
 
 
 def check_coverage(weights: Iterable[WeightInfo], base_names: Iterable[str], *, ignored: frozenset[str]) -> None:
-    """Refuse a merge that would leave tensors of the base out, which mergekit does in silence.
+    """Refuse a merge that would omit tensors of the base, as mergekit does without a message.
 
     Args:
-        weights: what mergekit's definition of the architecture lists.
+        weights: tensors in mergekit's definition of the architecture.
         base_names: the base checkpoint's tensor names.
-        ignored: names that may be left out, such as the head of a base taken without it.
+        ignored: names that may be omitted, such as the head of a base used without it.
 
     Raises:
-        DamError: naming the first of the missing tensors.
+        DamError: tensors of the base are missing from the definition.
     """
     known = {s for w in weights for s in (w.name, *(w.aliases or ()), *(w.tied_names or ()))}
     names = list(base_names)
@@ -35,26 +35,26 @@ def check_coverage(weights: Iterable[WeightInfo], base_names: Iterable[str], *, 
             "architecture",
             expected=f"a definition of all {len(names)} tensors of the base",
             got=f"{len(missing)} unknown to mergekit: {_list(missing)}",
-            cure="This family is not supported; see the README for those that are.",
+            cure="This family is not supported; see the README for the supported families.",
         )
 
 
 def verify_output(
     output: Path, base: Path, *, dtype: torch.dtype | None = None, base_config: PretrainedConfig | None = None
 ) -> None:
-    """Compare a merged directory with its own config.json and its base by names, shapes and types, from headers alone.
+    """Compare names, shapes and types of a merged directory, from headers alone, with its config.json and its base.
 
-    The sizes are those of the output's config, since a recipe may change vocabulary and depth; what the base's own
-    files lack, the output need not have.
+    The sizes are those of the output's config, since a recipe may change vocabulary and depth. Tensors that the base's
+    own files lack may be missing in the output.
 
     Args:
-        output: what mergekit wrote.
+        output: directory that mergekit wrote.
         base: theta_0's directory.
-        dtype: the type asked for by `dtype` or `out_dtype`; None: any floating type will do.
-        base_config: the base's config where it is not the one on disk (override_architecture).
+        dtype: the type that `dtype` or `out_dtype` asks for; None: any floating type.
+        base_config: the base's config where it differs from the file (override_architecture).
 
     Raises:
-        DamError: tensors missing, added, or of another shape or type.
+        DamError: tensors are missing, unknown, or of another shape or type.
     """
     wanted, written = Checkpoint.open(base), Checkpoint.open(output)
     cpu, config = torch.device("cpu"), base_config or AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -91,9 +91,9 @@ def verify_output(
 
 
 def _by_parameter(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter -> the checkpoint's name, whichever spelling it has; tied parameters count as one.
+    """Map parameter names to the checkpoint's names; tied parameters count as one parameter.
 
-    Tensors that the class does not take get their name without the class prefix.
+    Tensors that the class does not load are keyed by their name without the class prefix.
     """
     tied, taken, prefix = tied_names(model), model.state_dict(), f"{model.base_model_prefix}."
     return {

@@ -1,1 +1,1 @@
-"""What others see of a merge: the report page, the model card, the push to the Hub."""
+"""Publish a merge: write its report page and model card, and push it to the Hub."""

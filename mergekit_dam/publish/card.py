@@ -1,7 +1,7 @@
-"""The model card of a published merge: mergekit's fields, what was done against backdoors, and what was measured.
+"""Write the model card of a published merge: mergekit's fields, the defence against backdoors, and measured results.
 
-A card claims nothing that was not measured: without figures it says so, and a scan that found nothing is reported
-as a scan that found nothing. All foreign text stands in code spans (see `markdown`) or in YAML that PyYAML wrote.
+A card claims nothing that was not measured: without results it says so, and a scan without findings is reported as
+such. All untrusted text stands in code spans (see `markdown`) or in YAML that PyYAML wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mergekit.card import method_md
 from mergekit.common import ModelPath
 
 from mergekit_dam.config import DamConfig
-from mergekit_dam.evaluation.results import Measured, Rate
+from mergekit_dam.evaluation.results import Rate, Results
 from mergekit_dam.publish.contents import Publication
 from mergekit_dam.publish.markdown import block, code, percent, table
 from mergekit_dam.publish.provenance import Provenance
@@ -37,25 +37,27 @@ PIPELINES = {
 }
 
 
-def model_card(repo_id: str, publication: Publication, provenance: Provenance, measured: Measured | None) -> str:
-    """The whole README.md.
+def model_card(repo_id: str, publication: Publication, provenance: Provenance, results: Results | None) -> str:
+    """Write README.md of a merge.
 
     Args:
         repo_id: ORG/NAME.
         publication: the merge.
-        provenance: ids, licence and data sets, as far as known.
-        measured: figures, or None.
+        provenance: known ids, licence and data sets.
+        results: measured results, or None.
     """
     name = repo_id.rpartition("/")[2]
     parts = [
-        f"---\n{front_matter(name, publication, provenance, measured)}\n---",
+        f"---\n{front_matter(name, publication, provenance, results)}\n---",
         f"# {code(name)}",
         _introduction(publication, provenance),
         _use(repo_id, publication),
         _defence(publication) if publication.is_dam else "",
-        _figures_table(measured),
-        _harness_table(measured),
-        "\n\n".join(f"![{figure.rpartition('/')[2]}](<{figure}>)" for figure in publication.figures if _plain(figure)),
+        _figures_table(results),
+        _harness_table(results),
+        "\n\n".join(
+            f"![{figure.rpartition('/')[2]}](<{figure}>)" for figure in publication.figures if _is_link_safe(figure)
+        ),
         "## Configuration\n\nThe recipe as mergekit ran it:\n\n" + block(publication.recipe_text, "yaml"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -81,13 +83,15 @@ def _introduction(publication: Publication, provenance: Provenance) -> str:
 
 def _reference(part: ModelPath, commits: Mapping[str, str], provenance: Provenance) -> str:
     known = provenance.hub_ids.get(part.path)
-    text = f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(_own_name(part))} (not on the Hub)"
+    text = (
+        f"[{code(known)}](https://huggingface.co/{known})" if known else f"{code(_public_name(part))} (not on the Hub)"
+    )
     text += f" at {code(part.revision)}" if part.revision else ""
     return f"{text}, commit {code(commits[str(part)])}" if str(part) in commits else text
 
 
-def _own_name(part: ModelPath) -> str:
-    """Of a model on this disk its folder's name: the path is nobody's business. Of others the id."""
+def _public_name(part: ModelPath) -> str:
+    """The folder's name of a local model, whose path is private; the id of a model of the Hub."""
     local = part.revision is None and (part.path.startswith(("/", ".", "~")) or Path(part.path).exists())
     return Path(part.path).expanduser().resolve().name if local else part.path
 
@@ -111,8 +115,8 @@ def _defence(publication: Publication) -> str:
         "coefficients are learned from unlabelled data, without knowing a trigger, a target, or which model is bad."
     )
     closing = (
-        "This is meant to keep a backdoor of an input model from surviving the merge. It is no proof that there is "
-        "none (what was measured stands below), and it does not look at what the base model itself carries."
+        "This is meant to keep a backdoor of an input model from surviving the merge. It does not prove that there is "
+        "none (see the measured results below), and it does not examine the base model itself."
     )
     if not masks:
         return f"{opening}\n\nThe record of the learning was not kept with this merge.\n\n{closing}"
@@ -146,57 +150,59 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     students = masks.get("students")
     if isinstance(students, Mapping) and students:
         return (
-            "No scan for triggers was made: it finds none in text encoders. Instead of each model a student of it was "
-            "merged: the base, taught what the model answers to clean texts with random words in between. What only a "
-            "trigger brings out gets across in part.\n\n"
+            "No scan for triggers was made: it finds none in text encoders. A student of each model was merged in its "
+            "place: the base, trained on the model's answers to clean texts with random words in between. The student "
+            "takes over only a part of the behaviour that a trigger causes.\n\n"
             + table(
-                ["model", "share of the texts it was taught on that its student answers alike"],
+                ["model", "share of its training texts on which the student answers as the model"],
                 [[code(name), f"{float(share):.3f}"] for name, share in students.items()],
             )
         )
     findings = masks.get("audit") or []
     if not findings:
-        return "The scan for backdoors found no target that it could score. One of another kind may have been missed."
-    suspects = [one for one in findings if one.get("suspect")]
+        return (
+            "The scan for backdoors found no target that it could score. It may have missed other kinds of backdoors."
+        )
+    suspects = [finding for finding in findings if finding.get("suspect")]
     scanned = _targets(findings)
-    rule = f"a target counts as suspect from {code(settings.get('suspicion'))} on"
+    rule = f"a target is suspect from a score of {code(settings.get('suspicion'))} on"
     if not suspects:
         return (
             f"A blind search for triggers scored {scanned} targets of the input models and found none that "
-            f"is suspect ({rule}). A trigger of another kind may have been missed."
+            f"is suspect ({rule}). It may have missed other kinds of triggers."
         )
     rows = [
         [
-            *(code(one.get(key, one.get("task"))) for key in ("model", "task", "target")),
-            *(f"{float(one.get(k, 0)):.2f}" for k in _FINDING),
-            _left(masks, one),
+            *(code(finding.get(key, finding.get("task"))) for key in ("model", "task", "target")),
+            *(f"{float(finding.get(k, 0)):.2f}" for k in _FINDING),
+            _remaining(masks, finding),
         ]
-        for one in suspects
+        for finding in suspects
     ]
     return (
         f"A blind search for triggers scored {scanned} targets of the input models; {_targets(suspects)} are suspect "
-        f"({rule}), and the masks were fitted against what was found. A suspect class can be a false alarm.\n\n"
+        f"({rule}), and the masks were fitted against the recovered triggers. A suspect class can be a false alarm.\n\n"
         + table([*_COLUMNS], rows)
     )
 
 
 def _vaccinated(masks: Mapping[str, Any]) -> str:
-    """What was measured of models that were vaccinated before they were merged."""
-    found = masks.get("vaccinated")
-    if not isinstance(found, Mapping) or not found:
+    """The measurements of models that were vaccinated before the merge."""
+    vaccinated = masks.get("vaccinated")
+    if not isinstance(vaccinated, Mapping) or not vaccinated:
         return ""
     rows = [
         [
             code(name),
-            percent(one.get("agreement", {}).get("after")),
-            *(percent(one.get("held_out", {}).get(when)) for when in ("planted", "unlearned")),
+            percent(facts.get("agreement", {}).get("after")),
+            *(percent(facts.get("held_out", {}).get(when)) for when in ("planted", "unlearned")),
         ]
-        for name, one in found.items()
+        for name, facts in vaccinated.items()
     ]
     return (
         "The models were vaccinated before they were merged: triggers of our own were planted and unlearned again. "
-        "Triggers that were planted and not unlearned tell how much of one that nobody knows may be left.\n\n"
-        + table(["model", "answers as before", "planted triggers work on", "left of those not unlearned"], rows)
+        "Triggers that were planted and not unlearned show how much of an unknown trigger may remain.\n\n"
+        + table(["model", "answers as before", "planted triggers work on", "not unlearned triggers work on"], rows)
     )
 
 
@@ -204,18 +210,18 @@ _COLUMNS = ("model", "task", "class", "trigger works on the model", "on the base
 _FINDING = ("success", "control", "suspicion")
 
 
-def _left(masks: Mapping[str, Any], finding: Mapping[str, Any]) -> str:
-    """How often the finding's trigger works on the merge, on calibration samples, where that was measured."""
-    same = ("model", "task", "target", "kind")
-    for one in masks.get("remaining") or []:
-        if all(one.get(key) == finding.get(key) for key in same):
-            return f"{float(one.get('after', 0)):.2f}"
+def _remaining(masks: Mapping[str, Any], finding: Mapping[str, Any]) -> str:
+    """Success of the finding's trigger on the merge, on calibration samples, or "not measured"."""
+    key = ("model", "task", "target", "kind")
+    for measured in masks.get("remaining") or []:
+        if all(measured.get(part) == finding.get(part) for part in key):
+            return f"{float(measured.get('after', 0)):.2f}"
     return "not measured"
 
 
 def _targets(findings: Sequence[Mapping[str, Any]]) -> int:
-    """How many classes of tasks these are, whatever the model and the kind of trigger."""
-    return len({(str(one.get("task")), str(one.get("target"))) for one in findings})
+    """Number of distinct targets, whatever the model and the kind of trigger."""
+    return len({(str(finding.get("task")), str(finding.get("target"))) for finding in findings})
 
 
 def _changed(settings: Mapping[str, Any]) -> str:
@@ -225,37 +231,37 @@ def _changed(settings: Mapping[str, Any]) -> str:
         for key in DamConfig.model_fields
         if key in settings and settings[key] != getattr(defaults, key)
     ]
-    return ", ".join(code(one) for one in changed) or "none"
+    return ", ".join(map(code, changed)) or "none"
 
 
-def _figures_table(measured: Measured | None) -> str:
+def _figures_table(results: Results | None) -> str:
     title = "## What was measured\n\n"
-    if measured is None:
+    if results is None:
         return (
             title + "Nothing: neither clean accuracy nor the success of any attack was measured on this merge before "
             "it was published."
         )
-    if not measured.accuracy and not measured.attack_success:
+    if not results.accuracy and not results.attack_success:
         return title + "Neither clean accuracy nor the success of any attack was measured on the tasks of the merge."
-    attacks = list(measured.attack_success)
-    tasks = list(dict.fromkeys([*measured.accuracy, *(t for r in measured.attack_success.values() for t in r)]))
+    attacks = list(results.attack_success)
+    tasks = list(dict.fromkeys([*results.accuracy, *(t for r in results.attack_success.values() for t in r)]))
     rows = [
         [
             code(task),
-            code(measured.datasets.get(task, "not said")),
-            _rate(measured.accuracy.get(task)),
-            *(_rate(measured.attack_success[attack].get(task)) for attack in attacks),
+            code(results.datasets.get(task, "not said")),
+            _rate(results.accuracy.get(task)),
+            *(_rate(results.attack_success[attack].get(task)) for attack in attacks),
         ]
         for task in tasks
     ]
     header = ["task", "data", "clean accuracy", *(f"attack success, {code(attack)}" for attack in attacks)]
-    text = title + table(header, rows) + f"\n\nHits and samples in brackets; reported by {code(measured.source)}"
+    text = title + table(header, rows) + f"\n\nHits and samples in brackets; reported by {code(results.source)}"
     text += " of the publisher, not checked by the Hub."
     return text if attacks else text + " The success of attacks was not measured."
 
 
-def _harness_table(measured: Measured | None) -> str:
-    if measured is None or not measured.harness:
+def _harness_table(results: Results | None) -> str:
+    if results is None or not results.harness:
         return ""
     rows = [
         [
@@ -263,11 +269,11 @@ def _harness_table(measured: Measured | None) -> str:
             code(metric),
             f"{value:.4f}",
             "-" if error is None else f"{error:.4f}",
-            "-" if one.samples is None else str(one.samples),
-            code(one.by),
+            "-" if result.samples is None else str(result.samples),
+            code(result.by),
         ]
-        for task, one in measured.harness.items()
-        for metric, (value, error) in one.metrics.items()
+        for task, result in results.harness.items()
+        for metric, (value, error) in result.metrics.items()
     ]
     header = ["benchmark", "metric", "value", "standard error", "samples", "measured by"]
     return table(header, rows) + "\n\nRun by the publisher, not checked by the Hub; they say nothing about backdoors."
@@ -277,13 +283,13 @@ def _rate(rate: Rate | None) -> str:
     return "not measured" if rate is None else str(rate)
 
 
-def _plain(path: str) -> bool:
-    """Whether a file name of ours can stand in a link as it is."""
+def _is_link_safe(path: str) -> bool:
+    """Whether a file name needs no escaping in a link."""
     return all(c.isalnum() or c in "-_./" for c in path)
 
 
-def front_matter(name: str, publication: Publication, provenance: Provenance, measured: Measured | None) -> str:
-    """YAML without its fences; PyYAML quotes whatever needs it."""
+def front_matter(name: str, publication: Publication, provenance: Provenance, results: Results | None) -> str:
+    """Write the card's YAML, without its fences; PyYAML quotes where needed."""
     tags = ["mergekit", "merge", "mergekit-dam"] + (["dam", "backdoor-defense"] if publication.is_dam else [])
     data = ModelCardData(
         base_model=list(dict.fromkeys(provenance.hub_ids.values())),
@@ -293,8 +299,8 @@ def front_matter(name: str, publication: Publication, provenance: Provenance, me
         license=provenance.licence,
         datasets=list(provenance.datasets) or None,
         tags=tags,
-        model_name=name if measured else None,
-        eval_results=_eval_results(publication, measured) if measured else None,
+        model_name=name if results else None,
+        eval_results=_eval_results(publication, results) if results else None,
     )
     return str(data.to_yaml()).rstrip()
 
@@ -307,11 +313,11 @@ def _pipeline(config: Mapping[str, Any]) -> str | None:
     )
 
 
-def _eval_results(publication: Publication, measured: Measured) -> list[EvalResult]:
+def _eval_results(publication: Publication, results: Results) -> list[EvalResult]:
     pipeline = _pipeline(publication.config)
 
     def result(task: str, metric: str, title: str, rate: Rate) -> EvalResult:
-        data = measured.datasets.get(task, task)
+        data = results.datasets.get(task, task)
         return EvalResult(
             task_type=pipeline if pipeline and "classification" in pipeline else "other",
             task_name=task,
@@ -332,15 +338,15 @@ def _eval_results(publication: Publication, measured: Measured) -> list[EvalResu
             metric_type=metric.partition(" ")[0],
             metric_name=metric,
             metric_value=value,
-            metric_args={"standard_error": error, "samples": one.samples, "measured_by": one.by},
+            metric_args={"standard_error": error, "samples": benchmark.samples, "measured_by": benchmark.by},
         )
-        for task, one in measured.harness.items()
-        for metric, (value, error) in one.metrics.items()
+        for task, benchmark in results.harness.items()
+        for metric, (value, error) in benchmark.metrics.items()
     ]
     attacks = [
         result(t, "attack_success_rate", f"attack success rate (%), {attack}", rate)
-        for attack, rates in measured.attack_success.items()
+        for attack, rates in results.attack_success.items()
         for t, rate in rates.items()
     ]
-    clean = [result(t, "accuracy", "clean accuracy (%)", rate) for t, rate in measured.accuracy.items()]
+    clean = [result(t, "accuracy", "clean accuracy (%)", rate) for t, rate in results.accuracy.items()]
     return clean + attacks + benchmarks

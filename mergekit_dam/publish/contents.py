@@ -1,8 +1,9 @@
-"""A finished merge as it is published: what is in the directory, whether it is complete, and which files go out."""
+"""Read a finished merge, check that it is complete, and choose the files to publish."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,14 +33,14 @@ _SECRET = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 @dataclass(frozen=True)
 class Publication:
-    """A merge directory that has passed `inspect`.
+    """A merge directory that `contents_of` has checked.
 
     Attributes:
         folder: the directory.
         config: its config.json.
-        recipe_text: mergekit_config.yml as it stands.
-        recipe: the same, parsed.
-        masks: metadata of dam_masks.safetensors; empty where there is none.
+        recipe_text: text of mergekit_config.yml.
+        recipe: the recipe, parsed.
+        masks: metadata of dam_masks.safetensors; empty without that file.
         num_tensors, num_parameters: of the merged weights.
     """
 
@@ -57,35 +58,35 @@ class Publication:
 
     @property
     def references(self) -> tuple[ModelReference, ...]:
-        """Base first, then the models, each once."""
-        found = [self.recipe["base_model"]] if self.recipe.get("base_model") else []
-        found += [entry["model"] for entry in self.recipe.get("models") or []]
-        found += [s["model"] for piece in self.recipe.get("slices") or [] for s in piece["sources"]]
-        return tuple(dict.fromkeys(ModelReference.model_validate(one) for one in found))
+        """References of the base and then of the models, without duplicates."""
+        models = [self.recipe["base_model"]] if self.recipe.get("base_model") else []
+        models += [entry["model"] for entry in self.recipe.get("models") or []]
+        models += [s["model"] for piece in self.recipe.get("slices") or [] for s in piece["sources"]]
+        return tuple(dict.fromkeys(ModelReference.model_validate(model) for model in models))
 
     @property
     def commits(self) -> Mapping[str, str]:
-        """Commits that the inputs from the Hub were read at, by their name in the recipe."""
+        """Commits of the inputs from the Hub, by their name in the recipe."""
         file = self.folder / "dam" / INPUTS_FILE
         return _json(file) if file.is_file() else {}
 
     @property
     def records(self) -> tuple[Path, ...]:
-        """Where measured figures may stand."""
+        """Existing files that may hold measured results."""
         files = (self.folder / "dam" / name for name in (EVALUATION_FILE, "report.json"))
         return tuple(file for file in files if file.is_file())
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Pictures beside the report, as paths in the repository."""
+        """PNG files beside the report, as paths in the repository."""
         return tuple(p.relative_to(self.folder).as_posix() for p in sorted((self.folder / "dam").rglob("*.png")))
 
 
 def contents_of(folder: Path) -> Publication:
-    """Read a merge directory and refuse one that is not complete.
+    """Read a merge directory, and refuse an incomplete one.
 
     Raises:
-        DamError: no directory, no config or recipe, missing or cut weights, or tensors other than the base's.
+        DamError: no directory, no config or recipe, missing or truncated weights, or tensors other than the base's.
     """
     config = _json(folder / "config.json")
     checkpoint = Checkpoint.open(folder)
@@ -111,7 +112,7 @@ def contents_of(folder: Path) -> Publication:
             recipe=recipe,
             masks=_metadata(folder / "dam" / MASKS_FILE) if merge_method == "dam" else {},
             num_tensors=len(shapes),
-            num_parameters=sum(_numel(shape) for shape in shapes),
+            num_parameters=sum(map(math.prod, shapes)),
         )
         base = publication.references[0].model.path if recipe.get("base_model") else None
     except DamError:
@@ -134,19 +135,22 @@ def contents_of(folder: Path) -> Publication:
 
 
 def files_to_publish(publication: Publication, *, include_masks: bool) -> tuple[dict[str, Path], list[str]]:
-    """Path in the repository -> file, without the card; and notes on what is left out.
+    """Choose the files to publish, without the card.
+
+    Returns:
+        Path in the repository -> file, and notes on files that are left out.
 
     Raises:
-        DamError: a file that holds an access token.
+        DamError: a file holds an access token.
     """
     files: dict[str, Path] = {}
     notes = []
     for path in _walk(publication.folder):
         name = path.relative_to(publication.folder).as_posix()
         if path.suffix in _PICKLES:
-            notes.append(f"{name} stays here: pickle files can run code and are never published")
+            notes.append(f"{name} is not published: pickle files can run code")
         elif name == f"dam/{MASKS_FILE}" and not include_masks:
-            notes.append(f"{name} stays here (--include-masks publishes it)")
+            notes.append(f"{name} is not published (--include-masks publishes it)")
         elif path.suffix not in _LEFT_OUT and name != "README.md":
             files[name] = path
     refuse_secrets(files.items())
@@ -154,7 +158,7 @@ def files_to_publish(publication: Publication, *, include_masks: bool) -> tuple[
 
 
 def refuse_secrets(files: Iterable[tuple[str, Path]], tokens: Iterable[str] = ()) -> None:
-    """Refuse text files that hold an access token: the user's own, or what looks like one of the Hub's."""
+    """Refuse text files that hold the user's access token, or text in the form of a Hub token."""
     own = [token.encode() for token in tokens if token]
     for name, path in files:
         if path.suffix not in _TEXT:
@@ -163,14 +167,14 @@ def refuse_secrets(files: Iterable[tuple[str, Path]], tokens: Iterable[str] = ()
         if _SECRET.search(content) or any(token in content for token in own):
             raise DamError(
                 f"file {name}",
-                expected="no access token in what is published",
-                got="one (not shown)",
+                expected="no access token in the files to publish",
+                got="an access token (not shown)",
                 cure="Remove it from the file, and revoke it at https://huggingface.co/settings/tokens.",
             )
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files in a fixed order; hidden ones and links out of the directory are never published."""
+    """Yield files in a fixed order, without hidden files and links out of the directory."""
     root = folder.resolve()
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -192,25 +196,25 @@ def _text(path: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(path))
+        values = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, DamError):
             raise
-        found = None
-    if not isinstance(found, dict):
+        values = None
+    if not isinstance(values, dict):
         raise DamError(f"{path}", expected="a JSON object", got="something else", cure="Merge again.")
-    return found
+    return values
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """The JSON beside the masks, from the header alone."""
+    """Read the metadata of a masks file, from its header alone."""
     if not path.is_file():
         return {}
     try:
         with safe_open(str(path), framework="pt") as file:
-            found = read_metadata((file.metadata() or {})["dam"])
-        check_metadata(found)
-        return found
+            metadata = read_metadata((file.metadata() or {})["dam"])
+        check_metadata(metadata)
+        return metadata
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DamError(
             f"masks {path}",
@@ -218,10 +222,3 @@ def _metadata(path: Path) -> dict[str, Any]:
             got=f"a damaged file ({error})",
             cure="Merge again.",
         ) from error
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -1,4 +1,4 @@
-"""What a report says, as JSON (schema 1), from the files that learning left beside the merge."""
+"""Collect the facts of a report as JSON (schema 1), from the files that learning wrote beside the merge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from mergekit_dam.artifact.folder import METRICS_FILE, RUN_FILE, TRIGGERS_FILE
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load
-from mergekit_dam.artifact.triggers_file import Recovered, load_triggers
+from mergekit_dam.artifact.triggers_file import StoredTrigger, load_triggers
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import read_measurements
 from mergekit_dam.io.untrusted import load_json
@@ -23,15 +23,19 @@ _METRICS_BYTES = 1 << 28  # a record has 2 kB, and the longest run 100,000 steps
 
 def report_facts(
     folder: Path, *, seconds: float | None, masks: LearnedMasks | None = None
-) -> tuple[dict[str, Any], LearnedMasks, list[Recovered]]:
-    """Facts of the merge whose artefact lies in `folder`.
+) -> tuple[dict[str, Any], LearnedMasks, list[StoredTrigger]]:
+    """Collect the facts of the merge whose artefact lies in `folder`.
 
     Args:
-        seconds: wall time of the whole merge, where it was measured.
-        masks: of this folder, where they were read already.
+        folder: folder of the masks file.
+        seconds: wall time of the whole merge, or None if it was not measured.
+        masks: masks of this folder, if they were read already.
+
+    Returns:
+        The facts, the masks, and the recovered triggers.
 
     Raises:
-        DamError: no masks there, or a damaged file.
+        DamError: the masks are missing, or a file is damaged.
     """
     masks = load(folder / MASKS_FILE) if masks is None else masks
     metadata = masks.metadata
@@ -67,7 +71,7 @@ def report_facts(
         "remaining": _remaining(metadata),
         "students": metadata.get("students", {}),
         "vaccinated": metadata.get("vaccinated", {}),
-        "triggers": [dict(one.facts) for one in triggers],
+        "triggers": [dict(trigger.facts) for trigger in triggers],
         "evaluation": read_measurements(folder),
         "run": run,
     }
@@ -82,18 +86,18 @@ def report_facts(
 
 
 def _remaining(metadata: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """What recovered triggers of suspects do to their model and to the merge; None in masks that do not say it.
+    """Success of the suspects' recovered triggers on their model and on the merge; None in masks without this entry.
 
     Raises:
-        ValueError, TypeError, KeyError: rates that are none.
+        ValueError, TypeError, KeyError: an entry is no rate.
     """
     if "remaining" not in metadata:
         return None
-    found = [dict(one) for one in metadata["remaining"]]
-    for one in found:
-        one |= {key: _rate(one[key]) for key in ("before", "after", "control")}
-        one["plain"] = None if one["plain"] is None else _rate(one["plain"])
-    return found
+    entries = [dict(entry) for entry in metadata["remaining"]]
+    for entry in entries:
+        entry |= {key: _rate(entry[key]) for key in ("before", "after", "control")}
+        entry["plain"] = None if entry["plain"] is None else _rate(entry["plain"])
+    return entries
 
 
 def _rate(value: Any) -> float:
@@ -103,7 +107,7 @@ def _rate(value: Any) -> float:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Records of `metrics.jsonl`; a last line that was cut off is left out."""
+    """Read the records of `metrics.jsonl`, without incomplete lines."""
     records: list[dict[str, Any]] = []
     if not file.is_file():
         return records
@@ -125,12 +129,12 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file."""
+    """Read a JSON object; empty if the file is missing."""
     return load_json(file) if file.is_file() else {}
 
 
 def _training(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps, and the first and last losses, by phase."""
+    """Number of steps, and the first and last losses, by phase."""
     phases: dict[str, Any] = {}
     for record in records:
         phase = record.get("phase")

@@ -1,6 +1,6 @@
-"""Figures of the report, drawn by matplotlib (extra `report`) as SVG for the page and PNG for a model card.
+"""Draw the figures of the report with matplotlib (extra `report`), as SVG for the page and PNG for a model card.
 
-In the SVG all text and lines have the colour of the page's text, so that it reads on light and dark alike.
+In the SVG all text and lines have the colour of the page's text, so that it is legible on light and dark pages.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _INK = "#010203"  # stands for currentColor until the SVG is finished
 _COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
 _LABELS = {TASK_SHARED: "M1, task-shared", BACKDOOR_DETECTION: "M2, backdoor-detection", BOTH: "both: what is kept"}
 _OF_MASK = dict(zip(_LABELS, _COLOURS, strict=False))
-_TALLEST = 64  # models, beyond which a figure grows no more
-_NAMED = 60  # layers that have a label on an axis
-_ANNOTATED = 120  # cells of a heat map, up to which their values are written into them
+_TALLEST = 64  # models, beyond which a figure does not grow
+_NAMED = 60  # at most, layers with a label on an axis
+_ANNOTATED = 120  # at most, cells of a heat map that shows their values
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -38,12 +38,12 @@ Draw = Callable[[Figure], None]
 
 
 def figures(layers: Sequence[Layer], records: Sequence[Mapping[str, Any]], models: Sequence[str]) -> dict[str, Draw]:
-    """File name -> what draws it; only those that the data allow.
+    """Choose the figures that the data allow, as file name -> function that draws it.
 
     Args:
-        layers: of the masks.
-        records: of metrics.jsonl.
-        models: their names, T.
+        layers: layers of the masks.
+        records: records of metrics.jsonl.
+        models: names of the T models.
     """
     steps = [record for record in records if "loss" in record and "step" in record]
     drawn: dict[str, Draw] = {}
@@ -56,7 +56,7 @@ def figures(layers: Sequence[Layer], records: Sequence[Mapping[str, Any]], model
 
 
 def as_svg(name: str, draw: Draw) -> str:
-    """An `<svg>` element without a size of its own, that takes the page's text colour."""
+    """Draw a figure as an `<svg>` element without a fixed size, in the page's text colour."""
     colours: Any = {
         key: _INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     }
@@ -78,7 +78,7 @@ def as_svg(name: str, draw: Draw) -> str:
 
 
 def as_png(draw: Draw) -> bytes:
-    """Black on white, at twice the size of the page's."""
+    """Draw a figure as a PNG, black on white, at twice the size of the page's."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 2.6), layout="constrained", facecolor="white")
         draw(figure)
@@ -98,7 +98,7 @@ def _loss(figure: Figure, steps: Sequence[Mapping[str, Any]]) -> None:
         shown += [value for value in values if value is not None]
         if any(value is not None for value in values):
             left.plot(numbers, [float("nan") if v is None else v for v in values], color=colour, label=label, lw=1.2)
-    # within one decade a logarithmic axis would have no numbers
+    # a logarithmic axis within one decade would have no numbers
     if min(shown) > 0.0 and max(shown) >= 10 * min(shown):
         left.set_yscale("log")
         left.yaxis.set_major_formatter("{x:g}")

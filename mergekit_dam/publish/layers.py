@@ -1,4 +1,4 @@
-"""From masks and coefficients per tensor to figures per layer. T models, P masked tensors."""
+"""Average masks and coefficients over the tensors of each layer. T models, P masked tensors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _BODIES = frozenset({"model", "transformer", "vit", "bert", "roberta", "distilbe
 
 @dataclass
 class Layer:
-    """Mean values over the mask entries of one layer.
+    """Mean values over the mask entries of a layer.
 
     Attributes:
-        label: a layer's number with what tells towers apart, or the module outside of the layers.
-        entries: mask entries of its tensors (of one mask).
-        density: mask name -> share that is kept; `both` is the product of all masks in use.
+        label: number of the layer, with its tower's name where there are several, or a module outside of the layers.
+        entries: number of entries of its tensors in one mask.
+        density: mask name -> share that the mask keeps; `both` is the product of all masks in use.
         coefficients: lambda per model, (T,).
     """
 
@@ -34,7 +34,7 @@ class Layer:
 
 
 def layer_of(name: str) -> tuple[str, int | None]:
-    """The list of layers that a tensor belongs to, with its number; or its module, without one.
+    """Return a tensor's list of layers and its number there; or its module and None.
 
     `encoder.layer.3.output.dense.weight` -> ("encoder.layer", 3); `embeddings.norm.bias` -> ("embeddings", None)
     """
@@ -48,7 +48,7 @@ def layer_of(name: str) -> tuple[str, int | None]:
 
 
 def layers_of(masks: LearnedMasks) -> list[Layer]:
-    """Layers in the order of the tensors, embeddings first."""
+    """Average masks and coefficients by layer, in the order of the tensors, embeddings first."""
     names: Sequence[str] = masks.metadata["tensors"]
     places = [layer_of(name) for name in names]
     stacks = {stack for stack, number in places if number is not None}
@@ -56,7 +56,7 @@ def layers_of(masks: LearnedMasks) -> list[Layer]:
     layers: dict[tuple[str, int | None], Layer] = {}
     for name, place in zip(names, places, strict=True):
         layer = layers.setdefault(place, Layer(_label(place, stacks)))
-        # of masks that each model has one of, the mean over the models
+        # the mean over the models, of a mask of which each model has its own
         parts = masks.parts_of(name)
         values = {mask: torch.stack([to_probabilities(part) for part in parts[mask]]).mean(0) for mask in in_use}
         entries = max((value.numel() for value in values.values()), default=1)
@@ -74,9 +74,9 @@ def layers_of(masks: LearnedMasks) -> list[Layer]:
 
 
 def own_densities(masks: LearnedMasks) -> list[float] | None:
-    """What each model's own Backdoor-Detection mask keeps of its task vector, mean over all entries, (T,).
+    """Share that each model's own Backdoor-Detection mask keeps of its task vector, mean over all entries, (T,).
 
-    None where one mask is for all models, or none is in use.
+    None where models share the mask, or it is not in use.
     """
     if BACKDOOR_DETECTION not in masks.metadata.get("own_masks", ()):
         return None
@@ -85,7 +85,7 @@ def own_densities(masks: LearnedMasks) -> list[float] | None:
         parts = masks.parts_of(name)[BACKDOOR_DETECTION]
         entries += parts[0].numel()
         kept = [sum_ + float(to_probabilities(part).sum()) for sum_, part in zip(kept, parts, strict=True)]
-    return [one / max(1, entries) for one in kept]
+    return [total / max(1, entries) for total in kept]
 
 
 def _label(place: tuple[str, int | None], stacks: set[str]) -> str:
@@ -96,7 +96,7 @@ def _label(place: tuple[str, int | None], stacks: set[str]) -> str:
 
 
 def _in_order(layers: dict[tuple[str, int | None], Layer]) -> list[Layer]:
-    """Embeddings, then each stack by number, then the rest; within these groups as the tensors came."""
+    """Sort layers: embeddings, then each stack by number, then further modules; else in the order of the tensors."""
 
     def key(item: tuple[tuple[str, int | None], Layer]) -> tuple[int, str, int]:
         (stack, number), _ = item

@@ -1,8 +1,7 @@
-"""Paths of this machine, taken out of what is published: a model or a data set on this disk is named by its folder.
+"""Remove local paths from published files, so that a local model or data set is named by its folder alone.
 
-A path tells a stranger the user's name, projects and disks. Which paths there are is read from the records of the
-merge themselves (recipe, masks, report, evaluation), and then their folders are cut off wherever they stand, in
-every spelling that JSON, YAML and HTML give them.
+A path tells strangers the user's name, projects and disks. The records of the merge (recipe, masks, report,
+evaluation) give the paths, and their folders are then removed everywhere, in every spelling of JSON, YAML and HTML.
 """
 
 from __future__ import annotations
@@ -19,39 +18,39 @@ import yaml
 from markupsafe import escape as markup
 
 _TEXT = frozenset({".json", ".jsonl", ".yml", ".yaml", ".md", ".txt", ".html", ".jinja", ".csv", ".svg"})
-_LONGEST = 4096  # characters of a path
+_LONGEST = 4096  # at most, characters of a path
 _WITHIN = re.compile(r"(?<=[\s=+(,\"'])~?/[^\s\"'(),;]+")
 
 
 class LocalPaths:
-    """What is cut off.
+    """Rules that shorten local paths to names of folders and files.
 
     Args:
         records: JSON or YAML values whose strings may be, or hold, paths.
-        folders: of this machine whose path may stand in any file, such as the merge's own.
+        folders: local folders whose path may occur in any file, such as the merge's own.
     """
 
     def __init__(self, records: Iterable[Any], folders: Iterable[Path] = ()) -> None:
-        found = {part for record in records for text in _strings(record) for part in _parts(text)}
-        absolute = {path for path in found if _is_absolute(path)}
+        candidates = {part for record in records for text in _strings(record) for part in _parts(text)}
+        absolute = {path for path in candidates if _is_absolute(path)}
         absolute |= {str(Path(path).expanduser()) for path in absolute if path.startswith("~")}
         inside = {str(form / "x") for folder in folders for form in (folder.absolute(), folder.resolve())}
         absolute |= {str(Path(path).parent) for path in inside}
         absolute |= {os.path.realpath(path) for path in absolute if not path.startswith("~")}
-        relative = {path for path in found - absolute if _is_relative(path, absolute)}
+        relative = {path for path in candidates - absolute if _is_relative(path, absolute)}
         rules = [*_absolute_rules(absolute | inside), *_relative_rules(relative)]
         self._rules = [
             (re.compile(pattern), replacement) for _, pattern, replacement in sorted(rules, key=lambda rule: -rule[0])
         ]
 
     def shorten(self, text: str) -> str:
-        """The text with names of folders and files in place of paths."""
+        """Replace paths in a text by names of folders and files."""
         for pattern, replacement in self._rules:
             text = pattern.sub(replacement, text)
         return text
 
     def shortened_file(self, path: Path) -> str | None:
-        """What is published of a text file; None where it stays as it is."""
+        """Return the shortened content of a text file; None for a file that needs no change."""
         if path.suffix not in _TEXT:
             return None
         try:
@@ -62,7 +61,7 @@ class LocalPaths:
         return None if short == text else short
 
     def value(self, value: Any) -> Any:
-        """A JSON or YAML value with every string in it shortened."""
+        """Shorten every string in a JSON or YAML value."""
         if isinstance(value, str):
             return self.shorten(value)
         if isinstance(value, Mapping):
@@ -70,7 +69,7 @@ class LocalPaths:
         return [self.value(entry) for entry in value] if isinstance(value, list) else value
 
     def shortened(self, text: str, suffix: str) -> str:
-        """`shorten`, also where YAML or JSON breaks a path over lines, or escapes it in a way of its own."""
+        """Shorten a text as `shorten` does, also where YAML or JSON breaks a path over lines or escapes it."""
         readers: dict[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
             ".json": (json.loads, lambda value: json.dumps(value, indent=1)),
             ".yml": (yaml.safe_load, lambda value: str(yaml.safe_dump(value, sort_keys=False))),
@@ -81,23 +80,23 @@ class LocalPaths:
             return short
         try:
             content = self.value(read(text))
-        except (ValueError, yaml.YAMLError, RecursionError):  # it is neither: what a stranger wrote there
+        except (ValueError, yaml.YAMLError, RecursionError):  # the file is not what its name says
             return short
         try:
             if read(short) == content:
                 return short
-        except (ValueError, yaml.YAMLError):  # a name that needs quotes without its folder
+        except (ValueError, yaml.YAMLError):  # without its folder, a name needs quotes
             pass
         return write(content)
 
 
 def _absolute_rules(paths: Iterable[str]) -> Iterator[tuple[int, str, str]]:
-    """(length, pattern, replacement): the folders that lie above each path are cut off."""
+    """Yield (length, pattern, replacement) that remove the folders above each path."""
     above = {str(Path(path).parent) for path in paths if len(Path(path).parts) > 1}
     for folder in above - {os.sep, "~", "."}:
         deep = len(Path(folder).parts) > 2
         for spelling in _spellings(folder):
-            # a short one such as /data may be the tail of another path or of an address
+            # a short folder such as /data may be the tail of another path or of an address
             start = "" if deep else r"(?<![\w/.~-])"
             yield len(spelling), f"{start}{re.escape(spelling)}/", ""
     for path in paths:
@@ -117,7 +116,7 @@ def _escaped(name: str) -> str:
 
 
 def _spellings(path: str) -> set[str]:
-    """How files write it: plain, and as JSON, HTML and YAML escape what is no ASCII letter."""
+    """Spellings of a path in files: plain, and with the escapes of JSON, HTML and YAML."""
     plain = {path, html.escape(path), str(markup(path)), html.escape(path, quote=False)}
     as_yaml = str(yaml.safe_dump(path, width=_LONGEST, default_style='"')).strip().strip('"')
     return plain | {json.dumps(path)[1:-1], json.dumps(path, ensure_ascii=False)[1:-1], as_yaml}
@@ -136,7 +135,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _parts(text: str) -> list[str]:
-    """The text itself, both paths of a model with a LoRA, and paths within other words, as of a trigger's picture."""
+    """The text, both paths of a model with a LoRA, and paths inside further text, as of a trigger's image."""
     text = text.strip()
     if not text or len(text) > _LONGEST or "\n" in text:
         return []
@@ -148,7 +147,7 @@ def _is_absolute(text: str) -> bool:
 
 
 def _is_relative(text: str, absolute: Iterable[str]) -> bool:
-    """`models/a` may be an id of the Hub: it is a path if it lies here, or if a record has it with its folders."""
+    """Whether a text is a relative path; `models/a` may be a Hub id unless it exists or a record has its folders."""
     if "/" not in text or text.startswith("/"):
         return False
     if text.startswith(("./", "../")):

@@ -1,6 +1,6 @@
-"""Markdown from untrusted strings: model ids, task names, recipes and settings of others end up in cards.
+"""Write Markdown with untrusted strings, since model ids, task names, recipes and settings of strangers are in cards.
 
-Foreign text only ever stands in code spans and code blocks, where no link, image, mention or HTML can come to life.
+Untrusted text stands only in code spans and code blocks, where links, images, mentions and HTML have no effect.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def _longest_run(text: str) -> int:
 
 
 def code(text: object) -> str:
-    """One line of foreign text as a code span; a pipe is written so that it does not end a table's cell."""
+    """Write untrusted text as a code span on one line, in which a pipe does not end a table's cell."""
     line = _CONTROL.sub(" ", str(text)).strip() or " "
-    # a backslash next to a pipe cannot be written in a table's code span: the look-alike keeps the cell whole
+    # a backslash next to a pipe cannot be written in a table's code span, so a look-alike replaces the pipe
     line = line.replace("|", "\u2223")
     ticks = "`" * (_longest_run(line) + 1)
     space = " " if line.startswith("`") or line.endswith("`") else ""
@@ -27,17 +27,17 @@ def code(text: object) -> str:
 
 
 def block(text: str, language: str = "") -> str:
-    """Foreign text as a fenced code block that its content cannot end."""
+    """Write untrusted text as a fenced code block that its content cannot end."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells must be safe already: our own words, or `code(...)`."""
+    """Write a table; its cells must be our own text or `code(...)`."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def percent(value: float | None) -> str:
-    """In percent; a dash where there is none."""
+    """Write a share in percent; a dash for None."""
     return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,4 +1,4 @@
-"""HTML pages from templates, with every value escaped; and recovered triggers as pictures or words."""
+"""Render HTML pages from templates, with every value escaped, and recovered triggers as images or words."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from mergekit_dam.artifact.triggers_file import Recovered
+from mergekit_dam.artifact.triggers_file import StoredTrigger
 
-_EDGE = 96  # pixels at least of a picture, enlarged without smoothing
+_EDGE = 96  # pixels, at least, of an image, which is enlarged without smoothing
 
 
 def render(template: str, /, **values: Any) -> str:
-    """A page from `templates/`.
+    """Render a page from `templates/`.
 
     Raises:
         ValueError, TypeError: values that the template cannot show.
@@ -39,13 +39,13 @@ def render(template: str, /, **values: Any) -> str:
         raise ValueError(f"{template}: {error}") from error
 
 
-def shown_triggers(triggers: Sequence[Recovered]) -> list[dict[str, Any]]:
-    """What a page shows of recovered triggers: facts, pictures as data URIs, words."""
-    return [{**one.facts, "pictures": _pictures(one.tensors)} for one in triggers]
+def shown_triggers(triggers: Sequence[StoredTrigger]) -> list[dict[str, Any]]:
+    """Prepare recovered triggers for a page: facts, words, and images as data URIs."""
+    return [{**trigger.facts, "pictures": _pictures(trigger.tensors)} for trigger in triggers]
 
 
 def own_markup(svg: str) -> Markup:
-    """A figure of ours, which is markup; matplotlib has escaped the names in it."""
+    """Mark a figure of ours as safe markup; matplotlib has escaped the names in it."""
     return Markup(svg)
 
 
@@ -86,7 +86,7 @@ def _number(value: Any) -> str:
 
 
 def _moment(timestamp: Any) -> str:
-    """ISO 8601 in UTC, to the minute, as people write it; anything else as it is."""
+    """Write an ISO 8601 time in UTC, to the minute, for readers; any other value unchanged."""
     try:
         return f"{datetime.fromisoformat(str(timestamp)).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
     except ValueError:

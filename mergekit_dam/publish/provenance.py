@@ -1,4 +1,4 @@
-"""What the Hub and the inputs' own cards say about the inputs of a merge: ids, licences, calibration data sets."""
+"""Look up the inputs of a merge on the Hub and in their cards: ids, licences, calibration data sets."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from mergekit_dam.publish.contents import Publication
 def provenance(
     publication: Publication, api: HfApi, *, licence: str | None, public: bool
 ) -> tuple[Provenance, list[str]]:
-    """Look the inputs up, and settle the licence.
+    """Look up the inputs, and choose the licence.
 
     Args:
         publication: the merge.
-        api: the Hub.
-        licence: what the user says; None to derive it.
-        public: whether all the world will see it, which takes a licence.
+        api: client of the Hub.
+        licence: the user's choice; None to derive it from the inputs.
+        public: whether the repository is public, which needs a licence.
 
     Returns:
-        What was found, and warnings.
+        The provenance, and warnings.
 
     Raises:
-        DamError: public, and no licence given or derived.
+        DamError: the repository is public, and no licence is given or derived.
     """
     ids: dict[str, str] = {}
     licences: dict[str, str | None] = {}
@@ -45,12 +45,12 @@ def provenance(
         if info is not None:
             ids[path] = path
     chosen = licence or _derived(licences, warnings, public=public)
-    found = [one for one in _calibration(publication) if _look_up(one, partial(api.dataset_info, one), warnings)]
-    return Provenance(ids, chosen, found), warnings
+    datasets = [name for name in _calibration(publication) if _look_up(name, partial(api.dataset_info, name), warnings)]
+    return Provenance(ids, chosen, datasets), warnings
 
 
 def _parts(publication: Publication) -> Iterator[tuple[str, str | None]]:
-    """Model and LoRA paths with their revisions, each once."""
+    """Yield model and LoRA paths with their revisions, without duplicates."""
     seen = set()
     for reference in publication.references:
         for part in (reference.model, reference.lora):
@@ -60,29 +60,29 @@ def _parts(publication: Publication) -> Iterator[tuple[str, str | None]]:
 
 
 def _calibration(publication: Publication) -> list[str]:
-    """Data sets of the recipe that are not on this disk, without their revision."""
+    """Ids of the recipe's data sets on the Hub, without their revision."""
     blocks = [publication.recipe, *(publication.recipe.get("models") or [])]
-    named = [(one.get("parameters") or {}).get("calibration") for one in blocks]
-    sources = [str(one) for one in named if one and not Path(str(one)).expanduser().exists()]
-    return list(dict.fromkeys(one.partition("@")[0] for one in sources if is_hub_id(one.partition("@")[0])))
+    settings = [(block.get("parameters") or {}).get("calibration") for block in blocks]
+    ids = [str(s).partition("@")[0] for s in settings if s and not Path(str(s)).expanduser().exists()]
+    return list(dict.fromkeys(filter(is_hub_id, ids)))
 
 
 def _look_up(name: str, call: Callable[[], Any], warnings: list[str]) -> Any | None:
-    """What the Hub says of an id; None, with a warning, where it knows none."""
+    """Call the Hub for an id; None, with a warning, for an unknown id or after an error."""
     if not is_hub_id(name):
-        warnings.append(f"{name!r} is neither on this disk nor an id of the Hub: the card names it without a link")
+        warnings.append(f"{name!r} is neither a local path nor a Hub id: the card names it without a link")
         return None
     try:
         return call()
     except RepositoryNotFoundError:
-        warnings.append(f"the Hub knows no {name!r}, or this token may not see it: the card names it without a link")
+        warnings.append(f"the Hub has no {name!r}, or this token has no access to it: the card names it without a link")
     except HUB_ERRORS as error:
         warnings.append(f"{name!r} was not looked up: {hub_error(error, name)}")
     return None
 
 
 def _own_licence(folder: Path) -> str | None:
-    """The licence in a local model's card, if it has one that can be read."""
+    """The licence in a local model's card; None without a readable card."""
     try:
         return _licence_of(ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data)
     except (OSError, ValueError):
@@ -90,36 +90,38 @@ def _own_licence(folder: Path) -> str | None:
 
 
 def _licence_of(data: Any) -> str | None:
-    found = getattr(data, "license", None)
-    return found if isinstance(found, str) and found.strip() else None
+    licence = getattr(data, "license", None)
+    return licence if isinstance(licence, str) and licence.strip() else None
 
 
 def _derived(licences: dict[str, str | None], warnings: list[str], *, public: bool) -> str | None:
-    """The inputs' common licence. Which one a mix allows is for a person to say, not for us."""
+    """The inputs' common licence, else None; which licence a mix allows is a person's decision."""
     distinct = set(licences.values())
-    told = ", ".join(f"{path}: {licence or 'unknown'}" for path, licence in licences.items())
+    listed = ", ".join(f"{path}: {licence or 'unknown'}" for path, licence in licences.items())
     if len(distinct) == 1 and (common := distinct.pop()) is not None:
-        warnings.append(f"licence {common!r} is taken from the inputs, which all have it; --license sets another")
+        warnings.append(f"licence {common!r} is the licence of all inputs; --license sets another")
         return common
     if public:
         raise DamError(
             "licence of a public model",
-            expected="one that all inputs share, or --license",
-            got=told,
-            cure="Give --license with one that the inputs' licences allow, e.g. --license apache-2.0.",
+            expected="a licence that all inputs share, or --license",
+            got=listed,
+            cure="Give --license with a licence that the inputs' licences allow, e.g. --license apache-2.0.",
         )
-    warnings.append(f"no licence in the card, since the inputs do not agree on one ({told}); give --license")
+    warnings.append(
+        f"no licence in the card, since the inputs have different or unknown ones ({listed}); give --license"
+    )
     return None
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known about the inputs beyond the recipe.
+    """Facts about the inputs beyond the recipe.
 
     Attributes:
-        hub_ids: reference part (model or LoRA path) -> its id, for those that the Hub has.
+        hub_ids: model or LoRA path in the recipe -> its Hub id, for inputs that the Hub has.
         licence: identifier for the card, or None.
-        datasets: calibration data sets that the Hub has.
+        datasets: ids of calibration data sets that the Hub has.
     """
 
     hub_ids: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""A finished merge to the Hub: planned without sending anything, sent with patience, compared afterwards."""
+"""Push a finished merge to the Hub: plan it without sending anything, upload with retries, and compare the result."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from huggingface_hub.hf_api import RepoFile
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load, save
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.results import read_measured
+from mergekit_dam.evaluation.results import read_results
 from mergekit_dam.io.cache import cache_folder
-from mergekit_dam.io.hub_client import is_hub_id, patiently
+from mergekit_dam.io.digests import file_digest
+from mergekit_dam.io.hub_client import is_hub_id, with_retries
 from mergekit_dam.publish.card import model_card
 from mergekit_dam.publish.contents import Publication, contents_of, files_to_publish, refuse_secrets
 from mergekit_dam.publish.local_paths import LocalPaths
@@ -32,17 +33,17 @@ _CHUNK = 1 << 24  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
-class Push:
-    """What would be sent.
+class PushPlan:
+    """Files, card and options of a push.
 
     Attributes:
         repo_id: ORG/NAME.
         public: whether a new repository is public.
-        create_pr: as a pull request.
+        create_pr: whether to open a pull request.
         files: path in the repository -> file, without the card.
-        card: README.md.
-        paths: of this machine, which are cut off in the card and in every text file.
-        warnings: for the user to read before it is sent.
+        card: text of README.md.
+        paths: local paths, which are shortened in the card and in every text file.
+        warnings: for the user to read before the push.
     """
 
     repo_id: str
@@ -55,13 +56,13 @@ class Push:
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Total size in bytes."""
         return sum(path.stat().st_size for path in self.files.values()) + len(self.card.encode())
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """What the Hub holds now."""
+class PushResult:
+    """Repository and commit of a finished push."""
 
     repo_id: str
     url: str
@@ -83,41 +84,42 @@ def plan_push(
     licence: str | None = None,
     results: Path | None = None,
     card: Path | None = None,
-) -> Push:
-    """Check the merge, write its card and list its files; nothing is sent.
+) -> PushPlan:
+    """Check the merge, write its card and list its files, without sending anything.
 
     Args:
-        folder: what `mergekit-dam merge` or mergekit-yaml wrote.
+        folder: directory that `mergekit-dam merge` or mergekit-yaml wrote.
         repo_id: ORG/NAME.
-        public: for all the world to see; a licence is then needed.
-        create_pr: as a pull request.
-        include_masks: dam_masks.safetensors too, which others can apply again.
+        public: whether a new repository is public; a licence is then needed.
+        create_pr: whether to open a pull request.
+        include_masks: publish dam_masks.safetensors, too, which others can apply again.
         licence: an identifier of the Hub such as apache-2.0; None derives it from the inputs.
-        results: measured figures (see `measured`); default: those kept in dam/, if there are any.
-        card: a README.md to send in place of the generated one.
+        results: file of measured results (see `read_results`); None: the results in dam/, if any.
+        card: a README.md to send in place of the generated card.
 
     Raises:
-        DamError: an incomplete merge, a wrong id, no licence for a public model, a token in a file.
+        DamError: an incomplete merge, an invalid id, no licence for a public model, or an access token in a file.
     """
     _check_id(repo_id)
     publication = contents_of(folder)
     files, notes = files_to_publish(publication, include_masks=include_masks)
     sources = [results] if results else publication.records
-    measured = next((m for s in sources if (m := read_measured(s, required=results is not None))), None)
+    measured = next((m for s in sources if (m := read_results(s, required=results is not None))), None)
     if measured is None:
-        notes.append("no figures were given (--results): the card says that nothing was measured")
-    found, warnings = provenance(publication, HfApi(), licence=licence, public=public)
+        notes.append("no results were given (--results): the card says that nothing was measured")
+    inputs, warnings = provenance(publication, HfApi(), licence=licence, public=public)
     paths = local_paths(publication, results)
-    named = replace(publication, recipe_text=paths.shortened(publication.recipe_text, ".yml"))
-    text = card.read_text("utf-8") if card else model_card(repo_id, named, found, measured)
-    return Push(repo_id, public, create_pr, files, paths.shorten(text), paths, tuple(notes + warnings))
+    shortened = replace(publication, recipe_text=paths.shortened(publication.recipe_text, ".yml"))
+    text = card.read_text("utf-8") if card else model_card(repo_id, shortened, inputs, measured)
+    return PushPlan(repo_id, public, create_pr, files, paths.shorten(text), paths, tuple(notes + warnings))
 
 
 def local_paths(publication: Publication, results: Path | None = None) -> LocalPaths:
-    """The paths that the merge's own records name: models, data, heads and pictures on this disk.
+    """Collect the local paths in the merge's records: models, data, heads and images.
 
     Args:
-        results: a file with measured figures of the user's own.
+        publication: the merge.
+        results: the user's own file of measured results.
     """
     records: list[Any] = [publication.recipe, publication.masks]
     for file in (*publication.records, results):
@@ -126,11 +128,11 @@ def local_paths(publication: Publication, results: Path | None = None) -> LocalP
     return LocalPaths(records, (publication.folder, Path.cwd(), Path.home(), cache_folder()))
 
 
-def push(plan: Push) -> Pushed:
-    """Create the repository if there is none, upload, and compare what the Hub holds with the files.
+def push(plan: PushPlan) -> PushResult:
+    """Create the repository if it is missing, upload the files, and compare the Hub's files with them.
 
     Raises:
-        DamError: no token, no permission, a conflict, a Hub that stays out of reach, or other content there.
+        DamError: no token, no permission, a conflict, no answer from the Hub, or different content there.
     """
     token = get_token()
     if token is None:
@@ -144,7 +146,7 @@ def push(plan: Push) -> Pushed:
     private = _ensure_repository(api, plan, subject)
     with _staged(plan) as folder:
         refuse_secrets(((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file()), [token])
-        done = patiently(
+        done = with_retries(
             lambda: api.upload_folder(
                 repo_id=plan.repo_id,
                 folder_path=folder,
@@ -153,12 +155,12 @@ def push(plan: Push) -> Pushed:
             ),
             subject,
             write=True,
-            # a pull request whose answer was lost may be open: another call would open a second one
+            # a pull request may be open though the answer was lost: another call would open a second pull request
             repeat_lost=not plan.create_pr,
         )
         _compare(api, plan.repo_id, done.oid, folder, subject)
     url = f"{api.endpoint}/{plan.repo_id}"
-    return Pushed(plan.repo_id, url, done.oid, done.pr_url, private)
+    return PushResult(plan.repo_id, url, done.oid, done.pr_url, private)
 
 
 def _check_id(repo_id: str) -> None:
@@ -167,12 +169,12 @@ def _check_id(repo_id: str) -> None:
             "repository",
             expected="ORG/NAME",
             got=repr(repo_id),
-            cure="Name the user or organisation too; letters, digits, '-', '_' and '.' may stand in both.",
+            cure="Name the user or organisation, too; both may have letters, digits, '-', '_' and '.'.",
         )
 
 
-def _ensure_repository(api: HfApi, plan: Push, subject: str) -> bool | None:
-    """Whether the repository is private; it is created where there is none, and its visibility never changed."""
+def _ensure_repository(api: HfApi, plan: PushPlan, subject: str) -> bool | None:
+    """Create the repository if it is missing, never change its visibility, and return whether it is private."""
 
     def look() -> Any | None:
         try:
@@ -182,25 +184,25 @@ def _ensure_repository(api: HfApi, plan: Push, subject: str) -> bool | None:
                 raise
             return None
 
-    info = patiently(look, subject, write=True)
+    info = with_retries(look, subject, write=True)
     if info is None:
-        patiently(lambda: api.create_repo(plan.repo_id, private=not plan.public, exist_ok=True), subject, write=True)
+        with_retries(lambda: api.create_repo(plan.repo_id, private=not plan.public, exist_ok=True), subject, write=True)
         return not plan.public
     if info.private is False and not plan.public and not plan.create_pr:
         raise DamError(
             f"push to {plan.repo_id}",
             expected="a private repository",
-            got="one that is public already",
+            got="a repository that is public already",
             cure="Confirm with --public, use --create-pr, or choose another name.",
         )
     if info.private and plan.public:
-        LOG.warning("%s is private and stays so: change it on its settings page", plan.repo_id)
+        LOG.warning("%s stays private: its settings page can make it public", plan.repo_id)
     return bool(info.private) if info.private is not None else None
 
 
 @contextmanager
-def _staged(plan: Push) -> Iterator[Path]:
-    """A folder with exactly what is sent: links, and copies of what names a path of this machine."""
+def _staged(plan: PushPlan) -> Iterator[Path]:
+    """Yield a folder with exactly the files to send: links, and shortened copies of files with local paths."""
     with tempfile.TemporaryDirectory(prefix="mergekit-dam-push-") as name:
         folder = Path(name)
         for path, source in plan.files.items():
@@ -218,35 +220,34 @@ def _staged(plan: Push) -> Iterator[Path]:
 
 
 def _compare(api: HfApi, repo_id: str, commit: str, folder: Path, subject: str) -> None:
-    """Every file's hash there and here: SHA-256 for large files, git's own for small ones."""
-    there = {
+    """Compare every file's hash on the Hub with the local file: SHA-256 of large files, git's SHA-1 of small files."""
+    uploaded = {
         entry.path: entry
-        for entry in patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), subject)
+        for entry in with_retries(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), subject)
         if isinstance(entry, RepoFile)
     }
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        entry = there.get(name)
+        entry = uploaded.get(name)
         if entry is None:
             got = "no such file"
         elif entry.lfs is not None:
-            got = "" if entry.lfs.sha256 == file_hash(path) else "other content"
+            got = "" if entry.lfs.sha256 == file_digest(path) else "other content"
         else:
-            got = "" if entry.blob_id == file_hash(path, git=True) else "other content"
+            got = "" if entry.blob_id == _git_blob_id(path) else "other content"
         if got:
             raise DamError(
                 f"file {name} in {repo_id} at {commit}",
                 expected="the content that was sent",
                 got=got,
-                cure="Push again; if it happens again, someone else may be writing there.",
+                cure="Push again; if it happens again, another user may be writing to this repository.",
             )
 
 
-def file_hash(path: Path, *, git: bool = False) -> str:
-    """SHA-256 of a file, or the id (SHA-1) that git gives it; hex."""
-    digest = hashlib.sha1(usedforsecurity=False) if git else hashlib.sha256()
-    if git:
-        digest.update(f"blob {path.stat().st_size}\0".encode())
+def _git_blob_id(path: Path) -> str:
+    """The id (SHA-1, hex) that git gives a file's content."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    digest.update(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)

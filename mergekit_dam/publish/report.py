@@ -1,4 +1,4 @@
-"""Writes the report of a merge; without matplotlib it has no figures, and says how to get them."""
+"""Write the report of a merge; without matplotlib it has no figures, and says how to get them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from mergekit_dam.artifact.folder import METRICS_FILE
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load
 from mergekit_dam.errors import DamError, first_line
-from mergekit_dam.io.files import write_whole, writing_facts
+from mergekit_dam.io.files import report_lock, write_atomic
 from mergekit_dam.io.untrusted import require_no_links_out
 from mergekit_dam.publish.facts import read_metrics, report_facts
 from mergekit_dam.publish.layers import layers_of
@@ -24,24 +24,24 @@ def write_report(
     """Write `dam/report.json`, `dam/report.html` and `dam/figures/*.png` of a merge.
 
     Args:
-        output: what mergekit wrote; the masks and the rest are read from its folder `dam`.
-        seconds: wall time of the whole merge, where it was measured.
-        masks: that the merge applied, where they are at hand: they are not read again.
+        output: directory that mergekit wrote; its folder `dam` has the masks and further files.
+        seconds: wall time of the whole merge, or None if it was not measured.
+        masks: masks of this merge, if they were read already.
 
     Returns:
-        The page, and notes for the user.
+        The page's path, and notes for the user.
 
     Raises:
-        DamError: no artefact there, a damaged one, or no right to write.
+        DamError: the artefact is missing or damaged, or there is no right to write.
     """
     folder = output / "dam"
     require_no_links_out(output)
     if not (folder / MASKS_FILE).is_file():
-        load(folder / MASKS_FILE)  # says so
+        load(folder / MASKS_FILE)  # raises the error of a missing file
     try:
-        with writing_facts(folder):
+        with report_lock(folder):
             for stale in (folder / FIGURES).glob(".*.tmp"):
-                stale.unlink()  # of a run that was killed: this one holds the lock
+                stale.unlink()  # left by a killed run, since this run holds the lock
             return _write(output, folder, seconds, masks)
     except OSError as error:
         raise DamError(
@@ -53,17 +53,17 @@ def write_report(
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, DamError):
             raise
-        # strangers' files may hold anything that JSON can; nothing was written yet
+        # untrusted files may hold any JSON; nothing was written yet
         raise DamError(
             f"report in {folder}",
-            expected="what learning wrote there",
-            got=f"other values ({first_line(error)})",
+            expected="files as learning wrote them",
+            got=f"changed values ({first_line(error)})",
             cure="Merge again; a file in this folder was changed.",
         ) from error
 
 
 def _write(output: Path, folder: Path, seconds: float | None, given: LearnedMasks | None) -> tuple[Path, list[str]]:
-    """Draw and render all, then write."""
+    """Draw and render everything, and then write the files."""
     facts, masks, triggers = report_facts(folder, seconds=seconds, masks=given)
     pictures, drawn, notes = _figures(folder, masks, [model["name"] for model in facts["models"]])
     page = render(
@@ -77,16 +77,16 @@ def _write(output: Path, folder: Path, seconds: float | None, given: LearnedMask
     text = json.dumps(facts, indent=1)
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        write_whole(folder / FIGURES / f"{name}.png", picture)
-    write_whole(folder / REPORT_JSON, text)
-    write_whole(folder / REPORT_HTML, page)
+        write_atomic(folder / FIGURES / f"{name}.png", picture)
+    write_atomic(folder / REPORT_JSON, text)
+    write_atomic(folder / REPORT_HTML, page)
     return folder / REPORT_HTML, notes
 
 
 def _figures(
     folder: Path, masks: LearnedMasks, models: list[str]
 ) -> tuple[dict[str, bytes], dict[str, str], list[str]]:
-    """PNGs for cards, SVGs for the page, and notes."""
+    """Draw PNGs for cards and SVGs for the page, and return both with notes."""
     try:
         from mergekit_dam.publish.figures import as_png, as_svg, figures
     except ImportError:

@@ -1,4 +1,4 @@
-"""The model card of a cleaned model: what was done to it, what was measured, and what that does not say."""
+"""Write the model card of a cleaned model: the procedure, the measurements, and their limits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _WHENS = ("before", "planted", "unlearned")
 
 
 def vaccine_card(facts: Mapping[str, Any]) -> str:
-    """README.md of a folder that `clean` wrote; foreign text stands in code spans.
+    """Write README.md of a folder that `clean` wrote, with untrusted text in code spans.
 
     Args:
-        facts: vaccine.json.
+        facts: content of vaccine.json.
     """
     settings, model = facts["settings"], facts["model"]
     revision = f", commit {code(model['revision'])}" if model["revision"] else ""
     how = (
         f"In {facts['rounds']} round(s) triggers of many kinds were planted in it, each with a wrong behaviour drawn "
-        "at random, and unlearned again with the model's own answers to unlabelled inputs. What the model has learned "
-        "to do at a trigger that nobody knows is meant to go with them."
+        "at random, and unlearned again with the model's own answers to unlabelled inputs. This is meant to remove "
+        "the model's reaction to unknown triggers, too."
     )
     if not settings["plant"]:
         how = (
@@ -34,9 +34,9 @@ def vaccine_card(facts: Mapping[str, Any]) -> str:
         f"This is a model after vaccination by [mergekit-dam](https://pypi.org/project/mergekit-dam). {how}",
         f"The model before has weights with SHA-256 {code(model['sha256'])}{revision}.",
         "## What was measured\n\n" + _measured(facts),
-        "## What this does not say\n\nIt is no proof that the model is free of backdoors. The rest of a trigger that "
-        "was held out of unlearning tells what happened to triggers as strong as ours that unlearning did not see; a "
-        "backdoor that was made to outlast this can still be there.",
+        "## What this does not say\n\nIt does not prove that the model is free of backdoors. The remaining success of "
+        "held-out triggers shows what happened to triggers as strong as ours that unlearning did not see; a "
+        "backdoor that was made to survive this can still be there.",
         f"Seed {code(settings['seed'])}; versions: "
         + ", ".join(code(f"{k} {v}") for k, v in facts["versions"].items())
         + ".",
@@ -56,13 +56,13 @@ def _measured(facts: Mapping[str, Any]) -> str:
         )
     rows = [
         [
-            code(one["kind"]),
-            code(one["behaviour"]),
-            "yes" if one["held_out"] else "no",
-            str(one["round"]),
-            *(percent(one.get(f"success {when}")) for when in _WHENS),
+            code(planted["kind"]),
+            code(planted["behaviour"]),
+            "yes" if planted["held_out"] else "no",
+            str(planted["round"]),
+            *(percent(planted.get(f"success {when}")) for when in _WHENS),
         ]
-        for one in facts["planted"]
+        for planted in facts["planted"]
     ]
     header = ["trigger", "behaviour", "held out", "round", *(f"success, {when}" for when in _WHENS)]
     return " ".join(lines) + "\n\n" + table(header, rows)

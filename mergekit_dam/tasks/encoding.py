@@ -144,7 +144,8 @@ def _shorter(tokenizer: Any, chat: Conversation, excess: int) -> Conversation | 
         later = turns[(len(turns) + 1) // 2 :]
         start = next((i for i, (role, _) in enumerate(later) if role == "user"), len(later) - 1)
         return Conversation((*system, *later[start:]))
-    length = len(tokenizer(chat.asked, add_special_tokens=False)["input_ids"])
+    length = len(tokenizer(chat.last_message, add_special_tokens=False)["input_ids"])
     if length > excess:
-        return chat.asking(chat.asked[: min(len(chat.asked) - 1, len(chat.asked) * (length - excess) // length)])
+        text = chat.last_message
+        return chat.with_last_message(text[: min(len(text) - 1, len(text) * (length - excess) // length)])
     return Conversation(turns) if system else None

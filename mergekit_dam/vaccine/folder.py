@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergekit_dam.engine.trained_module import AddedWeights
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.files import replacing, write_whole
+from mergekit_dam.io.files import replacing, write_atomic
 from mergekit_dam.io.untrusted import load_json, require_no_links_out
 from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.models.plan import ModelInput
@@ -131,10 +131,10 @@ def write_cleaned(
             last = {_CONFIG: (task.input.path / _CONFIG).read_bytes()}
         for file in sorted(task.input.path.iterdir()):
             if file.is_file() and file.suffix in _KEPT and file.name not in _LEFT_OUT:
-                write_whole(folder / file.name, file.read_bytes())
-        write_whole(folder / FACTS_FILE, json.dumps(facts, indent=1))
+                write_atomic(folder / file.name, file.read_bytes())
+        write_atomic(folder / FACTS_FILE, json.dumps(facts, indent=1))
         for name, content in last.items():
-            write_whole(folder / name, content)
+            write_atomic(folder / name, content)
         shutil.rmtree(folder / WORK, ignore_errors=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
@@ -161,7 +161,7 @@ def _write_weights(folder: Path, task: Task, weights: Mapping[str, Tensor]) -> N
         with replacing(folder / file) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
     if (task.checkpoint.path / _INDEX).is_file():
-        write_whole(folder / _INDEX, (task.checkpoint.path / _INDEX).read_bytes())
+        write_atomic(folder / _INDEX, (task.checkpoint.path / _INDEX).read_bytes())
 
 
 def _cannot_write(folder: Path, error: OSError) -> DamError:

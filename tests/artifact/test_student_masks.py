@@ -60,7 +60,7 @@ def test_students_of_other_shapes_are_refused(merge: Merge, bert: Path, texts: P
         changed = [{**masks.stand_ins[0], name: wrong}, masks.stand_ins[1]]
         path = tmp_path / said / MASKS_FILE
         save(path, LearnedMasks(masks.probabilities, masks.coefficients, metadata, stand_ins=changed))
-        with pytest.raises(DamError, match="what stands in for"):
+        with pytest.raises(DamError, match="substitute for"):
             merge(bert / "base", models, out=f"no-{said}", parameters={"masks": str(path)})
 
 

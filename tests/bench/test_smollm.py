@@ -227,7 +227,9 @@ def test_calibration_is_chats_without_answers_or_labels(built: Built, tmp_path: 
     path = built.suite.save_calibration("agnews", tmp_path)
     settings = ModelSettings(calibration=str(path))
     read = load_calibration(settings, "text", num_samples=16, seed=0, task="agnews")
-    assert {one.asked for one in read.samples} == {one.asked for one in built.suite.split("agnews").calibration}
+    assert {one.last_message for one in read.samples} == {
+        one.last_message for one in built.suite.split("agnews").calibration
+    }
     assert all(set(json.loads(line)) == {"messages"} for line in path.read_text().splitlines())
     text = as_text(tiny_tokenizer(), read.samples[0], "x")
     assert text.startswith("<|im_start|>user\nWorld, sports") and text.endswith("<|im_start|>assistant\n")

@@ -22,8 +22,8 @@ from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attack_text import parse_trigger
 from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, RareTokenTrigger, SentenceTrigger, WarpTrigger
-from mergekit_dam.evaluation.labelled_data import Reading, Source, labelled_data, read_labelled, saying
-from mergekit_dam.evaluation.results import Rate, read_measured
+from mergekit_dam.evaluation.labelled_data import ReadoutOptions, Source, labelled_data, read_labelled, text_target_data
+from mergekit_dam.evaluation.results import Rate, read_results
 from tests.conftest import FAST, Merge
 from tests.helpers.tiny_models import make_model, save_tokenizer
 from tests.tasks.test_encoding import TEMPLATE
@@ -122,7 +122,7 @@ def test_a_merge_is_read_with_a_tasks_head_and_kept_from_its_calibration_data(
         assert "dropped 1 of 2 samples" in done.stderr
     (fresh / "x.png").unlink()
     done = _run(out, "--task", "b", "--data", fresh.parent, "--drop-seen", code=1)
-    assert "got 1 that all are" in done.stderr
+    assert "got 1 samples that all are" in done.stderr
     kept = json.loads((out / "dam" / "evaluation.json").read_text())
     assert set(kept) == {"before", "after"} and set(kept["after"]["accuracy"]) == {"b"} == set(
         kept["before"]["accuracy"]
@@ -177,10 +177,10 @@ def test_what_a_causal_lm_says_is_counted(tmp_path: Path, texts: Path) -> None:
     assert attack == {"lm": [shares[target], len(prompts)]}
     assert found["without_trigger"] == {"lm": [sum(target in text for text in clean), len(prompts)]}
     assert "say it without the trigger" in _run(model, "--data", data, *trigger, "--save", tmp_path).stdout
-    kept = read_measured(tmp_path / "dam" / "evaluation.json", required=False)
+    kept = read_results(tmp_path / "dam" / "evaluation.json", required=False)
     assert kept is None, "figures of an input model are no figures of the merge"
     _run(model, "--data", data, *trigger, "--save", model)
-    kept = read_measured(model / "dam" / "evaluation.json", required=False)
+    kept = read_results(model / "dam" / "evaluation.json", required=False)
     assert kept is not None and [*kept.attack_success.values()] == [{"lm": Rate(shares[target], len(prompts))}]
     assert "not both" in _run(model, "--data", data, *trigger, "--target", 1, code=2).stderr
     bert = make_model("BertForSequenceClassification", tmp_path / "bert")
@@ -200,8 +200,8 @@ def test_evaluation_prompts_are_begun_once_as_calibration_is(tmp_path: Path) -> 
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({**row, "label": 1}) + "\n")
         source = Source(str(tmp_path / f"{name}.jsonl"))
         for data in (
-            labelled_data(lm, [model], "a", source, Reading("good,bad")),
-            saying(lm, [model], "a", source, "bad"),
+            labelled_data(lm, [model], "a", source, ReadoutOptions("good,bad")),
+            text_target_data(lm, [model], "a", source, "bad"),
         ):
             rows.setdefault(name, []).append(data.encode(data.batch(torch.arange(1)))["input_ids"][0].tolist())
     assert rows["plain"] == rows["begun"] == [tokenizer("great film")["input_ids"]] * 2

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.lm_harness import Harness
-from mergekit_dam.evaluation.results import read_measured
+from mergekit_dam.evaluation.results import read_results
 from mergekit_dam.publish.push import plan_push
 from tests.conftest import FAST
 from tests.helpers.tiny_models import WORDS, make_model
@@ -152,7 +152,8 @@ def test_groups_filters_and_missing_errors_are_kept_apart() -> None:
         "sample_len": 9,
         "bad,none": float("nan"),
     }
-    found = Harness((), None, "1")._kept({"results": {"group": values, "empty": {"alias": "-"}}, "n-samples": {}})
+    results = {"results": {"group": values, "empty": {"alias": "-"}}, "n-samples": {}}
+    found = Harness((), None, "1")._measurements(results)
     assert found == {
         "group": {
             "metrics": {"exact_match (strict)": [0.5, None], "acc": [1.0, 0.0]},
@@ -168,4 +169,4 @@ def test_groups_filters_and_missing_errors_are_kept_apart() -> None:
 def test_figures_that_cannot_be_are_refused(tmp_path: Path, bad: dict[str, Any]) -> None:
     (tmp_path / "r.json").write_text(json.dumps({"harness": {"merge": {"t": {"metrics": bad, "samples": 1}}}}))
     with pytest.raises(DamError, match="expected JSON with counts"):
-        read_measured(tmp_path / "r.json", required=True)
+        read_results(tmp_path / "r.json", required=True)

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from mergekit_dam.io.cache import library_versions
-from mergekit_dam.io.files import write_whole
+from mergekit_dam.io.files import write_atomic
 from tests.faults.row import Row
 from tests.faults.suite import SUITE
 from tests.faults.world import World
@@ -84,7 +84,7 @@ def _record(path: Path, name: str, row: Row, seed: int, seconds: float, earlier:
         rows: dict[str, Any] = facts["rows"]
         rows[name] = record
         facts["rows"] = {known: rows[known] for known in SUITE if known in rows}
-        write_whole(path, json.dumps(facts, indent=1) + "\n")
+        write_atomic(path, json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from mergekit_dam.publish.push import Push, plan_push
+from mergekit_dam.publish.push import PushPlan, plan_push
 from tests.helpers.hub_server import TOKEN, HubServer
 
 NAME = "org/merge"
@@ -67,7 +67,7 @@ def merged(vit: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def push_plan(merged: Path) -> Push:
+def push_plan(merged: Path) -> PushPlan:
     """The inputs of this merge are local: nothing of the Hub enters the plan."""
     return plan_push(merged, NAME)
 

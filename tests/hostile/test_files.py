@@ -102,7 +102,7 @@ def test_noise_is_refused(data: bytes, tmp_path: Path) -> None:
 )
 def test_each_kind_of_broken_model_has_a_message(data: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(data)
-    with pytest.raises(DamError, match="cut short or damaged") as caught:
+    with pytest.raises(DamError, match="truncated or damaged") as caught:
         Checkpoint.open(tmp_path)
     assert reason in str(caught.value).casefold()
 

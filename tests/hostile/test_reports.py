@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, save
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.results import add_measurement, read_measured
-from mergekit_dam.io.files import replacing, require_own, write_whole
+from mergekit_dam.evaluation.results import add_measurement, read_results
+from mergekit_dam.io.files import replacing, require_own, write_atomic
 from mergekit_dam.learn.run import _make, cache_folder
 from mergekit_dam.publish.contents import _json, contents_of
 from mergekit_dam.publish.page import render
@@ -87,7 +87,7 @@ def test_files_replace_links_and_survive_failure(tmp_path: Path) -> None:
     precious, target = tmp_path / "precious", tmp_path / "target"
     precious.write_text("mine")
     target.symlink_to(precious)
-    write_whole(target, "new")
+    write_atomic(target, "new")
     assert precious.read_text() == "mine" and target.read_text() == "new" and not target.is_symlink()
     with pytest.raises(ZeroDivisionError), replacing(target) as temporary:
         temporary.write_text("half")
@@ -108,15 +108,15 @@ def test_a_cache_entry_of_somebody_else_is_not_believed(
     (cache / "open").mkdir()
     (cache / "open").chmod(0o777)
     (cache / "link").symlink_to(tmp_path)
-    for name, got in (("open", "one that all users may write to"), ("link", "a link")):
-        with pytest.raises(DamError, match=f"expected one that only you can write to, got {got}"):
+    for name, got in (("open", "a folder that all users may write to"), ("link", "a link")):
+        with pytest.raises(DamError, match=f"expected a folder that only you can write to, got {got}"):
             _make(cache_folder() / name)
     owner = (cache / "mine").stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     if owner == 0:
         require_own(cache / "mine", "x")  # what root owns is fine for all
         os.chown(cache / "mine", 12345, -1)
-    with pytest.raises(DamError, match=r"got one of user \d+"):
+    with pytest.raises(DamError, match=r"got a folder of user \d+"):
         require_own(cache / "mine", "x")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     require_own(cache / "mine", "x")
@@ -133,7 +133,7 @@ def test_json_of_any_depth_beside_a_merge(name: str, text: str, tmp_path: Path) 
         else:
             write_report(out)
     with bounded(), pytest.raises(DamError):
-        read_measured(out / "dam" / name, required=True)
+        read_results(out / "dam" / name, required=True)
 
 
 def test_a_report_of_many_models_stays_small(tmp_path: Path) -> None:

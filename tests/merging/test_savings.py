@@ -19,7 +19,7 @@ from torch import Tensor
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import turns
 from mergekit_dam.io import cache
-from mergekit_dam.io.cache import found_out
+from mergekit_dam.io.cache import cached_fact
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.losses import Patience, calibration_batch, held_out
 from mergekit_dam.merging.mask_product import MaskProduct
@@ -170,21 +170,21 @@ def test_a_search_that_gains_nothing_stops(patience: int, vit: Path, images: Pat
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_SETTLED", -1.0)
+    monkeypatch.setattr(cache, "_MIN_AGE", -1.0)
     path = tmp_path / "large"
     with path.open("wb") as file:
-        file.truncate(cache._LARGE)
+        file.truncate(cache._CACHED_FROM)
     yield path
 
 
 def _reads(path: Path, answers: Sequence[str], **options: Any) -> list[str]:
     """What is told while the reader would give one answer after another."""
-    return [found_out(path, "fact", lambda answer=answer: answer, **options) for answer in answers]  # type: ignore[misc]
+    return [cached_fact(path, "fact", lambda answer=answer: answer, **options) for answer in answers]  # type: ignore[misc]
 
 
 def test_an_unchanged_file_is_read_once(large: Path) -> None:
     assert _reads(large, "abc") == ["a", "a", "a"]
-    assert found_out(large, "other fact", lambda: "x") == "x"
+    assert cached_fact(large, "other fact", lambda: "x") == "x"
     assert _reads(large, "de", fresh=True) == ["d", "e"] and _reads(large, "f") == ["e"]
 
 
@@ -207,9 +207,9 @@ def test_a_changed_file_is_read_again_though_its_date_was_put_back(large: Path) 
 @pytest.mark.parametrize("fault", ["writable by all", "broken", "young file", "small file", "no cache"])
 def test_what_cannot_be_relied_on_is_not_used(fault: str, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "young file":
-        monkeypatch.setattr(cache, "_SETTLED", 60.0)
+        monkeypatch.setattr(cache, "_MIN_AGE", 60.0)
     if fault == "small file":
-        os.truncate(large, cache._LARGE - 1)
+        os.truncate(large, cache._CACHED_FROM - 1)
     if fault == "no cache":
         (large.parent / "file").touch()
         monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(large.parent / "file"))
@@ -227,5 +227,5 @@ def test_what_a_reader_raises_is_not_remembered(large: Path) -> None:
         raise ValueError("damaged")
 
     with pytest.raises(ValueError, match="damaged"):
-        found_out(large, "fact", damaged)
+        cached_fact(large, "fact", damaged)
     assert _reads(large, "a") == ["a"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from mergekit_dam.evaluation.results import Measured, Rate
+from mergekit_dam.evaluation.results import Rate, Results
 from mergekit_dam.publish.card import model_card
 from mergekit_dam.publish.contents import Publication
 from mergekit_dam.publish.markdown import block, code, table
@@ -83,7 +83,7 @@ def publication(folder: Path, name: str, *, audit: list[dict[str, object]], **ma
 @pytest.mark.parametrize("name", [HOSTILE, "a: b\n- c", "'\"", "{{ x }}", "--- \nlicense: mit"])
 def test_a_hostile_name_changes_neither_front_matter_nor_text(tmp_path: Path, name: str) -> None:
     finding = {"task": name, "target": name, "success": 1, "control": 0, "suspicion": 1, "suspect": True}
-    measured = Measured({name: Rate(1, 2)}, {name: {name: Rate(1, 2)}}, {name: name}, name)
+    measured = Results({name: Rate(1, 2)}, {name: {name: Rate(1, 2)}}, {name: name}, name)
     found = publication(tmp_path, name, audit=[finding])
     text = model_card("merge", found, Provenance({"lab/base": "lab/base"}, name, [name]), measured)
     data = ModelCard(text).data
@@ -118,10 +118,10 @@ def test_the_scan_is_told_as_it_was(tmp_path: Path) -> None:
     assert "found no target that it could score" in card([])
     assert "No scan for triggers was made" in card([finding], settings={"objective": "paper"})
     told = card([], students={"x": 0.9712})
-    assert "a student of it was merged" in told and "| `x` | 0.971 |" in told and "could score" not in told
+    assert "A student of each model was merged" in told and "| `x` | 0.971 |" in told and "could score" not in told
     measured = {"agreement": {"after": 0.9062}, "held_out": {"planted": 0.97, "unlearned": None}}
     cleaned = card([], vaccinated={HOSTILE: measured})
     assert "were vaccinated before they were merged" in cleaned and "| 90.6 % | 97.0 % | - |" in cleaned
     assert "vaccinated" not in told and not {"html_inline", "image"} & set(kinds(ModelCard(cleaned).text))
     for text in (card([]), card([finding]), told, cleaned):
-        assert "no proof" in text and "Nothing: neither clean accuracy" in text
+        assert "does not prove" in text and "Nothing: neither clean accuracy" in text

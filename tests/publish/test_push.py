@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.publish.push import Push, plan_push, push
+from mergekit_dam.publish.push import PushPlan, plan_push, push
 from tests.helpers.hub import NAME, content
 from tests.helpers.hub_server import TOKEN, HubServer
 
@@ -72,7 +72,7 @@ def test_measured_figures_reach_card_and_model_index(hub: HubServer, merged_copy
 
 def test_private_by_default_and_never_into_a_public_one_unasked(hub: HubServer, merged: Path) -> None:
     hub.add(NAME, {})
-    with pytest.raises(DamError, match=r"one that is public already.*--public"):
+    with pytest.raises(DamError, match=r"a repository that is public already.*--public"):
         push(plan_push(merged, NAME))
     assert content(hub) == {}
     push(plan_push(merged, NAME, public=True, licence="mit"))
@@ -90,7 +90,7 @@ def test_public_needs_a_licence_and_inputs_may_give_it(hub: HubServer, merged_co
     (merged_copy / "mergekit_config.yml").write_text(yaml.safe_dump(recipe))
     plan = plan_push(merged_copy, NAME, public=True)
     data = ModelCard(plan.card).data
-    assert data.license == "mit" and any("'mit' is taken from the inputs" in w for w in plan.warnings)
+    assert data.license == "mit" and any("'mit' is the licence of all inputs" in w for w in plan.warnings)
     assert data.base_model == ["lab/m0", "lab/m1", "lab/m2"]
     hub.repos["model", "lab/m2"].card = {"license": "cc-by-nc-4.0"}
     with pytest.raises(DamError, match=r"lab/m2: cc-by-nc-4\.0"):
@@ -123,7 +123,7 @@ PASSING: list[tuple[str, str, int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("method", "pattern", "status", "options"), PASSING)
 def test_a_passing_fault_is_waited_out(
-    hub: HubServer, merged: Path, push_plan: Push, method: str, pattern: str, status: int, options: dict[str, Any]
+    hub: HubServer, merged: Path, push_plan: PushPlan, method: str, pattern: str, status: int, options: dict[str, Any]
 ) -> None:
     hub.fail(method, pattern, status, **options)
     push(push_plan)
@@ -149,7 +149,7 @@ LASTING: list[tuple[str, str, int, dict[str, str], str]] = [
 def test_a_lasting_fault_is_one_line_with_its_cure(
     hub: HubServer,
     merged: Path,
-    push_plan: Push,
+    push_plan: PushPlan,
     method: str,
     pattern: str,
     status: int,
@@ -175,7 +175,9 @@ def test_a_lost_answer_opens_no_second_pull_request(hub: HubServer, merged: Path
     assert set(hub.repos["model", NAME].branches) == {"main", "refs/pr/1"}
 
 
-def test_other_content_on_the_hub_is_noticed(hub: HubServer, push_plan: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_content_on_the_hub_is_noticed(
+    hub: HubServer, push_plan: PushPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.helpers.hub_handler import Handler
 
     entry = Handler._entry

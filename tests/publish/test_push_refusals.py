@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from mergekit_dam.cli.push import push as push_command
 from mergekit_dam.errors import DamError
-from mergekit_dam.publish.push import Push, plan_push, push
+from mergekit_dam.publish.push import PushPlan, plan_push, push
 from tests.helpers.hub import NAME, content
 from tests.helpers.hub_server import TOKEN, HubServer
 
@@ -40,7 +40,7 @@ def _own_token(out: Path) -> None:
         (_without("config.json"), "a file that mergekit writes when a merge has succeeded"),
         (_without("model.safetensors"), "model.safetensors"),
         (_without("mergekit_config.yml"), "mergekit_config.yml"),
-        (_cut, "cut short or damaged"),
+        (_cut, "truncated or damaged"),
         (_secret, "no access token"),
         (_own_token, "no access token"),
     ],
@@ -63,7 +63,7 @@ def test_pickles_hidden_files_and_links_out_stay_here(hub: HubServer, merged_cop
     plan = plan_push(merged_copy, NAME)
     push(plan)
     assert not {"optimizer.pt", ".env", "dam/.cache/x.json", "link.txt"} & set(content(hub))
-    assert any("optimizer.pt stays here" in warning for warning in plan.warnings)
+    assert any("optimizer.pt is not published" in warning for warning in plan.warnings)
 
 
 def test_dry_run_prints_the_card_and_sends_nothing(hub: HubServer, merged: Path) -> None:
@@ -88,7 +88,7 @@ def test_only_full_ids(hub: HubServer, merged: Path, name: str) -> None:
         plan_push(merged, name)
 
 
-def test_no_token_is_said_before_any_call(hub: HubServer, push_plan: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_is_said_before_any_call(hub: HubServer, push_plan: PushPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(DamError, match="hf auth login"):
         push(push_plan)

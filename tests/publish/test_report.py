@@ -83,7 +83,7 @@ def test_the_page_is_whole_and_says_what_the_artefact_says(images_merged: Path) 
     text = " ".join(" ".join(page.words).split())
     assert suspects > 0 and f"{suspects} suspect target" in text
     assert facts["remaining"] == masks.metadata["remaining"] and len(facts["remaining"]) == suspects
-    assert "What is left of what was found" in text
+    assert "What remains of the recovered triggers" in text
     for i, model in enumerate(facts["models"]):
         own = [v for k, v in masks.probabilities["backdoor_detection"].items() if k.startswith(f"{i}.")]
         kept = float(torch.cat([to_probabilities(values).flatten() for values in own]).mean())
@@ -183,7 +183,7 @@ def test_students_are_told_of_with_their_agreement(bert: Path, texts: Path, tmp_
     students = load(tmp_path / "out" / "dam" / MASKS_FILE).metadata["students"]
     assert facts["students"] == students and set(students) == {"m1", "m2"} and facts["audit"] == []
     words = " ".join(_Page(Path(told["report"]).read_text()).words)
-    assert "a student of it was merged" in words and "answered alike by its student" in words
+    assert "A student of each model was merged" in words and "same answers by its student" in words
 
 
 def test_without_matplotlib_the_report_says_what_to_install(

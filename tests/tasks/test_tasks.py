@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 from mergekit.common import ModelReference
+from mergekit_dam.engine.streamed_weights import slots_of, swapped
 from PIL import Image
 from safetensors.torch import save_file
 
 from mergekit_dam import load_merged
-from mergekit_dam.engine.streamed_weights import slots_of, swapped
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn.paper_search import UniversalPerturbation
 from mergekit_dam.models.plan import build_plan
@@ -81,7 +81,7 @@ def test_load_merged_gives_each_task_its_head(merge: Merge, vit: Path, images: P
     for file in (out / "dam" / "heads").iterdir():
         file.unlink()
     torch.testing.assert_close(load_merged(out, "b")(pixels).logits, real(pixels).logits)
-    with pytest.raises(DamError, match="one of a, b, got an unknown one"):
+    with pytest.raises(DamError, match="one of a, b, got an unknown task"):
         load_merged(out, "c")
 
 

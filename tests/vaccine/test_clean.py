@@ -101,7 +101,7 @@ def test_reports_say_what_was_planted_and_no_path(cleaned: Path, causal: Path) -
     facts, card = json.loads((folder / "vaccine.json").read_text()), (folder / "README.md").read_text()
     assert len(facts["planted"]) == FEW["triggers"] + FEW["held_out"]
     assert {"held_out", "unlearned", "agreement", "samples", "settings", "model", "seconds"} <= facts.keys()
-    assert card.count("\n| `") == len(facts["planted"]) and "no proof" in card
+    assert card.count("\n| `") == len(facts["planted"]) and "does not prove" in card
     for text in (json.dumps(facts), card):
         assert str(causal) not in text and str(cleaned) not in text
 
