@@ -81,7 +81,7 @@ def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
         warnings.append(
             "the masks of the whole model do not fit the memory that is free: they are learned "
             f"{learned.config.window} of its blocks at a time, which costs accuracy, and one at a time some of the "
-            "defence (docs/windows.md)"
+            "defence (docs/scaling.md)"
         )
     guess = estimate(learned, speed=measured_speed(plan, device, tokens), tokens=tokens)
     assert guess.seconds is not None, "the speed is known"

@@ -206,7 +206,8 @@ def test_chain_in_mergekit_multi(place: Path, registered: None) -> None:
 def test_cleaned_models_are_merged_by_ties(place: Path) -> None:
     base = BUILD["cleaned-ties.yml"]()
     text = (RECIPES / "cleaned-ties.yml").read_text()
-    (command,) = (line[1:].split()[1:] for line in text.splitlines() if line.startswith("#   mergekit-dam"))
+    first, second = (line[1:].strip(" \\") for line in text.splitlines() if line.startswith("#   "))
+    command = f"{first} {second}".removeprefix("mergekit-dam ").split()
     few = "--triggers 1 --held-out 1 --plant-steps 1 --unlearn-steps 1 --batch-size 4 --answer-tokens 2 --max-length 24"
     done = CliRunner().invoke(main, [*command, *few.split(), "--quiet"])
     assert done.exit_code == 0, done.output
