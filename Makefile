@@ -20,7 +20,7 @@ help:
 	@echo "make docs   the documentation as a site, in build/site"
 	@echo "make walkthrough  the README as a new user does it: wheel, fresh environment, Hub on localhost, screenshots"
 	@echo "make bench-performance  step time over the compute floor, memory, merge throughput (about half an hour of CPU)"
-	@echo "make faults kill, fill, damage and race real merges; table in docs/reliability.md (half an hour on a core)"
+	@echo "make faults kill, fill, damage and race real merges; table in docs/threat-model.md (half an hour on a core)"
 	@echo "make audit-deps  look the pinned versions up in the databases of known vulnerabilities (network)"
 	@echo "make dist   sdist and wheel in dist/, checked"
 	@echo "make test-lowest, make test-newest  tests with the lowest or newest versions of the dependencies"

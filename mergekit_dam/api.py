@@ -56,28 +56,29 @@ def merge(
         DamError: models, data or settings that cannot be merged, before anything is written; or an output that
             lacks tensors of the base.
 
-    >>> from mergekit_dam import load_merged, merge
-    >>> recipe = {
-    ...     "merge_method": "dam",
-    ...     "base_model": "models/base",
-    ...     "models": [
-    ...         {"model": "models/flowers", "parameters": {"calibration": "data/flowers"}},
-    ...         {"model": "models/cars", "parameters": {"calibration": "data/cars"}},
-    ...     ],
-    ...     "dtype": "float32",
-    ... }
-    >>> out = merge(recipe, "out", report=False, steps=2, scan_steps=2, refresh_steps=1)
-    >>> sorted(path.name for path in (out / "dam").glob("[!.]*"))
-    ['dam_masks.safetensors', 'heads', 'metrics.jsonl', 'run.json', 'triggers.safetensors']
-    >>> type(load_merged(out, task="cars")).__name__
-    'ViTForImageClassification'
+    Examples:
+        >>> from mergekit_dam import load_merged, merge
+        >>> recipe = {
+        ...     "merge_method": "dam",
+        ...     "base_model": "models/base",
+        ...     "models": [
+        ...         {"model": "models/flowers", "parameters": {"calibration": "data/flowers"}},
+        ...         {"model": "models/cars", "parameters": {"calibration": "data/cars"}},
+        ...     ],
+        ...     "dtype": "float32",
+        ... }
+        >>> out = merge(recipe, "out", report=False, steps=2, scan_steps=2, refresh_steps=1)
+        >>> sorted(path.name for path in (out / "dam").glob("[!.]*"))
+        ['dam_masks.safetensors', 'heads', 'metrics.jsonl', 'run.json', 'triggers.safetensors']
+        >>> type(load_merged(out, task="cars")).__name__
+        'ViTForImageClassification'
 
-    A misspelt setting is refused before a weight is read:
+        A misspelt setting is refused before a weight is read:
 
-    >>> merge(recipe, "other", step=2)
-    Traceback (most recent call last):
-    ...
-    mergekit_dam.errors.DamError: setting 'step' in parameters: expected a setting of dam, got an unknown one. \
+        >>> merge(recipe, "other", step=2)
+        Traceback (most recent call last):
+        ...
+        mergekit_dam.errors.DamError: setting 'step' in parameters: expected a setting of dam, got an unknown one. \
 Did you mean 'steps'?
     """
     begun = time.perf_counter()
@@ -112,20 +113,21 @@ def learn_masks(
     Raises:
         DamError: as for `merge`, or a recipe of another method.
 
-    >>> from mergekit_dam import learn_masks, merge
-    >>> recipe = {
-    ...     "merge_method": "dam",
-    ...     "base_model": "models/base",
-    ...     "models": [
-    ...         {"model": "models/flowers", "parameters": {"calibration": "data/flowers"}},
-    ...         {"model": "models/cars", "parameters": {"calibration": "data/cars"}},
-    ...     ],
-    ... }
-    >>> masks = learn_masks(recipe, "learned", steps=2, scan_steps=2, refresh_steps=1)
-    >>> masks.name
-    'dam_masks.safetensors'
-    >>> merge(recipe, "applied", masks=str(masks)).name
-    'applied'
+    Examples:
+        >>> from mergekit_dam import learn_masks, merge
+        >>> recipe = {
+        ...     "merge_method": "dam",
+        ...     "base_model": "models/base",
+        ...     "models": [
+        ...         {"model": "models/flowers", "parameters": {"calibration": "data/flowers"}},
+        ...         {"model": "models/cars", "parameters": {"calibration": "data/cars"}},
+        ...     ],
+        ... }
+        >>> masks = learn_masks(recipe, "learned", steps=2, scan_steps=2, refresh_steps=1)
+        >>> masks.name
+        'dam_masks.safetensors'
+        >>> merge(recipe, "applied", masks=str(masks)).name
+        'applied'
     """
     return prepare(recipe, options=options, **settings).learn(None if out is None else Path(out), resume=resume)
 
@@ -161,15 +163,16 @@ def clean(
     Raises:
         DamError: models, data or settings that do not fit, before anything is written.
 
-    >>> from mergekit_dam import clean
-    >>> found = clean(
-    ...     "models/flowers", "cleaned", base="models/base", data="data/flowers", triggers=2, held_out=1,
-    ...     plant_steps=2, unlearn_steps=2, batch_size=4,
-    ... )
-    >>> found[0].name, sorted(path.name for path in found[0].folder.glob("[!.]*"))
-    ('flowers', ['README.md', 'config.json', 'model.safetensors', 'preprocessor_config.json', 'vaccine.json'])
-    >>> sorted(found[0].facts["planted"][0])[:4]
-    ['answer', 'behaviour', 'held_out', 'kind']
+    Examples:
+        >>> from mergekit_dam import clean
+        >>> found = clean(
+        ...     "models/flowers", "cleaned", base="models/base", data="data/flowers", triggers=2, held_out=1,
+        ...     plant_steps=2, unlearn_steps=2, batch_size=4,
+        ... )
+        >>> found[0].name, sorted(path.name for path in found[0].folder.glob("[!.]*"))
+        ('flowers', ['README.md', 'config.json', 'model.safetensors', 'preprocessor_config.json', 'vaccine.json'])
+        >>> sorted(found[0].facts["planted"][0])[:4]
+        ['answer', 'behaviour', 'held_out', 'kind']
     """
     prepared, own = prepare_cleaning(models, base=base, data=data, options=options, **settings)
     return cleaned(prepared, out, own, adapter=adapter, resume=resume)

@@ -18,7 +18,7 @@ from mergekit_dam.io.hub_client import hub_cause, hub_error
 TRACEBACK = "MERGEKIT_DAM_TRACEBACK"  # set to anything: errors of libraries keep their traceback, for a bug report
 _REPORT = f"If no input is at fault, set {TRACEBACK}=1, run it again and report what is then shown."
 _DAMAGED = "A file is damaged or of another format: download or save it again. " + _REPORT
-_MEMORY = "Take a smaller batch_size or num_samples, granularity: row, or window: 1 (docs/windows.md)."
+_MEMORY = "Take a smaller batch_size or num_samples, granularity: row, or window: 1 (docs/scaling.md)."
 _SYSTEM = "Check that the path exists, its rights, and the space on that disk, and run it again."
 _CURES = {
     "safetensors": _DAMAGED,

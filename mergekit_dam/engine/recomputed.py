@@ -30,13 +30,18 @@ def recomputed_blocks(
         take: tensors of a block by parameter name within it; called for each run, also later in the backward pass.
     """
     changed = [module.get_submodule(name) for name in blocks]
+    # a part of a pass has replaced the forward of blocks that it skips (engine/partial_pass.py): that one comes back
+    before = [vars(block).get("forward") for block in changed]
     for name, block in zip(blocks, changed, strict=True):
         block.forward = _recomputed(block, partial(take, name))
     try:
         yield
     finally:
-        for block in changed:
-            del block.forward  # the class's own is there again
+        for block, replaced in zip(changed, before, strict=True):
+            if replaced is None:
+                del block.forward  # the class's own is there again
+            else:
+                block.forward = replaced
 
 
 def _recomputed(block: nn.Module, take: Callable[[], Mapping[str, Tensor]]) -> Callable[..., Any]:

@@ -49,7 +49,7 @@ def window_warning(plan: Plan) -> str:
     return (
         "the masks of the whole model do not fit the memory that is free: they are learned "
         f"{plan.config.window} of its blocks at a time, which costs accuracy, and one at a time some of the defence "
-        "(docs/windows.md)"
+        "(docs/scaling.md)"
     )
 
 

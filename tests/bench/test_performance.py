@@ -1,4 +1,4 @@
-"""The benchmark of time and memory on tiny models, and the arithmetic of docs/scaling.md against real tensors."""
+"""The benchmark of time and memory on tiny models, its arithmetic against real tensors, and its pages."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from dam_bench.performance.run_steps import read_results, short_table, whole_table
 from dam_bench.performance.scaling import (
     BLOCK_OF_7B,
     BLOCK_OF_13B,
     Job,
     device_bytes,
+    fits_table,
     step_flops,
     step_seconds,
-    window_gigabytes,
 )
 from dam_bench.performance.shapes import make_models
 from dam_bench.performance.steps import PASSES, Case, _expect, measure, set_up
 from dam_bench.performance.windows import measure_window
 
-SCALING = Path(__file__).parents[2] / "docs" / "scaling.md"
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+STUDY = Path(__file__).parents[2] / "benchmarks" / "STUDY.md"
 GB = 1e9
 
 
@@ -71,8 +73,8 @@ def test_memory_falls_with_processes_and_windows() -> None:
     assert faster == pytest.approx(step_seconds(job, 1000, flops=1e14, bandwidth=1e12) / 4)
 
 
-def test_the_page_has_the_functions_figures() -> None:
-    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d) \| ([\d.]+) \| ([\d.]+) \|$", SCALING.read_text("utf-8"), re.M)
+def test_the_study_has_the_functions_figures() -> None:
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d) \| ([\d.]+) \| ([\d.]+) \|$", STUDY.read_text("utf-8"), re.M)
     assert len(rows) >= 9
     for granularity, window, processes, gigabytes, seconds in rows:
         share = 1.0 if window == "all" else int(window) * BLOCK_OF_7B / 7e9
@@ -82,16 +84,20 @@ def test_the_page_has_the_functions_figures() -> None:
         assert float(seconds) == pytest.approx(expected, abs=0.006)
 
 
-def test_the_page_on_windows_has_the_functions_figures() -> None:
-    page = (SCALING.parent / "windows.md").read_text("utf-8")
-    rows = re.findall(r"^\| (7B|13B) \| \d+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
-    assert [row[0] for row in rows] == ["7B", "13B"]
-    for (_, *figures), block in zip(rows, (BLOCK_OF_7B, BLOCK_OF_13B), strict=True):
-        for size, figure in zip((1, 2, 4), figures, strict=True):
-            assert float(figure) == pytest.approx(window_gigabytes(block, size), abs=0.06)
+def test_the_page_on_large_models_has_the_functions_figures() -> None:
+    page = PAGE.read_text("utf-8")
+    assert f"\n{fits_table()}\n" in page, "run python -m dam_bench.performance.scaling"
+    window = device_bytes(Job(2 * BLOCK_OF_13B, 4, computed=2, masks=5))
+    assert f"| 4 x 13B | window of 2 | {sum(window.values()) / GB:.1f} |" in page
     table = 152_000 * 4096
     ends = device_bytes(Job(table, 4, computed=2, masks=5, entries=1 / 4096))
-    assert float(re.search(r"takes ([\d.]+) GB, since", page)[1]) == pytest.approx(sum(ends.values()) / GB, abs=0.06)  # type: ignore[index]
+    assert float(re.search(r"takes ([\d.]+) GB\.", page)[1]) == pytest.approx(sum(ends.values()) / GB, abs=0.06)  # type: ignore[index]
+
+
+def test_pages_have_the_committed_measurements() -> None:
+    results, cure = read_results(), "run python -m dam_bench.performance.run_steps --table"
+    assert f"\n{short_table(results)}\n" in PAGE.read_text("utf-8"), cure
+    assert f"\n{whole_table(results)}\n" in STUDY.read_text("utf-8"), cure
 
 
 def test_a_window_is_measured_beside_its_passes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`make faults`: every fault many times, a line per row, and the JSON from which docs/reliability.md is made.
+"""`make faults`: every fault many times, a line per row, and the JSON from which docs/threat-model.md is made.
 
 python -m tests.faults --out benchmarks/results/faults/faults.json            # all, some 30 minutes on one core
 python -m tests.faults --out benchmarks/results/faults/faults.json --seed 1   # once more, added to the counts

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +15,9 @@ import torch
 import yaml
 from mergekit.architecture import json_definitions
 
+import mergekit_dam
 from docs.make_reference import DOCS, PAGES, run
-from mergekit_dam import load_merged
+from mergekit_dam import api, load_merged
 from mergekit_dam.cli.main import COMMANDS
 from mergekit_dam.evaluation import attack_text
 from mergekit_dam.registry import OBJECTIVES, SCANNERS, TASKS
@@ -61,6 +64,21 @@ def _leaves(nav: Any) -> list[str]:
 def test_commands_on_pages_exist(page: Path) -> None:
     for name in re.findall(r"^\s*(?:`)?mergekit-dam ([a-z]+)", page.read_text("utf-8"), re.MULTILINE):
         assert name in COMMANDS, f"{page.name}: mergekit-dam {name}"
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    shown = [name.rpartition(".") for name in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), re.M)]
+    objects = {name: getattr(import_module(module), name) for module, _, name in shown}
+    assert set(mergekit_dam.__all__) <= set(objects)
+    functions = {n for n, f in vars(api).items() if inspect.isfunction(f) and f.__module__ == api.__name__}
+    assert {name for name in functions if not name.startswith("_")} <= set(objects)
+    assert all(inspect.getdoc(found) for found in objects.values())
+
+
+def test_recipes_on_the_page_are_the_files_that_are_run() -> None:
+    page = (DOCS / "recipes.md").read_text("utf-8")
+    shown = dict(re.findall(r"<!-- recipe: (\S+) -->\n```yaml\n(.*?)```", page, re.DOTALL))
+    assert shown == {path.name: path.read_text("utf-8") for path in (ROOT / "examples" / "recipes").glob("*.yml")}
 
 
 def test_the_walk_through_finds_its_steps_in_the_readme() -> None:

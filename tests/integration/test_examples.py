@@ -50,14 +50,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Path, texts: 
     """A working directory with the images and texts under data/ that the recipes name."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    for name in ("cars", "eurosat"):
+    for name in ("cars", "eurosat", "flowers"):
         shutil.copytree(images, f"data/{name}")
         Path(f"data/{name}.txt").write_text("one movie\none film\n")
+    pictures = [{"bytes": path.read_bytes(), "path": None} for path in sorted(images.iterdir())]
+    table = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
+    table.to_parquet("data/cars.parquet")
     lines = texts.read_text().splitlines()
-    for name in ("chat", "code", "summaries", "questions", "prompts"):
+    for name in ("chat", "code", "law", "math", "summaries", "questions", "prompts"):
         Path(f"data/{name}.txt").write_text("\n".join(lines))
     datasets.Dataset.from_dict({"sentence": lines, "idx": range(len(lines))}).to_parquet("data/sst2.parquet")
     datasets.Dataset.from_dict({"text": lines}).to_json("data/agnews.jsonl")
+    chats = [[{"role": "user", "content": line}, {"role": "assistant", "content": "great"}] for line in lines]
+    datasets.Dataset.from_dict({"messages": chats}).to_json("data/assistant.jsonl")
+    datasets.Dataset.from_dict({"instruction": lines, "output": lines}).to_json("data/support.jsonl")
     return tmp_path
 
 
@@ -65,6 +71,22 @@ def language_models(*names: str) -> Path:
     base = make_model("LlamaForCausalLM", Path("models/base").absolute())
     for seed, name in enumerate(names, start=1):
         make_model("LlamaForCausalLM", Path("models") / name, seed=seed, body=base)
+    return base
+
+
+def chatting() -> Path:
+    base = language_models("assistant", "support")
+    for name in ("base", "assistant", "support"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(f"models/{name}")
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}it "
+        tokenizer.save_pretrained(f"models/{name}")
+    return base
+
+
+def classifiers() -> Path:
+    base = make_model("ViTModel", Path("models/vit-base").absolute())
+    for seed, (name, labels) in enumerate({"flowers": 3, "cars": 5}.items(), start=1):
+        make_model("ViTForImageClassification", Path("models") / name, seed=seed, labels=labels, body=base)
     return base
 
 
@@ -98,9 +120,13 @@ def adapters() -> Path:
 
 
 BUILD: dict[str, Callable[[], Path]] = {
+    "images.yml": classifiers,
     "clip.yml": clip,
     "text.yml": encoders,
+    "chat.yml": chatting,
     "causal-lm.yml": lambda: language_models("code", "chat"),
+    "windows.yml": lambda: language_models("code", "chat", "math", "law"),
+    "cleaned-ties.yml": lambda: language_models("found-a", "found-b"),
     "lora.yml": adapters,
     "ties-chain.yml": lambda: language_models("found-a", "found-b", "own"),
     "gpus.yml": lambda: language_models("code", "chat"),
@@ -122,7 +148,10 @@ def test_no_recipe_is_left_out() -> None:
     assert all(f"[{path.name}]" in listed for path in RECIPES.iterdir() if path.name != "README.md")
 
 
-@pytest.mark.parametrize("name", [name for name in BUILD if name not in ("ties-chain.yml", "gpus.yml")])
+OTHERWISE = ("ties-chain.yml", "gpus.yml", "cleaned-ties.yml")  # tested by themselves
+
+
+@pytest.mark.parametrize("name", [name for name in BUILD if name not in OTHERWISE])
 def test_recipe(name: str, place: Path, registered: None) -> None:
     base = BUILD[name]()
     recipe = yaml.safe_load((RECIPES / name).read_text())
@@ -130,7 +159,8 @@ def test_recipe(name: str, place: Path, registered: None) -> None:
     out = merge(recipe, place / "out", **SMALL)
     assert (out / "dam" / MASKS_FILE).is_file()
     tasks = [p.stem for p in (out / "dam" / "heads").glob("*.safetensors")]
-    assert {"text.yml": {"sst2", "agnews"}}.get(name, set(tasks)) == set(tasks)
+    heads = {"text.yml": {"sst2", "agnews"}, "images.yml": {"flowers", "cars"}}
+    assert heads.get(name, set(tasks)) == set(tasks)
     assert load_merged(out, tasks[0] if tasks else None).num_parameters() > 0
     assert base.is_dir()
 
@@ -171,6 +201,19 @@ def test_chain_in_mergekit_multi(place: Path, registered: None) -> None:
     assert done.exit_code == 0, done.output
     verify_output(place / "out", base, dtype=torch.float32)
     assert (place / "stages" / "screened" / "dam" / MASKS_FILE).is_file()
+
+
+def test_cleaned_models_are_merged_by_ties(place: Path) -> None:
+    base = BUILD["cleaned-ties.yml"]()
+    text = (RECIPES / "cleaned-ties.yml").read_text()
+    first, second = (line[1:].strip(" \\") for line in text.splitlines() if line.startswith("#   "))
+    command = f"{first} {second}".removeprefix("mergekit-dam ").split()
+    few = "--triggers 1 --held-out 1 --plant-steps 1 --unlearn-steps 1 --batch-size 4 --answer-tokens 2 --max-length 24"
+    done = CliRunner().invoke(main, [*command, *few.split(), "--quiet"])
+    assert done.exit_code == 0, done.output
+    out = merge(yaml.safe_load(text), place / "out")
+    verify_output(out, base, dtype=torch.float32)
+    assert load_merged(out).num_parameters() > 0
 
 
 def stub(folder: Path, name: str, text: str) -> None:

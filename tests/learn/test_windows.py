@@ -85,6 +85,18 @@ def test_samples_come_as_far_as_the_merge_and_as_their_own_model(
     assert bool(triggered) == (kind == "vit") and MERGED in search.states[0].merged_streams
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradient_checkpointing_leaves_the_masks_as_they_are(size: int, llama: Path, texts: Path) -> None:
+    """Blocks that a window skips are skipped by the pass that is run again, too."""
+    made = [
+        new_search(WindowSearch, _plan(llama, texts, window=size, gradient_checkpointing=on)).run()
+        for on in (False, True)
+    ]
+    assert torch.equal(made[0][1], made[1][1])
+    for name, by_key in made[0][0].items():
+        assert all(torch.equal(made[1][0][name][key], values) for key, values in by_key.items()), name
+
+
 def test_each_tensor_is_learned_once_and_only_a_window_is_held(vit: Path, images: Path) -> None:
     search = new_search(WindowSearch, _plan(vit, images, window=1))
     open_window, held, names = search.open, [], []

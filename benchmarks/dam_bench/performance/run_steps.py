@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from dam_bench.performance.elementwise import measure_elementwise
+from dam_bench.performance.scaling import put_between
 from dam_bench.performance.steps import Case, measure
 from dam_bench.performance.throughput import METHODS, measure_merges
 from dam_bench.performance.windows import measure_window
@@ -33,8 +34,22 @@ from dam_bench.runs.peer import FOLDER, peer_python
 from mergekit_dam.errors import DamError
 
 LOG = logging.getLogger("performance")
-PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
+STUDY = Path(__file__).parents[2] / "STUDY.md"  # the whole table
+PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"  # the rows in SHOWN
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+_CLIP, _LLAMA = "4 CLIP vision towers of 87 M", "4 Llamas of 1.1 B in bfloat16"
+SHOWN = {
+    "clip-inversion-t4-b8-cpu": f"{_CLIP}, one CPU core",
+    "clip-inversion-t4-b8-cpu-detection-model": f"{_CLIP}, one CPU core, a mask per model",
+    "clip-inversion-t4-b8-cpu-granularity-row": f"{_CLIP}, one CPU core, `granularity: row`",
+    "clip-inversion-t4-b8-cpu-window-2": f"{_CLIP}, one CPU core, `window: 2`",
+    "clip-inversion-t4-b8-cuda": f"{_CLIP}, one H200",
+    "clip-inversion-t4-b8-cuda-detection-model": f"{_CLIP}, one H200, a mask per model",
+    "clip-inversion-t4-b8-cuda-granularity-row": f"{_CLIP}, one H200, `granularity: row`",
+    "llama-1b-inversion-t4-b8-cuda-compute_dtype-bfloat16": f"{_LLAMA}, one H200",
+    "llama-1b-inversion-t4-b8-cuda-compute_dtype-bfloat16-detection-model": f"{_LLAMA}, one H200, a mask per model",
+    "llama-1b-inversion-t4-b8-cuda-compute_dtype-bfloat16-granularity-row": f"{_LLAMA}, one H200, `granularity: row`",
+}
 MEMORY = Path(__file__).parents[2] / "memory.json"  # of run_memory.py
 RESULTS = Path(__file__).parents[2] / "results" / "performance"
 CASES = [
@@ -96,7 +111,7 @@ def main() -> None:
             for name in jobs:
                 if name.startswith(args.only) and not (args.missing and (RESULTS / f"{name}.json").is_file()):
                     _start(name, args.device, args.models or Path(folder))
-    _print([_read(path) for path in sorted(RESULTS.glob("*.json"))])
+    _write(read_results())
 
 
 def _jobs(device: str) -> dict[str, Callable[[Path], dict[str, Any]]]:
@@ -157,27 +172,52 @@ def _peer(device: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    return path.stem, json.loads(path.read_text("utf-8"))
+def read_results() -> dict[str, dict[str, Any]]:
+    """Committed results by name of the measurement."""
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))}
 
 
-def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
-    """The table: measurement, figure, bar, and whether it holds; to the terminal and into docs/scaling.md."""
-    found = dict(results)
+def _write(results: dict[str, dict[str, Any]]) -> None:
+    """Print the whole table, write it into benchmarks/STUDY.md, and the rows of SHOWN into docs/scaling.md."""
+    rows = table_rows(results)
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        LOG.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for page, table in ((STUDY, whole_table(results)), (PAGE, short_table(results))):
+        page.write_text(put_between(page.read_text("utf-8"), BEGIN, table, END), "utf-8")
+
+
+def whole_table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown of `table_rows`."""
+    head, *rows = table_rows(results)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---", "---:", "---:", "---"), *rows))
+
+
+def short_table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: of the measurements in SHOWN, a step's time over that of its model passes, and the peak memory."""
+    lines = ["| what | step / model passes | peak memory |", "| --- | ---: | ---: |"]
+    for name, label in SHOWN.items():
+        (_, ratio, _, _), (_, peak, _, _) = _step_rows(name, results[name])
+        lines.append(f"| {label} | {ratio} | {peak} |")
+    return "\n".join(lines)
+
+
+def table_rows(results: dict[str, dict[str, Any]]) -> list[Row]:
+    """Measurement, figure, bar, and whether the bar holds, under a row of headings."""
     rows: list[Row] = [("measurement", "figure", "bar", "")]
-    for name, result in results:
+    for name, result in results.items():
         if "ratio" in result:
             rows += _step_rows(name, result)
     for device in ("cpu", "cuda"):
-        peer = found.get(f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
+        peer = results.get(f"peer-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
         for objective, bars in (("paper", (PEER_TIME, PEER_MEMORY)), ("inversion", (None, None))):
-            ours = found.get(f"clip-{objective}-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
+            ours = results.get(f"clip-{objective}-t{PEER_TASKS}-b{PEER_BATCH}-{device}")
             if peer and ours:
                 rows += _peer_rows(peer, ours, f"{objective} / fusion_bench ({device})", bars)
-    for name, result in results:
+    for name, result in results.items():
         for what, share in result.get("share_of_copy", {}).items():
             rows.append(_row(f"{name}: {what}, rate over that of a copy", share, None))
-    for name, result in results:
+    for name, result in results.items():
         for method, ratio in result.get("first_throughput_ratio", {}).items():
             rows.append(_row(f"{name}: dam over {method}, first merge of these files", ratio, None))
         for method, ratio in result.get("throughput_ratio", {}).items():
@@ -185,16 +225,7 @@ def _print(results: list[tuple[str, dict[str, Any]]]) -> None:
                 _row(f"{name}: dam over {method}", ratio, MERGE if method == "task_arithmetic" else None, low=True)
             )
     memory = json.loads(MEMORY.read_text("utf-8"))["results"] if MEMORY.is_file() else []
-    rows += [_memory_row(result) for result in memory]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for row in rows:
-        LOG.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    table = [" | ".join(row) for row in (rows[0], ("---", "---:", "---:", "---"), *rows[1:])]
-    before, begin, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        lines = "\n".join(f"| {line} |" for line in table)
-        PAGE.write_text(f"{before}{begin}\n{lines}\n{end}{after}", "utf-8")
+    return [*rows, *map(_memory_row, memory)]
 
 
 def _step_rows(name: str, result: dict[str, Any]) -> list[Row]:

@@ -1,4 +1,6 @@
-"""How many bytes and seconds learning takes, by arithmetic: the figures of docs/scaling.md.
+"""How many bytes and seconds learning takes, by arithmetic: the table "What fits" of docs/scaling.md.
+
+    python -m dam_bench.performance.scaling    # writes the table anew
 
 Legend: P merged parameters, T tasks, W processes (one per accelerator).
 """
@@ -6,7 +8,10 @@ Legend: P merged parameters, T tasks, W processes (one per accelerator).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
+BEGIN, END = "<!-- fits:begin -->", "<!-- fits:end -->"
 BLOCK_OF_7B, BLOCK_OF_13B = 218e6, 317e6  # parameters of one of 32, of 40 blocks
 _FLOAT32 = 4
 _MOMENTS = 2  # of Adam, per logit
@@ -52,12 +57,6 @@ def device_bytes(job: Job, processes: int = 1) -> dict[str, float]:
     }
 
 
-def window_gigabytes(block: float, size: int, tasks: int = 4) -> float:
-    """GB that a window of `size` blocks takes on one device in bfloat16, with an M2 per model, without activations."""
-    job = Job(size * block, tasks, computed=2, masks=tasks + 1)
-    return sum(device_bytes(job).values()) / 1e9
-
-
 def step_flops(job: Job, tokens: int, suspects: int = 0) -> float:
     """Floating-point operations of the passes of one inversion step, in its window, attention scores not counted.
 
@@ -91,3 +90,42 @@ def step_seconds(job: Job, tokens: int, *, flops: float, bandwidth: float, proce
         bandwidth: bytes per second of its memory.
     """
     return (step_flops(job, tokens) / flops + step_traffic(job) / bandwidth) / processes
+
+
+def fits_table(tasks: int = 4) -> str:
+    """Markdown: GB per GPU for four models in bfloat16, by what is learned at a time, without activations.
+
+    With masks of rows a mask has one entry per row of 4,096 weights. Several GPUs share masks and input models.
+    """
+    lines = [
+        "| models | learned at a time | 1 GPU | 4 GPUs | 8 GPUs | 1 GPU, `granularity: row` |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, parameters, block in (("7B", 7e9, BLOCK_OF_7B), ("13B", 13e9, BLOCK_OF_13B)):
+        for label, masks, share in (
+            ("all, nothing suspect", 2, 1.0),
+            ("all, a suspect", tasks + 1, 1.0),
+            *((f"window of {size}", tasks + 1, size * block / parameters) for size in (4, 2, 1)),
+        ):
+            jobs = [
+                Job(parameters, tasks, computed=2, masks=masks, entries=entries, window=share)
+                for entries in (1.0, 1 / 4096)
+            ]
+            cells = [_gigabytes(jobs[0], processes) for processes in (1, 4, 8)] + [_gigabytes(jobs[1], 1)]
+            lines.append(f"| {tasks} x {name} | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gigabytes(job: Job, processes: int) -> str:
+    return f"{sum(device_bytes(job, processes).values()) / 1e9:.1f}"
+
+
+def put_between(page: str, begin: str, content: str, end: str) -> str:
+    """The page with `content` between two marks; a page without them stays as it is."""
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    return f"{before}{begin}\n{content}\n{end}{after}" if found_begin and found_end else page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(put_between(PAGE.read_text("utf-8"), BEGIN, fits_table(), END), "utf-8")
