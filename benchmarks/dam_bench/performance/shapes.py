@@ -19,6 +19,21 @@ _CLASSES = 100  # of the linear head of an image task
 _SAMPLES = 32
 _NOISE = 1e-3  # standard deviation of the task vectors
 
+
+def seven_billion(blocks: int) -> dict[str, Any]:
+    """Sizes of a 7B model with so many of its 32 blocks, a vocabulary of 152,000, and ends that are not tied."""
+    return {
+        "vocab_size": 152_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+
+
 # class, sizes, and tokens per text; CLIPVisionConfig's defaults are ViT-B/32's
 SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
     "clip": ("CLIPVisionModel", {}, 0),
@@ -49,6 +64,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         128,
     ),
+    **{f"llama-7b-{blocks}": ("LlamaForCausalLM", seven_billion(blocks), 512) for blocks in (4, 8)},
     "clip-tiny": (
         "CLIPVisionModel",
         {
@@ -95,7 +111,10 @@ class Made:
 
 
 def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torch.float32) -> Made:
-    """T fine-tunes of one random base; what is there already is used again."""
+    """T fine-tunes of one random base; what is there already is used again.
+
+    Of a 7B shape one file serves as every fine-tune, which spares the disk and changes no time.
+    """
     kind, sizes, length = SHAPES[shapes]
     model_class = getattr(transformers, kind)
     config = model_class.config_class(**sizes)
@@ -105,10 +124,15 @@ def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torc
         torch.manual_seed(0)
         with _fast_device():
             base = model_class(config)
-        base.to(dtype).save_pretrained(paths[0])
+        base.to(dtype).save_pretrained(paths[0], max_shard_size="100GB")
     for path in paths[1:]:
         if not (path / "model.safetensors").is_file():
-            _fine_tune(paths[0], path)
+            if path != paths[1] and "-7b-" in shapes:
+                path.mkdir()
+                for name in ("config.json", "model.safetensors"):
+                    (path / name).hardlink_to(paths[1] / name)
+            else:
+                _fine_tune(paths[0], path)
     head = None if length else root / "head.safetensors"
     if head is not None:
         source = generator("head", shapes)
