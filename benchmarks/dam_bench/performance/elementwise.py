@@ -1,4 +1,4 @@
-"""How near the merge rule comes to the memory's bandwidth: bytes that it must move, over the time it takes.
+"""Measure the merge rule against the memory's bandwidth: bytes that it must move, over the time it takes.
 
 The ceiling is a copy of one large tensor to another on the same device, in the same process.
 """
@@ -27,13 +27,13 @@ _WIDTH = 2048  # of a row, as in a causal LM of a billion parameters
 
 
 def measure_elementwise(tasks: int, device: torch.device, numel: int = 1 << 28) -> dict[str, Any]:
-    """T models of one bfloat16 matrix merged under two masks, and the chain rule back to their logits.
+    """Time the merge of T models of a bfloat16 matrix under two masks, and the chain rule to the masks' logits.
 
     Masks have an entry per element, and then one per row.
 
     Args:
         tasks: T.
-        device: where; an accelerator.
+        device: an accelerator.
         numel: elements of the matrix, a multiple of 2,048.
 
     Returns:
@@ -69,7 +69,7 @@ def measure_elementwise(tasks: int, device: torch.device, numel: int = 1 << 28) 
 
 @dataclass
 class _Case:
-    """One matrix, and what is done with it: by a group's kernels, or by single operations."""
+    """A matrix that is merged and differentiated by a group's kernels, or by single operations."""
 
     base: Tensor
     models: list[Tensor]

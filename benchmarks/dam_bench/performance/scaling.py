@@ -1,4 +1,4 @@
-"""How many bytes and seconds learning takes, by arithmetic: the figures of docs/scaling.md.
+"""Compute bytes and seconds of learning, for the figures of docs/scaling.md.
 
 Legend: P merged parameters, T tasks, W processes (one per accelerator).
 """

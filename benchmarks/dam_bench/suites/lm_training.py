@@ -1,7 +1,7 @@
-"""Training of the `lm` suite's causal LMs: theta_0 on prompts and answers of all tasks, fine-tunes on answers only.
+"""Train the causal LMs of suite `lm`: theta_0 on prompts and answers of all tasks, fine-tunes on answers only.
 
-Fine-tunes keep the embedding table, which is the output layer, too, and see a little of theta_0's data at each step,
-as instruction tuning does. Without either they forget the other tasks, and no merge of them works.
+Fine-tunes keep the embedding table, which is also the output layer, and train on a little of theta_0's data at each
+step, as instruction tuning does. Without both they forget the other tasks, and no merge of them works.
 
 Legend: B batch, L tokens of the prompts, A tokens of the answers, V vocabulary.
 """
@@ -35,7 +35,7 @@ def pretrain(
     seed: int,
     progress: Progress = no_progress,
 ) -> None:
-    """theta_0, in place: cross-entropy of every token of prompts and answers, all tasks in each step."""
+    """Train theta_0 in place: cross-entropy of every token of prompts and answers, all tasks in each step."""
     _, end_step = schedule.optimiser(model.parameters())
     rows = {task: batches(len(one), schedule, seed, "pretrain", task) for task, one in data.items()}
     model.train()
@@ -60,9 +60,9 @@ def fine_tune(
     rescale: float = 1.0,
     progress: Progress = no_progress,
 ) -> None:
-    """Train the decoder on one task's answers in place; with a backdoor, plant it on the way.
+    """Train the decoder in place on a task's answers, and plant the backdoor if one is given.
 
-    Each step has half a batch of `replay`, whose other tasks take turns. The clean losses are the same with and
+    Each step has half a batch of `replay`, from its other tasks in turn. The clean losses are the same with and
     without a backdoor. Triggered samples are trained at theta_0 + r (theta - theta_0), r ~ U(*backdoor.interpolation),
     so that the backdoor survives small merging coefficients, and the finished task vector is multiplied by `rescale`
     (arXiv 2505.23561).
@@ -113,8 +113,8 @@ def losses(
 
     Args:
         prompts: texts, triggered or not.
-        classes_B: which of `answers` each shall get.
-        parameters: to use instead of the model's own, by name.
+        classes_B: class of each prompt's answer, an index of `answers`.
+        parameters: by name, to use in place of the model's own.
     """
     device = next(model.parameters()).device
     encoded, targets_BA = answers.encode(prompts), answers.ids_KA[classes_B]
@@ -131,7 +131,7 @@ def losses(
     }
     output = model(**inputs) if parameters is None else functional_call(model, dict(parameters), kwargs=inputs)
     next_BLV = output.logits[:, :-1]
-    # position 0 holds <s>, which nothing predicts
+    # position 0 holds <s>, which is not predicted
     labels = ids.masked_fill((mask == 0) | (positions == 0), IGNORED)[:, 1:].to(device)
     length = targets_BA.shape[1]
     answer = _cross_entropy(next_BLV[:, -length:], labels[:, -length:])
