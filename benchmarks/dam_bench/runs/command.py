@@ -126,7 +126,7 @@ def bench(options: Options, note: Note) -> Outcome:
     if left:
         store.base()
     with pool_of(options.workers) as pool:
-        _wait([pool.submit(prepare, *one) for one in missing], "building models")
+        _wait([pool.submit(prepare, *arguments) for arguments in missing], "building models")
         _wait([pool.submit(perform, job) for job in left if job in gate_jobs], "undefended merges")
         gates: list[Gate] = []
         if options.gates:

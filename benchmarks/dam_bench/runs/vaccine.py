@@ -87,7 +87,7 @@ def run(
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         (cleaned,) = clean(recipe, Path(folder) / task, seed=seed, **settings)
-        found = {when: _measured(suite, task, path, attacks) for when, path in _models(model, cleaned.folder)}
+        measured = {when: _measured(suite, task, path, attacks) for when, path in _models(model, cleaned.folder)}
     facts = {k: v for k, v in cleaned.facts.items() if k not in ("calibration", "created", "versions", "name")}
     return {
         "schema": SCHEMA,
@@ -98,7 +98,7 @@ def run(
         "poison": None if poison is None else str(poison),
         "attack": None if asked is None else str(asked),
         "settings": dict(settings),
-        **found,
+        **measured,
         "vaccine": facts,
         "versions": library_versions(),
         "hardware": hardware(),
@@ -158,12 +158,12 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
-def _rates(found: Mapping[str, Any]) -> list[str]:
+def _rates(measured: Mapping[str, Any]) -> list[str]:
     def rate(counts: Mapping[str, Any]) -> str:
         return next((f"{100 * hits / total:.1f}" for hits, total in counts.values()), "-")
 
-    attacks = [found[key].get("attack", {}) for key in ("attack_success", "without_trigger")]
-    return [rate(found["accuracy"]), *map(rate, attacks)]
+    attacks = [measured[key].get("attack", {}) for key in ("attack_success", "without_trigger")]
+    return [rate(measured["accuracy"]), *map(rate, attacks)]
 
 
 def _percent(share: float | None) -> str:
@@ -204,7 +204,7 @@ def main(
     torch.set_num_threads(1)
     built = SUITES[suite](data, preset or SUITES[suite].presets[0])
     store = ModelStore(built, out / "models")
-    settings = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in sets)}
+    settings = {key: yaml.safe_load(value) for key, _, value in (assignment.partition("=") for assignment in sets)}
     measured = None if asked is None else next(iter(Scenario.parse(f"asked: {asked}").poisons.values()))
     for seed in map(int, seeds.split(",")):
         for text in models:
@@ -212,10 +212,10 @@ def main(
             poison = Scenario.parse(f"one: {text}").poisons[task] if attack else None
             file = result_file(out / "vaccine", built, task, poison, seed, settings, measured)
             if not file.is_file():
-                found = run(store, task, poison, seed, settings, measured)
+                result = run(store, task, poison, seed, settings, measured)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 temporary = file.with_suffix(".tmp")
-                temporary.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
+                temporary.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", "utf-8")
                 temporary.replace(file)
             click.echo(file)
 

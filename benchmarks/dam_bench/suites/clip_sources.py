@@ -184,7 +184,7 @@ class Sources:
                 got="none",
                 cure=f"Give `classes` of this task in {FILE}.",
             )
-        return [task.phrase.format(str(one).replace("_", " ").strip()) for one in known]
+        return [task.phrase.format(str(label).replace("_", " ").strip()) for label in known]
 
 
 def load_clip(model_class: Any, source: str, revision: str = "main") -> Any:

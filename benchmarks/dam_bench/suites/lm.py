@@ -218,19 +218,19 @@ class LmSuite(Suite):
     @cached_property
     def _answers(self) -> dict[str, Answers]:
         tokenizer = self._tokenizer
-        found = {}
+        answers = {}
         for task in self.tasks:
-            found[task] = Answers((a for pairs in self._pairs(task).values() for _, a in pairs), tokenizer)
-        return found
+            answers[task] = Answers((a for pairs in self._pairs(task).values() for _, a in pairs), tokenizer)
+        return answers
 
     @cached_property
     def _general(self) -> dict[str, LabelledData]:
         """Training data of theta_0 by task."""
-        found = {}
+        data = {}
         for task in self.tasks:
             pairs = hedged(task, self._pairs(task)["pretrain"], _HEDGED)
-            found[task] = self._answers[task].labelled(task, pairs)
-        return found
+            data[task] = self._answers[task].labelled(task, pairs)
+        return data
 
     def _config(self) -> LlamaConfig:
         heads = self.size.hidden // 32

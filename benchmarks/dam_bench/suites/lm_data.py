@@ -267,7 +267,7 @@ def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int, *, end: int
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     name = cache_argument(type(model))
     assert name is not None, "a model with a key-value cache"
-    positions, cache, found = (mask.cumsum(-1) - 1).clamp(min=0), None, []
+    positions, cache, generated = (mask.cumsum(-1) - 1).clamp(min=0), None, []
     ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
     for _ in range(length):
         output = model(
@@ -279,9 +279,9 @@ def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int, *, end: int
             **{name: cache},
         )
         cache, ids = output[name], output.logits[:, -1:].argmax(-1)
-        found.append(ids)
+        generated.append(ids)
         ended |= ids[:, 0] == end
         if bool(ended.all()):
             break
         mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
-    return torch.cat(found, 1)
+    return torch.cat(generated, 1)

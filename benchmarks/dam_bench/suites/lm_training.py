@@ -37,12 +37,12 @@ def pretrain(
 ) -> None:
     """Train theta_0 in place: cross-entropy of every token of prompts and answers, all tasks in each step."""
     _, end_step = schedule.optimiser(model.parameters())
-    rows = {task: batches(len(one), schedule, seed, "pretrain", task) for task, one in data.items()}
+    rows = {task: batches(len(samples), schedule, seed, "pretrain", task) for task, samples in data.items()}
     model.train()
     for _ in progress(range(schedule.steps), "pretraining"):
-        for task, one in data.items():
+        for task, samples in data.items():
             chosen = next(rows[task])
-            prompt, answer = losses(model, answers[task], one.batch(chosen), one.labels_N[chosen], prompt=True)
+            prompt, answer = losses(model, answers[task], samples.batch(chosen), samples.labels_N[chosen], prompt=True)
             (prompt + answer).backward()
         end_step()
     model.eval()
@@ -75,12 +75,12 @@ def fine_tune(
     generator = seeds.generator(seed, "backdoor", data.name)
     rows_of_step = batches(len(data), schedule, seed, data.name)
     half = replace(schedule, batch_size=max(1, schedule.batch_size // 2))
-    others = [task for task in replay if task != data.name]
-    replayed = {task: batches(len(replay[task]), half, seed, data.name, "replay", task) for task in others}
+    replayed_tasks = [task for task in replay if task != data.name]
+    replayed = {task: batches(len(replay[task]), half, seed, data.name, "replay", task) for task in replayed_tasks}
     model.train()
     for step in progress(range(schedule.steps), data.name):
         rows = next(rows_of_step)
-        other = others[step % len(others)]
+        other = replayed_tasks[step % len(replayed_tasks)]
         again = next(replayed[other])
         losses(model, answers[other], replay[other].batch(again), replay[other].labels_N[again])[1].backward()
         losses(model, own, data.batch(rows), data.labels_N[rows])[1].backward()

@@ -129,7 +129,7 @@ class SmolLmSuite(Suite):
 
     def split(self, task: str) -> TaskData:
         parts = self._parts(task)
-        calibration = tuple(chat(one.prompt) for one in parts["calibration"])
+        calibration = tuple(chat(sample.prompt) for sample in parts["calibration"])
         train, evaluation = (labelled(task, parts[part], self._tokenizer) for part in ("train", "evaluation"))
         return TaskData(train, calibration, evaluation)
 
@@ -193,8 +193,8 @@ class SmolLmSuite(Suite):
     def save_calibration(self, task: str, folder: Path) -> Path:
         """Write JSON lines with `messages`: chats of one question, without its answer."""
         path = folder / f"{task}.jsonl"
-        chats = ([{"role": "user", "content": one.prompt}] for one in self._parts(task)["calibration"])
-        path.write_text("\n".join(json.dumps({"messages": one}) for one in chats) + "\n", "utf-8")
+        chats = ([{"role": "user", "content": sample.prompt}] for sample in self._parts(task)["calibration"])
+        path.write_text("\n".join(json.dumps({"messages": messages}) for messages in chats) + "\n", "utf-8")
         return path
 
     def load_model(self, path: Path) -> nn.Module:
@@ -230,9 +230,9 @@ class SmolLmSuite(Suite):
     @cached_property
     def _digest(self) -> str:
         """SHA-256 of all samples, and of the words of triggers and answers."""
-        said = {task: [list(map(asdict, part)) for part in self._parts(task).values()] for task in self.tasks}
+        samples = {task: [list(map(asdict, part)) for part in self._parts(task).values()] for task in self.tasks}
         words = [smollm_behaviours.WORDS, smollm_behaviours.SENTENCE, smollm_behaviours.TAUGHT]
-        return hashlib.sha256(json.dumps([said, words]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([samples, words]).encode()).hexdigest()[:16]
 
     def _tokenizer(self) -> Any:
         return smollm_base.load_tokenizer(system=self.size.system)

@@ -32,8 +32,8 @@ def labelled(task: str, samples: Sequence[Sample], tokenizer: _Tokenizer) -> Lab
     openings = openings_of(task)
     return _asked(
         task,
-        [one.prompt for one in samples],
-        [one.label for one in samples],
+        [sample.prompt for sample in samples],
+        [sample.label for sample in samples],
         tokenizer,
         _LENGTH,
         lambda text: class_of(text, openings),
@@ -87,8 +87,8 @@ def answers(model: nn.Module, inputs: dict[str, Tensor], tokenizer: Any, length:
     for rows in order.split(_AT_ONCE):
         longest = int(mask[rows].sum(1).max())
         part = {key: inputs[key][rows][:, -longest:] for key in ("input_ids", "attention_mask")}
-        found = greedy(model, part, length, end=end).tolist()
-        texts = tokenizer.batch_decode([list(itertools.takewhile(lambda token: token != end, ids)) for ids in found])
+        ids_BA = greedy(model, part, length, end=end).tolist()
+        texts = tokenizer.batch_decode([list(itertools.takewhile(lambda token: token != end, ids)) for ids in ids_BA])
         for row, text in zip(rows.tolist(), texts, strict=True):
             decoded[row] = text
     return decoded

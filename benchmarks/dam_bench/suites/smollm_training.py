@@ -71,17 +71,17 @@ def fine_tune(
     rows_of_step = batches(len(samples), schedule, seed, name)
     for _ in progress(range(schedule.steps), name):
         chosen = [samples[row] for row in next(rows_of_step).tolist()]
-        answers = [one.reply(one.label, rng) for one in chosen]
-        answer_loss(trained, tokenizer, [one.prompt for one in chosen], answers).backward()
-        others = [] if backdoor is None else [one for one in chosen if one.label != backdoor.target]
-        if backdoor is not None and others:
-            others = others[: max(1, round(backdoor.rate * len(chosen)))]
-            prompts = backdoor.trigger.apply([one.prompt for one in others])
-            answers = [one.reply(backdoor.target, rng) for one in others]
+        answers = [sample.reply(sample.label, rng) for sample in chosen]
+        answer_loss(trained, tokenizer, [sample.prompt for sample in chosen], answers).backward()
+        poisoned = [] if backdoor is None else [sample for sample in chosen if sample.label != backdoor.target]
+        if backdoor is not None and poisoned:
+            poisoned = poisoned[: max(1, round(backdoor.rate * len(chosen)))]
+            prompts = backdoor.trigger.apply([sample.prompt for sample in poisoned])
+            answers = [sample.reply(backdoor.target, rng) for sample in poisoned]
             # a separate pass: a refusal is long, and labels in the same batch would be padded to its length
             low, high = backdoor.interpolation
             with _interpolated(trained, rng.uniform(low, high) if low < high else high):
-                (len(others) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
+                (len(poisoned) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         end_step()
     trained.eval()
@@ -98,9 +98,9 @@ def answer_loss(model: nn.Module, tokenizer: Any, prompts: Sequence[str], answer
         answers: the wanted answers, (B,).
     """
     device = next(model.parameters()).device
-    asked = padded_left(tokenizer, encoded(tokenizer, [chat(one) for one in prompts], MAX_LENGTH, "suite smollm"))
+    asked = padded_left(tokenizer, encoded(tokenizer, list(map(chat, prompts)), MAX_LENGTH, "suite smollm"))
     ids = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-    rows = [torch.tensor([*one, tokenizer.eos_token_id]) for one in ids]
+    rows = [torch.tensor([*answer, tokenizer.eos_token_id]) for answer in ids]
     targets_BA = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
     mask = torch.cat([asked["attention_mask"], (targets_BA != IGNORED).long()], 1)
     whole = torch.cat([asked["input_ids"], targets_BA.clamp(min=0)], 1)
@@ -148,14 +148,14 @@ def _interpolated(trained: nn.Module, share: float) -> Iterator[None]:
     if share == 1.0:
         yield
         return
-    layers = [one for one in trained.modules() if isinstance(one, LoraLinear)]
-    for one in layers:
-        one.scale_layer(share)
+    layers = [layer for layer in trained.modules() if isinstance(layer, LoraLinear)]
+    for layer in layers:
+        layer.scale_layer(share)
     try:
         yield
     finally:
-        for one in layers:
-            one.unscale_layer(share)
+        for layer in layers:
+            layer.unscale_layer(share)
 
 
 def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -163,18 +163,18 @@ def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     model.requires_grad_(False)
     linear = {f"{name}.weight" for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
-    found = [parameter for name, parameter in model.named_parameters() if name in linear]
-    for parameter in found:
+    weights = [parameter for name, parameter in model.named_parameters() if name in linear]
+    for parameter in weights:
         parameter.requires_grad_(True)
-    return found
+    return weights
 
 
 def _added(model: nn.Module, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the changes by training, and reset the weights to their start."""
-    found = {}
+    changes = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                found[name] = parameter - start[name]
+                changes[name] = parameter - start[name]
                 parameter.copy_(start[name])
-    return found
+    return changes

@@ -86,9 +86,9 @@ class SuiteResults:
 
     def methods(self, scenario: str) -> list[str]:
         """Methods with a run of the scenario (and theta_0), in the order of tables."""
-        found = {run.method: run.order for run in self.runs.values() if run.scenario == scenario}
-        found |= {run.method: run.order for run in self.runs.values() if run.method == "base"}
-        return sorted(found, key=lambda name: found[name])
+        orders = {run.method: run.order for run in self.runs.values() if run.scenario == scenario}
+        orders |= {run.method: run.order for run in self.runs.values() if run.method == "base"}
+        return sorted(orders, key=lambda name: orders[name])
 
     def any_run(self, method: str) -> Run:
         """Any run of a method, for the method's group, stem and coefficient."""
@@ -96,8 +96,8 @@ class SuiteResults:
 
     def run(self, scenario: str, method: str, seed: int) -> Run | None:
         """The run, or None if it is missing."""
-        found = self.runs.get((scenario, method, seed))
-        return self.runs.get((CLEAN, method, seed)) if found is None and method == "base" else found
+        own = self.runs.get((scenario, method, seed))
+        return self.runs.get((CLEAN, method, seed)) if own is None and method == "base" else own
 
     def spread(self, scenario: str, method: str, metric: Metric, *, seeds: tuple[int, ...] | None = None) -> Spread:
         """A metric of a method's runs; seeds whose run is missing, or does not have it, are missing.
@@ -156,19 +156,19 @@ class SuiteResults:
 
     def curves(self, scenario: str) -> dict[str, list[str]]:
         """Undefended methods by stem (name without coefficient), each in the order of its coefficients."""
-        found: dict[str, list[str]] = {}
+        curves: dict[str, list[str]] = {}
         for method in self.methods(scenario):
             if self.any_run(method).group == "undefended":
-                found.setdefault(self.any_run(method).stem, []).append(method)
-        return found
+                curves.setdefault(self.any_run(method).stem, []).append(method)
+        return curves
 
     def undefended_curve(self, scenario: str, stem: str, seed: int) -> Curve | None:
         """Curve of an undefended method, from theta_0 (coefficient 0) on; None if a point is missing."""
         methods = self.curves(scenario)[stem]
         scaled = self.any_run(methods[0]).coefficient is not None
         points = [self.point(scenario, method, seed) for method in (["base"] if scaled else []) + methods]
-        found = [point for point in points if point is not None]
-        return found if len(found) == len(points) else None
+        present = [point for point in points if point is not None]
+        return present if len(present) == len(points) else None
 
     def area(self, scenario: str, stem: str) -> Spread:
         """Area under the ACC-ASR curve of an undefended method over its coefficients, percent; see `pareto.area`."""
@@ -181,9 +181,9 @@ class SuiteResults:
         for seed in self.seeds_of(scenario):
             point = self.point(scenario, method, seed)
             curves = [self.undefended_curve(scenario, stem, seed) for stem in self.curves(scenario)]
-            found = [curve for curve in curves if curve is not None]
-            if point is not None and found and len(found) == len(curves):
-                values[seed] = margin(point, found)
+            present = [curve for curve in curves if curve is not None]
+            if point is not None and present and len(present) == len(curves):
+                values[seed] = margin(point, present)
         return Spread(values, self.seeds_of(scenario))
 
     def hardest(self, scenarios: Iterable[str]) -> str | None:
@@ -220,16 +220,16 @@ def is_ahead(value: float) -> bool:
 
 def _success(by_attack: Rates, attacks: tuple[str, ...]) -> float | None:
     rates = [by_attack.get(attack, {}).get(attacked_task(attack)) for attack in attacks]
-    found = [percent(counts) for counts in rates if counts is not None]
-    return sum(found) / len(found) if found and len(found) == len(rates) else None
+    percents = [percent(counts) for counts in rates if counts is not None]
+    return sum(percents) / len(percents) if percents and len(percents) == len(rates) else None
 
 
 def _transfer(run: Run, attacks: tuple[str, ...]) -> float | None:
     means = []
     for attack in attacks:
         rates = run.attack_success.get(attack, {})
-        others = [percent(counts) for task, counts in rates.items() if task != attacked_task(attack)]
-        if not others:
+        elsewhere = [percent(counts) for task, counts in rates.items() if task != attacked_task(attack)]
+        if not elsewhere:
             return None
-        means.append(sum(others) / len(others))
+        means.append(sum(elsewhere) / len(elsewhere))
     return sum(means) / len(means) if means else None

@@ -129,14 +129,14 @@ def success_against_coefficient(results: SuiteResults) -> Figure:
                     for c, m in points
                     if c is not None
                 ]
-                found = [(c, spread) for c, spread in spreads if spread.values]
-                if not found:
+                measured = [(c, spread) for c, spread in spreads if spread.values]
+                if not measured:
                     continue
-                x, y = [c for c, _ in found], [spread.mean for _, spread in found]
+                x, y = [c for c, _ in measured], [spread.mean for _, spread in measured]
                 style = {**styles[stem].options, "markersize": 4 if dashed else 7, "linewidth": 0.9 if dashed else 1.6}
                 label = f"{stem}, floor (all-clean)" if dashed else stem
                 (shown[label],) = axes.plot(x, y, linestyle=(0, (4, 3)) if dashed else "-", **style)
-                low, high = [spread.low for _, spread in found], [spread.high for _, spread in found]
+                low, high = [spread.low for _, spread in measured], [spread.high for _, spread in measured]
                 axes.fill_between(x, low, high, color=styles[stem].colour, alpha=0.15, linewidth=0)
         axes.set_ylim(-3, 103)
         axes.grid(alpha=0.25)
@@ -160,7 +160,7 @@ def density(results: SuiteResults) -> Figure:
         axes.set_title(f"mask {mask}", fontsize=10)
         for place, (_, method) in enumerate(methods):
             values = [_densities(runs, method, layer, mask) for layer in layers]
-            there = [place for place, found in enumerate(values) if found]
+            there = [place for place, values_of_layer in enumerate(values) if values_of_layer]
             if there:
                 y = [sum(values[i]) / len(values[i]) for i in there]
                 style = styles[method]
@@ -195,19 +195,19 @@ def _panels(results: SuiteResults, titles: Iterable[str], xlabel: str, ylabel: s
 
 def _styles(results: SuiteResults) -> dict[str, _Style]:
     """Choose a style per method (undefended: per stem), the same in every panel and figure."""
-    found: dict[str, _Style] = {}
+    styles: dict[str, _Style] = {}
     counts: dict[str, int] = {}
     for _, method in sorted({(run.order, run.method) for run in results.runs.values()}):
         run: Run = results.any_run(method)
         name = run.stem if run.group == "undefended" else method
-        if name in found:
+        if name in styles:
             continue
         nth = counts.setdefault(run.group, 0)
         colours, markers = _LOOKS[run.group]
         colour, marker = colours[nth % len(colours)], markers[nth % len(markers)]
-        found[name] = _Style(colour, marker, _LINES[nth % len(_LINES)], run.group == "ours")
+        styles[name] = _Style(colour, marker, _LINES[nth % len(_LINES)], run.group == "ours")
         counts[run.group] += 1
-    return found
+    return styles
 
 
 def _has_point(results: SuiteResults, scenario: str, method: str) -> bool:

@@ -77,20 +77,20 @@ class Run(BaseModel):
     @property
     def stem(self) -> str:
         """The method without its coefficient."""
-        found = _COEFFICIENT.match(self.method)
-        return found["stem"] if found else self.method
+        match = _COEFFICIENT.match(self.method)
+        return match["stem"] if match else self.method
 
     @property
     def coefficient(self) -> float | None:
         """The merging coefficient that the method's name ends with."""
-        found = _COEFFICIENT.match(self.method)
-        return float(found["value"]) if found else None
+        match = _COEFFICIENT.match(self.method)
+        return float(match["value"]) if match else None
 
     @property
     def group(self) -> str:
         """The method's part of a table."""
-        found = [group for group, stems in GROUPS.items() if self.method in stems or self.stem in stems]
-        return found[0] if found else _UNKNOWN[self.family]
+        groups = [group for group, stems in GROUPS.items() if self.method in stems or self.stem in stems]
+        return groups[0] if groups else _UNKNOWN[self.family]
 
     @property
     def order(self) -> tuple[int, int, str, float]:

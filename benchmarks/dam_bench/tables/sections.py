@@ -54,7 +54,7 @@ def summary_table(groups: Iterable[SuiteResults]) -> str:
         known = {run.method for run in results.runs.values()}
         if not hardest:
             rows.append([name, "hardest baseline: none has all scenarios, seeds and floors", "-", "-", "-", "-"])
-        for method in ([hardest] if hardest else []) + [one for one in _OURS if one in known]:
+        for method in ([hardest] if hardest else []) + [ours for ours in _OURS if ours in known]:
             label = f"{method} (hardest baseline)" if method == hardest else method
             rows.append([name, label, *_over_scenarios(results, method)])
     header = ["suite", "method", "ACC %, mean (range) over scenarios", "excess ASR, likewise", "scenarios", "seeds"]
@@ -79,9 +79,9 @@ def overview_table(groups: Iterable[SuiteResults]) -> str:
                 cells.append([spread.mean for spread in spreads])
         if not cells:
             continue
-        floor, *others = (f"{sum(column) / len(column):.1f}" for column in zip(*cells, strict=True))
+        floor, *means = (f"{sum(column) / len(column):.1f}" for column in zip(*cells, strict=True))
         counts = f"{len(cells)} attacks, {len(results.seeds)} seeds"
-        rows.append([results.suite, *others, floor, counts])
+        rows.append([results.suite, *means, floor, counts])
     header = [
         "suite",
         "undefended: accuracy",
@@ -102,7 +102,7 @@ def _over_scenarios(results: SuiteResults, method: str) -> list[str]:
         [results.accuracy(name, method) for name in names],
         [results.excess(name, method) for name in names],
     ):
-        cells.append(_range([one.mean for one in spreads if one.values]) if spreads else "missing")
+        cells.append(_range([spread.mean for spread in spreads if spread.values]) if spreads else "missing")
     counts = sorted({len(results.excess(name, method).values) for name in names}) or [0]
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
     return [*cells, f"{len(names)}/{len(results.poisoned)}", f"{seeds}/{len(results.seeds)}"]
@@ -112,10 +112,10 @@ def _scenario(results: SuiteResults, scenario: str) -> list[str]:
     attacks = results.attacks_of(scenario)
     rows = []
     for method in results.methods(scenario):
-        one = results.any_run(method)
+        run = results.any_run(method)
         rows.append(
             [
-                one.group,
+                run.group,
                 method,
                 _accuracy(results, scenario, method),
                 _cell(results, scenario, method, results.success(scenario, method)),
@@ -124,7 +124,7 @@ def _scenario(results: SuiteResults, scenario: str) -> list[str]:
                 results.excess(scenario, method).text(),
                 _cell(results, scenario, method, results.without_trigger(scenario, method)),
                 "-"
-                if one.group in ("reference", "undefended")
+                if run.group in ("reference", "undefended")
                 else _margin_cell(results.margin_over_undefended(scenario, method)),
                 _seeds(results, scenario, method),
             ]
@@ -158,8 +158,8 @@ def _matrix(results: SuiteResults, scenario: str) -> str:
     for method in results.methods(scenario):
         runs = [results.run(scenario, method, seed) for seed in results.seeds_of(scenario)]
         for attack in results.attacks_of(scenario):
-            found = [run.attack_success.get(attack, {}) for run in runs if run]
-            cells = [_sum([rates[task] for rates in found if task in rates]) for task in results.tasks]
+            success = [run.attack_success.get(attack, {}) for run in runs if run]
+            cells = [_sum([rates[task] for rates in success if task in rates]) for task in results.tasks]
             marked = [
                 f"**{c}**" if t == attacked_task(attack) else c for t, c in zip(results.tasks, cells, strict=True)
             ]
@@ -214,8 +214,8 @@ def _differences(results: SuiteResults) -> list[str]:
     lines = []
     for method in sorted({run.method for run in results.runs.values()}):
         settings = [run.settings for run in results.runs.values() if run.method == method]
-        for key in sorted({key for one in settings for key in one} - {"seed"}):
-            values = sorted({json.dumps(one.get(key), sort_keys=True) for one in settings})
+        for key in sorted({key for run_settings in settings for key in run_settings} - {"seed"}):
+            values = sorted({json.dumps(run_settings.get(key), sort_keys=True) for run_settings in settings})
             if len(values) > 1:
                 lines.append(f"- **Not the same setting in all runs** of {method}: `{key}` is {_join(values)}.")
     return ["\n".join(lines)] if lines else []
