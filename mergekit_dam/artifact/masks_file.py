@@ -225,7 +225,7 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             check_stand_ins(stand_ins.values())
             return json.dumps(mask_faults(probabilities, coefficients))
 
-        found = cached_fact(
+        faults = cached_fact(
             path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check, fresh=fresh
         )
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
@@ -237,4 +237,4 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             got=f"a damaged file ({first_line(error)})",
             cure="Learn the masks again.",
         ) from error
-    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)), tuple(stand_ins.values()))
+    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(faults)), tuple(stand_ins.values()))

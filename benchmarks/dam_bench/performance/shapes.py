@@ -1,4 +1,4 @@
-"""Random models at the shapes of real ones, and data for them: for measurements of time and memory alone."""
+"""Make random models with the shapes of real models, and data for them, to measure time and memory."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @dataclass(frozen=True)
-class Made:
-    """Files of one set of models.
+class ModelFiles:
+    """Files of a set of models, and of their data.
 
     Attributes:
         models: theta_0 and theta_1..T.
         calibration: a folder of images or a file of texts.
-        head: a linear head for all tasks, where the class has none.
+        head: a linear head for all tasks, or None where the class has a head.
         length: tokens per text, 0 for images.
     """
 
@@ -110,8 +110,8 @@ class Made:
     length: int
 
 
-def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torch.float32) -> Made:
-    """T fine-tunes of one random base; what is there already is used again.
+def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torch.float32) -> ModelFiles:
+    """Make T fine-tunes of a random base, or reuse existing files.
 
     Of a 7B shape one file serves as every fine-tune, which spares the disk and changes no time.
     """
@@ -137,14 +137,14 @@ def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torc
     if head is not None:
         source = generator("head", shapes)
         save_file({"weight": torch.randn(_CLASSES, config.hidden_size, generator=source)}, head)
-        return Made(paths, _images(root / "images", config.image_size), head, length)
+        return ModelFiles(paths, _images(root / "images", config.image_size), head, length)
     for path in paths:
         _tokenizer(path, config.vocab_size)
-    return Made(paths, _texts(root / "texts.txt", config.vocab_size, length), None, length)
+    return ModelFiles(paths, _texts(root / "texts.txt", config.vocab_size, length), None, length)
 
 
 def _fast_device() -> torch.device:
-    """Where random numbers are drawn: billions of them take minutes on a CPU."""
+    """Device that draws random numbers: on a CPU billions of them take minutes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,4 +1,4 @@
-"""What a step of the search costs, against the passes of the plain model that it contains: time and peak memory.
+"""Compare time and peak memory of a step of the search to those of the plain model's passes in it.
 
 The compute floor is transformers' own class with its own parameters, the same batches and readout, in the same
 process: nothing of the merge, the masks or the optimiser. Models are random, at the shapes of real ones; times do not

@@ -1,4 +1,4 @@
-"""Merge throughput with ready masks against mergekit's own methods on the same files."""
+"""Compare merge throughput with ready masks to mergekit's own methods on the same files."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Ways to merge that the benchmark compares, as mergekit recipes. T models.
+"""Define the merge methods that the benchmark compares, as mergekit recipes. T models.
 
-All learned ones get the same calibration samples; baselines take 200 steps of 16 of them, `dam` 300 steps of 8, and its
-scan. Baselines are settings of mergekit or of our own search, except the public DAM step, which fusion_bench's classes
-perform in an environment of their own.
+All learned methods get the same calibration samples: baselines take 200 steps of 16 samples, `dam` 300 steps of 8 and
+its scan. Baselines are settings of mergekit or of our own search, except the public DAM step, which fusion_bench's
+classes perform in a separate environment.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ LEARNED_STEPS = 100
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables.
+    """A merge method: a row of the tables.
 
     Attributes:
-        name: in tables and file names.
+        name: name in tables and file names.
         family: reference (no merge that a user would publish), baseline (no defence), or defence.
         merge_method: mergekit's name; None where the runner does the work (`base`, `fine-tuned`, fusion_bench).
         parameters: shared settings of the recipe.
@@ -44,16 +44,16 @@ class Method:
 
     @property
     def learns(self) -> bool:
-        """Whether calibration data are used."""
+        """Whether the method uses calibration data."""
         return self.merge_method == "dam"
 
     def recipe(
         self, suite: Suite, base: Path, models: Mapping[str, Path], calibration: Mapping[str, Path], seed: int
     ) -> dict[str, Any]:
-        """The mergekit configuration.
+        """Make the mergekit configuration.
 
         Args:
-            suite: says how its kind of model enters a recipe.
+            suite: gives the recipe's entries for its kind of model.
             base: theta_0.
             models: task -> directory.
             calibration: task -> file; used by methods that learn.
@@ -84,7 +84,7 @@ def _mergekit() -> list[Method]:
         *plain,
         *sparse,
         Method("model_stock", "baseline", "model_stock"),
-        # the average of the models, whose heads differ and stay out of it: equal weights of the task vectors
+        # the average of the bodies, since heads differ and are not merged: equal weights of the task vectors
         Method("linear", "baseline", "task_arithmetic", {"weight": 1.0, "normalize": True}),
     ]
 
@@ -112,23 +112,23 @@ _VARIANT = re.compile(r"^(?P<method>[\w.-]+)\((?P<settings>[^()]+)\)$")
 
 
 def method_named(name: str) -> Method:
-    """One of METHODS, or a variant of a learned one, for ablations: `dam(mask=m1,alpha=2)`.
+    """Return a method of METHODS, or a variant of a learned method, for ablations: `dam(mask=m1,alpha=2)`.
 
     Raises:
-        DamError: no such method, or a setting that it does not have.
+        DamError: an unknown method, or an unknown setting.
     """
-    found = _VARIANT.match(name)
-    known = found["method"] if found else name
-    if known not in METHODS or (found and not METHODS[known].learns):
+    variant = _VARIANT.match(name)
+    known = variant["method"] if variant else name
+    if known not in METHODS or (variant and not METHODS[known].learns):
         raise DamError(
             "method",
-            expected=f"one of {', '.join(METHODS)}, or a learned one as name(setting=value,...)",
+            expected=f"one of {', '.join(METHODS)}, or a learned method as name(setting=value,...)",
             got=repr(name),
             cure=did_you_mean(known, METHODS) or "Leave --method out to run all.",
         )
-    if not found:
+    if not variant:
         return METHODS[known]
-    pairs = (part.partition("=") for part in found["settings"].split(","))
+    pairs = (part.partition("=") for part in variant["settings"].split(","))
     changed = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
     parameters = {**METHODS[known].parameters, **changed}
     parse(DamConfig, parameters, where=f"method {name}")
