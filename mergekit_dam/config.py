@@ -85,7 +85,7 @@ class DamConfig(StrictSettings):
         "all, which takes less memory and time (so with `rescale`); or per model only where the scan finds a suspect, "
         "and in windows.",
     )
-    granularity: Literal["element", "row", "tensor"] = setting("element", "What one mask entry covers.", source=DAM)
+    granularity: Literal["element", "row"] = setting("element", "What one mask entry covers.", source=DAM)
     coefficients: Literal["task", "layer"] = setting(
         "layer", "One merging coefficient per model, or per model and tensor.", source=ADAMERGING
     )

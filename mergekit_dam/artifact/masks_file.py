@@ -9,8 +9,9 @@ Format (schema 2), a plain safetensors file:
                                   of masks that each model has one of), versions, content_sha256 (over all the rest;
                                   files written before it was added lack it)
 A tensor without a mask is not in the file and keeps the base's values: no model changed it. Masks have the shape
-of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by their mean when they are applied
-(setting `rescale`), so the file holds plain probabilities. Files of schema 1, whose masks are float16, are read, too.
+of the tensor or (rows, 1, ...), by granularity; files of earlier versions may have (1, ...). They are divided by their
+mean when they are applied (setting `rescale`), so the file holds plain probabilities. Files of schema 1, whose masks
+are float16, are read, too.
 """
 
 from __future__ import annotations

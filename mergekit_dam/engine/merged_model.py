@@ -129,7 +129,7 @@ class MergedModel:
         return self.shards.gathering(rows, spec.shape)
 
     def chain(
-        self, weights: Weights, masks: Masks, coefficients: Tensor, coefficient_gradient: Tensor, *, whole: bool = False
+        self, weights: Weights, masks: Masks, coefficients: Tensor, coefficient_gradient: Tensor
     ) -> Iterator[tuple[str, Tensor]]:
         """Use up the gradients that the tasks left in `weights`: each is dropped as soon as it is turned into dL/dM.
 
@@ -137,7 +137,6 @@ class MergedModel:
             weights: from `weights` with the same masks and coefficients.
             coefficient_gradient: zeros shaped like `coefficients`; dL/dlambda is put there on the way, and complete
                 at the end.
-            whole: whether every process holds the masks whole, and not rows of them.
 
         Yields:
             Name and our rows of dL/dM of one mask after another, of M's shape, float32; tied tensors add up.
@@ -145,13 +144,13 @@ class MergedModel:
         if isinstance(weights, MergedBlocks):
             coefficient_gradient += self.shards.sum(weights.store.take_coefficients(coefficient_gradient))
             for name, found in weights.store.take():
-                yield name, self.shards.sum(found) if whole else found
+                yield name, found
             return
         lambdas = self._lambdas(coefficients)
         for name in self._tied:
             ours = self._mask_gradient(name, weights, masks[name], lambdas, coefficient_gradient)
             if ours is not None:
-                yield name, self.shards.sum(ours) if whole else ours
+                yield name, ours
         self._complete(coefficient_gradient)
 
     def logit_gradients(
@@ -161,8 +160,6 @@ class MergedModel:
         coefficients: Tensor,
         coefficient_gradient: Tensor,
         wanted: Sequence[int],
-        *,
-        whole: bool = False,
     ) -> Iterator[tuple[str, list[Tensor]]]:
         """`chain`, and on through each mask to the logits of its factors.
 
@@ -173,7 +170,7 @@ class MergedModel:
             Name and our rows of dL/dlogit of the wanted factors of one tensor after another.
         """
         if isinstance(weights, MergedBlocks):
-            for name, found in self.chain(weights, masks, coefficients, coefficient_gradient, whole=whole):
+            for name, found in self.chain(weights, masks, coefficients, coefficient_gradient):
                 yield name, masks[name].logit_gradients(found, wanted)
             return
         lambdas, done = self._lambdas(coefficients), set[str]()
@@ -189,7 +186,7 @@ class MergedModel:
             if others or not mask.separate or mask.shape != self.frozen.base[spec.name].shape:
                 ours = self._mask_gradient(name, weights, mask, lambdas, coefficient_gradient)
                 if ours is not None:
-                    yield name, mask.logit_gradients(self.shards.sum(ours) if whole else ours, wanted)
+                    yield name, mask.logit_gradients(ours, wanted)
                 continue
             gradient = self._taken(weights[spec.name])
             if gradient is not None:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.stand_ins import vaccinated
 from mergekit_dam.learn.students import wanted
-from mergekit_dam.merging.mask_keys import Granularity, mask_shape, table_granularity
+from mergekit_dam.merging.mask_keys import Granularity, mask_shape
 from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.scan.inversion import CHECKED
 from mergekit_dam.tasks import family_of
@@ -154,7 +154,7 @@ def largest_window(specs: Sequence[TensorSpec], layers: int, size: int, numel: C
 def _entries(spec: TensorSpec, granularity: Granularity) -> int:
     """Of a mask of a window, where tables of words have one per token."""
     is_table = spec.vocabulary_axis == 0
-    return math.prod(mask_shape(spec.shape, table_granularity(granularity) if is_table else granularity))
+    return math.prod(mask_shape(spec.shape, "row" if is_table else granularity))
 
 
 def _work(plan: Plan, num_classes: int) -> tuple[int, int]:

@@ -91,7 +91,6 @@ class MaskFit:
             self.coefficients,
             self.coefficients.grad,
             range(num_parts),
-            whole=config.granularity == "tensor",
         ):
             steps.add(logits_of(self.masks, key), found)
         steps.finish(step)

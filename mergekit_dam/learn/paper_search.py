@@ -181,7 +181,6 @@ class PaperSearch(MaskSearch):
             coefficients,
             unused,
             [tuple(self.masks).index(turn)],
-            whole=self.config.granularity == "tensor",
         ):
             steps.add([(turn, key)], [found])
         steps.finish(step)

@@ -85,8 +85,7 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
         if shards.owns(index):
             entropy(task.logits(weights, task.inputs(torch.arange(4)))).backward()
     lambdas, found = torch.zeros_like(coefficients), {}
-    whole = plan.config.granularity == "tensor"
-    for key, gradient in model.chain(weights, merged, coefficients, lambdas, whole=whole):
+    for key, gradient in model.chain(weights, merged, coefficients, lambdas):
         parts = merged[key].logit_gradients(gradient, range(len(merged[key].parts)))
         for (name, one), part in zip(logits_of(masks, key), parts, strict=True):
             found[f"{name}/{one}"] = masks[name].shards.gather(part, masks[name].shapes[one])
@@ -97,7 +96,7 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
 @pytest.mark.parametrize("objective", ["paper", "inversion"])  # rescaled: a mean over all rows; each model's own M2
 @pytest.mark.parametrize(
     ("granularity", "gather", "count"),
-    [("element", "model", 4), ("row", "model", 4), ("tensor", "model", 4), ("element", "block", 2)],
+    [("element", "model", 4), ("row", "model", 4), ("element", "block", 2)],
 )
 def test_gradients_of_several_processes_are_those_of_one(
     granularity: str, gather: str, count: int, objective: str, vit: Path, images: Path
@@ -183,7 +182,6 @@ def _differences(one: LearnedMasks, other: LearnedMasks) -> tuple[float, float]:
         ("inversion", {"granularity": "row", "coefficients": "task", "gather": "block"}),
         ("inversion", {"window": 2}),
         ("paper", {}),
-        ("paper", {"granularity": "tensor"}),
     ],
 )
 def test_one_two_and_four_processes_learn_the_same(
@@ -197,7 +195,7 @@ def test_one_two_and_four_processes_learn_the_same(
         for by in alone.probabilities.values()
         for v in by.values()
     )
-    assert moved > 5 * MASK_TOLERANCE or more.get("granularity") == "tensor", "the tolerance would hide all of it"
+    assert moved > 5 * MASK_TOLERANCE, "the tolerance would hide all of it"
     for count in (
         (2, 4) if not more or "window" in more else (2,)
     ):  # four processes for two tasks: two share the batch of each

@@ -43,7 +43,7 @@ TEXT_CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         lambda p: {"calibration": _table(p / "t.parquet", one=["a", "b"], two=["c", "d"])},
         "exactly one with texts",
     ),
-    "unknown value": (lambda p: {"calibration": "x", "granularity": "rows"}, "'element', 'row' or 'tensor'"),
+    "unknown value": (lambda p: {"calibration": "x", "granularity": "rows"}, "'element' or 'row'"),
     "out of range": (lambda p: {"calibration": "x", "eps": 2.0}, "less than or equal to 1"),
     "masks not there": (lambda p: {"calibration": "x", "masks": str(p / MASKS_FILE)}, "no such file"),
     "a strange device": (lambda p: {"calibration": str(_lines(p)), "device": "abacus"}, "accelerator of this machine"),

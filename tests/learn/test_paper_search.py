@@ -97,7 +97,7 @@ def test_mask_gradients_through_the_model_are_autograds(plan: Any) -> None:
 
 
 @pytest.mark.parametrize("mask", ["dual", "m1", "m2"])
-@pytest.mark.parametrize("granularity", ["element", "row", "tensor"])
+@pytest.mark.parametrize("granularity", ["element", "row"])
 @pytest.mark.parametrize("coefficients", ["task", "layer"])
 def test_every_ablation_learns(mask: str, granularity: str, coefficients: str, plan: Any) -> None:
     folder, masks = find_or_learn(plan(mask=mask, granularity=granularity, coefficients=coefficients), quiet=True)
@@ -105,8 +105,8 @@ def test_every_ablation_learns(mask: str, granularity: str, coefficients: str, p
     assert used == {"dual": {TASK_SHARED, BACKDOOR_DETECTION}, "m1": {TASK_SHARED}, "m2": {BACKDOOR_DETECTION}}[mask]
     assert masks.coefficients.shape == (2, 1 if coefficients == "task" else len(masks.metadata["tensors"]))
     shapes = {tuple(v.shape) for values in masks.probabilities.values() for v in values.values()}
-    if granularity == "tensor":
-        assert all(torch.Size(s).numel() == 1 for s in shapes)
+    if granularity == "row":
+        assert all(torch.Size(s[1:]).numel() == 1 for s in shapes)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["masks"] * 3 + ["coefficients"] * 2
 
