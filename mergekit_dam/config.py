@@ -210,13 +210,6 @@ class DamConfig(StrictSettings):
         "Keep only the input of each block and run it again in the backward pass: less memory for long texts or "
         "large batches, a third more computing.",
     )
-    patience: int = setting(
-        0,
-        "Inversion: end the mask steps once the loss on calibration samples that are held out for it, a tenth or one "
-        "batch, was no better in so many checks, one every 5 steps; 0: hold out none and take all steps.",
-        unit="checks",
-        ge=0,
-    )
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = setting(
         None, "Where else the records of metrics.jsonl go, through accelerate."
@@ -249,6 +242,7 @@ PAPER: Mapping[str, Any] = {
 REMOVED: Mapping[str, str] = {
     "offload": "It is gone: set window to 2 or 1, which needs less memory and reads each model once, or leave it out, "
     "and the largest window that fits is taken.",
+    "patience": "It is gone: remove it, and set steps lower where fewer are enough.",
 }
 # All names that a recipe may use, shared ones first.
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)

@@ -43,7 +43,6 @@ NOT_SCANNED = frozenset(
         "mask_learning_rate",
         "max_coefficient",
         "objective",
-        "patience",
         "perturbation_learning_rate",
         "refresh_every",
         "refresh_steps",

@@ -174,7 +174,6 @@ def against_windows(config: DamConfig, configs: Sequence[PretrainedConfig]) -> s
     """What needs the whole model at a time, or is no chain of blocks; None where masks can be learned in windows."""
     found = {
         "objective: paper": config.objective == "paper",
-        "patience": config.patience > 0,
         "gather: block": config.gather == "block",
         "a CLIP of two towers": not all(map(is_chain, configs)),
     }
