@@ -211,9 +211,6 @@ class DamConfig(StrictSettings):
         "large batches, a third more computing.",
     )
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
-    tracker: Literal["tensorboard", "wandb", "trackio"] | None = setting(
-        None, "Where else the records of metrics.jsonl go, through accelerate."
-    )
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     rehash: bool = setting(
         False,
@@ -242,6 +239,7 @@ PAPER: Mapping[str, Any] = {
 REMOVED: Mapping[str, str] = {
     "offload": "It is gone: set window to 2 or 1, which needs less memory and reads each model once, or leave it out, "
     "and the largest window that fits is taken.",
+    "tracker": "It is gone: remove it; out/dam/metrics.jsonl has the records, one JSON object per line.",
     "patience": "It is gone: remove it, and set steps lower where fewer are enough.",
 }
 # All names that a recipe may use, shared ones first.
@@ -256,7 +254,6 @@ NOT_LEARNED = frozenset(
         "gather",
         "resume",
         "snapshot_every",
-        "tracker",
         "rehash",
         "gradient_checkpointing",
     }

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder, library_versions
 from mergekit_dam.io.files import require_own
 from mergekit_dam.learn.inversion_search import InversionSearch
-from mergekit_dam.learn.journal import Recorder, Tracker, open_journal
+from mergekit_dam.learn.journal import Recorder, open_journal
 from mergekit_dam.learn.paper_search import PaperSearch
 from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.stand_ins import forget_stand_ins, stand_ins
@@ -184,9 +184,8 @@ def optimise(
     snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
     if first:
         save_heads(tasks, folder / "heads")
-    tracker = Tracker(config.tracker if first else None, config.model_dump())
-    with open_journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics, closing(tracker):
-        recorder = Recorder(metrics, tracker, quiet=quiet, snapshots=snapshots)
+    with open_journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics:
+        recorder = Recorder(metrics, quiet=quiet, snapshots=snapshots)
         instead = stand_ins(tasks, vectors, snapshots.folder, shards=shards, progress=recorder.progress)
         if instead is not None and snapshots.facts is None:  # else the record is in the journal
             recorder.track({"phase": "stand-ins", **{f"agreement/{k}": v for k, v in instead.agreement.items()}})
