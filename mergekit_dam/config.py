@@ -212,11 +212,6 @@ class DamConfig(StrictSettings):
     )
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
-    rehash: bool = setting(
-        False,
-        "Read models and ready masks to the end to check their content, even where size, inode and dates say "
-        "that they did not change since that was done.",
-    )
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
 
     @model_validator(mode="after")
@@ -239,6 +234,7 @@ PAPER: Mapping[str, Any] = {
 REMOVED: Mapping[str, str] = {
     "offload": "It is gone: set window to 2 or 1, which needs less memory and reads each model once, or leave it out, "
     "and the largest window that fits is taken.",
+    "rehash": "It is gone: remove it; `mergekit-dam merge --no-resume` reads all content again.",
     "tracker": "It is gone: remove it; out/dam/metrics.jsonl has the records, one JSON object per line.",
     "patience": "It is gone: remove it, and set steps lower where fewer are enough.",
 }
@@ -254,7 +250,6 @@ NOT_LEARNED = frozenset(
         "gather",
         "resume",
         "snapshot_every",
-        "rehash",
         "gradient_checkpointing",
     }
 )

@@ -170,11 +170,8 @@ def save(path: Path, masks: LearnedMasks) -> None:
         ) from error
 
 
-def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
-    """Read an artefact lazily and check its form.
-
-    Args:
-        fresh: check the content again even if this file passed before (io/cache.py).
+def load(path: Path) -> LearnedMasks:
+    """Read an artefact lazily and check its form; the content of one that passed before is trusted (io/cache.py).
 
     Raises:
         DamError: missing, damaged, of another schema, or with values outside [0, 1].
@@ -222,9 +219,7 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             check_stand_ins(stand_ins.values())
             return json.dumps(mask_faults(probabilities, coefficients))
 
-        found = found_out(
-            path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check, fresh=fresh
-        )
+        found = found_out(path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check)
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, DamError):
             raise

@@ -16,7 +16,7 @@ from mergekit_dam.tasks.content import BY_CONTENT
 LOG = logging.getLogger(__name__)
 
 
-def load_cached(path: Path, plan: Plan, digests: Mapping[str, str], *, fresh: bool) -> LearnedMasks | None:
+def load_cached(path: Path, plan: Plan, digests: Mapping[str, str]) -> LearnedMasks | None:
     """Masks of an earlier run; None if there are none. A damaged file is set aside, so that a new one can be made.
 
     The caller holds the folder's lock: what a killed run left half written is removed.
@@ -26,7 +26,7 @@ def load_cached(path: Path, plan: Plan, digests: Mapping[str, str], *, fresh: bo
     if not path.is_file():
         return None
     try:
-        masks = load(path, fresh=fresh)
+        masks = load(path)
         verify(masks, plan, digests, path=path)
         return masks
     except DamError as error:

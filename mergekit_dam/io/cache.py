@@ -4,7 +4,7 @@ A file counts as unchanged while its device, inode, size, time of change of cont
 are the same. The last one is the kernel's own and cannot be set by a program, so a file that was rewritten and had
 its old date put back is read again. What remains trusted: the clock and the file system of this machine, and this
 user's cache folder, whose masks are trusted anyhow. Damage to the medium that changes no date is found only by
-reading: the setting `rehash` does that.
+reading, which an empty cache folder makes this package do.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mergekit_dam.io.files import write_whole
 _LARGE = 1 << 24  # bytes: about 10 ms of hashing; to remember a smaller file takes longer than to read it
 _SETTLED = 3.0  # seconds: a file that changed later than this before may change again within one tick of its dates
 _OTHERS_WRITE = 0o022
+KNOWN = "known"  # folder of what was found out
 _PACKAGE = Path(__file__).parents[1]
 # what learning cannot import (setup.cfg), and so has no part in masks
 _NO_PART = ("__init__.py", "__main__.py", "api.py", "cli", "evaluation", "plugin", "publish", "recipe.py")
@@ -49,21 +50,20 @@ def code_digest() -> str:
     return found.hexdigest()
 
 
-def found_out(path: Path, what: str, find: Callable[[], str], *, fresh: bool = False) -> str:
+def found_out(path: Path, what: str, find: Callable[[], str]) -> str:
     """`find()`, which reads the file at `path`; or what it returned for this very file in an earlier run.
 
     Args:
         path: of a file; a link is followed.
         what: which fact `find` is for; it must name all that the fact depends on beside the file.
         find: reads the file and returns the fact. What it raises goes on to the caller, and nothing is remembered.
-        fresh: call `find` in any case.
     """
     state = file_state(path)
     if state is None or state[2] < _LARGE:
         return find()
     name = hashlib.sha256(f"{what}\0{path.resolve()}".encode()).hexdigest()[:32]
-    entry = cache_folder() / "known" / f"{name}.json"
-    if not fresh and (known := _recall(entry, state)) is not None:
+    entry = cache_folder() / KNOWN / f"{name}.json"
+    if (known := _recall(entry, state)) is not None:
         return known
     found = find()
     settled = max(state[3:]) < time.time_ns() - _SETTLED * 1e9

@@ -68,10 +68,10 @@ def find_or_learn(
     """
     first = shards.rank == 0
     checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)} if first else {}
-    digests = shards.union({name: c.digest(fresh=plan.config.rehash) for name, c in checkpoints.items()})
+    digests = shards.union({name: c.digest() for name, c in checkpoints.items()})
     if plan.config.masks is not None:
         path = Path(plan.config.masks).expanduser()
-        masks = load(path, fresh=plan.config.rehash)
+        masks = load(path)
         verify(masks, plan, digests, path=path)
         _warn(masks)
         return path.parent, masks
@@ -86,7 +86,7 @@ def find_or_learn(
         _make(folder)
     # a second run on the same inputs waits and then finds the masks
     with FileLock(folder / ".lock") if first else nullcontext():
-        cached = load_cached(folder / MASKS_FILE, plan, digests, fresh=plan.config.rehash) if first else None
+        cached = load_cached(folder / MASKS_FILE, plan, digests) if first else None
         if shards.union({"there": cached is not None} if first else {})["there"]:
             masks = cached or load(folder / MASKS_FILE)
             if first:

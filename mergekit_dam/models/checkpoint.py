@@ -159,7 +159,7 @@ class Checkpoint:
         tensor: torch.Tensor = self._open(self._files[name]).get_tensor(name)
         return tensor
 
-    def digest(self, *, fresh: bool = False) -> str:
+    def digest(self) -> str:
         """SHA-256 over the content of all weight files (hex): names of files or their place do not enter.
 
         Args:
@@ -168,7 +168,7 @@ class Checkpoint:
         files = sorted(set(self._files.values()))
         self._seen = {file: _state(self.path / file) for file in files}
         with ThreadPoolExecutor(max_workers=4) as pool:
-            parts = list(pool.map(lambda file: _sha256(self.path / file, fresh), files))
+            parts = list(pool.map(lambda file: _sha256(self.path / file), files))
         return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
 
     def require_unchanged(self) -> None:
@@ -211,5 +211,5 @@ def _keys(path: Path) -> list[str]:
     return list(handle.offset_keys())
 
 
-def _sha256(path: Path, fresh: bool) -> str:
-    return found_out(path, "sha256", lambda: file_digest(path), fresh=fresh)
+def _sha256(path: Path) -> str:
+    return found_out(path, "sha256", lambda: file_digest(path))

@@ -18,7 +18,7 @@ BY_CONTENT = frozenset({"zero_shot_model"})  # settings that name a file: the ta
 def digests_of(plan: Plan) -> dict[str, str]:
     """Model name (`base` for theta_0) -> content hash of its weight files."""
     models = (plan.base, *plan.models)
-    return {model.name: Checkpoint.open(model.path).digest(fresh=plan.config.rehash) for model in models}
+    return {model.name: Checkpoint.open(model.path).digest() for model in models}
 
 
 def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], *, without: Collection[str] = ()) -> str:
