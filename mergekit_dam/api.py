@@ -37,8 +37,7 @@ def merge(
     resume: bool = True,
     **settings: Any,
 ) -> Path:
-    """Merge, strict about settings, and compare the output with the base: `mergekit-dam merge`, and for other methods
-    than `dam`, `mergekit-dam yaml`.
+    """Merge, strict about settings, and compare the output with the base, as `mergekit-dam merge` does.
 
     Args:
         recipe: a YAML file, or the same as a mapping or as mergekit's configuration. Models are directories or Hub

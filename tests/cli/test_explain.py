@@ -29,7 +29,6 @@ LOADERS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "audit": ("mergekit_dam.cli.audit.build_tasks", ("dam.yml", "--out", "audit"), 1),
     "learn": ("mergekit_dam.learn.run.build_tasks", ("dam.yml", "out"), 1),
     "merge": ("mergekit_dam.recipe.run_merge", ("dam.yml", "out"), 1),
-    "yaml": ("mergekit_dam.recipe.run_merge", ("dam.yml", "out"), 1),
     "eval": ("mergekit_dam.cli.eval.load_merged", ("vit", "--data", "data"), 1),
     "report": ("mergekit_dam.cli.report.write_report", ("vit",), 1),
     "push": ("mergekit_dam.publish.push.contents_of", ("vit", "org/name"), 1),
