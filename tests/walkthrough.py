@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}it {% endif %}"
 )
-COMMANDS = ("doctor", "check", "audit", "merge", "eval", "report", "push")  # in this order
+COMMANDS = ("doctor", "check", "audit", "merge", "eval", "push")  # in this order
 
 
 def readme(text: str) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def walk(user: User, said: Mapping[str, Any], hub: HubServer) -> None:
     before = ["mergekit-dam", "eval", str(ROOT / "build" / "walkthrough-models" / VICTIM), "--data", NAMES["FILE"]]
     told = user.run(*before, *ATTACK, "--save", "out/") + user.run(*commands["eval"], *ATTACK, "--save", "out/")
     print(told, f"check fetched {looked:,} bytes of {held:,} of weights", sep="", file=sys.stderr)
-    user.run(*commands["report"])
+    assert json.loads((work / "out" / "dam" / "report.json").read_text())["evaluation"].keys() == {"before", "after"}
     user.run(*commands["push"])
     arrived = hub.repos["model", "me/merged"]
     assert (

@@ -27,7 +27,6 @@ COMMANDS = {
     "clean": "Plant backdoors of our own in models and unlearn them, so that unknown ones go with them.",
     "merge": "Learn the masks of a recipe, merge with them, and write a report; or run a recipe of any other method.",
     "eval": "Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.",
-    "report": "Write report.html and report.json of a merge anew, e.g. after `eval --save`.",
     "push": "Publish a finished merge on the Hub, with a model card; private unless --public is given.",
     "doctor": "Versions, the state of the autoload hook, and devices, as JSON.",
 }

@@ -44,7 +44,6 @@ def test_every_command_is_silent(
         ("merge", tmp_path / "dam.yml", out),
         ("merge", tmp_path / "ta.yml", tmp_path / "ta"),
         ("eval", out, "--task", "a", "--data", tmp_path / "labelled", "--save", out),
-        ("report", out),
         ("push", out, "org/name", "--dry-run"),
     ):
         capfd.readouterr()
