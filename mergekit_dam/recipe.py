@@ -92,7 +92,7 @@ class Prepared:
     @property
     def is_dam(self) -> bool:
         """Whether masks are needed, learned or given."""
-        return self.inputs.config.merge_method == "dam"
+        return str(self.inputs.config.merge_method) == "dam"
 
     @cached_property
     def plan(self) -> Plan:
@@ -154,7 +154,7 @@ class Prepared:
         if is_first():
             self._warn()
         with (
-            joined(device=config.device, timeout=config.worker_timeout) as (shards, device),
+            joined(device=config.device, timeout=config.constants.worker_timeout) as (shards, device),
             _learning_cache(resume=resume, shards=shards),
         ):
             folder, _ = find_or_learn(plan, quiet=self.inputs.options.quiet, shards=shards, device=device)

@@ -203,9 +203,10 @@ def prepare_chat(work: Path) -> None:
     entries = "".join(
         f"  - {{model: {work}/chat-{i}, parameters: {{calibration: {work}/chats.jsonl}}}}\n" for i in (1, 2)
     )
+    (work / "constants.json").write_text(json.dumps({"answer_tokens": 4}))
     (work / "chat.yml").write_text(
         f"merge_method: dam\nbase_model: {work}/chat-base\nmodels:\n{entries}tokenizer: {{source: base}}\n"
-        "parameters: {steps: 20, num_samples: 24, answer_tokens: 4}\n"
+        "parameters: {steps: 20, num_samples: 24, constants: constants.json}\n"
     )
     cleaned = "".join(
         f"  - {{model: {work}/cleaned/chat-{i}, parameters: {{weight: 0.5, density: 0.5}}}}\n" for i in (1, 2)

@@ -129,7 +129,7 @@ def describe(plan: Plan, digests: Mapping[str, str], samples: Mapping[str, list[
     """
     return {
         "schema": SCHEMA,
-        "settings": plan.config.model_dump(exclude=set(NOT_LEARNED)),
+        "settings": plan.config.named(without=NOT_LEARNED),
         "base": {"model": str(plan.base.ref), "sha256": digests["base"]},
         "models": [
             {

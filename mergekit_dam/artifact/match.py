@@ -68,9 +68,10 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
                 raise refuse(f"what stands in for {name}", written.get(name, "no such tensor"), tuple(tensor.shape))
     # `window: auto` is what the machine decides: it asks for none
     free = {"window"} if plan.config.window == "auto" else set()
-    for key in sorted(plan.config.model_fields_set - NOT_LEARNED - BY_CONTENT - free):
-        if recorded["settings"].get(key) != getattr(plan.config, key):
-            raise refuse(f"setting {key}", recorded["settings"].get(key), getattr(plan.config, key))
+    asked = plan.config.named()
+    for key in sorted(plan.config.given - NOT_LEARNED - BY_CONTENT - free):
+        if recorded["settings"].get(key) != asked[key]:
+            raise refuse(f"setting {key}", recorded["settings"].get(key), asked[key])
 
 
 def _broadcasts(mask: tuple[int, ...], shape: tuple[int, ...]) -> bool:

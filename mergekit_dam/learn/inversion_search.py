@@ -94,7 +94,7 @@ class InversionSearch(ScannedSearch):
             self.config,
             self.model.frozen.base_weights(),
             lambda _: weights,
-            self.config.refresh_steps,
+            self.config.constants.refresh_steps,
             step,
         )
 

@@ -138,7 +138,7 @@ def product(masks: Sequence[ConcreteMask], key: str, samples: Sequence[Tensor] |
 def detects_per_model(config: DamConfig, *, suspects: bool) -> bool:
     """Whether each model has a Backdoor-Detection mask of its own, where something is suspect or nothing is."""
     wanted = config.detection == "model" or (config.detection == "auto" and suspects)
-    return wanted and config.objective == "inversion" and not config.rescale and config.mask != "m1"
+    return wanted and config.objective == "inversion" and not config.constants.rescale and config.mask != "m1"
 
 
 def masks_in_use(
@@ -169,8 +169,8 @@ def masks_in_use(
             {own_key(t, key): shape for t in range(owners) for key, shape in shapes.items()} if owners else shapes,
             name=name,
             temperature=temperature,
-            rescale=config.rescale,
-            initial_logit=config.initial_logit + (offsets or {}).get(name, 0.0),
+            rescale=config.constants.rescale,
+            initial_logit=config.constants.initial_logit + (offsets or {}).get(name, 0.0),
             device=model.device,
             shards=model.shards,
             owners=owners,

@@ -109,11 +109,11 @@ def find_or_learn(
 def _how_to_go_on(folder: Path, config: DamConfig) -> str:
     """After an interruption, half a sentence for the user."""
     facts = None
-    if config.resume:
+    if config.constants.resume:
         with suppress(DamError):  # the next run says what is wrong with it
-            facts = Snapshots(folder / "run", every=config.snapshot_every, resume=True).facts
+            facts = Snapshots(folder / "run", every=config.constants.snapshot_every, resume=True).facts
     if facts is None:
-        return "the same command starts over (no snapshot was due yet)" if config.resume else _OVER
+        return "the same command starts over (no snapshot was due yet)" if config.constants.resume else _OVER
     unit = "model" if facts["phase"] == "scan" else "step"
     return f"the same command goes on from {unit} {facts['done']} of the {facts['phase']}"
 
@@ -181,7 +181,9 @@ def optimise(
     blockwise = shards.size > 1 and config.gather == "block"
     if blockwise:
         _require_equal_passes(tasks, config)
-    snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
+    snapshots = Snapshots(
+        folder / "run", every=config.constants.snapshot_every, resume=config.constants.resume, shards=shards
+    )
     if first:
         save_heads(tasks, folder / "heads")
     with open_journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics:

@@ -38,7 +38,7 @@ class WindowMasks:
 
     def __init__(self, folder: Path, shards: Shards, num_models: int, config: DamConfig) -> None:
         self.folder, self.shards, self.num_models = folder, shards, num_models
-        self.rescale = config.rescale
+        self.rescale = config.constants.rescale
 
     def has(self, number: int) -> bool:
         """Whether the window is finished."""

@@ -50,7 +50,7 @@ def scan(
     Args:
         tasks: one per model.
         base: theta_0 by output name.
-        config: `scan_steps`, `scan_batch_size`, `scan_finalists`, `seed`.
+        config: `scan_steps`, `suspicion`, `seed`, and the constants of the scan.
         tasks_in_turn: their indices, wrapped in a progress bar.
     """
     findings = []
@@ -63,6 +63,6 @@ def scan(
             findings += scan_classes(index, task, own, base, config, "scan")
             if Styles in kinds_for(task.perturbation_shape):
                 findings += scan_styles(index, task, own, base, config)
-            if config.scan_others and task.defended and len(tasks) > 1:
+            if config.constants.scan_others and task.defended and len(tasks) > 1:
                 findings += scan_others(index, tasks, base, config)
     return findings

@@ -33,7 +33,7 @@ def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], *
         32 hex digits over settings, weights, samples, heads, configs, the plan's tensors, library versions and code.
     """
     facts = [
-        plan.config.model_dump(exclude={*NOT_LEARNED, *BY_CONTENT, *without}),
+        plan.config.named(without={*NOT_LEARNED, *BY_CONTENT, *without}),
         digests[plan.base.name],
         [
             [digests[model.name], None if "weight" in without else model.settings.weight, task.fingerprint()]

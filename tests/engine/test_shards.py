@@ -25,7 +25,7 @@ from mergekit_dam.merging.mask_bytes import STEPS, to_probabilities
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.seeds import generator
 from mergekit_dam.tasks import build_tasks
-from tests.conftest import FAST
+from tests.conftest import fast
 from tests.golden.learned import OBJECTIVES as SETTINGS
 from tests.helpers.processes import group
 
@@ -37,7 +37,7 @@ MASK_TOLERANCE, COEFFICIENT_TOLERANCE = 1.01 / STEPS, 1e-4  # a byte may round t
 
 def _plan(vit: Path, images: Path, objective: str, **more: Any) -> Plan:
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
-    shared = {**FAST, "calibration": str(images), **SETTINGS[objective], **more}
+    shared = fast(**{"calibration": str(images), **SETTINGS[objective], **more})
     return build_plan(refs[0], refs[1:], shared=shared, per_model={})
 
 
