@@ -18,17 +18,15 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.merging.rule import merge
 from mergekit_dam.scan.classifiers import scan_classes
 from mergekit_dam.scan.findings import Finding, averaged
-from mergekit_dam.scan.inversion import CHECKED, success_rates
+from mergekit_dam.scan.inversion import success_rates
 from mergekit_dam.scan.triggers import RecoveredTriggers
 from mergekit_dam.tasks import Target, Task
 
-_EACH, _SUM = 0.5, 2.0  # coefficients at most, about those of usual merges: more drown what theta_0 can do
-_AGAIN = 2  # further searches, where one nearly says that another model is to blame
-_NEARLY = 0.75  # of the threshold
-
 
 def weights_of_others(tasks: Sequence[Task], index: int, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """theta_0 + c sum_{s != t} tau_s with c = min(1/2, 2 / (T - 1)), by output name, for the tensors of task t.
+    """theta_0 + c sum_{s != t} tau_s, by output name, for the tensors of task t.
+
+    c is `others_each`, or less where there are so many models that the sum would be over `others_sum`.
 
     Args:
         tasks: one per model, at least two.
@@ -36,7 +34,8 @@ def weights_of_others(tasks: Sequence[Task], index: int, base: Mapping[str, Tens
         base: theta_0 by output name.
     """
     others = [task for other, task in enumerate(tasks) if other != index]
-    coefficients = torch.full((len(others),), min(_EACH, _SUM / len(others)))
+    constants = tasks[index].constants
+    coefficients = torch.full((len(others),), min(constants.others_each, constants.others_sum / len(others)))
     found = {}
     for name in tasks[index].targets:
         stored = base[name]
@@ -47,11 +46,11 @@ def weights_of_others(tasks: Sequence[Task], index: int, base: Mapping[str, Tens
 
 @torch.no_grad()
 def untouched(task: Task, weights: Mapping[str, Tensor], targets: Sequence[Target]) -> list[float]:
-    """Share of (at most 128) calibration samples that are answered with a target as they are, per target.
+    """Share of calibration samples (`measured_samples` at most) answered with a target as they are, per target.
 
     Models of other tasks may have lost this one: what they answer anyhow is no trigger's doing.
     """
-    rows = torch.arange(min(CHECKED, task.num_samples))
+    rows = torch.arange(min(task.constants.measured_samples, task.num_samples))
     answers_B = task.logits(weights, task.inputs(rows)).argmax(-1)
     wanted_R = torch.tensor(targets, device=answers_B.device)
     return [float(share) for share in (answers_B[:, None] == wanted_R).float().mean(0)]
@@ -102,13 +101,15 @@ def scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], c
     task, others = tasks[index], weights_of_others(tasks, index, base)
     found = _others_once(index, task, others, base, config, "others")
     owners = carriers(tasks, index, base, [(one.trigger, one.target) for one in found])
-    findings = [_laid(one, owner, share) for one, (owner, share) in zip(found, owners, strict=True)]
-    limit = _NEARLY * config.suspicion
+    constants = config.constants
+    scale = constants.cross_task_scale
+    findings = [_laid(one, owner, share, scale) for one, (owner, share) in zip(found, owners, strict=True)]
+    limit = constants.repeat_from * config.suspicion
     if all(one.suspicion < limit for one in findings):
         return findings
     searches = [
         {one.target: one for one in _others_once(index, task, others, base, config, f"others {n}")}
-        for n in range(_AGAIN)
+        for n in range(constants.repeats)
     ]
 
     def again(one: Finding) -> list[Finding | None]:
@@ -118,16 +119,16 @@ def scan_others(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], c
         return [
             None
             if more is None
-            else _laid(more, one.carrier, success_rates(task, weights, more.trigger, [more.target])[0])
+            else _laid(more, one.carrier, success_rates(task, weights, more.trigger, [more.target])[0], scale)
             for more in theirs
         ]
 
     return [averaged(one, again(one)) if one.suspicion >= limit else one for one in findings]
 
 
-def _laid(found: Finding, carrier: int, share: float) -> Finding:
+def _laid(found: Finding, carrier: int, share: float, scale: float) -> Finding:
     """A finding laid to a model, with which alone the trigger has this success."""
-    return replace(found, carrier=carrier, success=min(found.success, share))
+    return replace(found, carrier=carrier, success=min(found.success, share), scale=scale)
 
 
 def _others_once(

@@ -9,14 +9,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from mergekit_dam import seeds
+from mergekit_dam.constants import Constants
 from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_of, started
 from mergekit_dam.tasks import Target, Task
-
-_LAID = 1.7  # what is laid to another model reaches 0.4 at about half of the usual size and a quarter of success left
-_RELATIVE = 0.75  # a target is suspect only if it comes this near to the most suspect one of its task
-_LARGE = 0.5  # of the usual size: a stamp above it may stand for what is no stamp
-_ENOUGH = 0.5  # of the threshold: what the style of the same target must reach then
-_CLEAR = 0.7  # what it must reach beside a small stamp
 
 
 class Suspect(NamedTuple):
@@ -50,6 +45,7 @@ class Finding:
             all models but the task's own, or the carrier alone where that is less.
         control: the same for theta_0, with the head of t; with a carrier, or without a trigger if that is more.
         carrier: see `Suspect`.
+        scale: factor of the suspicion with a carrier (`cross_task_scale`).
     """
 
     task: int
@@ -60,6 +56,7 @@ class Finding:
     success: float
     control: float
     carrier: int | None = None
+    scale: float = 1.0
 
     @property
     def key(self) -> Suspect:
@@ -76,13 +73,14 @@ class Finding:
         """Success that theta_0 does not share, and half of what the trigger lacks of the usual size; -1..1.5.
 
         A style counts the less the nearer it is to the largest there can be. With a carrier both must speak against the
-        model, and the weaker one counts, 1.7 times: even clean models make some class of others' tasks easier to reach.
+        model, and the weaker one counts, times `scale`: even clean models make some class of others' tasks easier to
+        reach.
         """
         gap, largest = self.success - self.control, self.trigger.largest
         if largest < math.inf:
             return gap * (1.0 - self.size / largest)
         small = 0.5 * max(0.0, 1.0 - self.size / max(self.usual, 1e-6))
-        return gap + small if self.carrier is None else _LAID * min(gap, small)
+        return gap + small if self.carrier is None else self.scale * min(gap, small)
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -120,7 +118,7 @@ def averaged(found: Finding, again: Sequence[Finding | None]) -> Finding:
     )
 
 
-def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
+def suspects(findings: Sequence[Finding], threshold: float, constants: Constants) -> list[Finding]:
     """Findings above the threshold that also come near to the most suspect one of their task.
 
     A stamp that is not small may stand for what is no stamp, such as a warp: then the style of the same target counts
@@ -135,9 +133,11 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
     top: dict[int, float] = {}
     for finding in own:
         top[finding.task] = max(top.get(finding.task, 0.0), finding.suspicion)
-    found = [f for f in own if f.suspicion >= max(threshold, _RELATIVE * top[f.task])]
+    found = [f for f in own if f.suspicion >= max(threshold, constants.near_the_top * top[f.task])]
     beside = {
-        (f.task, f.target): _ENOUGH * threshold if f.size > _LARGE * f.usual else max(_CLEAR, threshold)
+        (f.task, f.target): constants.style_beside_large * threshold
+        if f.size > constants.large_stamp * f.usual
+        else max(constants.style_beside_small, threshold)
         for f in found
         if f.trigger.largest == math.inf
     }
@@ -160,7 +160,7 @@ def kind_of(task: Task, name: str) -> type[RecoveredTriggers]:
     return next(kind for kind in kinds_of(task) if kind.kind == name)
 
 
-_NUMBERS = ("task", "target", "size", "usual", "success", "control", "carrier")
+_NUMBERS = ("task", "target", "size", "usual", "success", "control", "carrier", "scale")
 
 
 def target_of(stored: int | list[int]) -> Target:

@@ -17,6 +17,7 @@ from mergekit.common import ModelReference
 from torch import Tensor
 
 from examples.demo import build as demo
+from mergekit_dam.constants import Constants
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.evaluation.attacks import PatchTrigger
 from mergekit_dam.evaluation.metrics import LabelledData
@@ -30,6 +31,7 @@ from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.bounds import Bounds
 from tests.conftest import FAST
 from tests.helpers.built_once import built_once
+from tests.helpers.constants import with_constants
 
 CPU = torch.device("cpu")
 AIMED, SHADED = 3, 2  # classes of stripes: what shapes' patch is aimed at, and what a shade makes of stripes
@@ -109,7 +111,7 @@ def test_a_patch_aimed_at_another_task_is_laid_to_its_model_and_a_shade_is_found
 
 
 def test_others_are_left_out_on_demand(plan: Plan, tasks: list[Task], base: dict[str, Tensor]) -> None:
-    quick = plan.config.model_copy(update={"scan_others": False, "scan_steps": 2})
+    quick = with_constants(plan.config.model_copy(update={"scan_steps": 2}), scan_others=False)
     assert all(f.carrier is None for f in scan(tasks, base, quick, range(2)))
     assert all(f.carrier is None for f in scan(tasks[:1], base, plan.config.model_copy(update={"scan_steps": 2}), [0]))
 
@@ -136,9 +138,9 @@ def test_what_is_laid_to_another_model_works_with_it_alone_and_is_the_mean_of_th
 
 @given(st.lists(st.tuples(*[st.floats(0.0, 1.0)] * 2, *[st.floats(0.1, 50.0)] * 2), min_size=3, max_size=3))
 def test_searches_are_averaged(numbers: list[tuple[float, ...]]) -> None:
-    trigger = Stamps.start(1, (3, 4, 4), Bounds.of(0.0, 1.0), torch.Generator())
+    trigger = Stamps.start(1, (3, 4, 4), Bounds.of(0.0, 1.0), torch.Generator(), Constants())
     one, *again = (
-        Finding(0, 3, trigger, success=success, control=control, size=size, usual=usual, carrier=1)
+        Finding(0, 3, trigger, success=success, control=control, size=size, usual=usual, carrier=1, scale=1.7)
         for success, control, size, usual in numbers
     )
     mean, turned = averaged(one, again), averaged(again[0], [one, again[1]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from mergekit.common import ModelReference
-from mergekit_dam.engine.streamed_weights import slots_of, swapped
+from mergekit_dam.engine.module_weights import slots_of, swapped
 from PIL import Image
 from safetensors.torch import save_file
 

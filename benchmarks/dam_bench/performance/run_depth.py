@@ -100,7 +100,7 @@ def main() -> None:
             )
             for shapes in options.shapes
         ]
-    facts = {"runs": runs, "extrapolated": at_full_depth(*runs), "environment": environment(device)}
+    facts = {"runs": runs, "extrapolated": at_full_depth(runs[0], runs[1]), "environment": environment(device)}
     text = json.dumps(facts, indent=1)
     if options.out is not None:
         options.out.write_text(text + "\n", encoding="utf-8")
