@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 from mergekit.common import ModelReference
-from mergekit_dam.engine.streamed_weights import slots_of, swapped
 from PIL import Image
 from safetensors.torch import save_file
 
 from mergekit_dam import load_merged
+from mergekit_dam.engine.module_weights import slots_of, swapped
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn.paper_search import UniversalPerturbation
 from mergekit_dam.models.plan import build_plan
