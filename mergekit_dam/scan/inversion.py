@@ -1,4 +1,4 @@
-"""Targeted inversion: the smallest, or the widest, universal trigger that makes a model answer what it should not.
+"""Targeted inversion: search by Adam for universal triggers that make a model answer given targets.
 
 Triggers are parametrised and priced as in Neural Cleanse (Wang et al., IEEE S&P 2019, section IV).
 Legend: B batch, R triggers, K classes.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.engine.module_weights import without_gradients
-from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_of, started
+from mergekit_dam.scan.triggers import TriggerBatch, kinds_of, started
 from mergekit_dam.tasks import Target, Task
 
 SUCCESS = 0.95  # of the batch; a trigger above it may shrink, one below it may grow
@@ -22,7 +22,7 @@ CHECKED = 128  # samples that success is measured on
 
 @dataclass(frozen=True)
 class Pace:
-    """Of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step."""
+    """Speed of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step."""
 
     learning_rate: float
     price: float
@@ -35,7 +35,7 @@ WIDE = Pace(0.1, 1e-3, 1.12, 1.25)
 
 
 class Inversion:
-    """Targeted inversion of several classes of one model at once: smallest universal triggers, found by Adam.
+    """Search one model for triggers of several targets at once, one row each.
 
     The price of size rises while a trigger works on 95 % of the last batches and falls otherwise; Wang et al.
     (section IV.B) wait for several batches instead. Fast prices give the smallest triggers: among them the implanted
@@ -60,7 +60,7 @@ class Inversion:
         *,
         batch_size: int,
         generator: torch.Generator,
-        start: RecoveredTriggers | None = None,
+        start: TriggerBatch | None = None,
         pace: Pace = LEAN,
     ) -> None:
         self.task, self.generator, self.targets = task, generator, list(targets)
@@ -77,7 +77,7 @@ class Inversion:
         self.success_R = torch.full_like(self.price_R, 0.5)
 
     def run(self, steps: int) -> Inversion:
-        """Go on for some steps; returns itself."""
+        """Take some more steps; returns itself."""
         for _ in range(steps):
             self._step()
         return self
@@ -105,11 +105,11 @@ class Inversion:
         self.optimiser.step()
 
     def finalists(self, count: int, gap_R: Tensor) -> Inversion:
-        """The most promising rows, to go on with: half the smallest that worked, half of the widest gap.
+        """Keep the most promising rows in a new search: half the smallest that worked, half of the widest gap.
 
         Args:
             count: rows at most.
-            gap_R: success that the control does not share. A warp has no small trigger, only a gap; a patch that also
+            gap_R: success that theta_0 does not share. A warp has no small trigger, only a gap; a patch that also
                 fools theta_0 has no gap at first, only a small trigger.
         """
         size_R = torch.where(self.smallest_R.isinf(), 1e6 * (2.0 - self.success_R), self.smallest_R)
@@ -134,9 +134,9 @@ class Inversion:
 
 @torch.no_grad()
 def success_rates(
-    task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets: Sequence[Target]
+    task: Task, weights: Mapping[str, Tensor], triggers: TriggerBatch, targets: Sequence[Target]
 ) -> list[float]:
-    """Share of (at most 128) calibration samples that a model gives the targets with the triggers, per row."""
+    """Measure on which share of (at most 128) calibration samples each trigger makes a model answer its target."""
     rows_B = torch.arange(min(CHECKED, task.num_samples))
     rates = []
     for row, target in enumerate(targets):
@@ -146,7 +146,7 @@ def success_rates(
 
 
 def _reach(
-    task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets: Sequence[Target], rows_B: Tensor
+    task: Task, weights: Mapping[str, Tensor], triggers: TriggerBatch, targets: Sequence[Target], rows_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """losses and hits (R B): every trigger on every sample, sample by sample within a trigger."""
     inputs = task.prompts(rows_B.repeat(len(triggers)))
