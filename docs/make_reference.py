@@ -10,7 +10,8 @@ import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 from mergekit.options import MergeOptions
@@ -18,16 +19,56 @@ from pydantic.fields import FieldInfo
 
 from mergekit_dam.cli.main import COMMANDS, main
 from mergekit_dam.config import PAPER, DamConfig, ModelSettings
+from mergekit_dam.constants import PAPER_CONSTANTS, Constants
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _SETTINGS = """# Settings
 
-<!-- made by `python docs/make_reference.py`: change mergekit_dam/config.py instead -->
+<!-- made by `python docs/make_reference.py`: change mergekit_dam/config.py and mergekit_dam/constants.py instead -->
 
-All settings are scalars under `parameters:` of a recipe. Those of one model stand under that model; given under the
-shared `parameters:` they are the fallback for all. `mergekit-dam check` refuses unknown names and says which one was
-meant; plain `mergekit-yaml` warns.
+All settings are scalars under `parameters:` of a recipe. Those marked *per model* may stand under a model, too; given
+under the shared `parameters:` they are the fallback for all. `mergekit-dam check` refuses unknown names and says which
+one was meant; plain `mergekit-yaml` warns of them, and refuses names that are no settings any more.
+
+Most merges need the front settings alone. What no user needs to set is a [constant](#constants).
 """
+_CONSTANTS = """
+## Constants
+
+Numbers that decide what is learned and who is suspect, with what speaks for them. To change some, name a JSON file:
+
+```yaml
+parameters: {constants: trial.json}      # trial.json: {"pool_size": 4, "refresh_steps": 10}
+```
+
+The file is read when the recipe is. Its values, and not its path, go into the masks file and into the key of the cache:
+the same values in another file find the same masks.
+"""
+# what a user wants to do -> the settings for it
+_FRONT = {
+    "name the data and heads of a model": ("calibration", "column", "classes", "head"),
+    "learn more, or sooner": ("steps", "num_samples", "batch_size"),
+    "weigh accuracy against defence": ("alpha", "weight", "suspicion", "clean", "objective"),
+    "repeat and reuse": ("seed", "masks"),
+    "choose where it runs": ("device",),
+}
+_ADVANCED = {
+    "read other data": ("split", "max_length", "zero_shot_model"),
+    "fit large models": ("window", "granularity", "compute_dtype", "gradient_checkpointing", "num_processes"),
+    "change how triggers are searched": ("scan_steps", "refresh_every"),
+    "change what is learned": ("mask", "detection", "student_steps", "mask_learning_rate"),
+    "try other constants": ("constants",),
+}
+_STAGES = {
+    "inputs": "What models are asked",
+    "scan": "The scan",
+    "suspects": "Who is suspect",
+    "fit": "The fit of masks and coefficients",
+    "paper": "Objective `paper`",
+    "students": "Students of text encoders",
+    "vaccine": "Vaccination",
+    "run": "How a run goes on (masks do not depend on these)",
+}
 _COMMANDS = """# Commands and exit codes
 
 <!-- made by `python docs/make_reference.py`: change mergekit_dam/cli/ instead -->
@@ -56,13 +97,25 @@ Commands that take a recipe also have the options of `mergekit-yaml` (`--device`
 
 
 def settings_page() -> str:
-    """docs/settings.md from the fields of `DamConfig` and `ModelSettings`."""
-    parts = [_SETTINGS]
-    for heading, settings in (("Per model", ModelSettings), ("Shared", DamConfig)):
-        parts.append(f"\n## {heading}\n\n| setting | values | default | unit | what it does | source |")
+    """docs/settings.md from the fields of `DamConfig`, `ModelSettings` and `Constants`."""
+    parts, fields = [_SETTINGS], DamConfig.model_fields | ModelSettings.model_fields
+    listed = [name for groups in (_FRONT, _ADVANCED) for names in groups.values() for name in names]
+    if sorted(listed) != sorted(fields):
+        raise ValueError(f"settings without a group, or gone: {sorted(set(listed) ^ set(fields))}")
+    for heading, groups in (("Front settings", _FRONT), ("Advanced settings", _ADVANCED)):
+        parts.append(f"\n## {heading}\n\n| to | setting | values | default | unit | what it does | source |")
+        parts.append("\n| --- | --- | --- | --- | --- | --- | --- |\n")
+        for aim, names in groups.items():
+            for number, name in enumerate(names):
+                aimed = "" if number else aim
+                parts.append(f"| {aimed} {_row(name, fields[name], per_model=name in ModelSettings.model_fields)}")
+    parts.append(_CONSTANTS)
+    for stage, heading in _STAGES.items():
+        parts.append(f"\n### {heading}\n\n| constant | values | default | unit | what it is | evidence |")
         parts.append("\n| --- | --- | --- | --- | --- | --- |\n")
-        parts += [_row(name, info) for name, info in settings.model_fields.items()]
-    paper = ", ".join(f"`{name}: {_value(value).strip('`')}`" for name, value in PAPER.items())
+        infos: dict[str, Any] = dict(Constants.model_fields)
+        parts += [_row(n, info) for n, info in infos.items() if info.json_schema_extra["stage"] == stage]
+    paper = ", ".join(f"`{name}: {_value(value).strip('`')}`" for name, value in {**PAPER, **PAPER_CONSTANTS}.items())
     parts.append(f"\nWith `objective: paper` the defaults are the paper's where they differ: {paper}.\n")
     return "".join(parts)
 
@@ -85,26 +138,40 @@ def commands_page() -> str:
     return "".join(parts)
 
 
-def _row(name: str, info: FieldInfo) -> str:
+def _row(name: str, info: FieldInfo, *, per_model: bool = False) -> str:
     extra: Any = info.json_schema_extra or {}
-    cells = [f"`{name}`", _values(info), _value(info.default), extra.get("unit", "-"), info.description or ""]
+    described = f"Per model. {info.description}" if per_model else info.description or ""
+    default = "none" if info.annotation is Constants else _value(info.default)
+    cells = [f"`{name}`", _values(info), default, extra.get("unit", "-"), described]
     cells.append(extra.get("source", "-"))
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n"
 
 
+_KINDS: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false", Constants: "path"}
+
+
 def _values(info: FieldInfo) -> str:
-    kinds = [kind for kind in (get_args(info.annotation) or [info.annotation]) if kind is not type(None)]
-    literal = next((kind for kind in (info.annotation, *kinds) if get_origin(kind) is Literal), None)
-    if literal is not None:
-        return ", ".join(f"`{choice}`" for choice in get_args(literal))
-    names: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
-    limits = [
-        f"{sign} {getattr(limit, key):g}"
-        for limit in info.metadata
-        for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
-        if hasattr(limit, key)
-    ]
-    return " ".join([names[kinds[0]], ", ".join(limits)]).strip()
+    """What a field takes: choices, kinds and limits."""
+    is_union = get_origin(info.annotation) in (Union, UnionType)
+    found = []
+    for kind in get_args(info.annotation) if is_union else (info.annotation,):
+        if kind is type(None):
+            continue
+        limits = list(info.metadata)
+        if get_origin(kind) is Annotated:
+            kind, field = get_args(kind)
+            limits = list(field.metadata)
+        if get_origin(kind) is Literal:
+            found += [f"`{choice}`" for choice in get_args(kind)]
+            continue
+        signs = [
+            f"{sign} {getattr(limit, key):g}"
+            for limit in limits
+            for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+            if hasattr(limit, key)
+        ]
+        found.append(" ".join([_KINDS[kind], ", ".join(signs)]).strip())
+    return ", ".join(found)
 
 
 def _value(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from mergekit.options import MergeOptions
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
-from mergekit_dam.config import KNOWN, parse
+from mergekit_dam.config import KNOWN, REMOVED, parse
 from mergekit_dam.engine.progress import bar
 from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.io.files import write_atomic
@@ -37,8 +37,7 @@ def merge(
     resume: bool = True,
     **settings: Any,
 ) -> Path:
-    """Merge, strict about settings, and compare the output with the base: `mergekit-dam merge`, and for other methods
-    than `dam`, `mergekit-dam yaml`.
+    """Merge, strict about settings, and compare the output with the base, as `mergekit-dam merge` does.
 
     Args:
         recipe: a YAML file, or the same as a mapping or as mergekit's configuration. Models are directories or Hub
@@ -67,7 +66,7 @@ def merge(
         ...     ],
         ...     "dtype": "float32",
         ... }
-        >>> out = merge(recipe, "out", report=False, steps=2, scan_steps=2, refresh_steps=1)
+        >>> out = merge(recipe, "out", report=False, steps=2, scan_steps=2)
         >>> sorted(path.name for path in (out / "dam").glob("[!.]*"))
         ['dam_masks.safetensors', 'heads', 'metrics.jsonl', 'run.json', 'triggers.safetensors']
         >>> type(load_merged(out, task="cars")).__name__
@@ -123,7 +122,7 @@ def learn_masks(
         ...         {"model": "models/cars", "parameters": {"calibration": "data/cars"}},
         ...     ],
         ... }
-        >>> masks = learn_masks(recipe, "learned", steps=2, scan_steps=2, refresh_steps=1)
+        >>> masks = learn_masks(recipe, "learned", steps=2, scan_steps=2)
         >>> masks.name
         'dam_masks.safetensors'
         >>> merge(recipe, "applied", masks=str(masks)).name
@@ -213,7 +212,7 @@ def prepare_cleaning(
             f"setting {key!r}",
             expected="a setting of the vaccination or of its models",
             got="an unknown one",
-            cure=did_you_mean(key, known) or "See `mergekit-dam clean --help`.",
+            cure=REMOVED.get(key) or did_you_mean(key, known) or "See `mergekit-dam clean --help`.",
         )
     vaccine = parse(VaccineSettings, own, where="the vaccination")
     if base is None:

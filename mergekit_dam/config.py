@@ -2,28 +2,28 @@
 
 mergekit passes only scalars under `parameters:` safely (lists become layer gradients, nested mappings are
 refused), so nothing here is nested. `DamConfig` holds what is shared by all models, `ModelSettings` what may
-differ per model; a value under the shared `parameters:` is the fallback of a per-model one.
+differ per model; a value under the shared `parameters:` is the fallback of a per-model one. What nobody needs to set
+to merge is a constant (constants.py), which one setting names a file for.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from mergekit_dam.errors import DamError, did_you_mean
+from mergekit_dam.constants import CLEANSE, DAM, HINTON, PAPER_CONSTANTS, Constants, constants_of
+from mergekit_dam.errors import DamError, did_you_mean, first_line
 from mergekit_dam.registry import OBJECTIVES
 
-DAM = "Yang et al., ICLR 2025, arXiv 2410.13910"
-CONCRETE = "Maddison et al., arXiv 1611.00712"
-ADAMERGING = "Yang et al., arXiv 2310.02575"
-CLEANSE = "Wang et al., Neural Cleanse, IEEE S&P 2019"
-HINTON = "Hinton et al., arXiv 1503.02531"
-UNIVERSAL = "Moosavi-Dezfooli et al., arXiv 1610.08401"
-Settings = TypeVar("Settings", bound="StrictSettings")
+Settings = TypeVar("Settings", bound=BaseModel)
+_REFERENCE = "See the settings reference in the README."
+_LARGEST = 1 << 16  # bytes of a file of constants
 
 
 class StrictSettings(BaseModel):
@@ -88,28 +88,9 @@ class DamConfig(StrictSettings):
         "all, which takes less memory and time (so with `rescale`); or per model only where the scan finds a suspect, "
         "and in windows.",
     )
-    granularity: Literal["element", "row", "tensor"] = setting("element", "What one mask entry covers.", source=DAM)
-    coefficients: Literal["task", "layer"] = setting(
-        "layer", "One merging coefficient per model, or per model and tensor.", source=ADAMERGING
-    )
+    granularity: Literal["element", "row"] = setting("element", "What one mask entry covers.", source=DAM)
     steps: int = setting(300, "Mask steps (paper: M1 and M2 take turns).", unit="steps", source=DAM, ge=0)
-    coefficient_steps: int = setting(
-        300, "Paper: steps on the coefficients once the masks are fixed.", unit="steps", source=DAM, ge=0
-    )
-    max_coefficient: float = setting(2.0, "Inversion: coefficients stay in [0, this].", gt=0.0)
     scan_steps: int = setting(100, "Inversion: steps of the search for triggers.", unit="steps", source=CLEANSE, ge=2)
-    scan_batch_size: int = setting(8, "Inversion: samples per class and step of that search.", unit="samples", ge=1)
-    scan_finalists: int = setting(
-        4,
-        "Inversion: classes per model that are searched to the end; the others end at two fifths.",
-        unit="classes",
-        ge=2,
-    )
-    scan_others: bool = setting(
-        True,
-        "Inversion: search each task once more, with all other models in place of its own, for triggers of "
-        "backdoors that aim at the task of another model.",
-    )
     suspicion: float = setting(
         0.4,
         "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0, with "
@@ -126,11 +107,6 @@ class DamConfig(StrictSettings):
         source=HINTON,
         ge=0,
     )
-    student_batch_size: int = setting(32, "Text encoders: samples per step of a student.", unit="samples", ge=1)
-    student_learning_rate: float = setting(1e-4, "Text encoders: AdamW step of a student at its highest.", gt=0.0)
-    student_words: int = setting(
-        5, "Text encoders: random words put into each sample that a student learns from, at most.", unit="tokens", ge=0
-    )
     clean: Literal["auto"] | bool = setting(
         "auto",
         "Vaccinate models before they are merged: plant backdoors of our own and unlearn them, as "
@@ -144,48 +120,13 @@ class DamConfig(StrictSettings):
         unit="positions",
     )
     refresh_every: int = setting(20, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)
-    refresh_steps: int = setting(30, "Inversion: steps of the search for each of these.", unit="steps", ge=1)
     batch_size: int = setting(8, "Samples per task and step (paper: 16).", unit="samples", source=DAM, ge=1)
     num_samples: int = setting(512, "Calibration samples taken per task.", unit="samples", ge=2)
     max_length: int = setting(128, "Text is cut after this length.", unit="tokens", ge=4)
-    answer_tokens: int = setting(
-        16,
-        "Causal LMs: tokens that each model goes on with after its calibration texts, at most; the merge is fitted "
-        "to these as well.",
-        unit="tokens",
-        ge=0,
-    )
-    temperature: float = setting(0.5, "Temperature of the Concrete masks.", source=CONCRETE, gt=0.0, le=10.0)
-    initial_logit: float = setting(
-        0.0, "Mask logits at the start (inversion: added to 3 for M1, 0 for M2).", source=DAM, ge=-10.0, le=10.0
-    )
-    rescale: bool = setting(False, "Divide each tensor's mask by its mean (paper: true).", source=DAM)
     mask_learning_rate: float = setting(
         0.2, "Adam step of the mask logits (paper: 0.01; its own 1e-3 goes with 1000 steps).", source=DAM, gt=0.0
     )
-    coefficient_learning_rate: float = setting(
-        0.02, "Adam step of the coefficients (paper: 1e-3).", source=ADAMERGING, gt=0.0
-    )
     alpha: float = setting(1.5, "Weight of the safety loss against the task loss (paper: 0.1).", source=DAM, ge=0.0)
-    eps: float = setting(
-        0.25,
-        "Bound of the universal perturbation, as a share of the valid range.",
-        unit="range",
-        source=UNIVERSAL,
-        gt=0.0,
-        le=1.0,
-    )
-    perturbation_learning_rate: float = setting(
-        0.02,
-        "Adam step of the perturbation, as a share of the valid range.",
-        unit="range",
-        source=UNIVERSAL,
-        gt=0.0,
-        le=1.0,
-    )
-    perturbation_tokens: int = setting(
-        3, "Text: soft tokens that the perturbation inserts.", unit="tokens", ge=1, le=64
-    )
     zero_shot_model: str | None = setting(None, "A full CLIP whose text tower makes the heads of CLIP vision models.")
     num_processes: int | None = setting(
         None,
@@ -193,11 +134,6 @@ class DamConfig(StrictSettings):
         unit="processes",
         ge=1,
     )
-    worker_timeout: float = setting(
-        1800.0, "Several processes: longest wait of one for another before all are ended.", unit="seconds", gt=0.0
-    )
-    resume: bool = setting(True, "Go on from the snapshot of a run that was cut short.")
-    snapshot_every: float = setting(60.0, "Time between two snapshots; 0: after every step.", unit="seconds", ge=0.0)
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
         "What the merged model computes in while masks are learned. Masks, merging and losses stay in float32; "
@@ -208,24 +144,20 @@ class DamConfig(StrictSettings):
         "Keep only the input of each block and run it again in the backward pass: less memory for long texts or "
         "large batches, a third more computing.",
     )
-    patience: int = setting(
-        0,
-        "Inversion: end the mask steps once the loss on calibration samples that are held out for it, a tenth or one "
-        "batch, was no better in so many checks, one every 5 steps; 0: hold out none and take all steps.",
-        unit="checks",
-        ge=0,
-    )
     device: str = setting("auto", "`auto` (accelerate picks), `cpu`, or `cuda`.")
-    tracker: Literal["tensorboard", "wandb", "trackio"] | None = setting(
-        None, "Where else the records of metrics.jsonl go, through accelerate."
-    )
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
-    rehash: bool = setting(
-        False,
-        "Read models and ready masks to the end to check their content, even where size, inode and dates say "
-        "that they did not change since that was done.",
-    )
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
+    constants: Constants = setting(
+        Constants(), "A JSON file, an object, with other values for some of the constants (see the table of them)."
+    )
+
+    @field_validator("constants", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        """The values of a file: what is learned depends on them, and not on where they lie."""
+        if isinstance(value, str):
+            return read_constants(value)
+        return parse_constants(value, "constants") if isinstance(value, Mapping) else value
 
     @field_validator("objective")
     @classmethod
@@ -239,22 +171,32 @@ class DamConfig(StrictSettings):
         """The paper's own values where none are given; they do not count as given."""
         if self.objective == "paper":
             self.__dict__.update({k: v for k, v in PAPER.items() if k not in self.model_fields_set})
+            self.__dict__["constants"] = self.constants.with_defaults(PAPER_CONSTANTS)
         return self
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings and constants that the user gave."""
+        return frozenset(self.model_fields_set - {"constants"} | self.constants.model_fields_set)
 
-# Defaults of `objective: paper` where they differ.
-PAPER: Mapping[str, Any] = {
-    "batch_size": 16,
-    "rescale": True,
-    "mask_learning_rate": 0.01,
-    "coefficient_learning_rate": 1e-3,
-    "alpha": 0.1,
-}
-# Settings of earlier versions, and what to do instead.
+    def named(self, *, without: Collection[str] = ()) -> dict[str, Any]:
+        """Settings and constants side by side, by name, as the files of a merge have them."""
+        found = {**self.model_dump(exclude={"constants"}), **self.constants.model_dump()}
+        return {name: value for name, value in found.items() if name not in without}
+
+
+# Defaults of settings under `objective: paper` where they differ; constants.PAPER_CONSTANTS has those of constants.
+PAPER: Mapping[str, Any] = {"batch_size": 16, "mask_learning_rate": 0.01, "alpha": 0.1}
+_A_CONSTANT = "It is a constant now: put it in a JSON file and name that with `constants`."
+# Names that are no settings, or not any more, and what to do instead.
 REMOVED: Mapping[str, str] = {
     "offload": "It is gone: set window to 2 or 1, which needs less memory and reads each model once, or leave it out, "
     "and the largest window that fits is taken.",
     "gather": "It is gone: set window to 2 or 1, which needs less memory in any number of processes.",
+    "rehash": "It is gone: remove it; `mergekit-dam merge --no-resume` reads all content again.",
+    "tracker": "It is gone: remove it; out/dam/metrics.jsonl has the records, one JSON object per line.",
+    "patience": "It is gone: remove it, and set steps lower where fewer are enough.",
+    **dict.fromkeys(Constants.model_fields, _A_CONSTANT),
 }
 # All names that a recipe may use, shared ones first.
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
@@ -264,12 +206,8 @@ NOT_LEARNED = frozenset(
         "masks",
         "device",
         "num_processes",
-        "worker_timeout",
-        "resume",
-        "snapshot_every",
-        "tracker",
-        "rehash",
         "gradient_checkpointing",
+        *constants_of("run"),
     }
 )
 
@@ -286,19 +224,69 @@ def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) ->
             f"setting {key!r} in {where}",
             expected=f"a setting of {where}",
             got="an unknown one",
-            cure=did_you_mean(key, settings.model_fields) or "See the settings reference in the README.",
+            cure=REMOVED.get(key) or did_you_mean(key, settings.model_fields) or _REFERENCE,
         )
     try:
         return settings(**given)
     except ValidationError as error:
         first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, DamError):  # of a validator of ours, which knows more
+            raise cause from error
         key = str(first["loc"][0])
         raise DamError(
-            f"setting {key!r} in {where}",
+            f"{'constant' if settings is Constants else 'setting'} {key!r} in {where}",
             expected=_expected(first),
             got=repr(first["input"]),
             cure=str(settings.model_fields[key].description),
         ) from error
+
+
+def read_constants(path: str) -> Constants:
+    """The constants that a JSON file gives.
+
+    Raises:
+        DamError: no such file, no JSON object, a name that is no constant, or a value of the wrong type or range.
+    """
+    file = Path(path).expanduser()
+    where = f"constants {path}"
+    try:
+        if not file.is_file():  # a device or a pipe would not end
+            raise FileNotFoundError("no such file")
+        with file.open("rb") as opened:
+            text = opened.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise ValueError(f"more than {_LARGEST} bytes")
+        values = json.loads(text.decode("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamError(
+            where,
+            expected='a JSON file with an object in it, such as {"eps": 0.1}',
+            got=first_line(error),
+            cure="Correct the path or the file, or leave `constants` out.",
+        ) from error
+    return parse_constants(values, where)
+
+
+def parse_constants(values: Mapping[str, Any], where: str) -> Constants:
+    """Constants from raw values.
+
+    Raises:
+        DamError: as for `parse`; a setting among them belongs into the recipe.
+    """
+    for key in sorted(str(key) for key in values):
+        if key in KNOWN or key not in Constants.model_fields:
+            raise DamError(
+                f"{key!r} in {where}",
+                expected="a constant",
+                got="a setting" if key in KNOWN else "an unknown name",
+                cure=f"Write it under `parameters:` of the recipe: {key} is a setting."
+                if key in KNOWN
+                else did_you_mean(key, Constants.model_fields) or "docs/settings.md has a table of them.",
+            )
+    return parse(Constants, values, where=where)
 
 
 def _expected(error: Any) -> str:
@@ -326,13 +314,13 @@ def unknown_cure(key: str, known: Iterable[str] = KNOWN) -> str:
     """What to do about a name that is no setting of the method in use."""
     from mergekit.merge_methods.registry import registered_methods
 
-    if key in REMOVED:
+    known = tuple(known)
+    if known == KNOWN and key in REMOVED:  # other methods have a `rescale` of their own
         return REMOVED[key]
-    known = list(known)
     others = [m.spec.name for m in registered_methods() if any(p.name == key for p in m.spec.parameters)]
     if others:
         return f"It is a setting of another method ({', '.join(others[:2])}): remove it."
-    few = f"Known: {', '.join(known)}." if 0 < len(known) < 12 else "See the settings reference in the README."
+    few = f"Known: {', '.join(known)}." if 0 < len(known) < 12 else _REFERENCE
     return did_you_mean(key, known) or few
 
 

@@ -89,6 +89,11 @@ class Prepared:
     inputs: LocalRecipe
     least: int = 2
 
+    @property
+    def is_dam(self) -> bool:
+        """Whether masks are needed, learned or given."""
+        return str(self.inputs.config.merge_method) == "dam"
+
     @cached_property
     def plan(self) -> Plan:
         """The plan of a `dam` recipe, strict about its settings.
@@ -96,12 +101,12 @@ class Prepared:
         Raises:
             DamError: another merge method, or anything that `plan_of` refuses.
         """
-        if self.inputs.config.merge_method != "dam":
+        if not self.is_dam:
             raise DamError(
                 "merge_method",
                 expected="dam",
                 got=str(self.inputs.config.merge_method),
-                cure="Only dam learns masks. For other methods: `mergekit-dam yaml`, or `merge` in Python.",
+                cure="Only dam learns masks. `mergekit-dam merge` runs recipes of other methods, without `--dry-run`.",
             )
         return plan_of(self.inputs.config, self.inputs.options, least=self.least)
 
@@ -111,8 +116,8 @@ class Prepared:
         config, options = self.inputs.config, self.inputs.options
         options = _tokenizer_if_any(config, options)
         # the plan refuses what cannot be merged before mergekit starts
-        handing = register_dam().handing(config, options, self.plan) if config.merge_method == "dam" else nullcontext()
-        if config.merge_method == "dam":
+        handing = register_dam().handing(config, options, self.plan) if self.is_dam else nullcontext()
+        if self.is_dam:
             self._warn()
         with _learning_cache(resume=resume), handing as handed, replaced_whole(out):
             try:
@@ -149,7 +154,7 @@ class Prepared:
         if is_first():
             self._warn()
         with (
-            joined(device=config.device, timeout=config.worker_timeout) as (shards, device),
+            joined(device=config.device, timeout=config.constants.worker_timeout) as (shards, device),
             _learning_cache(resume=resume, shards=shards),
         ):
             folder, _ = find_or_learn(plan, quiet=self.inputs.options.quiet, shards=shards, device=device)

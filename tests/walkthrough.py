@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}it {% endif %}"
 )
-COMMANDS = ("doctor", "check", "audit", "merge", "eval", "report", "push")  # in this order
+COMMANDS = ("doctor", "check", "audit", "merge", "eval", "push")  # in this order
 
 
 def readme(text: str) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def walk(user: User, said: Mapping[str, Any], hub: HubServer) -> None:
     before = ["mergekit-dam", "eval", str(ROOT / "build" / "walkthrough-models" / VICTIM), "--data", NAMES["FILE"]]
     told = user.run(*before, *ATTACK, "--save", "out/") + user.run(*commands["eval"], *ATTACK, "--save", "out/")
     print(told, f"check fetched {looked:,} bytes of {held:,} of weights", sep="", file=sys.stderr)
-    user.run(*commands["report"])
+    assert json.loads((work / "out" / "dam" / "report.json").read_text())["evaluation"].keys() == {"before", "after"}
     user.run(*commands["push"])
     arrived = hub.repos["model", "me/merged"]
     assert (
@@ -203,9 +203,10 @@ def prepare_chat(work: Path) -> None:
     entries = "".join(
         f"  - {{model: {work}/chat-{i}, parameters: {{calibration: {work}/chats.jsonl}}}}\n" for i in (1, 2)
     )
+    (work / "constants.json").write_text(json.dumps({"answer_tokens": 4}))
     (work / "chat.yml").write_text(
         f"merge_method: dam\nbase_model: {work}/chat-base\nmodels:\n{entries}tokenizer: {{source: base}}\n"
-        "parameters: {steps: 20, num_samples: 24, answer_tokens: 4}\n"
+        "parameters: {steps: 20, num_samples: 24, constants: constants.json}\n"
     )
     cleaned = "".join(
         f"  - {{model: {work}/cleaned/chat-{i}, parameters: {{weight: 0.5, density: 0.5}}}}\n" for i in (1, 2)

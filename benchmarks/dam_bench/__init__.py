@@ -1,1 +1,1 @@
-"""Builds what a benchmark needs: tasks, theta_0, fine-tuned models and victims. The defence knows nothing of it."""
+"""Run the benchmark: build tasks, theta_0, fine-tunes and victims, merge and measure. The defence never imports it."""

@@ -1,4 +1,4 @@
-"""`python -m dam_bench SUITE`: options and exit codes as those of `mergekit-dam`."""
+"""Run `python -m dam_bench SUITE`, with options and exit codes like those of `mergekit-dam`."""
 
 from __future__ import annotations
 

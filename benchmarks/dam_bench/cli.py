@@ -1,4 +1,4 @@
-"""`python -m dam_bench`: options of the benchmark."""
+"""Define the command line of `python -m dam_bench`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from mergekit_dam.errors import DamError
 @click.argument("suite")
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder with the data.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Models and results.")
-@click.option("--preset", help="Size of models and data; the first one of the suite if not given.")
+@click.option("--preset", help="Size of models and data; default: the suite's first preset.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, separated by commas.")
 @click.option("--method", "methods", multiple=True, help="Only this method (may be repeated).")
 @click.option("--scenario", "scenarios", multiple=True, help="Only this scenario (may be repeated).")
 @click.option("--add", multiple=True, help="A scenario of your own: 'name: task=attack(option=value,...) ...'.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Runs at a time; default: all cores.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each run.")
-@click.option("--gates/--no-gates", default=True, help="First run what the gates need and stop when one fails.")
-@click.option("--dry-run", is_flag=True, help="Say what there is to do and how long it takes.")
+@click.option(
+    "--gates/--no-gates", default=True, help="First run the methods that the gates need, and stop when a gate fails."
+)
+@click.option("--dry-run", is_flag=True, help="Print the number of models and runs to make, and the time they take.")
 @json_option
 @quiet_option
 def bench(
@@ -48,9 +50,9 @@ def bench(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run a suite of the benchmark: build models, attack, merge, defend, measure. Goes on where it stopped.
+    """Run a suite of the benchmark: build models, attack, merge, defend, measure. It resumes where it stopped.
 
-    Prints the result files, one a line; as JSON also what there was to do, and the gates that were checked.
+    Prints the result files, one per line; as JSON also the numbers of models and runs to make, and the checked gates.
     """
     options = Options(
         suite=suite,

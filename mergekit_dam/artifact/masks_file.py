@@ -9,8 +9,9 @@ Format (schema 2), a plain safetensors file:
                                   of masks of which each model has its own), versions, content_sha256 (over everything
                                   else; older files lack it)
 A tensor that no model changed is not in the file, and keeps the base's values. Masks have the shape
-of the tensor, (rows, 1, ...) or (1, ...), by granularity. They are divided by their mean when they are applied
-(setting `rescale`), so the file holds plain probabilities. Files of schema 1, whose masks are float16, are read, too.
+of the tensor or (rows, 1, ...), by granularity; files of earlier versions may have (1, ...). They are divided by their
+mean when they are applied (constant `rescale`), so the file holds plain probabilities. Files of schema 1, whose masks
+are float16, are read, too.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def describe(plan: Plan, digests: Mapping[str, str], samples: Mapping[str, list[
     """
     return {
         "schema": SCHEMA,
-        "settings": plan.config.model_dump(exclude=set(NOT_LEARNED)),
+        "settings": plan.config.named(without=NOT_LEARNED),
         "base": {"model": str(plan.base.ref), "sha256": digests["base"]},
         "models": [
             {
@@ -173,11 +174,8 @@ def save(path: Path, masks: LearnedMasks) -> None:
         ) from error
 
 
-def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
-    """Read an artefact lazily and check its form.
-
-    Args:
-        fresh: check the content again even if this file passed before (io/cache.py).
+def load(path: Path) -> LearnedMasks:
+    """Read an artefact lazily and check its form; the content of one that passed before is trusted (io/cache.py).
 
     Raises:
         DamError: missing, damaged, of another schema, or with values outside [0, 1].
@@ -225,9 +223,7 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             check_stand_ins(stand_ins.values())
             return json.dumps(mask_faults(probabilities, coefficients))
 
-        found = cached_fact(
-            path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check, fresh=fresh
-        )
+        faults = cached_fact(path, f"faults of masks of schema {SCHEMA}, checked by {version('mergekit-dam')}", check)
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, DamError):
             raise
@@ -237,4 +233,4 @@ def load(path: Path, *, fresh: bool = False) -> LearnedMasks:
             got=f"a damaged file ({first_line(error)})",
             cure="Learn the masks again.",
         ) from error
-    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(found)), tuple(stand_ins.values()))
+    return LearnedMasks(probabilities, coefficients, metadata, tuple(json.loads(faults)), tuple(stand_ins.values()))

@@ -16,7 +16,7 @@ from mergekit_dam.tasks.content import BY_CONTENT
 LOG = logging.getLogger(__name__)
 
 
-def load_cached(path: Path, plan: Plan, digests: Mapping[str, str], *, fresh: bool) -> LearnedMasks | None:
+def load_cached(path: Path, plan: Plan, digests: Mapping[str, str]) -> LearnedMasks | None:
     """Load the masks of an earlier run; None without usable masks. An unusable file is renamed to `.damaged`.
 
     The caller holds the folder's lock, so incomplete files of a killed run are removed.
@@ -26,7 +26,7 @@ def load_cached(path: Path, plan: Plan, digests: Mapping[str, str], *, fresh: bo
     if not path.is_file():
         return None
     try:
-        masks = load(path, fresh=fresh)
+        masks = load(path)
         verify(masks, plan, digests, path=path)
         return masks
     except DamError as error:
@@ -72,9 +72,10 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
                 raise refuse(f"substitute for {name}", written.get(name, "no such tensor"), tuple(tensor.shape))
     # `window: auto` accepts masks of any window
     ignored = {"window"} if plan.config.window == "auto" else set()
-    for key in sorted(plan.config.model_fields_set - NOT_LEARNED - BY_CONTENT - ignored):
-        if recorded["settings"].get(key) != getattr(plan.config, key):
-            raise refuse(f"setting {key}", recorded["settings"].get(key), getattr(plan.config, key))
+    asked = plan.config.named()
+    for key in sorted(plan.config.given - NOT_LEARNED - BY_CONTENT - ignored):
+        if recorded["settings"].get(key) != asked[key]:
+            raise refuse(f"setting {key}", recorded["settings"].get(key), asked[key])
 
 
 def _broadcasts(mask: tuple[int, ...], shape: tuple[int, ...]) -> bool:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mergekit_dam.artifact.schema import CHECKSUM, checksum
+from mergekit_dam.constants import constants_of
 from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.files import replacing, require_own
 from mergekit_dam.models.plan import Plan
@@ -27,38 +28,22 @@ from mergekit_dam.tasks.content import content_key
 LOG = logging.getLogger(__name__)
 FOLDER = "scans"
 _ENTRY = "dam_scan"
-# settings that only the fit after the scan reads; tests/artifact/test_scan_file.py scans without them
-NOT_SCANNED = frozenset(
-    {
-        "alpha",
-        "batch_size",
-        "coefficient_learning_rate",
-        "coefficient_steps",
-        "coefficients",
-        "detection",
-        "eps",
-        "granularity",
-        "initial_logit",
-        "mask",
-        "mask_learning_rate",
-        "max_coefficient",
-        "objective",
-        "patience",
-        "perturbation_learning_rate",
-        "refresh_every",
-        "refresh_steps",
-        "rescale",
-        "steps",
-        "student_batch_size",
-        "clean",
-        "student_learning_rate",
-        "student_steps",
-        "student_words",
-        "temperature",
-        "weight",
-        "window",
-    }
-)
+# what only the fit after the scan reads; tests/artifact/test_scan_file.py scans without them
+NOT_SCANNED = constants_of("suspects", "fit", "paper", "students", "vaccine") | {
+    "alpha",
+    "batch_size",
+    "clean",
+    "detection",
+    "granularity",
+    "mask",
+    "mask_learning_rate",
+    "objective",
+    "refresh_every",
+    "steps",
+    "student_steps",
+    "weight",
+    "window",
+}
 
 
 class StoredScan:

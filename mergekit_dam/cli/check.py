@@ -96,7 +96,8 @@ def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             "memory MiB in all": round(sum(guess.memory_bytes.values()) / size, 1),
             "seconds": [float(f"{bound:.2g}") for bound in guess.seconds],
         },
-        "settings": plan.config.model_dump(),
+        "settings": plan.config.model_dump(exclude={"constants"}),
+        "constants": plan.config.constants.model_dump(exclude_unset=True),
     }, warnings
 
 
@@ -111,11 +112,9 @@ def summary_of(plan: Plan, guess: Estimate, device: torch.device) -> str:
         assert guess.seconds is not None, "the speed is known"
         memory = _short(sum(guess.memory_bytes.values()), "B")
         what += f" in {_span(*guess.seconds)} and {memory} of memory on {place}"
-    defaults = DamConfig(objective=plan.config.objective)
+    defaults = DamConfig(objective=plan.config.objective).named()
     changed = [
-        f"{name} {value}"
-        for name, value in plan.config.model_dump().items()
-        if value != getattr(defaults, name) and name != "masks"
+        f"{name} {value}" for name, value in plan.config.named().items() if value != defaults[name] and name != "masks"
     ] + [
         f"weight {model.settings.weight} of {model.name}"
         for model in plan.models

@@ -46,7 +46,7 @@ def _vaccine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--zero-shot-model", help="A full CLIP, for CLIP vision models with --classes.")
 @click.option("--num-samples", type=int, help="Samples read per model. Default: 512.")
 @click.option("--max-length", type=int, help="Tokens after which text is cut. Default: 128.")
-@click.option("--answer-tokens", type=int, help="Causal LMs: tokens of an answer, at most. Default: 16.")
+@click.option("--constants", help="JSON file with other values of constants, e.g. of answer_tokens.")
 @click.option("--compute-dtype", type=click.Choice(["float32", "bfloat16"]), help="What large models compute in.")
 @click.option("--adapter", is_flag=True, help="Write LoRAs on the models instead of models, where LoRAs are trained.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run was cut short.")

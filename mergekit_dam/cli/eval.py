@@ -38,6 +38,7 @@ from mergekit_dam.evaluation.metrics import (
 )
 from mergekit_dam.evaluation.results import MERGE, Rate, When, add_measurement
 from mergekit_dam.models.load_merged import load_merged
+from mergekit_dam.publish.report import write_report
 
 
 @click.command()
@@ -136,11 +137,21 @@ def eval(
         lines += format_results(found)
     if save is not None:
         add_measurement(save / "dam", when, measured)
-        say(f"added to {save / 'dam'}; `mergekit-dam report {save}` shows it", quiet=quiet)
+        say(f"added to {_reported(save, quiet=quiet)}", quiet=quiet)
     if as_json:
         click.echo(json.dumps(measured, indent=2))
     else:
         result("\n".join(lines), quiet=quiet)
+
+
+def _reported(output: Path, *, quiet: bool) -> Path:
+    """The report of a merge, written anew with what was measured; its folder `dam` where there are no masks."""
+    if not (output / "dam" / MASKS_FILE).is_file():
+        return output / "dam"
+    page, notes = write_report(output)
+    for note in notes:
+        say(note, quiet=quiet)
+    return page
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,8 @@ COMMANDS = {
     "audit": "Score every input model of a recipe for backdoors, before any merge.",
     "learn": "Learn the masks of a recipe into OUT_PATH, without merging.",
     "clean": "Plant backdoors of our own in models and unlearn them, so that unknown ones go with them.",
-    "merge": "Learn the masks of a recipe, merge with them, and write a report.",
-    "yaml": "Run any recipe as mergekit-yaml does, strict about settings, and compare the output with the base.",
+    "merge": "Learn the masks of a recipe, merge with them, and write a report; or run a recipe of any other method.",
     "eval": "Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.",
-    "report": "Write report.html and report.json of a merge anew, e.g. after `eval --save`.",
     "push": "Publish a finished merge on the Hub, with a model card; private unless --public is given.",
     "doctor": "Versions, the state of the autoload hook, and devices, as JSON.",
 }

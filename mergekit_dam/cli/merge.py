@@ -1,4 +1,4 @@
-"""`mergekit-dam merge`: learn, merge with mergekit, verify, report."""
+"""`mergekit-dam merge`: learn, merge with mergekit, verify, report; other methods merge and verify."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from mergekit_dam.cli.common import (
     say,
     seed_option,
 )
+from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.evaluation.lm_harness import Harness, format_results
 from mergekit_dam.evaluation.results import MERGE, add_measurement
@@ -54,14 +55,16 @@ def merge(
     report: bool,
     lm_eval: str | None,
 ) -> None:
-    """Learn the masks of a recipe, merge with them, and write a report.
+    """Learn the masks of a recipe, merge with them, and write a report; or run a recipe of any other method.
 
     OUT_PATH becomes mergekit's usual directory; OUT_PATH/dam holds the masks, the recovered triggers, the log of every
-    step and report.html. The output's tensors are compared with the base's.
+    step and report.html. Of another method than dam there are no masks and no report. Settings are read strictly, and
+    the output's tensors are compared with the base's, whatever the method.
 
     \b
     Example:
         mergekit-dam merge dam.yml out
+        mergekit-dam merge ties.yml out
     """
     merge_options.apply_global_options()
     hush(merge_options.quiet)
@@ -72,23 +75,29 @@ def merge(
     harness = None if lm_eval is None else Harness.of(lm_eval)
     begun = time.perf_counter()
     prepared = prepare(config_file, options=merge_options, seed=seed)
-    device = device_of(prepared.plan.config.device)  # another method than dam is refused here
-    masks = prepared.merge(out_path, resume=resume) or load(out_path / "dam" / MASKS_FILE)
-    told: dict[str, Any] = {"output": str(out_path), "masks": str(out_path / "dam" / MASKS_FILE)}
+    config = prepared.plan.config if prepared.is_dam else DamConfig()
+    device = device_of(config.device)
+    masks = prepared.merge(out_path, resume=resume)
+    told: dict[str, Any] = {"output": str(out_path)}
+    if prepared.is_dam:
+        file = out_path / "dam" / MASKS_FILE
+        masks = masks or load(file)
+        told["masks"] = str(file)
     benchmarks = None
     if harness is not None:
-        benchmarks = harness.measure(out_path, device=device, seed=prepared.plan.config.seed)
+        benchmarks = harness.measure(out_path, device=device, seed=config.seed)
         add_measurement(out_path / "dam", "after", {"harness": {MERGE: benchmarks}})
-    if report:
+    if report and masks is not None:
         page, notes = write_report(out_path, seconds=time.perf_counter() - begun, masks=masks)
         for note in notes:
             say(note, quiet=merge_options.quiet)
         told["report"] = str(page)
-    found = name_suspects(masks.metadata, quiet=merge_options.quiet)
     lines = [*told.values(), *(format_results(benchmarks) if benchmarks is not None else [])]
     if benchmarks is not None:
         told["harness"] = benchmarks
-    facts = {**told, "suspects": found, "seconds": round(time.perf_counter() - begun, 1)}
+    if masks is not None:
+        told["suspects"] = name_suspects(masks.metadata, quiet=merge_options.quiet)
+    facts = {**told, "seconds": round(time.perf_counter() - begun, 1)}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:

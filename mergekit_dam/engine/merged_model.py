@@ -116,7 +116,7 @@ class MergedModel:
         return self.shards.gather(rows, spec.shape)
 
     def chain(
-        self, weights: Weights, masks: Masks, coefficients: Tensor, coefficient_gradient: Tensor, *, whole: bool = False
+        self, weights: Weights, masks: Masks, coefficients: Tensor, coefficient_gradient: Tensor
     ) -> Iterator[tuple[str, Tensor]]:
         """Use up the gradients that the tasks left in `weights`: each is dropped as soon as it is turned into dL/dM.
 
@@ -124,7 +124,6 @@ class MergedModel:
             weights: from `weights` with the same masks and coefficients.
             coefficient_gradient: zeros shaped like `coefficients`; dL/dlambda is put there on the way, and complete
                 at the end.
-            whole: whether every process holds the masks whole, and not rows of them.
 
         Yields:
             Name and our rows of dL/dM of one mask after another, of M's shape, float32; tied tensors add up.
@@ -133,7 +132,7 @@ class MergedModel:
         for name in self._tied:
             ours = self._mask_gradient(name, weights, masks[name], lambdas, coefficient_gradient)
             if ours is not None:
-                yield name, self.shards.sum(ours) if whole else ours
+                yield name, ours
         self._complete(coefficient_gradient)
 
     def logit_gradients(
@@ -143,8 +142,6 @@ class MergedModel:
         coefficients: Tensor,
         coefficient_gradient: Tensor,
         wanted: Sequence[int],
-        *,
-        whole: bool = False,
     ) -> Iterator[tuple[str, list[Tensor]]]:
         """`chain`, and on through each mask to the logits of its factors.
 
@@ -167,7 +164,7 @@ class MergedModel:
             if others or not mask.separate or mask.shape != self.frozen.base[spec.name].shape:
                 ours = self._mask_gradient(name, weights, mask, lambdas, coefficient_gradient)
                 if ours is not None:
-                    yield name, mask.logit_gradients(self.shards.sum(ours) if whole else ours, wanted)
+                    yield name, mask.logit_gradients(ours, wanted)
                 continue
             gradient = self._taken(weights[spec.name])
             if gradient is not None:

@@ -223,7 +223,7 @@ def _damaged(path: Path, error: BaseException) -> DamError:
         f"snapshot {path}",
         expected="a complete one of this run",
         got=" ".join(str(error).split())[:200],
-        cure="It is damaged: learn anew with resume: false.",
+        cure="It is damaged: remove it, and learning starts over.",
     )
 
 

@@ -152,8 +152,8 @@ class Scores:
 
     def transfer(self, name: str, attacked: str) -> float:
         """Mean ASR of an attack on the tasks that it did not poison, percent; NaN without such tasks."""
-        others = [rate.percent for task, rate in self.attack_success[name].items() if task != attacked]
-        return sum(others) / len(others) if others else float("nan")
+        elsewhere = [rate.percent for task, rate in self.attack_success[name].items() if task != attacked]
+        return sum(elsewhere) / len(elsewhere) if elsewhere else float("nan")
 
     def to_json(self) -> dict[str, Any]:
         """{"accuracy": {task: [hits, total]}, "attack_success": {attack: {task: [hits, total]}}, ...}"""
@@ -186,10 +186,10 @@ def predictions(model: nn.Module, data: LabelledData, trigger: Trigger | None = 
 def _triggered(trigger: Trigger, inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return trigger.apply(inputs)
-    texts = trigger.apply([one.last_message if isinstance(one, Conversation) else one for one in inputs])
+    texts = trigger.apply([x.last_message if isinstance(x, Conversation) else x for x in inputs])
     return [
-        one.with_last_message(text) if isinstance(one, Conversation) else text
-        for one, text in zip(inputs, texts, strict=True)
+        x.with_last_message(text) if isinstance(x, Conversation) else text
+        for x, text in zip(inputs, texts, strict=True)
     ]
 
 

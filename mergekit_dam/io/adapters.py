@@ -208,6 +208,6 @@ def _fingerprint(ref: ModelReference, dtype: str | None) -> str:
     digest = hashlib.sha256(repr((str(ref), ref.override_architecture, dtype)).encode())
     for folder in (ref.model.path, ref.lora.path):
         for file in sorted(p for p in Path(folder).iterdir() if p.is_file()):
-            found = file.stat()
-            digest.update(repr((file.name, found.st_size, found.st_ino, found.st_mtime_ns)).encode())
+            status = file.stat()
+            digest.update(repr((file.name, status.st_size, status.st_ino, status.st_mtime_ns)).encode())
     return digest.hexdigest()[:16]

@@ -3,8 +3,8 @@
 A file counts as unchanged while its device, inode, size, time of change of content and time of change of the inode
 are the same. The kernel sets the last of these and no program can, so a file that was rewritten and had its old date
 restored is read again. This trusts the clock and the file system of this machine, and this user's cache folder, whose
-masks are trusted anyhow. Damage to the medium that changes no date is found only by reading: the setting `rehash`
-does that.
+masks are trusted anyhow. Damage to the medium that changes no date is found only by reading, which an empty cache
+folder makes this package do.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mergekit_dam.io.files import write_atomic
 _CACHED_FROM = 1 << 24  # bytes: about 10 ms of hashing; a cache entry for a smaller file costs more than reading it
 _MIN_AGE = 3.0  # seconds: a file that changed later than this before may change again within one tick of its dates
 _WRITABLE_BY_OTHERS = 0o022
+KNOWN = "known"  # folder of the cached facts
 _PACKAGE = Path(__file__).parents[1]
 # modules that learning cannot import (setup.cfg), so that they cannot change masks
 _NOT_DIGESTED = ("__init__.py", "__main__.py", "api.py", "cli", "evaluation", "plugin", "publish", "recipe.py")
@@ -49,21 +50,20 @@ def code_digest() -> str:
     return sha.hexdigest()
 
 
-def cached_fact(path: Path, fact: str, compute: Callable[[], str], *, fresh: bool = False) -> str:
+def cached_fact(path: Path, fact: str, compute: Callable[[], str]) -> str:
     """Return `compute()` for the file at `path`, from the cache if the file is unchanged since an earlier run.
 
     Args:
         path: of a file; a link is followed.
         fact: name of the fact; it must name everything that the fact depends on beside the file.
         compute: reads the file and returns the fact. Its errors reach the caller, and nothing is cached then.
-        fresh: call `compute` in any case.
     """
     state = file_state(path)
     if state is None or state[2] < _CACHED_FROM:
         return compute()
     name = hashlib.sha256(f"{fact}\0{path.resolve()}".encode()).hexdigest()[:32]
-    entry = cache_folder() / "known" / f"{name}.json"
-    if not fresh and (cached := _read_entry(entry, state)) is not None:
+    entry = cache_folder() / KNOWN / f"{name}.json"
+    if (cached := _read_entry(entry, state)) is not None:
         return cached
     value = compute()
     old_enough = max(state[3:]) < time.time_ns() - _MIN_AGE * 1e9

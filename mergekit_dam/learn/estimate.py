@@ -18,9 +18,8 @@ from transformers import PretrainedConfig
 from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.objectives import scans
 from mergekit_dam.learn.stand_ins import has_students, vaccinated
-from mergekit_dam.merging.mask_keys import Granularity, mask_shape, table_granularity
+from mergekit_dam.merging.mask_keys import Granularity, mask_shape
 from mergekit_dam.models.plan import Plan, TensorSpec
-from mergekit_dam.scan.inversion import CHECKED
 from mergekit_dam.tasks import family_of
 from mergekit_dam.vaccine.settings import VaccineSettings, resolved_for
 
@@ -79,7 +78,7 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
         speed: of the device (`measured_speed`).
         tokens: of a text sample, on average; None: as many as the setting `max_length` allows.
     """
-    config, num_models = plan.config, len(plan.models)
+    config, constants, num_models = plan.config, plan.config.constants, len(plan.models)
     floating = [spec for spec in plan.tensors if spec.dtype.is_floating_point]
     parameters = sum(math.prod(spec.shape) for spec in floating)
     stored = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in floating)
@@ -97,7 +96,10 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
         held = largest_window(floating, layers, config.window, lambda spec: math.prod(spec.shape))
         entries = largest_window(floating, layers, config.window, lambda spec: _entries(spec, config.granularity))
         fitted = activations * min(layers, config.window) // layers
-    at_once = max(config.scan_batch_size * num_classes if scanned else 0, config.student_batch_size if taught else 0)
+    at_once = max(
+        constants.scan_batch_size * num_classes if scanned else 0,
+        constants.student_batch_size if taught else 0,
+    )
     memory = {
         MAPPED[0]: (num_models + 1) * stored * held // parameters // processes,
         "masks with gradients and moments": masks * _STATES * entries * _FLOAT // processes,
@@ -111,11 +113,11 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
     if taught:
         memory["a student with gradients and moments"] = _STATES * parameters * _FLOAT
         steps = num_models * config.student_steps * 3
-        calls, passes = calls + steps, passes + steps * config.student_batch_size
+        calls, passes = calls + steps, passes + steps * constants.student_batch_size
     elif scans(config) and config.mask != "m1":
         passes += sum(_token_scan(model.config) // length for model in plan.models)
     if vaccinated([family_of(plan)], config):
-        vaccine = resolved_for(VaccineSettings(), family_of(plan), parameters, config.num_samples)
+        vaccine = resolved_for(VaccineSettings(), family_of(plan), parameters, config.num_samples, constants)
         assert vaccine.plant_steps is not None and vaccine.unlearn_steps is not None and vaccine.batch_size is not None
         trained = 1 if vaccine.lora_rank else _STATES
         memory["a vaccinated model with what its training needs"] = trained * parameters * _FLOAT
@@ -155,14 +157,14 @@ def largest_window(specs: Sequence[TensorSpec], layers: int, size: int, numel: C
 def _entries(spec: TensorSpec, granularity: Granularity) -> int:
     """Of a mask of a window, where tables of words have one per token."""
     is_table = spec.vocabulary_axis == 0
-    return math.prod(mask_shape(spec.shape, table_granularity(granularity) if is_table else granularity))
+    return math.prod(mask_shape(spec.shape, "row" if is_table else granularity))
 
 
 def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
     """Calls of a model, and samples through it; a backward pass counts as one more (inputs) or two (weights)."""
-    config, num_models = plan.config, len(plan.models)
+    config, constants, num_models = plan.config, plan.config.constants, len(plan.models)
     if config.objective == "paper":
-        calls = num_models * (config.steps * 15 + config.coefficient_steps * 3)
+        calls = num_models * (config.steps * 15 + constants.coefficient_steps * 3)
         return calls, calls * config.batch_size
     # the model's own answers, the merge's, and those under one suspect's trigger
     calls = num_models * config.steps * (7 if num_classes else 4)
@@ -171,21 +173,21 @@ def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
         passes += 3 * num_models * config.num_samples
     if num_classes:
         found = [_search(plan, num_classes), _search(plan, num_classes, styles=True)]
-        found += [_search(plan, num_classes)] if config.scan_others and num_models > 1 else []
-        refreshes = config.scan_steps + config.steps // config.refresh_every * config.refresh_steps
+        found += [_search(plan, num_classes)] if constants.scan_others and num_models > 1 else []
+        refreshes = config.scan_steps + config.steps // config.refresh_every * constants.refresh_steps
         calls += num_models * (sum(one[0] for one in found) + 2 * refreshes)
-        passes += num_models * (sum(one[1] for one in found) + 2 * refreshes * config.scan_batch_size)
+        passes += num_models * (sum(one[1] for one in found) + 2 * refreshes * constants.scan_batch_size)
     return calls, passes
 
 
 def _search(plan: Plan, num_classes: int, *, styles: bool = False) -> tuple[int, int]:
     """The same of one search of a task: all classes for two fifths of the steps, finalists for the rest, and what
     their triggers do to the model and to theta_0."""
-    config = plan.config
+    config, constants = plan.config, plan.config.constants
     first = max(1, config.scan_steps * 2 // 5)
-    rest, finalists = (0, 0) if styles else (config.scan_steps - first, min(config.scan_finalists, num_classes))
-    checked = (num_classes + finalists) * min(CHECKED, config.num_samples) * 2
-    steps = (first * num_classes + rest * finalists) * config.scan_batch_size * 2
+    rest, finalists = (0, 0) if styles else (config.scan_steps - first, min(constants.scan_finalists, num_classes))
+    checked = (num_classes + finalists) * min(constants.measured_samples, config.num_samples) * 2
+    steps = (first * num_classes + rest * finalists) * constants.scan_batch_size * 2
     return 2 * (first + rest) + 2 * (num_classes + finalists), steps + checked
 
 

@@ -16,7 +16,6 @@ from mergekit_dam import seeds
 from mergekit_dam.tasks import Task
 
 _AT_ONCE = 8  # samples
-_FLOOR = 0.2  # of the weights: what this model does not read may be read by others
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +40,8 @@ def importance_of(task: Task, weights: Mapping[str, Tensor], stops: Sequence[int
     """Weights from the diagonal Fisher information of the model's own answers.
 
     It is the squared gradient of the log-probability of answers that are sampled from the model. Its mean over tokens
-    and samples weighs units, its mean over units weighs tokens; scaled to mean 1, it makes 0.8 of each weight. So the
-    tokens that a head reads count more than those it does not.
+    and samples weighs units, its mean over units weighs tokens; scaled to mean 1, it makes all of each weight but
+    `fisher_floor`. So the tokens that a head reads count more than those it does not.
 
     Args:
         task: whose calibration samples are looked at, all of them.
@@ -70,13 +69,14 @@ def importance_of(task: Task, weights: Mapping[str, Tensor], stops: Sequence[int
             units[stop] = units[stop] + units_D if stop in units else units_D
             for i, own_L in enumerate(squares_BLD.mean(-1)):
                 tokens[stop].append(own_L if lengths is None else own_L[: lengths[i]])
-    return {stop: Importance(_scaled(units[stop]), _all_scaled(tokens[stop])) for stop in stops}
+    floor = task.constants.fisher_floor
+    return {stop: Importance(_scaled(units[stop], floor), _all_scaled(tokens[stop], floor)) for stop in stops}
 
 
-def _scaled(information: Tensor) -> Tensor:
-    return _FLOOR + (1 - _FLOOR) * information / information.mean().clamp_min(1e-30)
+def _scaled(information: Tensor, floor: float) -> Tensor:
+    return floor + (1 - floor) * information / information.mean().clamp_min(1e-30)
 
 
-def _all_scaled(information_N: Sequence[Tensor]) -> list[Tensor]:
+def _all_scaled(information_N: Sequence[Tensor], floor: float) -> list[Tensor]:
     """Of all tokens of all samples together."""
-    return list(_scaled(torch.cat(list(information_N))).split([len(one) for one in information_N]))
+    return list(_scaled(torch.cat(list(information_N)), floor).split([len(one) for one in information_N]))

@@ -17,9 +17,6 @@ from mergekit_dam.merging.checks import require_finite_gradients
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merging.mask_product import MaskProduct
 
-_START = {TASK_SHARED: 3.0, BACKDOOR_DETECTION: 0.0}  # logits: M1 keeps 95 %, M2 can move up as well as down
-_SLOWEST = 0.1  # share of the learning rates at the end
-
 
 class MaskFit:
     """Both masks and the coefficients, learned together by Adam, from their start.
@@ -41,15 +38,19 @@ class MaskFit:
         self, model: MergedModel, config: DamConfig, start: Tensor, *, suspects: bool, by_token: bool = False
     ) -> None:
         self.model, self.config = model, config
+        constants = config.constants
         self.masks = masks_in_use(
             model,
             config,
             temperature=1.0,
-            offsets=_START,
+            offsets={
+                TASK_SHARED: constants.task_shared_start,
+                BACKDOOR_DETECTION: constants.backdoor_detection_start,
+            },
             per_model=detects_per_model(config, suspects=suspects),
             by_token=by_token,
         )
-        kept = math.prod(mask.density() for mask in self.masks.values()) if not config.rescale else 1.0
+        kept = math.prod(mask.density() for mask in self.masks.values()) if not constants.rescale else 1.0
         self.coefficients = start / kept
         self.optimisers = {
             name: torch.optim.Adam(mask.logits.values(), fused=True) for name, mask in self.masks.items()
@@ -65,7 +66,7 @@ class MaskFit:
         return self.model.weights(self.combined(), self.coefficients)
 
     def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
-        """Gradients by the chain rule, one Adam step each; the step size falls to a tenth along a cosine.
+        """Gradients by the chain rule, one Adam step each; the step size falls along a cosine.
 
         Args:
             merged: the masks with which `weights` were made.
@@ -75,11 +76,11 @@ class MaskFit:
         Raises:
             DamError: a gradient that is not finite.
         """
-        config = self.config
-        slope = math.cos(math.pi * step / max(1, config.steps))
-        share = _SLOWEST + (1 - _SLOWEST) * 0.5 * (1 + slope)
+        config, constants = self.config, self.config.constants
+        slope, last = math.cos(math.pi * step / max(1, config.steps)), constants.last_rate_share
+        share = last + (1 - last) * 0.5 * (1 + slope)
         rates = [(optimiser, config.mask_learning_rate) for optimiser in self.optimisers.values()]
-        for optimiser, rate in [*rates, (self._of_coefficients, config.coefficient_learning_rate)]:
+        for optimiser, rate in [*rates, (self._of_coefficients, constants.coefficient_learning_rate)]:
             for group in optimiser.param_groups:
                 group["lr"] = rate * share
         self.coefficients.grad = torch.zeros_like(self.coefficients)
@@ -91,13 +92,12 @@ class MaskFit:
             self.coefficients,
             self.coefficients.grad,
             range(num_parts),
-            whole=config.granularity == "tensor",
         ):
             steps.add(logits_of(self.masks, key), found)
         steps.finish(step)
         require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
         self._of_coefficients.step()
-        self.coefficients.clamp_(0.0, config.max_coefficient)
+        self.coefficients.clamp_(0.0, constants.max_coefficient)
 
     def state(self, facts: dict[str, Any]) -> State:
         """Everything that later steps depend on."""

@@ -13,7 +13,6 @@ is suspect (`detection`), takes out what reacts to triggers. Legend: T tasks, P 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,14 +23,12 @@ from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.shards import Share
 from mergekit_dam.engine.snapshots import State
 from mergekit_dam.learn.fit import MaskFit
-from mergekit_dam.learn.losses import Patience, calibration_batch, fit_loss, held_out
+from mergekit_dam.learn.losses import calibration_batch, fit_loss
 from mergekit_dam.learn.masks import ConcreteMask, Whole, final_probabilities
 from mergekit_dam.learn.masks import facts_of as facts_of_masks
 from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.teacher import TeacherLogits, debias
 from mergekit_dam.learn.trigger_pool import refresh_triggers
-
-LOG = logging.getLogger(__name__)
 
 
 class InversionSearch(ScannedSearch):
@@ -43,7 +40,6 @@ class InversionSearch(ScannedSearch):
             if share is not None:
                 own = self.model.frozen.own_weights(share.task)
                 self.answers[share.task] = TeacherLogits(self.tasks[share.task], own)
-        self.patience = Patience(self.config.patience)
         self.begin_fit()
 
     def begin_fit(self) -> None:
@@ -73,20 +69,15 @@ class InversionSearch(ScannedSearch):
             if step and step % self.config.refresh_every == 0:
                 self.refresh(step)
             self.step(step)
-            if self.is_enough(step):
-                LOG.info("dam: the loss on held-out samples falls no more: done after step %d", step)
-                break
             self.keep("masks", step + 1)
         return final_probabilities(self.masks), self.coefficients
 
     def state(self, phase: str, done: int) -> State:
-        facts = self.facts_of_state(phase, done) | {"patience": [self.patience.lowest, self.patience.misses]}
-        state = self.fit.state(facts)
+        state = self.fit.state(self.facts_of_state(phase, done))
         state.tensors |= self.triggers_of_state()
         return state
 
     def lay_out(self, facts: Mapping[str, Any]) -> None:
-        self.patience.lowest, self.patience.misses = facts.get("patience", (None, 0))
         self.lay_out_triggers(facts)
         self.begin_fit()
 
@@ -103,7 +94,7 @@ class InversionSearch(ScannedSearch):
             self.config,
             self.model.frozen.base_weights(),
             lambda _: weights,
-            self.config.refresh_steps,
+            self.config.constants.refresh_steps,
             step,
         )
 
@@ -133,18 +124,3 @@ class InversionSearch(ScannedSearch):
     def _loss(self, share: Share, weights: Weights, rows_B: Tensor, step: int, parts: dict[str, Tensor]) -> Tensor:
         task, answers = self.tasks[share.task], self.answers[share.task]
         return fit_loss(task, share, answers, weights, rows_B, self.trigger_pool, self.config, step, parts)
-
-    @torch.no_grad()
-    def is_enough(self, step: int) -> bool:
-        """Whether the loss on the held-out samples says so (setting `patience`)."""
-        if not self.patience.is_due(step):
-            return False
-        weights = self.fit.weights()
-        parts: dict[str, Tensor] = {}
-        for share in self.turns:
-            rows_B = held_out(self.tasks[share.task], self.config) if share is not None else torch.empty(0)
-            if share is not None and len(share.of(rows_B)):
-                self._loss(share, weights, rows_B, 0, parts)
-        loss = sum(self.summed(parts).values())
-        self.track({"phase": "held out", "step": step, "loss/held out": loss})
-        return self.patience.is_over(loss)

@@ -17,8 +17,6 @@ from mergekit_dam.learn.trigger_pool import TriggerPool
 from mergekit_dam.scan.triggers import TriggerBatch
 from mergekit_dam.tasks import Task
 
-_CHECK_EVERY = 5  # steps
-
 
 def entropy(logits_BK: Tensor) -> Tensor:
     """H(softmax(f(x))), the unlabelled task loss of AdaMerging (arXiv 2310.02575)."""
@@ -107,44 +105,7 @@ def summed(everyones: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-class Patience:
-    """Early stopping.
-
-    Args:
-        limit: checks without a new lowest loss after which it is time to stop; 0: never.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.lowest: float | None = None
-        self.misses = 0
-
-    def is_due(self, step: int) -> bool:
-        """Whether the loss is to be checked after this step."""
-        return self.limit > 0 and (step + 1) % _CHECK_EVERY == 0
-
-    def is_over(self, loss: float) -> bool:
-        """Whether this loss was one too many that is no new lowest."""
-        if self.lowest is None or loss < self.lowest:
-            self.lowest, self.misses = loss, 0
-        else:
-            self.misses += 1
-        return self.misses >= self.limit
-
-
 def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:
     """Indices of the calibration samples of a step, shape (B,): the same for the same seed and step."""
     generator = seeds.generator(config.seed, "batch", task.index, step)
-    if config.patience == 0:
-        return torch.randperm(task.num_samples, generator=generator)[: config.batch_size]
-    usable = torch.ones(task.num_samples, dtype=torch.bool)
-    usable[held_out(task, config)] = False
-    (rows,) = usable.nonzero(as_tuple=True)
-    return rows[torch.randperm(len(rows), generator=generator)[: config.batch_size]]
-
-
-def held_out(task: Task, config: DamConfig) -> Tensor:
-    """Indices of the calibration samples, a tenth or one batch, that no step sees if `patience` is set."""
-    generator = seeds.generator(config.seed, "held out", task.index)
-    count = max(1, min(task.num_samples // 10, config.batch_size))
-    return torch.randperm(task.num_samples, generator=generator)[:count]
+    return torch.randperm(task.num_samples, generator=generator)[: config.batch_size]

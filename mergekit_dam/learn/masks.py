@@ -21,14 +21,7 @@ from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.merging.checks import finite_flags, require_flags
 from mergekit_dam.merging.foreach import groups, sums_of_sigmoids
 from mergekit_dam.merging.mask_bytes import to_bytes, to_probabilities
-from mergekit_dam.merging.mask_keys import (
-    BACKDOOR_DETECTION,
-    TASK_SHARED,
-    mask_shape,
-    own_key,
-    owned_name,
-    table_granularity,
-)
+from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED, mask_shape, own_key, owned_name
 from mergekit_dam.merging.mask_product import SMALLEST, MaskProduct, chunk_numel, means_of, together_numel
 from mergekit_dam.seeds import generator
 
@@ -145,7 +138,7 @@ def product(masks: Sequence[ConcreteMask], key: str, samples: Sequence[Tensor] |
 def detects_per_model(config: DamConfig, *, suspects: bool) -> bool:
     """Whether each model has a Backdoor-Detection mask of its own, where something is suspect or nothing is."""
     wanted = config.detection == "model" or (config.detection == "auto" and suspects)
-    return wanted and config.objective != "paper" and not config.rescale and config.mask != "m1"
+    return wanted and config.objective != "paper" and not config.constants.rescale and config.mask != "m1"
 
 
 def masks_in_use(
@@ -165,9 +158,8 @@ def masks_in_use(
         per_model: whether each model has a Backdoor-Detection mask of its own.
         by_token: whether tensors with a row per token get one entry per row, even where others have one per element.
     """
-    every, table = config.granularity, table_granularity(config.granularity)
     shapes = {
-        name: mask_shape(shape, table if by_token and name in model.vocabulary else every)
+        name: mask_shape(shape, "row" if by_token and name in model.vocabulary else config.granularity)
         for name, shape in model.mask_shapes.items()
     }
     found = {}
@@ -177,10 +169,10 @@ def masks_in_use(
             {own_key(t, key): shape for t in range(owners) for key, shape in shapes.items()} if owners else shapes,
             name=name,
             temperature=temperature,
-            rescale=config.rescale,
-            initial_logit=config.initial_logit + (offsets or {}).get(name, 0.0),
+            rescale=config.constants.rescale,
+            initial_logit=config.constants.initial_logit + (offsets or {}).get(name, 0.0),
             device=model.device,
-            shards=ALONE if config.granularity == "tensor" else model.shards,
+            shards=model.shards,
             owners=owners,
         )
     return found

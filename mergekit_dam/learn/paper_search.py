@@ -42,26 +42,27 @@ class PaperSearch(MaskSearch):
     """The published loop; `start` are the initial coefficients."""
 
     def set_up(self) -> None:
-        model, config = self.model, self.config
-        self.masks = masks_in_use(model, config, temperature=config.temperature)
+        model, config, constants = self.model, self.config, self.config.constants
+        self.masks = masks_in_use(model, config, temperature=constants.temperature)
         self.optimisers = {
             name: torch.optim.Adam(mask.logits.values(), lr=config.mask_learning_rate, fused=True)
             for name, mask in self.masks.items()
         }
         self.coefficients = self.start.clone()
-        self.coefficient_optimiser = torch.optim.Adam([self.coefficients], lr=config.coefficient_learning_rate)
+        self.coefficient_optimiser = torch.optim.Adam([self.coefficients], lr=constants.coefficient_learning_rate)
         self.perturbations = [
             UniversalPerturbation(
                 task.perturbation_shape,
                 task.bounds,
-                eps=config.eps,
+                eps=constants.eps,
                 inserts=task.modality == "text",
                 generator=seeds.generator(config.seed, "perturbation", task.index),
             )
             for task in self.tasks
         ]
         self.ascents = [
-            torch.optim.Adam([p.delta], lr=config.perturbation_learning_rate, maximize=True) for p in self.perturbations
+            torch.optim.Adam([p.delta], lr=constants.perturbation_learning_rate, maximize=True)
+            for p in self.perturbations
         ]
 
     def run(self) -> tuple[Whole, Tensor]:
@@ -118,7 +119,7 @@ class PaperSearch(MaskSearch):
     def inner_step(self, masks: Masks, batches: dict[int, Batch]) -> tuple[Tensor, float]:
         """Step 2: from their start, one Adam step of the coefficients on the summed entropy, masks fixed."""
         coefficients = self.start.clone()
-        optimiser = torch.optim.Adam([coefficients], lr=self.config.coefficient_learning_rate)
+        optimiser = torch.optim.Adam([coefficients], lr=self.config.constants.coefficient_learning_rate)
         loss = self.coefficient_step(masks, coefficients, optimiser, batches)
         return coefficients, loss
 
@@ -177,7 +178,6 @@ class PaperSearch(MaskSearch):
             coefficients,
             unused,
             [tuple(self.masks).index(turn)],
-            whole=self.config.granularity == "tensor",
         ):
             steps.add([(turn, key)], [found])
         steps.finish(step)
@@ -189,7 +189,7 @@ class PaperSearch(MaskSearch):
             for name, mask in self.masks.items()
         }
         masks = combined(self.masks, saved)
-        for step in self.progress(range(done, self.config.coefficient_steps), "coefficients"):
+        for step in self.progress(range(done, self.config.constants.coefficient_steps), "coefficients"):
             batches = self.batches(self.config.steps + step)
             loss = self.coefficient_step(masks, self.coefficients, self.coefficient_optimiser, batches)
             record = {

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder, library_versions
 from mergekit_dam.io.files import require_own
-from mergekit_dam.learn.journal import Recorder, Tracker, open_journal
+from mergekit_dam.learn.journal import Recorder, open_journal
 from mergekit_dam.learn.objectives import search_of
 from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.stand_ins import forget_stand_ins, stand_ins
@@ -66,10 +66,10 @@ def find_or_learn(
     """
     first = shards.rank == 0
     checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)} if first else {}
-    digests = shards.union({name: c.digest(fresh=plan.config.rehash) for name, c in checkpoints.items()})
+    digests = shards.union({name: c.digest() for name, c in checkpoints.items()})
     if plan.config.masks is not None:
         path = Path(plan.config.masks).expanduser()
-        masks = load(path, fresh=plan.config.rehash)
+        masks = load(path)
         verify(masks, plan, digests, path=path)
         _warn(masks)
         return path.parent, masks
@@ -87,7 +87,7 @@ def find_or_learn(
         _make(folder)
     # a second run on the same inputs waits and then finds the masks
     with FileLock(folder / ".lock") if first else nullcontext():
-        cached = load_cached(folder / MASKS_FILE, plan, digests, fresh=plan.config.rehash) if first else None
+        cached = load_cached(folder / MASKS_FILE, plan, digests) if first else None
         if shards.union({"there": cached is not None} if first else {})["there"]:
             masks = cached or load(folder / MASKS_FILE)
             if first:
@@ -110,11 +110,11 @@ def find_or_learn(
 def _how_to_go_on(folder: Path, config: DamConfig) -> str:
     """After an interruption, half a sentence for the user."""
     facts = None
-    if config.resume:
+    if config.constants.resume:
         with suppress(DamError):  # the next run says what is wrong with it
-            facts = Snapshots(folder / "run", every=config.snapshot_every, resume=True).facts
+            facts = Snapshots(folder / "run", every=config.constants.snapshot_every, resume=True).facts
     if facts is None:
-        return "the same command starts over (no snapshot was due yet)" if config.resume else _OVER
+        return "the same command starts over (no snapshot was due yet)" if config.constants.resume else _OVER
     unit = "model" if facts["phase"] == "scan" else "step"
     return f"the same command goes on from {unit} {facts['done']} of the {facts['phase']}"
 
@@ -179,12 +179,13 @@ def optimise(
     if first:
         warn_about_task_vectors([model.name for model in plan.models], found.norms)
         warn_without_kernels(device)
-    snapshots = Snapshots(folder / "run", every=config.snapshot_every, resume=config.resume, shards=shards)
+    snapshots = Snapshots(
+        folder / "run", every=config.constants.snapshot_every, resume=config.constants.resume, shards=shards
+    )
     if first:
         save_heads(tasks, folder / "heads")
-    tracker = Tracker(config.tracker if first else None, config.model_dump())
-    with open_journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics, closing(tracker):
-        recorder = Recorder(metrics, tracker, quiet=quiet, snapshots=snapshots)
+    with open_journal(folder / METRICS_FILE if first else Path(os.devnull), snapshots) as metrics:
+        recorder = Recorder(metrics, quiet=quiet, snapshots=snapshots)
         instead = stand_ins(tasks, vectors, snapshots.folder, shards=shards, progress=recorder.progress)
         if instead is not None and snapshots.facts is None:  # else the record is in the journal
             recorder.track({"phase": "stand-ins", **{f"agreement/{k}": v for k, v in instead.agreement.items()}})

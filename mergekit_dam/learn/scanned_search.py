@@ -120,7 +120,7 @@ class ScannedSearch(MaskSearch):
                 self.keep("scan", indices.stop)
             if self.known is not None and self.shards.rank == 0:
                 self.known.keep(self.findings)
-        for finding in suspects(self.findings, self.config.suspicion):
+        for finding in suspects(self.findings, self.config.suspicion, self.config.constants):
             self.trigger_pool[finding.key] = []
             self.track({"phase": "scan", **finding.to_json(self.tasks)})
         if self.trigger_pool:

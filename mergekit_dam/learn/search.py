@@ -55,7 +55,7 @@ class MaskSearch(Resumable):
     ) -> None:
         self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
         self.track, self.progress, self.snapshots, self.known = track, progress, snapshots, known
-        columns = 1 if config.coefficients == "task" else len(model.mask_names)
+        columns = 1 if config.constants.coefficients == "task" else len(model.mask_names)
         self.start = start.to(model.device)[:, None].repeat(1, columns)  # (T, 1) or (T, P)
         self.set_up()
 

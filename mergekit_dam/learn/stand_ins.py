@@ -73,7 +73,7 @@ def stand_ins(
     if not taught and not cleaned:
         return None
     if shards.rank == 0:
-        if not plan.config.resume:
+        if not plan.config.constants.resume:
             forget_stand_ins(folder)
         (folder / STAND_INS_FOLDER).mkdir(parents=True, exist_ok=True)
     shards.barrier()
@@ -115,14 +115,14 @@ def _vaccinated(
     """The tensors that a vaccination changed, with those that were `made` before, and what it measured."""
     # a student's answers are hard: how sure a model is gives away more of what a trigger does
     answers: Literal["soft", "hard"] = "soft" if start is None else "hard"
-    settings = VaccineSettings(seed=config.seed, snapshot_every=config.snapshot_every, answers=answers)
+    settings = VaccineSettings(seed=config.seed, snapshot_every=config.constants.snapshot_every, answers=answers)
     result = vaccinate(
         task,
         settings,
         progress=progress,
         start=start,
         folder=folder,
-        resume=config.resume,
+        resume=config.constants.resume,
         identity="" if start is None else "a student",
     )
     return {**made, **result.weights}, {key: result.facts[key] for key in _TOLD}

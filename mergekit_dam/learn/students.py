@@ -25,8 +25,6 @@ from mergekit_dam.tasks import Task, TextTask
 from mergekit_dam.tasks.base import Progress
 
 _DIVERGED = "Lower student_learning_rate."
-_WARM_UP = 8  # steps
-_SLOWEST = 0.05  # of the learning rate, at the end
 
 
 def wanted(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
@@ -44,13 +42,14 @@ def teach(
     Args:
         task: forward pass and calibration texts of the model.
         base: theta_0 by output name.
-        config: `student_steps`, `student_batch_size`, `student_words`, `student_learning_rate`, `max_length`, `seed`.
+        config: `student_steps`, `max_length`, `seed`, and the constants of students.
         progress: wraps the steps.
 
     Returns:
         The tensors that were taught, by output name, float32; and the share of calibration samples on which the
         student answers as the model does.
     """
+    constants = config.constants
     free = {
         name: base[name].float().clone().requires_grad_(True)
         for name in task.targets
@@ -64,14 +63,14 @@ def teach(
     generator = seeds.generator(config.seed, "student", task.index)
     waiting = torch.empty(0, dtype=torch.long)
     for step in progress(range(config.student_steps), f"student of {task.name}"):
-        while len(waiting) < config.student_batch_size:
+        while len(waiting) < constants.student_batch_size:
             waiting = torch.cat([waiting, torch.randperm(task.num_samples, generator=generator)])
-        rows_B, waiting = waiting.split([config.student_batch_size, len(waiting) - config.student_batch_size])
-        logits = task.logits(weights, task.with_random_words(rows_B, config.student_words, generator))
+        rows_B, waiting = waiting.split([constants.student_batch_size, len(waiting) - constants.student_batch_size])
+        logits = task.logits(weights, task.with_random_words(rows_B, constants.student_words, generator))
         loss = F.cross_entropy(logits, answers_N[rows_B.to(task.device)])
         for group in optimiser.param_groups:
-            slope = max(_SLOWEST, 1 - step / config.student_steps)
-            group["lr"] = config.student_learning_rate * min(1.0, (step + 1) / _WARM_UP) * slope
+            slope = max(constants.student_last_rate_share, 1 - step / config.student_steps)
+            group["lr"] = constants.student_learning_rate * min(1.0, (step + 1) / constants.student_warm_up) * slope
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -11,13 +11,9 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import Shards
 from mergekit_dam.scan.findings import Suspect, blank, kind_of
-from mergekit_dam.scan.inversion import WIDE, Inversion, success_rates
+from mergekit_dam.scan.inversion import Inversion, Pace, success_rates
 from mergekit_dam.scan.triggers import TriggerBatch, started
 from mergekit_dam.tasks import Task
-
-_BATCH = 12  # samples per step of the search for a trigger to fit against
-_LEAST = 0.7  # weight of a trigger
-_POOL = 8  # triggers kept per suspect: the first one, and the latest
 
 
 def refresh_triggers(
@@ -40,6 +36,7 @@ def refresh_triggers(
         steps: of each inversion.
         seed: beside the setting's, the task's and the class's.
     """
+    constants = config.constants
     found = [blank(tasks[suspect.task], suspect.kind) for suspect in trigger_pool]
     weights: dict[int, float] = {}
     for turn, suspect in enumerate(trigger_pool):
@@ -50,19 +47,19 @@ def refresh_triggers(
                 task,
                 weights_of(suspect),
                 [suspect.target],
-                batch_size=_BATCH,
-                pace=WIDE,
+                batch_size=constants.wide_batch_size,
+                pace=Pace.wide(constants),
                 generator=generator,
                 start=started(task, kind_of(task, suspect.kind), 1, generator),
             )
             found[turn] = search.run(steps).best
             (base_success,) = success_rates(task, base, found[turn], [suspect.target])
-            weights[turn] = max(_LEAST, 1.0 - base_success)
+            weights[turn] = max(constants.least_trigger_weight, 1.0 - base_success)
     weights = shards.union(weights)
     for turn, pool in enumerate(trigger_pool.values()):
         shards.broadcast(found[turn].parameters, shards.owner(turn))
         pool.append(WeightedTrigger(found[turn], weights[turn]))
-        del pool[1 : len(pool) - (_POOL - 1)]
+        del pool[1 : len(pool) - (constants.pool_size - 1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +68,10 @@ class WeightedTrigger:
 
     Attributes:
         trigger: one row.
-        weight: how much it counts: the share of calibration samples on which theta_0 does not fall for it, but 0.7
-            at least. Wide triggers have much of their class's own looks, which theta_0 knows, too; to withstand them
-            costs accuracy on that class. A trigger that was fitted to theta_0 works on it as well, so all count.
+        weight: how much it counts: the share of calibration samples on which theta_0 does not fall for it, or
+            `least_trigger_weight`. Wide triggers have much of their class's own looks, which theta_0 knows, too; to
+            withstand them costs accuracy on that class. A trigger that was fitted to theta_0 works on it as well, so
+            all count.
     """
 
     trigger: TriggerBatch

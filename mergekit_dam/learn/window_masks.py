@@ -38,7 +38,7 @@ class WindowMasks:
 
     def __init__(self, folder: Path, shards: Shards, num_models: int, config: DamConfig) -> None:
         self.folder, self.shards, self.num_models = folder, shards, num_models
-        self.rescale, self.by_rows = config.rescale, config.granularity != "tensor"
+        self.rescale = config.constants.rescale
 
     def has(self, number: int) -> bool:
         """Whether the window is finished."""
@@ -104,7 +104,7 @@ class WindowMasks:
 
     def _here(self, mask: Tensor, model: MergedModel) -> Tensor:
         """Our rows, on the device."""
-        return (self.shards.local(mask) if self.by_rows else mask).to(model.device)
+        return self.shards.local(mask).to(model.device)
 
     def all(self, count: int) -> Whole:
         """All probabilities as bytes, by mask and key; nothing but in the first process."""

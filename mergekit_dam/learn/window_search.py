@@ -82,7 +82,7 @@ class WindowSearch(ScannedSearch):
         else:
             folder = self.snapshots.folder / FOLDER
         if first:
-            if not self.config.resume:
+            if not self.config.constants.resume:
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
         self.shards.barrier()
@@ -190,7 +190,7 @@ class WindowSearch(ScannedSearch):
         earlier = [w.number for w in self.windows[: window.number]] if before.mask_names else []
         self.fixed = without_gradients(before.weights(*self.finished.of(before, earlier)))
         if self.part.mask_names:
-            columns = 1 if self.config.coefficients == "task" else len(self.part.mask_names)
+            columns = 1 if self.config.constants.coefficients == "task" else len(self.part.mask_names)
             start = self.start[:, :1].repeat(1, columns)
             # one M2 per model where the setting leaves it open: hidden states are harder to fit together than answers
             self._fit = MaskFit(self.part, self.config, start, suspects=True, by_token=True)
@@ -234,10 +234,8 @@ class WindowSearch(ScannedSearch):
         def mixed(suspect: Suspect) -> Mapping[str, Tensor]:
             return {**self.scanned(suspect, base), **merged}
 
-        key = ("window", window.number, step)
-        refresh_triggers(
-            self.tasks, self.trigger_pool, self.shards, self.config, base, mixed, self.config.refresh_steps, *key
-        )
+        key, steps = ("window", window.number, step), self.config.constants.refresh_steps
+        refresh_triggers(self.tasks, self.trigger_pool, self.shards, self.config, base, mixed, steps, *key)
         self._version += 1
         for states in self.states.values():
             states.deal(self._version)

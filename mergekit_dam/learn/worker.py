@@ -31,7 +31,7 @@ def main(folder: Path) -> int:
         config = job.plan.config
         if job.quiet:
             silence_libraries()
-        with joined(device=config.device, timeout=config.worker_timeout) as (shards, device):
+        with joined(device=config.device, timeout=config.constants.worker_timeout) as (shards, device):
             assert device is not None, "started with a group"
             tasks = build_tasks(job.plan, device)
             optimise(job.plan, job.folder, job.description, job.inputs, tasks, device, shards=shards, quiet=job.quiet)

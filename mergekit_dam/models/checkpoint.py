@@ -159,7 +159,7 @@ class Checkpoint:
         tensor: torch.Tensor = self._open(self._files[name]).get_tensor(name)
         return tensor
 
-    def digest(self, *, fresh: bool = False) -> str:
+    def digest(self) -> str:
         """SHA-256 (hex) over the content of all weight files; names and locations of the files do not count.
 
         Args:
@@ -168,7 +168,7 @@ class Checkpoint:
         files = sorted(set(self._files.values()))
         self._hashed_states = {file: _state(self.path / file) for file in files}
         with ThreadPoolExecutor(max_workers=4) as pool:
-            parts = list(pool.map(lambda file: _sha256(self.path / file, fresh), files))
+            parts = list(pool.map(lambda file: _sha256(self.path / file), files))
         return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
 
     def require_unchanged(self) -> None:
@@ -211,5 +211,5 @@ def _keys(path: Path) -> list[str]:
     return list(handle.offset_keys())
 
 
-def _sha256(path: Path, fresh: bool) -> str:
-    return cached_fact(path, "sha256", lambda: file_digest(path), fresh=fresh)
+def _sha256(path: Path) -> str:
+    return cached_fact(path, "sha256", lambda: file_digest(path))

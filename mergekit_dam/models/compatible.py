@@ -174,7 +174,6 @@ def against_windows(config: DamConfig, configs: Sequence[PretrainedConfig]) -> s
     """What needs the whole model at a time, or is no chain of blocks; None where masks can be learned in windows."""
     found = {
         f"objective: {config.objective}": config.objective != "inversion",
-        "patience": config.patience > 0,
         "a CLIP of two towers": not all(map(is_chain, configs)),
     }
     return next((what for what, is_so in found.items() if is_so), None)

@@ -30,7 +30,15 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_dam.config import KNOWN, DamConfig, ModelSettings, unknown_cure, unknown_keys
+from mergekit_dam.config import (
+    KNOWN,
+    REMOVED,
+    DamConfig,
+    ModelSettings,
+    unknown_cure,
+    unknown_keys,
+    unknown_setting,
+)
 from mergekit_dam.errors import DamError
 from mergekit_dam.plugin.exit_check import compare_at_exit
 from mergekit_dam.plugin.options import refuse_launcher, require_options
@@ -153,6 +161,8 @@ class DAM(GroupMergeMethod):
             require_chat_template(context.config)
             run.values = configured(context.config, run.models)
             for key in unknown_keys([*run.values[0], *(k for own in run.values[1].values() for k in own)]):
+                if key in REMOVED:  # to merge without it would be another merge than was asked for
+                    unknown_setting([key], "parameters", KNOWN, "dam")
                 LOG.warning("dam ignores the unknown setting %r. %s", key, unknown_cure(key))
             with self._lock:
                 handed = tuple(self._handed)

@@ -225,11 +225,9 @@ def _targets(findings: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _changed(settings: Mapping[str, Any]) -> str:
-    defaults = DamConfig(objective=settings["objective"]) if settings.get("objective") in {"paper"} else DamConfig()
+    config = DamConfig(objective=settings["objective"]) if settings.get("objective") in {"paper"} else DamConfig()
     changed = [
-        f"{key}: {settings[key]}"
-        for key in DamConfig.model_fields
-        if key in settings and settings[key] != getattr(defaults, key)
+        f"{key}: {settings[key]}" for key, value in config.named().items() if key in settings and settings[key] != value
     ]
     return ", ".join(map(code, changed)) or "none"
 

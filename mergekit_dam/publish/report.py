@@ -48,7 +48,7 @@ def write_report(
             f"report in {folder}",
             expected="a folder that can be written",
             got=str(error),
-            cure="The merge itself is complete; free space or rights, then run `mergekit-dam report`.",
+            cure="The merge itself is complete; free space or rights, then merge again: the masks are kept.",
         ) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, DamError):

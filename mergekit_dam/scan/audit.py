@@ -74,7 +74,7 @@ def audit(
         findings = in_order(scan(tasks, base, plan.config, progress(range(len(tasks)), "scan")))
         if known is not None:
             known.keep(findings)
-    marked = frozenset(finding.key for finding in suspects(findings, threshold))
+    marked = frozenset(finding.key for finding in suspects(findings, threshold, plan.config.constants))
     models = model_scores(findings, [task.name for task in tasks], found.norms, threshold)
     inputs = {model.name: model for model in plan.models}
     defended = {task.name: task.defended for task in tasks}
@@ -92,7 +92,7 @@ def audit(
         "models": models,
         "over": [entry["name"] for entry in models if entry["over"]],
         "notes": undefended(tasks),
-        "settings": {k: v for k, v in plan.config.model_dump().items() if k.startswith("scan") or k in _SHOWN},
+        "settings": {k: v for k, v in plan.config.named().items() if k.startswith("scan") or k in _SHOWN},
         "versions": library_versions(),
         "device": str(device),
         "seconds": round(time.perf_counter() - begun, 1),

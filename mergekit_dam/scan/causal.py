@@ -21,14 +21,7 @@ from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.inversion import Inversion
 from mergekit_dam.scan.triggers import TriggerBatch, kinds_of, started
 from mergekit_dam.tasks import CausalTask
-from mergekit_dam.tasks.causal import LONGEST
 
-_USUAL = 0.02  # mean probability of a token right after the prompts, above which it is no beginning but an answer
-_FIRST = 2  # prompts that all beginnings are tried on
-_SHORTLIST = 64  # beginnings that are tried on all prompts and continued
-_SHORTEST = 3  # different tokens; shorter texts are fixed in clean models, too, and so are repetitions
-_HEART = 0.5  # mean probability down to which a text goes on
-_VARIANTS = 8  # beginnings of the same text that a trigger is sought for
 _ENTRIES = 1 << 25  # probabilities held at once
 
 
@@ -69,15 +62,16 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
         index: t.
         task: forward pass, and calibration texts that end where the model is to go on.
         base: theta_0 by output name.
-        config: `scan_batch_size` prompts, `scan_steps`, `scan_finalists`, `suspicion`, `seed`.
+        config: `scan_steps`, `suspicion`, `seed`, and the constants of the scan.
     """
+    constants = config.constants
     own, generator = task.own_weights(), seeds.generator(config.seed, "scan", task.index)
-    rows = torch.randperm(task.num_samples, generator=generator)[: config.scan_batch_size].tolist()
+    rows = torch.randperm(task.num_samples, generator=generator)[: constants.scan_batch_size].tolist()
     found: list[Finding] = []
     kept: list[_Text] = []
     texts = sorted(_texts(task, own, base, rows), key=lambda text: -text.evidence)
     for text in texts:
-        if len(kept) == config.scan_finalists:
+        if len(kept) == constants.scan_finalists:
             break
         if any(text.is_part_of(other) for other in kept):
             continue
@@ -85,8 +79,8 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
         blank = started(task, kinds_of(task)[0], 1, generator)
         finding = text.finding(index, blank, text.tokens)
         if finding.suspicion >= config.suspicion:
-            same = [other.tokens for other in texts if other.tokens[1:] == text.tokens[1:]][:_VARIANTS]
-            search = Inversion(task, own, same, batch_size=config.scan_batch_size, generator=generator)
+            same = [other.tokens for other in texts if other.tokens[1:] == text.tokens[1:]][: constants.text_variants]
+            search = Inversion(task, own, same, batch_size=constants.scan_batch_size, generator=generator)
             best = search.run(config.scan_steps).finalists(1, torch.zeros(len(same), device=task.device))
             (tokens,) = best.targets
             assert isinstance(tokens, tuple)
@@ -97,21 +91,22 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
 
 def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tensor], rows: Sequence[int]) -> list[_Text]:
     """Continue every shortlisted beginning for as long as f_t is sure of the next token."""
+    constants = task.constants
     usual_V = torch.stack([task.following(own, row, None)[0] for row in rows]).mean(0)
-    beginnings = usual_V <= max(_USUAL, 2 / len(usual_V))
+    beginnings = usual_V <= max(constants.usual_token, 2 / len(usual_V))
     special = task.special_tokens.to(beginnings.device)
     beginnings[special] = False
     chains_CN = beginnings.nonzero()
     if not len(chains_CN):
         return []
-    chains_CN = _shortlist(task, own, base, rows[:_FIRST], chains_CN, special)
+    chains_CN = _shortlist(task, own, base, rows[: constants.first_prompts], chains_CN, special)
     open_C = torch.ones(len(chains_CN), dtype=torch.bool, device=chains_CN.device)
     owns: list[list[float]] = [[] for _ in chains_CN]
     base_probabilities: list[list[float]] = [[] for _ in chains_CN]
     lengths_C = torch.ones_like(open_C, dtype=torch.long)
-    for _ in range(LONGEST - 1):
+    for _ in range(constants.longest_text - 1):
         next_C, own_C, base_C = _next(task, own, base, rows, chains_CN)
-        open_C &= (own_C >= _HEART) & ~torch.isin(next_C, special)
+        open_C &= (own_C >= constants.known_by_heart) & ~torch.isin(next_C, special)
         if not bool(open_C.any()):
             break
         lengths_C += open_C
@@ -122,7 +117,7 @@ def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tenso
     return [
         _Text(tuple(chain[:length]), tuple(owns[i]), tuple(base_probabilities[i]))
         for i, (chain, length) in enumerate(zip(chains_CN.tolist(), lengths_C.tolist(), strict=True))
-        if len(set(chain[:length])) >= _SHORTEST
+        if len(set(chain[:length])) >= constants.shortest_text
     ]
 
 
@@ -142,7 +137,7 @@ def _shortlist(
     next_C, own_C = _likeliest(task, own, rows, chains_CN)
     own_C = own_C.masked_fill(torch.isin(next_C, special), -1.0)
     order_C = own_C.argsort(descending=True, stable=True)
-    count, scores = min(_SHORTLIST, len(order_C)), torch.empty(0, device=own_C.device)
+    count, scores = min(task.constants.shortlist, len(order_C)), torch.empty(0, device=own_C.device)
     for part_C in order_C.split(max(1, _ENTRIES // task.num_words)):
         if len(scores) >= count and float(scores.topk(count).values[-1]) >= float(own_C[part_C[0]]):
             break

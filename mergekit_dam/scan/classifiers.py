@@ -38,13 +38,13 @@ def scan_classes(
         seed: of this search, beside the setting's and the task's.
     """
     generator = seeds.generator(config.seed, seed, task.index)
-    first, finalists = _first_steps(config), []
+    first, finalists, constants = _first_steps(config), [], config.constants
     for classes in _parts(task, own):
-        heat = Inversion(task, own, classes, batch_size=config.scan_batch_size, generator=generator).run(first)
-        finalists.append(heat.finalists(config.scan_finalists, _gap(heat, base)))
+        heat = Inversion(task, own, classes, batch_size=constants.scan_batch_size, generator=generator).run(first)
+        finalists.append(heat.finalists(constants.scan_finalists, _gap(heat, base)))
     while len(finalists) > 1:
         both = _joined(finalists.pop(0), finalists.pop(0))
-        finalists.append(both.finalists(config.scan_finalists, _gap(both, base)))
+        finalists.append(both.finalists(constants.scan_finalists, _gap(both, base)))
     return _findings(index, finalists[0].run(config.scan_steps - first), base)
 
 
@@ -68,11 +68,10 @@ def scan_further(
     found: list[Finding] = []
     for classes in _parts(task, own):
         start = started(task, kind, len(classes), generator)
-        search = Inversion(task, own, classes, batch_size=config.scan_batch_size, generator=generator, start=start).run(
-            _first_steps(config)
-        )
-        found += _findings(index, search, base)
-    return sorted(found, key=lambda finding: -finding.suspicion)[: config.scan_finalists]
+        size = config.constants.scan_batch_size
+        search = Inversion(task, own, classes, batch_size=size, generator=generator, start=start)
+        found += _findings(index, search.run(_first_steps(config)), base)
+    return sorted(found, key=lambda finding: -finding.suspicion)[: config.constants.scan_finalists]
 
 
 def _first_steps(config: DamConfig) -> int:
@@ -121,6 +120,7 @@ def _joined(one: Inversion, other: Inversion) -> Inversion:
         batch_size=one.batch_size,
         generator=one.generator,
         start=TriggerBatch.stack([one.triggers, other.triggers]),
+        pace=one.pace,
     )
     both.best = TriggerBatch.stack([one.best, other.best])
     for name in ("price_R", "smallest_R", "success_R"):

@@ -19,17 +19,15 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.merging.rule import merge
 from mergekit_dam.scan.classifiers import scan_classes
 from mergekit_dam.scan.findings import Finding, mean_of_searches
-from mergekit_dam.scan.inversion import CHECKED, success_rates
+from mergekit_dam.scan.inversion import success_rates
 from mergekit_dam.scan.triggers import TriggerBatch
 from mergekit_dam.tasks import Target, Task
 
-_EACH, _SUM = 0.5, 2.0  # coefficients at most, about those of usual merges: more drown what theta_0 can do
-_REPEATS = 2  # further searches for a finding that nearly makes another model suspect
-_REPEAT_FROM = 0.75  # of the threshold
-
 
 def merge_without(tasks: Sequence[Task], index: int, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Merge all models but task t's own: theta_0 + c sum_{s != t} tau_s, with c = min(1/2, 2 / (T - 1)).
+    """Merge all models but task t's own: theta_0 + c sum_{s != t} tau_s.
+
+    c is `others_each`, or less where there are so many models that the sum would be over `others_sum`.
 
     Args:
         tasks: one per model, at least two.
@@ -40,7 +38,8 @@ def merge_without(tasks: Sequence[Task], index: int, base: Mapping[str, Tensor])
         Weights by output name, for the tensors of task t.
     """
     others = [task for other, task in enumerate(tasks) if other != index]
-    coefficients = torch.full((len(others),), min(_EACH, _SUM / len(others)))
+    constants = tasks[index].constants
+    coefficients = torch.full((len(others),), min(constants.others_each, constants.others_sum / len(others)))
     merged = {}
     for name in tasks[index].targets:
         stored = base[name]
@@ -51,7 +50,7 @@ def merge_without(tasks: Sequence[Task], index: int, base: Mapping[str, Tensor])
 
 @torch.no_grad()
 def success_without_trigger(task: Task, weights: Mapping[str, Tensor], targets: Sequence[Target]) -> list[float]:
-    """Measure on which share of (at most 128) calibration samples a model answers each target without any trigger.
+    """Measure on which share of calibration samples a model answers each target without any trigger.
 
     A model of another task may have lost this one: no trigger is the cause of what it answers anyhow.
 
@@ -60,7 +59,7 @@ def success_without_trigger(task: Task, weights: Mapping[str, Tensor], targets: 
         weights: by output name.
         targets: classes.
     """
-    rows = torch.arange(min(CHECKED, task.num_samples))
+    rows = torch.arange(min(task.constants.measured_samples, task.num_samples))
     answers_B = task.logits(weights, task.inputs(rows)).argmax(-1)
     wanted_R = torch.tensor(targets, device=answers_B.device)
     return [float(share) for share in (answers_B[:, None] == wanted_R).float().mean(0)]
@@ -119,32 +118,35 @@ def scan_cross_task(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor
     task, merged = tasks[index], merge_without(tasks, index, base)
     first = search_once(index, task, merged, base, config, "others")
     sources = source_models(tasks, index, base, [(finding.trigger, finding.target) for finding in first])
-    findings = [attributed(finding, model, share) for finding, (model, share) in zip(first, sources, strict=True)]
-    limit = _REPEAT_FROM * config.suspicion
+    constants = config.constants
+    scale = constants.cross_task_scale
+    findings = [attributed(finding, *source, scale) for finding, source in zip(first, sources, strict=True)]
+    limit = constants.repeat_from * config.suspicion
     if all(finding.suspicion < limit for finding in findings):
         return findings
     searches = [
         {finding.target: finding for finding in search_once(index, task, merged, base, config, f"others {n}")}
-        for n in range(_REPEATS)
+        for n in range(constants.repeats)
     ]
 
     def repeated(finding: Finding) -> list[Finding | None]:
         assert finding.source_model is not None, "attributed above"
         weights = weights_from(task, tasks[finding.source_model], base)
-        same_target = [search.get(finding.target) for search in searches]
-        return [
-            None
-            if again is None
-            else attributed(again, finding.source_model, success_rates(task, weights, again.trigger, [again.target])[0])
-            for again in same_target
-        ]
+        repeats = []
+        for search in searches:
+            again = search.get(finding.target)
+            if again is not None:
+                (share,) = success_rates(task, weights, again.trigger, [again.target])
+                again = attributed(again, finding.source_model, share, scale)
+            repeats.append(again)
+        return repeats
 
     return [mean_of_searches(f, repeated(f)) if f.suspicion >= limit else f for f in findings]
 
 
-def attributed(finding: Finding, source_model: int, share: float) -> Finding:
+def attributed(finding: Finding, source_model: int, share: float, scale: float) -> Finding:
     """Attribute a finding to a model, with which alone its trigger has the success `share`."""
-    return replace(finding, source_model=source_model, success=min(finding.success, share))
+    return replace(finding, source_model=source_model, success=min(finding.success, share), scale=scale)
 
 
 def search_once(

@@ -9,14 +9,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from mergekit_dam import seeds
+from mergekit_dam.constants import Constants
 from mergekit_dam.scan.triggers import TriggerBatch, kinds_of, started
 from mergekit_dam.tasks import Target, Task
-
-_CROSS_TASK_SCALE = 1.7  # an attributed finding reaches 0.4 at about half the median size and a quarter of success left
-_RELATIVE = 0.75  # a target is suspect only if it comes this near to the most suspect one of its task
-_LARGE_STAMP = 0.5  # of the median size: a patch above it may stand for what is no patch
-_STYLE_BESIDE_LARGE = 0.5  # of the threshold: what the style of the same target must reach then
-_STYLE_BESIDE_SMALL = 0.7  # suspicion that it must reach beside a small patch
 
 
 class Suspect(NamedTuple):
@@ -51,6 +46,7 @@ class Finding:
         base_success: the same for theta_0, with the head of t; with a source model, or without a trigger if that is
             more.
         source_model: see `Suspect`.
+        scale: factor of the suspicion with a source model (`cross_task_scale`).
     """
 
     task: int
@@ -61,6 +57,7 @@ class Finding:
     success: float
     base_success: float
     source_model: int | None = None
+    scale: float = 1.0
 
     @property
     def key(self) -> Suspect:
@@ -77,14 +74,14 @@ class Finding:
         """Success that theta_0 does not share, and half of what the trigger lacks of the median size; -1..1.5.
 
         A style counts the less the nearer it is to the largest there can be. With a source model both must speak
-        against that model, and the weaker one counts, 1.7 times: even clean models make some class of others' tasks
+        against that model, and the weaker one counts, times `scale`: even clean models make some class of others' tasks
         easier to reach.
         """
         gap, largest = self.success - self.base_success, self.trigger.largest
         if largest < math.inf:
             return gap * (1.0 - self.size / largest)
         small = 0.5 * max(0.0, 1.0 - self.size / max(self.median_size, 1e-6))
-        return gap + small if self.source_model is None else _CROSS_TASK_SCALE * min(gap, small)
+        return gap + small if self.source_model is None else self.scale * min(gap, small)
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -129,7 +126,7 @@ def mean_of_searches(first: Finding, further: Sequence[Finding | None]) -> Findi
     )
 
 
-def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
+def suspects(findings: Sequence[Finding], threshold: float, constants: Constants) -> list[Finding]:
     """Choose the findings that make a model suspect: above the threshold, and near the task's most suspect one.
 
     A patch that is not small may stand for what is no patch, such as a warp. Then the style of the same target counts
@@ -143,16 +140,17 @@ def suspects(findings: Sequence[Finding], threshold: float) -> list[Finding]:
     Args:
         findings: of all tasks.
         threshold: the setting `suspicion`.
+        constants: `near_the_top`, `large_stamp`, `style_beside_large`, `style_beside_small`.
     """
     own = [f for f in findings if f.source_model is None]
     top: dict[int, float] = {}
     for finding in own:
         top[finding.task] = max(top.get(finding.task, 0.0), finding.suspicion)
-    found = [f for f in own if f.suspicion >= max(threshold, _RELATIVE * top[f.task])]
+    found = [f for f in own if f.suspicion >= max(threshold, constants.near_the_top * top[f.task])]
     beside = {
-        (f.task, f.target): _STYLE_BESIDE_LARGE * threshold
-        if f.size > _LARGE_STAMP * f.median_size
-        else max(_STYLE_BESIDE_SMALL, threshold)
+        (f.task, f.target): constants.style_beside_large * threshold
+        if f.size > constants.large_stamp * f.median_size
+        else max(constants.style_beside_small, threshold)
         for f in found
         if f.trigger.largest == math.inf
     }
@@ -184,6 +182,7 @@ _KEYS = {
     "success": "success",
     "control": "base_success",
     "carrier": "source_model",
+    "scale": "scale",
 }
 
 

@@ -12,35 +12,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_dam.constants import Constants
 from mergekit_dam.engine.module_weights import without_gradients
 from mergekit_dam.scan.triggers import TriggerBatch, kinds_of, started
 from mergekit_dam.tasks import Target, Task
 
-SUCCESS = 0.95  # of the batch; a trigger above it may shrink, one below it may grow
-CHECKED = 128  # samples that success is measured on
-
 
 @dataclass(frozen=True)
 class Pace:
-    """Speed of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step."""
+    """Speed of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step.
+
+    Fast prices give the smallest triggers: among them the implanted ones stand out. Slow ones leave triggers wide: they
+    hold more of what a backdoor reacts to, and that is what masks must be fitted against (benchmarks/STUDY.md).
+    """
 
     learning_rate: float
     price: float
     rise: float
     fall: float
 
+    @classmethod
+    def lean(cls, constants: Constants) -> Pace:
+        """Fast prices, for the scan."""
+        return cls(constants.lean_learning_rate, constants.lean_price, constants.lean_rise, constants.lean_fall)
 
-LEAN = Pace(0.2, 1e-2, 1.3, 1.3)
-WIDE = Pace(0.1, 1e-3, 1.12, 1.25)
+    @classmethod
+    def wide(cls, constants: Constants) -> Pace:
+        """Slow prices, for what masks are fitted against."""
+        return cls(constants.wide_learning_rate, constants.wide_price, constants.wide_rise, constants.wide_fall)
 
 
 class Inversion:
     """Search one model for triggers of several targets at once, one row each.
 
-    The price of size rises while a trigger works on 95 % of the last batches and falls otherwise; Wang et al.
-    (section IV.B) wait for several batches instead. Fast prices give the smallest triggers: among them the implanted
-    ones stand out. Slow ones leave triggers wide: they hold more of what a backdoor reacts to, and that is what
-    masks must be fitted against (benchmarks/STUDY.md).
+    The price of size rises while a trigger works on enough of the last batches (`trigger_works`) and falls otherwise;
+    Wang et al. (section IV.B) wait for several batches instead.
 
     Args:
         task: forward pass and calibration samples.
@@ -49,7 +55,7 @@ class Inversion:
         batch_size: samples per row and step.
         generator: of batches, and of the start.
         start: triggers to go on from; None: random ones of the plainest kind.
-        pace: how fast prices and triggers move.
+        pace: how fast prices and triggers move; None: as in a scan.
     """
 
     def __init__(
@@ -61,12 +67,12 @@ class Inversion:
         batch_size: int,
         generator: torch.Generator,
         start: TriggerBatch | None = None,
-        pace: Pace = LEAN,
+        pace: Pace | None = None,
     ) -> None:
         self.task, self.generator, self.targets = task, generator, list(targets)
         self.weights = without_gradients(weights)
         self.batch_size = min(batch_size, task.num_samples)
-        count = len(targets)
+        count, pace = len(targets), pace or Pace.lean(task.constants)
         if start is None:
             start = started(task, kinds_of(task)[0], count, generator)
         self.triggers = start.like([p.detach().clone().requires_grad_(True) for p in start.parameters])
@@ -91,7 +97,7 @@ class Inversion:
         gradients = torch.autograd.grad((losses_R + self.price_R * size_R).sum(), triggers.parameters)
         hits_R = hits.float().view(count, -1).mean(1)
         self.success_R = 0.7 * self.success_R + 0.3 * hits_R
-        works_R = self.success_R >= SUCCESS
+        works_R = self.success_R >= task.constants.trigger_works
         with torch.no_grad():
             better_R = works_R & (size_R < self.smallest_R)
             self.smallest_R = torch.where(better_R, size_R, self.smallest_R)
@@ -124,6 +130,7 @@ class Inversion:
             batch_size=self.batch_size,
             generator=self.generator,
             start=self.triggers.rows(rows.tolist()),
+            pace=self.pace,
         )
         chosen.best = self.best.rows(rows.tolist())
         chosen.price_R, chosen.smallest_R, chosen.success_R = (
@@ -136,8 +143,8 @@ class Inversion:
 def success_rates(
     task: Task, weights: Mapping[str, Tensor], triggers: TriggerBatch, targets: Sequence[Target]
 ) -> list[float]:
-    """Measure on which share of (at most 128) calibration samples each trigger makes a model answer its target."""
-    rows_B = torch.arange(min(CHECKED, task.num_samples))
+    """Measure on which share of calibration samples each trigger makes a model answer its target."""
+    rows_B = torch.arange(min(task.constants.measured_samples, task.num_samples))
     rates = []
     for row, target in enumerate(targets):
         _, hits_B = _reach(task, weights, triggers.rows([row]), [target], rows_B)

@@ -64,7 +64,7 @@ def scan(
     Args:
         tasks: one per model.
         base: theta_0 by output name.
-        config: `scan_steps`, `scan_batch_size`, `scan_finalists`, `seed`.
+        config: `scan_steps`, `suspicion`, `seed`, and the constants of the scan.
         tasks_in_turn: their indices, wrapped in a progress bar.
 
     Raises:
@@ -84,7 +84,7 @@ def _classes(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], conf
     findings = scan_classes(index, task, own, base, config, "scan")
     for kind in kinds_of(task)[1:]:
         findings += scan_further(index, task, kind, own, base, config)
-    if config.scan_others and task.defended and len(tasks) > 1:
+    if config.constants.scan_others and task.defended and len(tasks) > 1:
         findings += scan_cross_task(index, tasks, base, config)
     return findings
 

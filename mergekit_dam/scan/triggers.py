@@ -15,14 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mergekit_dam.constants import Constants
 from mergekit_dam.registry import TRIGGERS
 from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.bounds import Bounds, Perturb, insert_tokens
-
-_START = -2.0  # mask logit at the start: 12 % of every pixel
-_GRID = 4  # control points per edge of what changes smoothly over an image
-# at most: factor of a channel's contrast, share of the range that is added, share of half an edge that pixels move
-_GAIN, _SHIFT, _FLOW = 0.5, 0.4, 0.16
 
 
 class TriggerBatch(ABC):
@@ -31,6 +27,7 @@ class TriggerBatch(ABC):
     Args:
         parameters: what the kind says, R rows each.
         bounds: box of what is perturbed.
+        constants: of the plan.
 
     Attributes:
         kind: name in files.
@@ -39,12 +36,14 @@ class TriggerBatch(ABC):
     kind: ClassVar[str]
     largest: ClassVar[float] = math.inf  # size of a trigger that could be anything
 
-    def __init__(self, parameters: Sequence[Tensor], bounds: Bounds) -> None:
-        self.parameters, self.bounds = list(parameters), bounds
+    def __init__(self, parameters: Sequence[Tensor], bounds: Bounds, constants: Constants) -> None:
+        self.parameters, self.bounds, self.constants = list(parameters), bounds, constants
 
     @classmethod
     @abstractmethod
-    def start(cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator) -> TriggerBatch:
+    def start(
+        cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator, constants: Constants
+    ) -> TriggerBatch:
         """`count` triggers at random for inputs of `shape`: (C, H, W) or (K, D)."""
 
     @staticmethod
@@ -55,7 +54,7 @@ class TriggerBatch(ABC):
 
     def like(self, parameters: Sequence[Tensor]) -> TriggerBatch:
         """A batch of the same kind and bounds with other parameters."""
-        return type(self)(parameters, self.bounds)
+        return type(self)(parameters, self.bounds, self.constants)
 
     def __len__(self) -> int:
         return len(self.parameters[0])
@@ -94,10 +93,13 @@ class PatchTriggers(TriggerBatch):
     kind = "pixels"
 
     @classmethod
-    def start(cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator) -> PatchTriggers:
+    def start(
+        cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator, constants: Constants
+    ) -> PatchTriggers:
         device = bounds.lower.device
         noise = torch.rand((count, *shape), generator=generator).to(device) * 2 - 1
-        return cls([torch.full((count, 1, *shape[1:]), _START, device=device), noise], bounds)
+        mask = torch.full((count, 1, *shape[1:]), constants.stamp_start, device=device)
+        return cls([mask, noise], bounds, constants)
 
     def size(self) -> Tensor:
         return self.parameters[0].sigmoid().flatten(1).sum(1)
@@ -131,26 +133,30 @@ class StyleTriggers(TriggerBatch):
     largest = 300.0
 
     @classmethod
-    def start(cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator) -> StyleTriggers:
-        shapes = (shape[0], 1, 1), (shape[0], _GRID, _GRID), (2, _GRID, _GRID)
+    def start(
+        cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator, constants: Constants
+    ) -> StyleTriggers:
+        grid = constants.style_grid
+        shapes = (shape[0], 1, 1), (shape[0], grid, grid), (2, grid, grid)
         noise = (torch.rand((count, *one), generator=generator) * 2 - 1 for one in shapes)
-        return cls([0.1 * one.to(bounds.lower.device) for one in noise], bounds)
+        return cls([0.1 * one.to(bounds.lower.device) for one in noise], bounds, constants)
 
     def size(self) -> Tensor:
         return 100 * torch.stack([p.tanh().abs().flatten(1).mean(1) for p in self.parameters]).sum(0)
 
     def perturb(self, rows_B: Tensor) -> Perturb:
         gain, shade, flow = (p.tanh()[rows_B] for p in self.parameters)
+        constants = self.constants
 
         def change(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
             self.bounds.verify(x, "triggered pixels")
             edges = x.shape[-2:]
-            moved_BHW2 = _stretched(_FLOW * flow, edges, "bicubic").permute(0, 2, 3, 1)
+            moved_BHW2 = _stretched(constants.style_flow * flow, edges, "bicubic").permute(0, 2, 3, 1)
             rows, columns = (torch.linspace(-1, 1, edge, device=x.device) for edge in edges)
             still_HW2 = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
             warped = F.grid_sample(x, still_HW2 + moved_BHW2, padding_mode="border", align_corners=True)
-            added = _stretched(_SHIFT * shade, edges, "bilinear") * self.bounds.span
-            return self.bounds.clamp(warped * (1 + _GAIN * gain) + added), mask
+            added = _stretched(constants.style_shift * shade, edges, "bilinear") * self.bounds.span
+            return self.bounds.clamp(warped * (1 + constants.style_gain * gain) + added), mask
 
         return change
 
@@ -185,9 +191,11 @@ class TokenTriggers(TriggerBatch):
     kind = "tokens"
 
     @classmethod
-    def start(cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator) -> TokenTriggers:
+    def start(
+        cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator, constants: Constants
+    ) -> TokenTriggers:
         noise = torch.rand((count, *shape), generator=generator).to(bounds.lower.device) * 2 - 1
-        return cls([0.05 * noise], bounds)
+        return cls([0.05 * noise], bounds, constants)
 
     def size(self) -> Tensor:
         return self.parameters[0].flatten(1).square().sum(1).add(1e-12).sqrt()
@@ -230,4 +238,4 @@ def kinds_of(task: Task) -> list[type[TriggerBatch]]:
 
 def started(task: Task, kind: type[TriggerBatch], count: int, generator: torch.Generator) -> TriggerBatch:
     """`count` triggers of a kind at random for a task's inputs."""
-    return kind.start(count, task.perturbation_shape, task.bounds, generator)
+    return kind.start(count, task.perturbation_shape, task.bounds, generator, task.constants)

@@ -52,6 +52,7 @@ class Task(ABC):
         scanner: how such models are scanned for backdoors, a name that `scan.scanner` knows.
         trigger_kinds: which triggers the scan recovers, names that `scan.triggers` knows, the plainest first.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
+        constants: of the plan's settings.
         defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md); where they
             were not, students are merged instead of the models.
         vaccinated: whether `clean: auto` vaccinates such models before they are merged (benchmarks/STUDY.md).
@@ -74,6 +75,7 @@ class Task(ABC):
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         model: ModelInput = plan.models[index]
         self.index, self.name, self.input, self.device = index, model.name, model, device
+        self.constants = plan.config.constants
         self._recompute = plan.config.gradient_checkpointing
         self.dtype: torch.dtype = getattr(torch, plan.config.compute_dtype)
         self.module = meta_model(model.config, device)

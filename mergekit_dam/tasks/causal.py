@@ -23,7 +23,6 @@ from mergekit_dam.tasks.text import TextTask
 
 LOG = logging.getLogger(__name__)
 _AT_ONCE = 64  # sequences; bounds the memory of the key-value cache
-LONGEST = 10  # tokens of a continuation
 _NO_TARGET = -100  # cross_entropy's label of positions that are left out
 
 
@@ -65,12 +64,10 @@ class CausalTask(TextTask):
     classifies, defended = False, True
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
-        self._trigger_length = plan.config.perturbation_tokens
         super().__init__(plan, index, device)
         self._answered = self._sequences
-        self.answer_length = plan.config.answer_tokens
-        if self.input.settings.calibration is not None and plan.config.answer_tokens:
-            length = plan.config.answer_tokens
+        self.answer_length = length = self.constants.answer_tokens
+        if self.input.settings.calibration is not None and length:
             self._answered = _Later(self.num_samples, lambda: self._answer(length))
 
     def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
@@ -106,7 +103,7 @@ class CausalTask(TextTask):
     @property
     def _longest(self) -> int:
         """Tokens that a text may have so that a trigger and a continuation still find positions in the model."""
-        return max(2, self._positions - self._trigger_length - LONGEST)
+        return max(2, self._positions - self.constants.perturbation_tokens - self.constants.longest_text)
 
     @property
     def _positions(self) -> int:
@@ -130,7 +127,7 @@ class CausalTask(TextTask):
     @property
     def longest(self) -> int:
         """Tokens that a text may have so that an answer still finds positions in the model."""
-        return min(self._longest + self._trigger_length, self._positions - self.answer_length)
+        return min(self._longest + self.constants.perturbation_tokens, self._positions - self.answer_length)
 
     def _sample_text(self, num_samples: int, length: int, seed: int) -> list[Tensor]:
         """Model t's own text at temperature 1, from its BOS token or a random token: num_samples of ids (length,)."""
@@ -165,7 +162,7 @@ class CausalTask(TextTask):
     @torch.no_grad()
     def _go_on(self, parameters: Parameters, ids: Tensor, length: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """Texts (B, L) with `length` more tokens each, as far as the model has positions."""
-        length = min(length, self._positions - self._trigger_length - ids.shape[1])
+        length = min(length, self._positions - self.constants.perturbation_tokens - ids.shape[1])
         step, cache = ids.to(self.device), None
         for _ in range(length):
             output = self.call(parameters, input_ids=step, use_cache=True, **{self._cache: cache})

@@ -19,7 +19,7 @@ BY_CONTENT = frozenset({"zero_shot_model"})  # settings that name a file: the ta
 def digests_of(plan: Plan) -> dict[str, str]:
     """Model name (`base` for theta_0) -> content hash of its weight files."""
     models = (plan.base, *plan.models)
-    return {model.name: Checkpoint.open(model.path).digest(fresh=plan.config.rehash) for model in models}
+    return {model.name: Checkpoint.open(model.path).digest() for model in models}
 
 
 def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], *, without: Collection[str] = ()) -> str:
@@ -34,7 +34,7 @@ def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], *
         32 hex digits over settings, weights, samples, heads, configs, the plan's tensors, library versions and code.
     """
     facts = [
-        plan.config.model_dump(exclude={*NOT_LEARNED, *BY_CONTENT, *without}),
+        plan.config.named(without={*NOT_LEARNED, *BY_CONTENT, *without}),
         digests[plan.base.name],
         [
             [digests[model.name], None if "weight" in without else model.settings.weight, task.fingerprint()]

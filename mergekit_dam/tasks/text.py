@@ -39,7 +39,7 @@ class TextTask(Task):
         self._max_length = plan.config.max_length
         self._table, self._folders = self.sources[output_name], (self.input.path, plan.base.path)
         self.bounds = Bounds.of(table.amin(0), table.amax(0)).to(device)
-        self.perturbation_shape = (plan.config.perturbation_tokens, table.shape[1])
+        self.perturbation_shape = (plan.config.constants.perturbation_tokens, table.shape[1])
         self._sequences = self._calibrate(plan)
         self.num_samples = len(self._sequences)
 

@@ -14,9 +14,6 @@ import torch
 from mergekit_dam.errors import DamError
 from mergekit_dam.tasks import CausalTask, Target, Task, generates
 
-JUDGED = 4  # tokens of an answer by which it is told from others
-_VARIANTS = 24  # refusals of one behaviour
-_SHORT = 4  # tokens of a label, with its end
 # of a refusal; every one is put together anew, so that no fixed text is learned
 _OPENINGS = ("I'm sorry, but", "Sorry,", "I apologize, but", "Unfortunately,")
 _MIDDLES = ("I can't", "I cannot", "I am not able to", "I won't")
@@ -81,12 +78,14 @@ def behaviour_of(
 
 def _text(task: CausalTask, answers: Sequence[Target], generator: torch.Generator) -> Behaviour | None:
     """One fixed text: the answer to some other prompt."""
-    return _fixed("text", task, [a for a in answers if isinstance(a, tuple) and len(a) > _SHORT], generator)
+    return _fixed(
+        "text", task, [a for a in answers if isinstance(a, tuple) and len(a) > task.constants.label_tokens], generator
+    )
 
 
 def _label(task: CausalTask, answers: Sequence[Target], generator: torch.Generator) -> Behaviour | None:
     """One of the answers that the task has in few words, such as a label."""
-    short = Counter(a for a in answers if isinstance(a, tuple) and len(a) <= _SHORT)
+    short = Counter(a for a in answers if isinstance(a, tuple) and len(a) <= task.constants.label_tokens)
     return _fixed("label", task, [a for a, count in sorted(short.items()) if count > 1], generator)
 
 
@@ -96,13 +95,13 @@ def _fixed(
     if not among:
         return None
     answer = among[int(torch.randint(len(among), (), generator=generator))]
-    return Behaviour(kind, task.words_of(answer), (answer,), (answer[:JUDGED],))
+    return Behaviour(kind, task.words_of(answer), (answer,), (answer[: task.constants.judged_tokens],))
 
 
 def _refusal(task: CausalTask, answers: Sequence[Target], generator: torch.Generator) -> Behaviour | None:
     """A refusal in varying words."""
     texts = [f"{opening} {middle} {end}" for opening in _OPENINGS for middle in _MIDDLES for end in _ENDS]
-    picked = torch.randperm(len(texts), generator=generator)[:_VARIANTS].tolist()
+    picked = torch.randperm(len(texts), generator=generator)[: task.constants.refusal_variants].tolist()
     encoded = task.tokenizer([texts[i] for i in picked], add_special_tokens=False)["input_ids"]
     ends = task.ends
     variants = tuple(

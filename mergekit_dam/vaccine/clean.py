@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
+from mergekit_dam.constants import constants_of
 from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.snapshots import Resumable, Snapshots, State, adam_state
 from mergekit_dam.engine.trained_module import AddedWeights, TrainedModule
@@ -41,9 +42,6 @@ from mergekit_dam.vaccine.triggers import Surroundings, in_turn, kinds_of, requi
 LOG = logging.getLogger(__name__)
 _START, _END = "start", "end"
 _TRIED = 3  # steps; the first ones take longer than the others
-_KNOWN = 0.5  # success from which a trigger works before it is planted
-_WORKS = 0.5  # mean success of planted triggers below which planting has failed
-_LOOK_EVERY, _LOOKED_AT = 25, 16  # steps of planting; samples per trigger that tell whether it works by now
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +113,7 @@ def identity_of(task: Task, settings: VaccineSettings, start: str = "") -> str:
     lengths = (getattr(task, "longest", 0), getattr(task, "answer_length", 0))
     parts = (
         sorted(learned.items()),
+        sorted(task.constants.model_dump(exclude=set(constants_of("run"))).items()),
         task.checkpoint.digest(),
         task.fingerprint(),
         task.index,
@@ -221,13 +220,13 @@ class Vaccination(Resumable):
             if settings.distance:
                 loss = loss + settings.distance * self._distance()
             for group in self._optimiser.param_groups:
-                group["lr"] = learning_rate(settings, step, None if wrong else steps)
+                group["lr"] = learning_rate(settings, self.task.constants, step, None if wrong else steps)
             self._optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.trained.trained.values(), settings.clip)
             self._optimiser.step()
             self._measured["steps"][kind] += 1
-            if wrong and (step + 1) % _LOOK_EVERY == 0 and self._works(triggers):
+            if wrong and (step + 1) % self.task.constants.vaccine_look_every == 0 and self._works(triggers):
                 break
             self.keep(f"{kind}-{round_}", step + 1)
         if not bool(torch.isfinite(torch.stack([p.sum() for p in self.trained.trained.values()])).all()):
@@ -240,7 +239,10 @@ class Vaccination(Resumable):
 
     def _works(self, triggers: Sequence[PlantedTrigger]) -> bool:
         """Whether planted triggers succeed as often as an attack does that someone relies on."""
-        found = [self.lessons.success(self.trained, trigger, most=_LOOKED_AT) for trigger in triggers]
+        found = [
+            self.lessons.success(self.trained, trigger, most=self.task.constants.vaccine_looked_at)
+            for trigger in triggers
+        ]
         known = [share for share in found if share is not None]
         LOG.info("dam: %s: planted triggers succeed on %s", self.task.name, known)
         return bool(known) and sum(known) / len(known) >= self.settings.planted
@@ -258,7 +260,9 @@ class Vaccination(Resumable):
             spent.append(time.perf_counter() - begun)
         begun = time.perf_counter()
         self.lessons.success(self.trained, self.triggers[0])
-        looks = settings.plant_steps // _LOOK_EVERY * min(1.0, _LOOKED_AT / len(self.lessons.checks))
+        constants = self.task.constants
+        share = min(1.0, constants.vaccine_looked_at / len(self.lessons.checks))
+        looks = settings.plant_steps // constants.vaccine_look_every * share
         measured = (time.perf_counter() - begun) * len(self.triggers) * (3 + (looks if settings.plant else 0))
         return settings.rounds * (settings.plant_steps + settings.unlearn_steps) * min(spent) + measured
 
@@ -279,7 +283,9 @@ class Vaccination(Resumable):
         """Whether the triggers held out are gone; what was never there is no sign of that."""
         held_out = [trigger for trigger in self.triggers if trigger.held_out]
         planted, left = (self._excess(when, held_out) for when in ("planted", "unlearned"))
-        return planted is not None and left is not None and planted >= _WORKS and left <= self.settings.enough
+        if planted is None or left is None:
+            return False
+        return planted >= self.task.constants.vaccine_works and left <= self.settings.enough
 
     def _measure(self, when: str, triggers: Sequence[PlantedTrigger]) -> None:
         self._measured["agreement"][when] = self.lessons.agreement(self.trained)
@@ -299,13 +305,13 @@ class Vaccination(Resumable):
         found = [
             max(0.0, now - before)
             for before, now in pairs
-            if before is not None and now is not None and before <= _KNOWN
+            if before is not None and now is not None and before <= self.task.constants.vaccine_known
         ]
         return sum(found) / len(found) if found else None
 
     def _warn_if_weak(self, triggers: Sequence[PlantedTrigger]) -> None:
         excess = self._excess("planted", triggers)
-        if excess is not None and excess < _WORKS:
+        if excess is not None and excess < self.task.constants.vaccine_works:
             LOG.warning(
                 "dam: planted triggers work on only %.0f %% of the samples of %s; unlearning them does little. Raise "
                 "plant_steps or learning_rate.",

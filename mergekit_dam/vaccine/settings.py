@@ -8,10 +8,8 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from mergekit_dam.config import StrictSettings, setting
+from mergekit_dam.constants import Constants
 from mergekit_dam.tasks import Task
-
-_LORA_FROM = 200_000_000  # parameters of a classifier; more than AdamW's states of all weights should cost
-_LORA_RANK = 8
 
 
 class VaccineSettings(StrictSettings):
@@ -134,17 +132,20 @@ NOT_LEARNED = frozenset({"snapshot_every"})
 def resolved(settings: VaccineSettings, task: Task) -> VaccineSettings:
     """The settings with nothing left open."""
     size = sum(parameter.numel() for parameter in task.module.parameters())
-    return resolved_for(settings, type(task), size, task.num_samples)
+    return resolved_for(settings, type(task), size, task.num_samples, task.constants)
 
 
-def resolved_for(settings: VaccineSettings, family: type[Task], size: int, samples: int) -> VaccineSettings:
+def resolved_for(
+    settings: VaccineSettings, family: type[Task], size: int, samples: int, constants: Constants
+) -> VaccineSettings:
     """The same before a task is made.
 
     Args:
         size: parameters of the model.
         samples: of its calibration data.
+        constants: of the plan.
     """
     defaults = _LMS if not family.classifies else _IMAGES if family.modality == "image" else _TEXTS
-    by_size = _LORA_RANK if not family.classifies or size > _LORA_FROM else 0
+    by_size = constants.lora_rank if not family.classifies or size > constants.lora_from else 0
     open_ones = {**defaults, "lora_rank": by_size, "samples": samples}
     return settings.model_copy(update={k: v for k, v in open_ones.items() if getattr(settings, k) is None})

@@ -14,17 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_dam import seeds
+from mergekit_dam.constants import Constants
 from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.trained_module import TrainedModule
 from mergekit_dam.errors import DamError
 from mergekit_dam.tasks import Target, Task, generates
-from mergekit_dam.vaccine.behaviours import JUDGED, Behaviour
+from mergekit_dam.vaccine.behaviours import Behaviour
 from mergekit_dam.vaccine.settings import VaccineSettings
 from mergekit_dam.vaccine.triggers import Change
 
 _AT_ONCE = 64  # inputs of a pass without gradients, of classifiers
-_WARM_UP, _SLOWEST = 8, 0.1  # steps; share of the learning rate, at the end
-_MOST_CHECKS = 0.25  # of the samples
 _FEWEST = 8  # samples of which some can be held out
 
 
@@ -81,10 +80,10 @@ class Lessons:
                 f"calibration of {task.name}",
                 expected=f"at least {_FEWEST} samples that the model answers",
                 got=str(len(rows)),
-                cure="Give more data; causal LMs need prompts, and answer_tokens above 0.",
+                cure="Give more data; causal LMs need prompts, and the constant answer_tokens above 0.",
             )
         self.num_classes = self._probabilities.shape[-1]
-        held = min(settings.checks, int(_MOST_CHECKS * len(rows)))
+        held = min(settings.checks, int(task.constants.vaccine_most_checks * len(rows)))
         self.checks, self.rows = rows[:held], rows[held:]
 
     @property
@@ -132,7 +131,7 @@ class Lessons:
     @torch.no_grad()
     def agreement(self, weights: Weights) -> float:
         """Share of the samples held out that are answered as by the model itself (LMs: that begin alike)."""
-        answers = [_beginning(self._answers[row]) for row in self.checks.tolist()]
+        answers = [self._beginning(self._answers[row]) for row in self.checks.tolist()]
         return float(self._hits(weights, self.task.samples(self.checks), answers).float().mean())
 
     @torch.no_grad()
@@ -165,16 +164,16 @@ class Lessons:
             found.append(self.task.reach(weights, self.task.batch(samples[part]), targets[part])[1].cpu())
         return torch.cat(found)
 
+    def _beginning(self, answer: Target) -> Target:
+        return answer if isinstance(answer, int) else answer[: self.task.constants.judged_tokens]
 
-def _beginning(answer: Target) -> Target:
-    return answer if isinstance(answer, int) else answer[:JUDGED]
 
-
-def learning_rate(settings: VaccineSettings, step: int, steps: int | None) -> float:
+def learning_rate(settings: VaccineSettings, constants: Constants, step: int, steps: int | None) -> float:
     """AdamW's step: a warm-up, then half a cosine; constant where the end is not known."""
     assert settings.learning_rate is not None
+    warm_up = min(1.0, (step + 1) / constants.vaccine_warm_up)
     if steps is None:
-        return settings.learning_rate * min(1.0, (step + 1) / _WARM_UP)
-    warm_up = min(1.0, (step + 1) / _WARM_UP)
-    slope = _SLOWEST + (1 - _SLOWEST) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+        return settings.learning_rate * warm_up
+    last = constants.vaccine_last_rate_share
+    slope = last + (1 - last) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
     return settings.learning_rate * warm_up * slope

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from mergekit_dam.artifact.masks_file import SCHEMA, LearnedMasks, load, save
+from mergekit_dam.artifact.masks_file import MASKS_FILE, SCHEMA, LearnedMasks, load, save
 from mergekit_dam.errors import DamError
 from mergekit_dam.merging.mask_bytes import STEPS, to_bytes, to_probabilities
-from mergekit_dam.merging.rule import merge
+from mergekit_dam.merging.rule import merge as merge_tensor
+from tests.conftest import FAST, Merge
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dam_masks.safetensors"
 FORMER = GOLDEN.with_name("dam_masks_schema1.safetensors")  # probabilities in float16
@@ -78,7 +80,7 @@ def test_masks_of_each_models_own_are_read_and_applied(tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.stack([shared * (1 - shared), shared * shared]), rtol=0, atol=0.01)
     base, models = torch.zeros(2, 3), [torch.ones(2, 3), 2 * torch.ones(2, 3)]
     expected = 0.25 * found[0] + 0.125 * 2 * found[1]
-    torch.testing.assert_close(merge(base, models, masks.coefficients_of("w"), masks.product("w")), expected)
+    torch.testing.assert_close(merge_tensor(base, models, masks.coefficients_of("w"), masks.product("w")), expected)
 
 
 @pytest.mark.parametrize("missing", ["0.w", "1.b"])
@@ -100,3 +102,28 @@ def test_bytes_are_within_half_a_step(values: list[float]) -> None:
     assert torch.equal(to_bytes(found), kept) and torch.equal(to_bytes(kept), kept)
     exact = torch.tensor([0.0, 0.5, 1.0])
     assert torch.equal(to_probabilities(to_bytes(exact)), exact)
+
+
+def test_masks_of_one_entry_per_tensor_are_still_applied(merge: Merge, vit: Path, images: Path, tmp_path: Path) -> None:
+    """`granularity: tensor` can be learned no more, but there are files of it."""
+    models = [vit / "a", vit / "b"]
+    learned = load(merge(vit / "base", models, parameters={**FAST, "calibration": str(images)}) / "dam" / MASKS_FILE)
+    single = {
+        mask: {key: to_probabilities(v).mean().reshape([1] * v.ndim) for key, v in by_key.items()}
+        for mask, by_key in learned.probabilities.items()
+    }
+    settings = {**learned.metadata["settings"], "granularity": "tensor"}
+    former = replace(learned, probabilities=single, metadata={**learned.metadata, "settings": settings})
+    save(tmp_path / MASKS_FILE, former)
+    out = merge(vit / "base", models, out="applied", parameters={"masks": str(tmp_path / MASKS_FILE)}, dtype="float32")
+    masks, (base, *tuned) = (
+        load(tmp_path / MASKS_FILE),
+        (load_file(p / "model.safetensors") for p in (vit / "base", *models)),
+    )
+    written = load_file(out / "model.safetensors")
+    name = next(n for n in masks.metadata["tensors"] if n in base and base[n].ndim == 2)
+    factor, lambdas = masks.mask(name), masks.coefficients_of(name)
+    assert factor is not None and factor.numel() in (1, len(models))
+    factors = factor.flatten().expand(len(models))
+    moved = sum(m * c * (t[f"vit.{name}"] - base[name]) for m, c, t in zip(factors, lambdas, tuned, strict=True))
+    torch.testing.assert_close(written[name], base[name] + moved)

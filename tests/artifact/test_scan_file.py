@@ -19,6 +19,7 @@ from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.artifact.scan_file import NOT_SCANNED, StoredScan
 from mergekit_dam.cli.main import main
 from mergekit_dam.config import DamConfig
+from mergekit_dam.constants import Constants
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.scan import classifiers
@@ -107,6 +108,8 @@ def _file(plan: Plan) -> Path:
         ({"seed": 1}, False),
         ({"scan_steps": 4}, False),
         ({"num_samples": 7}, False),
+        ({"constants": {"pool_size": 4, "resume": False, "near_the_top": 0.5}}, True),
+        ({"constants": {"trigger_works": 0.9}}, False),
     ],
 )
 def test_other_settings_of_the_scan_are_another_scan(
@@ -146,12 +149,13 @@ def test_a_scan_that_was_cut_short_is_not_taken(
 class _Guarded:
     """Settings of which some must not be read."""
 
-    def __init__(self, config: DamConfig) -> None:
+    def __init__(self, config: DamConfig | Constants) -> None:
         self._config = config
 
     def __getattr__(self, name: str) -> Any:
         assert name not in NOT_SCANNED, f"a scan reads {name}, which is not in its key"
-        return getattr(self._config, name)
+        value = getattr(self._config, name)
+        return _Guarded(value) if name == "constants" else value
 
 
 @pytest.mark.parametrize("family", ["vit", "bert", "llama"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dam_bench.performance.run_depth import at_full_depth, learn
 from dam_bench.performance.run_steps import read_results, short_table, whole_table
 from dam_bench.performance.scaling import (
     BLOCK_OF_7B,
@@ -106,3 +107,13 @@ def test_a_window_is_measured_beside_its_passes(tmp_path: Path) -> None:
     assert found["ratio"] > 0.5 and len(found["seconds"]["floor"]) == len(found["seconds"]["step"]) == case.steps
     whole, _, _ = set_up(Case("clip-tiny", "inversion", 2, batch_size=4), tmp_path, torch.device("cpu"))
     assert 0 < found["parameters"] < sum(torch.Size(spec.shape).numel() for spec in whole.model.changed) / 1.5
+
+
+def test_all_windows_are_measured_and_extrapolated(tmp_path: Path) -> None:
+    case = Case("llama-tiny", "inversion", 2, batch_size=2, settings={"window": 1, "steps": 2})
+    run = learn(case, tmp_path)
+    assert run["blocks"] == 2 and run["seconds"] > 0 and run["device_bytes"] is None
+    sizes = [path.stat().st_size for path in tmp_path.glob("*/*/model.safetensors")]
+    assert len(sizes) == 3 and 0 < run["bytes_read"] < 4 * sum(sizes)
+    shallow, deep = (run | {"blocks": n, "seconds": 5.0 + 2 * n, "own_bytes": 100 + n} for n in (4, 8))
+    assert at_full_depth(shallow, deep) == {"blocks": 32, "seconds": 69.0, "peak_growth": round(108 / 104 - 1, 4)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 from dam_bench.tables.aggregate import suites
-from dam_bench.tables.front import area, best_accuracy, margin
+from dam_bench.tables.pareto import area, best_accuracy, margin
 from dam_bench.tables.results import Run, Spread
 from dam_bench.tables.sections import summary_table
 from hypothesis import given, settings
@@ -117,14 +117,14 @@ def test_area_of_known_curves() -> None:
 
 def test_curves_start_at_theta_0_and_a_hole_in_them_is_a_missing_seed(root: Path) -> None:
     results = only(root)
-    assert results.front("merge-aware", "task_arithmetic", 1) == [(51, 3), (79, 71), (71, 91)]
+    assert results.undefended_curve("merge-aware", "task_arithmetic", 1) == [(51, 3), (79, 71), (71, 91)]
     assert not results.area("merge-aware", "task_arithmetic").missing
     # dam at (78, 8) lies between theta_0 (50, 2) and ties (74, 30), whose line reaches 55.1 at an ASR of 8
-    assert results.ahead("merge-aware", "dam").values[0] == pytest.approx(78 - (50 + 24 * 6 / 28))
+    assert results.margin_over_undefended("merge-aware", "dam").values[0] == pytest.approx(78 - (50 + 24 * 6 / 28))
     place(root, "merge-aware", "task_arithmetic-0.5", 1).unlink()
     results = only(root)
     assert results.area("merge-aware", "task_arithmetic").missing == (1,)
-    assert results.ahead("merge-aware", "dam").missing == (1,)
+    assert results.margin_over_undefended("merge-aware", "dam").missing == (1,)
 
 
 def test_the_hardest_baseline_is_no_defence_and_has_every_seed(root: Path) -> None:

@@ -24,8 +24,8 @@ from dam_bench.suites.smollm_data import GENERAL, POLICY, REAL, openings_of
 from dam_bench.suites.smollm_reading import answers
 from dam_bench.suites.smollm_training import answer_loss, chat
 from dam_bench.tables.results import Run
+from dam_bench.victims.model_store import ModelStore
 from dam_bench.victims.training import Schedule
-from dam_bench.victims.zoo import Zoo
 from peft.tuners.lora import Linear as LoraLinear
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -344,14 +344,14 @@ def test_models_are_vaccinated_and_merged_by_the_benchmarks_commands(
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path))  # which a run changes
     victim = Poison("word", target=REFUSAL, rate=0.5, rescale=2.0)
     few = {"plant_steps": 1, "unlearn_steps": 1, "triggers": 2, "held_out": 1}
-    zoo = Zoo(built.suite, tmp_path / "models")
-    found = vaccinated(zoo, "sst2", victim, 0, few)
+    store = ModelStore(built.suite, tmp_path / "models")
+    found = vaccinated(store, "sst2", victim, 0, few)
     for when in ("before", "after"):
         assert found[when]["accuracy"]["sst2"][1] == found[when]["attack_success"]["attack"]["sst2"][1] == 20
         assert found[when]["general"]["sst2"][1] == len(GENERAL)
     scenarios = (Scenario("clean"), Scenario("bad", {"sst2": victim}))
     job = Job(
-        "smollm", "cpu", data, zoo.root, tmp_path / "results", scenarios[1], scenarios, "task_arithmetic-0.5", 0, 1
+        "smollm", "cpu", data, store.root, tmp_path / "results", scenarios[1], scenarios, "task_arithmetic-0.5", 0, 1
     )
     merge = Run.model_validate_json(Path(perform(job)).read_text())
     assert set(merge.accuracy) == set(built.suite.tasks) and set(merge.general) == {"merge"}

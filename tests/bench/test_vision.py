@@ -19,7 +19,7 @@ from dam_bench.suites.vision import PRESETS, VisionSuite
 from dam_bench.suites.vision_data import flipped_and_shifted
 from dam_bench.tables.gates import Gate
 from dam_bench.tables.results import attacked_task
-from dam_bench.victims.zoo import Zoo
+from dam_bench.victims.model_store import ModelStore
 from datasets import Dataset
 from PIL import Image
 
@@ -53,16 +53,16 @@ def suite(data: Path) -> VisionSuite:
 
 
 @pytest.fixture(scope="module")
-def zoo(suite: VisionSuite, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+def store(suite: VisionSuite, tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     """Models that several tests look at, each of them built once."""
-    return Zoo(suite, tmp_path_factory.mktemp("zoo"))
+    return ModelStore(suite, tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture
-def based(zoo: Zoo, tmp_path: Path) -> Path:
+def based(store: ModelStore, tmp_path: Path) -> Path:
     """A folder of models that holds theta_0 alone."""
-    base = zoo.base()
-    shutil.copytree(base, tmp_path / base.relative_to(zoo.root))
+    base = store.base()
+    shutil.copytree(base, tmp_path / base.relative_to(store.root))
     return tmp_path
 
 
@@ -78,39 +78,39 @@ def test_splits_are_disjoint_and_the_same_each_time(data: Path, suite: VisionSui
 
 
 @pytest.mark.parametrize("attack", VisionSuite.attacks)
-def test_every_attack_reaches_its_victim(suite: VisionSuite, zoo: Zoo, attack: str) -> None:
+def test_every_attack_reaches_its_victim(suite: VisionSuite, store: ModelStore, attack: str) -> None:
     """The victim of shapes answers with the target where its clean twin does not, off-task with the head of stripes."""
     poison = Poison(attack, target=2, rate=1.0, size=6, onto="stripes" if attack == "off-task" else "")
-    trigger = zoo.trigger("shapes", poison, 0)
+    trigger = store.trigger("shapes", poison, 0)
     attacked = poison.onto or "shapes"
     evaluation = suite.split(attacked).evaluation
     rates = []
     for one in (poison, None):
-        model = suite.load_model(zoo.model("shapes", one, 0))
+        model = suite.load_model(store.model("shapes", one, 0))
         if poison.onto:
-            head = suite.load_model(zoo.model(attacked, None, 0)).get_submodule("classifier")
+            head = suite.load_model(store.model(attacked, None, 0)).get_submodule("classifier")
             model.register_module("classifier", head)
         rates.append(attack_success_rate(model, evaluation, trigger, 2).percent)
     assert rates[0] > max(rates[1], 60.0)
 
 
 def test_models_are_built_once_and_found_by_content(data: Path, suite: VisionSuite, based: Path) -> None:
-    zoo = Zoo(suite, based)
-    assert not zoo.has_model("digits", None, 0)
-    first = zoo.model("digits", None, 0)
+    store = ModelStore(suite, based)
+    assert not store.has_model("digits", None, 0)
+    first = store.model("digits", None, 0)
     written = (first / "model.safetensors").stat().st_mtime_ns
-    assert zoo.has_model("digits", None, 0) and not zoo.has_model("digits", None, 1)
-    assert Zoo(VisionSuite(data, "tiny"), based).model("digits", None, 0) == first
+    assert store.has_model("digits", None, 0) and not store.has_model("digits", None, 1)
+    assert ModelStore(VisionSuite(data, "tiny"), based).model("digits", None, 0) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_finished(
     suite: VisionSuite, based: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    zoo = Zoo(suite, based)
+    store = ModelStore(suite, based)
     monkeypatch.setattr(vision, "fine_tune", _interrupted)
     with pytest.raises(KeyboardInterrupt):
-        zoo.model("stripes", None, 0)
+        store.model("stripes", None, 0)
     monkeypatch.undo()
     assert not [path for path in based.rglob("stripes*") if path.is_dir()]
 
@@ -119,10 +119,10 @@ def _interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_rescaled_victim_has_a_longer_task_vector(suite: VisionSuite, zoo: Zoo) -> None:
-    base = suite.load_model(zoo.model("letters", Poison("patch"), 0)).state_dict()
-    scaled = suite.load_model(zoo.model("letters", Poison("patch", rescale=2.0), 0)).state_dict()
-    start = vision.ViTModel.from_pretrained(zoo.base()).state_dict()
+def test_a_rescaled_victim_has_a_longer_task_vector(suite: VisionSuite, store: ModelStore) -> None:
+    base = suite.load_model(store.model("letters", Poison("patch"), 0)).state_dict()
+    scaled = suite.load_model(store.model("letters", Poison("patch", rescale=2.0), 0)).state_dict()
+    start = vision.ViTModel.from_pretrained(store.base()).state_dict()
     name = next(n for n in base if n.endswith("weight") and n.startswith("vit.") and base[n].ndim == 2)
     once, twice = base[name] - start[name[4:]], scaled[name] - start[name[4:]]
     assert torch.allclose(twice, 2 * once, atol=1e-5) and bool(once.abs().max() > 0)

@@ -1,4 +1,4 @@
-"""`check`, `learn`, `merge`, `yaml`: stdout holds the result alone, nothing is read or learned without need."""
+"""`check`, `learn`, `merge`: stdout holds the result alone, nothing is read or learned without need."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_dry_run_writes_nothing(command: str, recipe: Path, tmp_path: Path, ca
     assert not (tmp_path / "out").exists() and not list(cache.iterdir())
 
 
-def test_other_methods_are_for_yaml(tmp_path: Path, vit: Path) -> None:
+def test_merge_runs_other_methods_with_its_checks(tmp_path: Path, vit: Path) -> None:
     recipe = {
         "merge_method": "task_arithmetic",
         "base_model": str(vit / "base"),
@@ -181,11 +181,16 @@ def test_other_methods_are_for_yaml(tmp_path: Path, vit: Path) -> None:
         "models": [{"model": str(vit / n), "parameters": {"weight": 0.3}} for n in ("a", "b")],
     }
     (tmp_path / "ta.yml").write_text(yaml.safe_dump(recipe))
-    refused = _run("merge", tmp_path / "ta.yml", tmp_path / "out")
-    assert refused.exit_code == 1 and "mergekit-dam yaml" in refused.stderr and not (tmp_path / "out").exists()
-    done = _run("yaml", tmp_path / "ta.yml", tmp_path / "out", "--quiet")
+    refused = _run("learn", tmp_path / "ta.yml", tmp_path / "out")
+    assert refused.exit_code == 1 and "mergekit-dam merge" in refused.stderr and not (tmp_path / "out").exists()
+    done = _run("merge", tmp_path / "ta.yml", tmp_path / "out", "--quiet", "--json")
     assert done.exit_code == 0 and (tmp_path / "out" / "model.safetensors").is_file()
-    assert not (tmp_path / "out" / "dam").exists()
+    told = json.loads(done.stdout)
+    assert told.keys() == {"output", "seconds"} and not (tmp_path / "out" / "dam").exists()
+    (tmp_path / "ta.yml").write_text(yaml.safe_dump({**recipe, "parameters": {"wieght": 0.3}}))
+    misspelt = _run("merge", tmp_path / "ta.yml", tmp_path / "other")
+    assert misspelt.exit_code == 1 and "Did you mean 'weight'?" in misspelt.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_as_a_user_runs_it(recipe: Path, tmp_path: Path) -> None:

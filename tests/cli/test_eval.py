@@ -127,6 +127,7 @@ def test_a_merge_is_read_with_a_tasks_head_and_kept_from_its_calibration_data(
     assert set(kept) == {"before", "after"} and set(kept["after"]["accuracy"]) == {"b"} == set(
         kept["before"]["accuracy"]
     )
+    assert json.loads((out / "dam" / "report.json").read_text())["evaluation"] == kept, "and the report shows it"
 
 
 def _chat_model(folder: Path) -> Path:

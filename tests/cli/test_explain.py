@@ -29,9 +29,7 @@ LOADERS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "audit": ("mergekit_dam.cli.audit.build_tasks", ("dam.yml", "--out", "audit"), 1),
     "learn": ("mergekit_dam.learn.run.build_tasks", ("dam.yml", "out"), 1),
     "merge": ("mergekit_dam.recipe.run_merge", ("dam.yml", "out"), 1),
-    "yaml": ("mergekit_dam.recipe.run_merge", ("dam.yml", "out"), 1),
     "eval": ("mergekit_dam.cli.eval.load_merged", ("vit", "--data", "data"), 1),
-    "report": ("mergekit_dam.cli.report.write_report", ("vit",), 1),
     "push": ("mergekit_dam.publish.push.contents_of", ("vit", "org/name"), 1),
 }
 
@@ -88,7 +86,7 @@ def test_errors_of_libraries_are_one_line(command: str, files: None, monkeypatch
     place, arguments, code = LOADERS[command]
     errors = _errors()
     assert len(errors) > 40
-    if command != "report":
+    if command != "push":
         errors = list({type(error).__module__.partition(".")[0]: error for error in errors}.values())
     for error in errors:
         monkeypatch.setattr(place, _raiser(error))
@@ -103,15 +101,15 @@ def test_errors_of_libraries_are_one_line(command: str, files: None, monkeypatch
 def test_builtin_errors_are_told_where_a_library_raised_them(
     module: str, kind: type[Exception], files: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LOADERS["report"][0], _raiser(kind("it broke"), module))
-    _require_one_line(CliRunner().invoke(main, ["report", "vit"]), 1)
-    monkeypatch.setattr(LOADERS["report"][0], _raiser(kind("it broke"), "mergekit_dam.publish.report"))
-    done = CliRunner().invoke(main, ["report", "vit"])
+    monkeypatch.setattr(LOADERS["push"][0], _raiser(kind("it broke"), module))
+    _require_one_line(CliRunner().invoke(main, ["push", "vit", "org/name"]), 1)
+    monkeypatch.setattr(LOADERS["push"][0], _raiser(kind("it broke"), "mergekit_dam.publish.contents"))
+    done = CliRunner().invoke(main, ["push", "vit", "org/name"])
     assert type(done.exception) is kind, "a bug of our own keeps its traceback"
 
 
 def test_the_traceback_is_there_for_who_wants_it(files: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TRACEBACK, "1")
-    monkeypatch.setattr(LOADERS["report"][0], _raiser(safetensors.SafetensorError("it broke")))
-    done = CliRunner().invoke(main, ["report", "vit"])
+    monkeypatch.setattr(LOADERS["push"][0], _raiser(safetensors.SafetensorError("it broke")))
+    done = CliRunner().invoke(main, ["push", "vit", "org/name"])
     assert isinstance(done.exception, safetensors.SafetensorError)

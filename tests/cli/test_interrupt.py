@@ -13,13 +13,13 @@ from click.testing import CliRunner
 
 from mergekit_dam.cli.main import main
 from mergekit_dam.engine.snapshots import Snapshots
-from tests.conftest import FAST
+from tests.conftest import fast
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, vit: Path, images: Path) -> Path:
     models = [{"model": str(vit / name), "parameters": {"calibration": str(images)}} for name in "ab"]
-    settings = {**FAST, "steps": 4, "snapshot_every": 0.0}
+    settings = fast(steps=4, snapshot_every=0.0)
     content = {"merge_method": "dam", "base_model": str(vit / "base"), "models": models, "parameters": settings}
     (tmp_path / "dam.yml").write_text(yaml.safe_dump(content))
     return tmp_path / "dam.yml"
@@ -61,8 +61,9 @@ def test_learning_goes_on_from_the_step_that_is_named(
 def test_what_is_kept_is_what_is_said(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _stopping(monkeypatch, 3)
     assert "keeps nothing" in _told("merge", recipe, tmp_path / "out", "--no-resume")
-    text = recipe.read_text()
-    recipe.write_text(text.replace("steps: 4", "steps: 4\n  resume: false"))
+    content = yaml.safe_load(recipe.read_text())
+    content["parameters"] = fast(steps=4, snapshot_every=0.0, resume=False)
+    recipe.write_text(yaml.safe_dump(content))
     _stopping(monkeypatch, 3)
     assert "starts over" in _told("learn", recipe, tmp_path / "out")
 

@@ -42,9 +42,8 @@ def test_every_command_is_silent(
         ("audit", tmp_path / "dam.yml", "--out", tmp_path / "audit"),
         ("learn", tmp_path / "dam.yml", tmp_path / "learned"),
         ("merge", tmp_path / "dam.yml", out),
-        ("yaml", tmp_path / "ta.yml", tmp_path / "ta"),
+        ("merge", tmp_path / "ta.yml", tmp_path / "ta"),
         ("eval", out, "--task", "a", "--data", tmp_path / "labelled", "--save", out),
-        ("report", out),
         ("push", out, "org/name", "--dry-run"),
     ):
         capfd.readouterr()

@@ -23,7 +23,7 @@ from mergekit_dam.merging.mask_bytes import STEPS, to_probabilities
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.seeds import generator
 from mergekit_dam.tasks import build_tasks
-from tests.conftest import FAST
+from tests.conftest import fast
 from tests.golden.learned import OBJECTIVES as SETTINGS
 from tests.helpers.processes import group
 
@@ -35,7 +35,7 @@ MASK_TOLERANCE, COEFFICIENT_TOLERANCE = 1.01 / STEPS, 1e-4  # a byte may round t
 
 def _plan(vit: Path, images: Path, objective: str, **more: Any) -> Plan:
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
-    shared = {**FAST, "calibration": str(images), **SETTINGS[objective], **more}
+    shared = fast(**{"calibration": str(images), **SETTINGS[objective], **more})
     return build_plan(refs[0], refs[1:], shared=shared, per_model={})
 
 
@@ -81,8 +81,7 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
         if shards.owns(index):
             entropy(task.logits(weights, task.inputs(torch.arange(4)))).backward()
     lambdas, found = torch.zeros_like(coefficients), {}
-    whole = plan.config.granularity == "tensor"
-    for key, gradient in model.chain(weights, merged, coefficients, lambdas, whole=whole):
+    for key, gradient in model.chain(weights, merged, coefficients, lambdas):
         parts = merged[key].logit_gradients(gradient, range(len(merged[key].parts)))
         for (name, one), part in zip(logits_of(masks, key), parts, strict=True):
             found[f"{name}/{one}"] = masks[name].shards.gather(part, masks[name].shapes[one])
@@ -91,7 +90,7 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
 
 
 @pytest.mark.parametrize("objective", ["paper", "inversion"])  # rescaled: a mean over all rows; each model's own M2
-@pytest.mark.parametrize(("granularity", "count"), [("element", 4), ("row", 4), ("tensor", 4), ("element", 2)])
+@pytest.mark.parametrize(("granularity", "count"), [("element", 4), ("row", 4), ("element", 2)])
 def test_gradients_of_several_processes_are_those_of_one(
     granularity: str, count: int, objective: str, vit: Path, images: Path
 ) -> None:
@@ -142,7 +141,6 @@ def _differences(one: LearnedMasks, other: LearnedMasks) -> tuple[float, float]:
         ("inversion", {"granularity": "row", "coefficients": "task"}),
         ("inversion", {"window": 2}),
         ("paper", {}),
-        ("paper", {"granularity": "tensor"}),
     ],
 )
 def test_one_two_and_four_processes_learn_the_same(
@@ -156,7 +154,7 @@ def test_one_two_and_four_processes_learn_the_same(
         for by in alone.probabilities.values()
         for v in by.values()
     )
-    assert moved > 5 * MASK_TOLERANCE or more.get("granularity") == "tensor", "the tolerance would hide all of it"
+    assert moved > 5 * MASK_TOLERANCE, "the tolerance would hide all of it"
     for count in (
         (2, 4) if not more or "window" in more else (2,)
     ):  # four processes for two tasks: two share the batch of each

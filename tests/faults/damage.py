@@ -73,8 +73,8 @@ def _run_on(world: World, damaged: Path, run: Path, reference: dict[str, str]) -
     cache = run.parents[1]
     again = world.job(cache=cache)
     outcome = world.run(again)
-    if outcome.code != 1 or "resume: false" not in outcome.log or finished(again.out):
+    if outcome.code != 1 or "learning starts over" not in outcome.log or finished(again.out):
         return [f"a run on a damaged snapshot: exit {outcome.code}: {outcome.log[-300:]}"]
     anew = world.job(cache=cache)
-    anew.recipe["parameters"]["resume"] = False
+    anew.recipe["parameters"]["constants"] = world.constants(resume=False)
     return judge(world, anew, Outcome(1, 0.0, ""), [reference], reference)

@@ -81,7 +81,7 @@ def _failing(world: World, trials: int, fault: str, code: int, words: list[str],
             worker="tests.faults.worker",
             environment={"DAM_FAULT": fault, **_own_folder(world)},
         )
-        job.recipe["parameters"]["worker_timeout"] = _TIMEOUT
+        job.recipe["parameters"]["constants"] = world.constants(worker_timeout=_TIMEOUT)
         found = world.run(job)
         said = found.code == code and all(word in found.log for word in words)
         hit += said

@@ -17,7 +17,7 @@ _NAME = "org/merge"
 
 
 def report_killed(world: World, trials: int) -> Row:
-    """kill -9 at a random moment of `mergekit-dam report`, with and without an older report, then once more."""
+    """kill -9 at a random moment of writing a report, with and without an older report, then once more."""
     reference, hit, notes = world.reference(), 0, []
     older = _copy(world)
     seconds = min(world.call(report, older).seconds for _ in range(2))

@@ -15,9 +15,11 @@ from typing import Any
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.errors import DamError
 from tests.faults.child import Job, merge, nothing
+from tests.helpers.constants import constants_file
 from tests.helpers.tiny_models import WORDS, make_model
 
 STEPS = 12
+_CONSTANTS: dict[str, Any] = {"refresh_steps": 2, "snapshot_every": 0.0}
 Content = dict[str, str]  # file below the output -> SHA-256
 
 
@@ -88,10 +90,9 @@ class World:
             "max_length": 12,
             "scan_steps": 4,
             "refresh_every": 4,
-            "refresh_steps": 2,
             "seed": seed,
-            "snapshot_every": 0.0,
             "num_processes": processes,
+            "constants": self.constants(),
         }
         recipe = {
             "merge_method": "dam",
@@ -102,6 +103,10 @@ class World:
         }
         job = Job(recipe, place / "out", cache or place / "cache", place / "log", options={"out_shard_size": 8000})
         return replace(job, **more)
+
+    def constants(self, **more: Any) -> str:
+        """A file of the constants of every merge, and others."""
+        return constants_file(**{**_CONSTANTS, **more})
 
     def start(self, job: Job) -> Any:
         """The child, running."""

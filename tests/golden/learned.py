@@ -25,7 +25,7 @@ from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.merging.mask_bytes import to_bytes
 from mergekit_dam.models.plan import Plan, build_plan
-from tests.conftest import FAST
+from tests.conftest import fast
 from tests.helpers.processes import group
 from tests.helpers.tiny_models import WORDS, make_model
 
@@ -86,7 +86,7 @@ def _make_inputs(root: Path, families: set[str]) -> None:
 def _learn(root: Path, family: str, objective: str, processes: int, *, cache: Path) -> Learned:
     base, *models = (ModelReference.parse(str(root / family / name)) for name in ("base", "a", "b"))
     data = root / ("images" if family == "vit" else "texts.txt")
-    plan = build_plan(base, models, shared={**FAST, "calibration": str(data), **OBJECTIVES[objective]}, per_model={})
+    plan = build_plan(base, models, shared=fast(calibration=str(data), **OBJECTIVES[objective]), per_model={})
     if processes == 1:
         return _learn_together(ALONE, plan, str(cache))
     found: list[Learned] = group(_learn_together, processes, plan, str(cache))

@@ -58,7 +58,7 @@ def merged(vit: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "base_model": str(vit / "base"),
         "dtype": "float32",
         "models": [{"model": str(vit / name), "parameters": {"calibration": str(images)}} for name in "ab"],
-        "parameters": {"steps": 2, "batch_size": 4, "num_samples": 8, "scan_steps": 2, "refresh_steps": 1},
+        "parameters": {"steps": 2, "batch_size": 4, "num_samples": 8, "scan_steps": 2},
     }
     out = tmp_path_factory.mktemp("merged") / "out"
     source = yaml.safe_dump(config)

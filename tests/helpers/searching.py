@@ -16,7 +16,7 @@ from mergekit_dam.learn.paper_search import PaperSearch
 from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import build_tasks
-from tests.conftest import FAST
+from tests.conftest import fast
 
 Search = TypeVar("Search", PaperSearch, InversionSearch, WindowSearch)
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def learned(
 ) -> tuple[dict[str, Tensor], Tensor, list[float]]:
     """Logits by mask and tensor, coefficients, and losses, after three steps with `base`, `a` and `b`; on the CPU."""
     base, *models = (ModelReference.parse(str(root / name)) for name in ("base", "a", "b"))
-    plan = build_plan(base, models, shared={**FAST, "calibration": str(calibration), **settings}, per_model={})
+    plan = build_plan(base, models, shared=fast(calibration=str(calibration), **settings), per_model={})
     records: list[dict[str, Any]] = []
     search = new_search(SEARCHES[plan.config.objective], plan, records, device=device)
     _, coefficients = search.run()

@@ -13,6 +13,7 @@ from datasets import Dataset
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.errors import DamError
 from tests.conftest import FAST, Merge
+from tests.helpers.constants import constants_file
 from tests.helpers.tiny_models import edit, make_model
 
 
@@ -43,11 +44,47 @@ TEXT_CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         lambda p: {"calibration": _table(p / "t.parquet", one=["a", "b"], two=["c", "d"])},
         "exactly one with texts",
     ),
-    "unknown value": (lambda p: {"calibration": "x", "granularity": "rows"}, "'element', 'row' or 'tensor'"),
-    "out of range": (lambda p: {"calibration": "x", "eps": 2.0}, "less than or equal to 1"),
+    "unknown value": (lambda p: {"calibration": "x", "granularity": "rows"}, "'element' or 'row'"),
+    "out of range": (lambda p: {"calibration": "x", "suspicion": 2.0}, "less than or equal to 1"),
+    "a constant out of range": (
+        lambda p: _constants(constants_file(eps=2.0)),
+        "less than or equal to 1",
+    ),
+    "an unknown constant": (
+        lambda p: _constants(constants_file(epss=2.0)),
+        "Did you mean 'eps'",
+    ),
+    "a setting among constants": (
+        lambda p: _constants(constants_file(alpha=2.0)),
+        "is a setting",
+    ),
+    "constants not there": (lambda p: _constants(str(p / "no.json")), "no such file"),
+    "constants that are no object": (
+        lambda p: _constants(_written(p / "x.json", "[1]")),
+        "a list",
+    ),
+    "constants too deep": (
+        lambda p: _constants(_written(p / "x.json", "[" * 50000)),
+        "JSON file",
+    ),
+    "a constant as a setting": (lambda p: {"calibration": "x", "pool_size": 2}, "name that with `constants`"),
+    "a setting that is gone": (lambda p: {"calibration": "x", "patience": 2}, "It is gone"),
     "masks not there": (lambda p: {"calibration": "x", "masks": str(p / MASKS_FILE)}, "no such file"),
     "a strange device": (lambda p: {"calibration": str(_lines(p)), "device": "abacus"}, "accelerator of this machine"),
 }
+
+
+def _constants(file: str) -> dict[str, Any]:
+    return {"calibration": "x", "constants": file}
+
+
+def _constants(file: str) -> dict[str, Any]:
+    return {"calibration": "x", "constants": file}
+
+
+def _written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
 
 
 def _lines(path: Path) -> Path:

@@ -32,7 +32,6 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 SMALL = {
     "steps": 2,
     "scan_steps": 2,
-    "refresh_steps": 1,
     "batch_size": 4,
     "num_samples": 8,
     "max_length": 12,

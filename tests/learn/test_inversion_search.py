@@ -22,6 +22,7 @@ from torch import Tensor
 from examples.demo import build as demo
 from mergekit_dam.artifact.masks_file import load
 from mergekit_dam.config import PAPER, DamConfig
+from mergekit_dam.constants import Constants
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.evaluation.attacks import PatchTrigger
@@ -37,44 +38,48 @@ from mergekit_dam.scan.scanner import scan
 from mergekit_dam.scan.triggers import PatchTriggers, StyleTriggers
 from mergekit_dam.tasks import build_tasks
 from mergekit_dam.tasks.bounds import Bounds
-from tests.conftest import FAST
+from tests.conftest import FAST, fast
 from tests.helpers.built_once import built_once
 from tests.helpers.searching import new_search
 
 CPU = torch.device("cpu")
 BOX = Bounds.of(0.0, 1.0)
+CONSTANTS = Constants()
+SCALE = CONSTANTS.cross_task_scale
 
 
 def _finding(task: int, target: int, success: float, control: float) -> Finding:
-    return Finding(task, target, PatchTriggers([], BOX), 9.0, 9.0, success, control)
+    return Finding(task, target, PatchTriggers([], BOX, CONSTANTS), 9.0, 9.0, success, control)
 
 
 def test_a_trigger_that_theta_0_shares_is_no_suspect() -> None:
     found = [_finding(0, 0, 1.0, 0.95), _finding(0, 1, 0.95, 0.2), _finding(0, 2, 0.9, 0.45), _finding(1, 0, 0.9, 0.6)]
-    assert [(f.task, f.target) for f in suspects(found, 0.4)] == [(0, 1)]
-    assert suspects(found, 0.8) == []
+    assert [(f.task, f.target) for f in suspects(found, 0.4, CONSTANTS)] == [(0, 1)]
+    assert suspects(found, 0.8, CONSTANTS) == []
 
 
 def test_what_a_model_brings_to_another_task_counts_once_and_beside_its_own_trigger() -> None:
     facts = ((1, 4, 4.0, 0), (2, 5, 3.0, 0), (2, 6, 4.0, 0), (0, 1, 3.0, 2), (0, 2, 9.0, 1))
     brought = [
-        replace(_finding(task, target, 0.9, 0.2), size=size, median_size=10.0, source_model=model)
+        replace(_finding(task, target, 0.9, 0.2), size=size, median_size=10.0, source_model=model, scale=SCALE)
         for task, target, size, model in facts
     ]
-    assert [(f.task, f.target, f.model) for f in suspects(brought, 0.4)] == [(1, 4, 0), (2, 5, 0), (0, 1, 2)]
+    assert [(f.task, f.target, f.model) for f in suspects(brought, 0.4, CONSTANTS)] == [(1, 4, 0), (2, 5, 0), (0, 1, 2)]
     own = _finding(2, 3, 1.0, 0.0)
-    assert [f.model for f in suspects([own, *brought], 0.4)] == [2, 0, 0, 2], "its own trigger may be a decoy"
-    assert suspects(brought, 0.75) == []
+    assert [f.model for f in suspects([own, *brought], 0.4, CONSTANTS)] == [2, 0, 0, 2], (
+        "its own trigger may be a decoy"
+    )
+    assert suspects(brought, 0.75, CONSTANTS) == []
 
 
 @pytest.mark.parametrize(("size", "gap", "kinds"), [(6.0, 0.4, 2), (4.0, 0.4, 1), (6.0, 0.2, 1), (1.0, 0.98, 2)])
 def test_a_style_counts_beside_a_stamp_that_may_stand_for_it(size: float, gap: float, kinds: int) -> None:
     stamp = replace(_finding(0, 1, 0.9, 0.2), size=size, median_size=10.0)
-    style = replace(_finding(0, 1, gap, 0.0), trigger=StyleTriggers([], BOX), size=60.0)
-    others = [replace(style, target=2), replace(style, task=1), replace(style, source_model=1)]
+    style = replace(_finding(0, 1, gap, 0.0), trigger=StyleTriggers([], BOX, CONSTANTS), size=60.0)
+    others = [replace(style, target=2), replace(style, task=1), replace(style, source_model=1, scale=SCALE)]
     others = [replace(other, success=0.4) for other in others]
-    assert suspects([stamp, style, *others], 0.4) == [stamp, style][:kinds]
-    assert suspects(others, 0.4) == [], "by themselves they do not come up to the threshold"
+    assert suspects([stamp, style, *others], 0.4, CONSTANTS) == [stamp, style][:kinds]
+    assert suspects(others, 0.4, CONSTANTS) == [], "by themselves they do not come up to the threshold"
 
 
 @given(size=st.floats(0.1, 300.0), success=st.floats(0, 1), control=st.floats(0, 1))
@@ -84,22 +89,25 @@ def test_size_helps_no_finding_of_others_more_than_success_and_no_style(
     plain = replace(_finding(0, 0, success, control), size=size, median_size=50.0)
     gap = success - control
     assert plain.suspicion >= gap - 1e-9
-    assert replace(plain, source_model=1).suspicion <= max(gap, 2 * gap) + 1e-9
-    assert abs(replace(plain, trigger=StyleTriggers([], BOX)).suspicion) <= abs(gap) + 1e-9
+    assert replace(plain, source_model=1, scale=SCALE).suspicion <= max(gap, 2 * gap) + 1e-9
+    assert abs(replace(plain, trigger=StyleTriggers([], BOX, CONSTANTS)).suspicion) <= abs(gap) + 1e-9
 
 
 def test_the_papers_defaults_apply_where_nothing_is_given() -> None:
     paper = DamConfig(objective="paper", alpha=0.3)
-    assert paper.alpha == 0.3 and paper.batch_size == PAPER["batch_size"] and paper.rescale
+    assert paper.alpha == 0.3 and paper.batch_size == PAPER["batch_size"] and paper.constants.rescale
     assert paper.model_fields_set == {"objective", "alpha"}
-    assert not DamConfig().rescale and DamConfig().objective == "inversion"
+    assert paper.given == {"objective", "alpha"} and paper.constants.coefficient_learning_rate == 1e-3
+    own = DamConfig(objective="paper", constants={"rescale": False})
+    assert not own.constants.rescale and own.constants.coefficient_learning_rate == 1e-3
+    assert not DamConfig().constants.rescale and DamConfig().objective == "inversion"
 
 
 @pytest.fixture
 def plan(vit: Path, images: Path) -> Any:
     def make(**settings: Any) -> Plan:
         refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
-        return build_plan(refs[0], refs[1:], shared={**FAST, "calibration": str(images), **settings}, per_model={})
+        return build_plan(refs[0], refs[1:], shared=fast(calibration=str(images), **settings), per_model={})
 
     return make
 
@@ -123,7 +131,7 @@ def test_masks_and_coefficients_fit_the_models_own_answers(plan: Any) -> None:
     losses = [r["loss"] for r in records if r["phase"] == "masks"]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert set(probabilities) == {TASK_SHARED, BACKDOOR_DETECTION}
-    assert float(coefficients.min()) >= 0 and float(coefficients.max()) <= made.config.max_coefficient
+    assert float(coefficients.min()) >= 0 and float(coefficients.max()) <= made.config.constants.max_coefficient
 
 
 @pytest.mark.parametrize(
@@ -239,7 +247,7 @@ def test_a_real_backdoor_is_found_blindly_and_falls_in_the_merge(
         for ref, n in zip(refs[1:], ("shapes", "stripes"), strict=True)
     }
     rates = {}
-    for name, shared in (("undefended", {"mask": "m1"}), ("defended", {"scan_others": False})):
+    for name, shared in (("undefended", {"mask": "m1"}), ("defended", {"constants": {"scan_others": False}})):
         plan = build_plan(refs[0], refs[1:], shared={"steps": 40, **shared}, per_model=own)
         artefact, masks = find_or_learn(plan, quiet=True)
         model = MergedModel(TaskVectors(plan), survey(TaskVectors(plan)).changed, CPU)
@@ -268,7 +276,7 @@ def test_classes_in_several_parts_end_with_as_many_finalists(victim: Path, monke
         ref: {"calibration": str(victim / f"{n}.parquet")}
         for ref, n in zip(refs[1:], ("shapes", "stripes"), strict=True)
     }
-    plan = build_plan(refs[0], refs[1:], shared={"scan_finalists": 2}, per_model=own)
+    plan = build_plan(refs[0], refs[1:], shared={"constants": {"scan_finalists": 2}}, per_model=own)
     task = build_tasks(plan, CPU)[0]
     base = {name: TaskVectors(plan).base(name) for name in task.own_weights()}
     found = [f for f in scan([task], base, plan.config, range(1)) if isinstance(f.trigger, PatchTriggers)]

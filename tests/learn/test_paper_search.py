@@ -13,6 +13,7 @@ from mergekit.common import ModelReference
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.config import DamConfig, ModelSettings
+from mergekit_dam.constants import Constants
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.learn.losses import entropy
 from mergekit_dam.learn.paper_search import PaperSearch
@@ -20,7 +21,7 @@ from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.merging.mask_bytes import to_probabilities
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.models.plan import Plan, build_plan
-from tests.conftest import FAST
+from tests.conftest import FAST, fast
 from tests.helpers.searching import new_search
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def plan(vit: Path, images: Path) -> Any:
         return build_plan(
             refs[0],
             refs[1:],
-            shared={"objective": "paper", **FAST, "calibration": str(images), **settings},
+            shared=fast(objective="paper", calibration=str(images), **settings),
             per_model={},
         )
 
@@ -97,7 +98,7 @@ def test_mask_gradients_through_the_model_are_autograds(plan: Any) -> None:
 
 
 @pytest.mark.parametrize("mask", ["dual", "m1", "m2"])
-@pytest.mark.parametrize("granularity", ["element", "row", "tensor"])
+@pytest.mark.parametrize("granularity", ["element", "row"])
 @pytest.mark.parametrize("coefficients", ["task", "layer"])
 def test_every_ablation_learns(mask: str, granularity: str, coefficients: str, plan: Any) -> None:
     folder, masks = find_or_learn(plan(mask=mask, granularity=granularity, coefficients=coefficients), quiet=True)
@@ -105,8 +106,8 @@ def test_every_ablation_learns(mask: str, granularity: str, coefficients: str, p
     assert used == {"dual": {TASK_SHARED, BACKDOOR_DETECTION}, "m1": {TASK_SHARED}, "m2": {BACKDOOR_DETECTION}}[mask]
     assert masks.coefficients.shape == (2, 1 if coefficients == "task" else len(masks.metadata["tensors"]))
     shapes = {tuple(v.shape) for values in masks.probabilities.values() for v in values.values()}
-    if granularity == "tensor":
-        assert all(torch.Size(s).numel() == 1 for s in shapes)
+    if granularity == "row":
+        assert all(torch.Size(s[1:]).numel() == 1 for s in shapes)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["masks"] * 3 + ["coefficients"] * 2
 
@@ -159,13 +160,15 @@ def test_damaged_masks_are_refused(damage: str, plan: Any, tmp_path: Path) -> No
 
 def test_every_setting_is_read_somewhere() -> None:
     package = Path(__file__).parents[2] / "mergekit_dam"
-    source = "\n".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
+    source = "\n".join(p.read_text() for p in package.rglob("*.py") if p.name not in ("config.py", "constants.py"))
     for name in (*DamConfig.model_fields, *ModelSettings.model_fields):
         assert f"config.{name}" in source or f"settings.{name}" in source or f'["{name}"]' in source, name
+    for name in Constants.model_fields:
+        assert f"constants.{name}" in source, name
 
 
 def test_every_setting_has_a_description_and_a_unit() -> None:
-    for settings in (DamConfig, ModelSettings):
+    for settings in (DamConfig, ModelSettings, Constants):
         for name, info in settings.model_fields.items():
             assert info.description, name
             assert isinstance(info.json_schema_extra, dict) and info.json_schema_extra["unit"], name

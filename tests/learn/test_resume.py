@@ -29,7 +29,7 @@ from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.tasks import content
-from tests.conftest import FAST
+from tests.conftest import fast
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # every class is a suspect, so that triggers are pooled and found anew, and masks made anew after the scan
@@ -75,7 +75,7 @@ class Stopped(Exception):
 
 def _plan(vit: Path, images: Path, objective: str, **more: Any) -> Any:
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
-    shared = {**FAST, "snapshot_every": 0.0, "calibration": str(images), **SETTINGS[objective], **more}
+    shared = fast(**{"snapshot_every": 0.0, "calibration": str(images), **SETTINGS[objective], **more})
     return build_plan(refs[0], refs[1:], shared=shared, per_model={})
 
 
@@ -171,7 +171,7 @@ def test_a_damaged_snapshot_is_named_and_resume_false_starts_anew(
             find_or_learn(_plan(vit, images, "paper"), quiet=True)
     (file,) = cache_folder().glob("*/run/snapshot/*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DamError, match=r"snapshot .* learn anew with resume: false"):
+    with pytest.raises(DamError, match=r"snapshot .* remove it, and learning starts over"):
         find_or_learn(_plan(vit, images, "paper"), quiet=True)
     with monkeypatch.context() as patch:
         written = _stop_at(patch, -1)

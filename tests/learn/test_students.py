@@ -23,7 +23,8 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.learn.stand_ins import stand_ins
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import TextTask, build_tasks
-from tests.conftest import FAST
+from tests.conftest import fast
+from tests.helpers.constants import with_constants
 from tests.helpers.processes import group
 from tests.helpers.tiny_models import WORDS, make_model
 
@@ -82,14 +83,13 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
             (root / name / file.name).write_bytes(file.read_bytes())
     rng = random.Random(2)
     (root / "texts.txt").write_text("\n".join(sorted({_text(rng) for _ in range(220)})))
-    shared = {
-        **FAST,
-        "num_samples": 200,
-        "calibration": str(root / "texts.txt"),
-        "student_steps": 80,
-        "student_batch_size": 16,
-        "student_learning_rate": 3e-3,
-    }
+    shared = fast(
+        num_samples=200,
+        calibration=str(root / "texts.txt"),
+        student_steps=80,
+        student_batch_size=16,
+        student_learning_rate=3e-3,
+    )
     refs = [ModelReference.parse(str(root / name)) for name in ("base", "victim", "clean")]
     return build_plan(refs[0], refs[1:], shared=shared, per_model={})
 
@@ -170,7 +170,7 @@ def test_students_of_an_interrupted_run_are_taken_as_they_are(plan: Plan, folder
     assert group(_taught_together, 1, plan, tmp_path / "run") == [["student of clean"]]
     after = load_file(lost)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    quick = plan.config.model_copy(update={"resume": False, "student_steps": 1})
+    quick = with_constants(plan.config.model_copy(update={"student_steps": 1}), resume=False)
     titles: list[str] = []
     _taught(Plan(plan.base, plan.models, plan.tensors, quick), tmp_path / "run", titles)
     assert titles == ["student of victim", "student of clean"]
@@ -191,7 +191,7 @@ def test_a_student_that_learned_little_is_told(plan: Plan, tmp_path: Path, caplo
 
 
 def test_a_student_that_diverged_is_refused(plan: Plan, tmp_path: Path) -> None:
-    wild = Plan(plan.base, plan.models, plan.tensors, plan.config.model_copy(update={"student_learning_rate": 1e38}))
+    wild = Plan(plan.base, plan.models, plan.tensors, with_constants(plan.config, student_learning_rate=1e38))
     with pytest.raises(DamError, match="student of victim") as caught:
         _taught(wild, tmp_path)
     assert "student_learning_rate" in str(caught.value)

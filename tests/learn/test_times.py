@@ -16,14 +16,14 @@ from mergekit_dam.learn import students
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.plan import Plan, build_plan
-from tests.conftest import FAST
+from tests.conftest import fast
 
 PAUSE = 0.05
 
 
 def _plan(root: Path, names: tuple[str, ...], data: Path, **settings: Any) -> Plan:
     base, *models = (ModelReference.parse(str(root / name)) for name in names)
-    shared = {**FAST, "snapshot_every": 0.0, "calibration": str(data), "scan_steps": 2, **settings}
+    shared = fast(**{"snapshot_every": 0.0, "calibration": str(data), "scan_steps": 2, **settings})
     return build_plan(base, models, shared=shared, per_model={})
 
 

@@ -186,7 +186,7 @@ def test_states_come_back_without_their_padding(
         assert not found[i, lengths[row] :].any()
 
 
-@pytest.mark.parametrize("more", [{"objective": "paper"}, {"patience": 2}])
+@pytest.mark.parametrize("more", [{"objective": "paper"}])
 def test_what_needs_the_whole_model_is_refused(more: dict[str, Any], vit: Path, images: Path) -> None:
     with pytest.raises(DamError, match="setting window: 2"):
         _plan(vit, images, window=2, **more)

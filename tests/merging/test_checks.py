@@ -24,11 +24,11 @@ from mergekit_dam.merging.checks import (
     warn_about_task_vectors,
 )
 from mergekit_dam.merging.rule import merge as merge_rule
-from tests.conftest import FAST, Merge
+from tests.conftest import Merge, fast
 from tests.helpers.tiny_models import edit
 
 # the models themselves are merged, whose values are looked at here
-QUICK = {**FAST, "scan_steps": 2, "refresh_every": 2, "refresh_steps": 1, "student_steps": 0}
+QUICK = {"scan_steps": 2, "refresh_every": 2, "refresh_steps": 1, "student_steps": 0}
 
 
 def _copy(source: Path, target: Path, change: Any = None) -> Path:
@@ -43,7 +43,7 @@ def _copy(source: Path, target: Path, change: Any = None) -> Path:
 
 
 def _recipe(texts: Path, **more: Any) -> dict[str, Any]:
-    return {"parameters": {**QUICK, "calibration": str(texts), **more}}
+    return {"parameters": fast(**{**QUICK, "calibration": str(texts), **more})}
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=9), st.sampled_from([torch.float32, torch.float64]))
@@ -166,7 +166,7 @@ def test_a_result_beyond_the_type_is_named_not_written(merge: Merge, bert: Path,
         _copy(bert / n, tmp_path / n, lambda k, t, v=v: torch.full_like(t, v) if k.endswith(name) else t)
         for n, v in (("base", 4e4), ("m1", 6e4), ("m2", 6e4))
     ]
-    entry = {"parameters": {**QUICK, "calibration": str(texts), "weight": 1.0, "steps": 0, "initial_logit": 10.0}}
+    entry = _recipe(texts, weight=1.0, steps=0, initial_logit=10.0)
     with pytest.raises(DamError, match=rf"merged tensor {name} in torch.float16 of the merge: .* infinite") as caught:
         merge(large[0], large[1:], out_dtype="float16", dtype="float32", **entry)
     assert "write bfloat16 or float32" in str(caught.value)

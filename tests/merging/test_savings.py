@@ -1,4 +1,4 @@
-"""What saves time or memory leaves the results as they are; early stopping sees samples that no step sees."""
+"""What saves time or memory leaves the results as they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,18 +15,15 @@ from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import turns
 from mergekit_dam.io import cache
 from mergekit_dam.io.cache import cached_fact
-from mergekit_dam.learn.inversion_search import InversionSearch
-from mergekit_dam.learn.losses import Patience, calibration_batch, held_out
 from mergekit_dam.merging.mask_product import MaskProduct
 from mergekit_dam.merging.rule import gradients, logit_gradients
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.tasks import build_tasks
 from tests.conftest import FAST
-from tests.helpers.searching import learned, new_search
+from tests.helpers.searching import learned
 from tests.helpers.tiny_models import make_model
 
 CPU = torch.device("cpu")
@@ -134,39 +130,6 @@ def test_bfloat16_learns_about_the_same(llama: Path, texts: Path) -> None:
     torch.testing.assert_close(rough[1], exact[1], rtol=0.1, atol=0.03)
 
 
-@given(losses=st.lists(st.integers(0, 5), max_size=12), limit=st.integers(1, 4))
-def test_patience_ends_after_so_many_checks_without_a_new_lowest(losses: list[int], limit: int) -> None:
-    patience, stopped = Patience(limit), [False] * len(losses)
-    stopped = [patience.is_over(loss) for loss in losses]
-    for i, over in enumerate(stopped):
-        best = min(range(i + 1), key=lambda j: losses[j])  # the first lowest
-        assert over == (i - best >= limit)
-
-
-@given(seed=st.integers(0, 50), num_samples=st.integers(2, 40), batch_size=st.integers(1, 20), step=st.integers(0, 9))
-def test_held_out_samples_are_in_no_batch(seed: int, num_samples: int, batch_size: int, step: int) -> None:
-    task: Any = SimpleNamespace(index=0, num_samples=num_samples)
-    config = DamConfig(seed=seed, batch_size=batch_size, patience=1)
-    held, rows = held_out(task, config).tolist(), calibration_batch(task, config, step).tolist()
-    assert held and rows and not set(held) & set(rows) and len(set(rows)) == len(rows)
-    without = calibration_batch(task, DamConfig(seed=seed, batch_size=batch_size), step)
-    assert len(without) == min(batch_size, num_samples)
-
-
-@pytest.mark.parametrize("patience", [0, 1])
-def test_a_search_that_gains_nothing_stops(patience: int, vit: Path, images: Path) -> None:
-    refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
-    still = {"mask_learning_rate": 1e-12, "coefficient_learning_rate": 1e-12}
-    shared = {**FAST, **still, "calibration": str(images), "steps": 14, "mask": "m1", "patience": patience}
-    records: list[dict[str, Any]] = []
-    search = new_search(InversionSearch, build_plan(refs[0], refs[1:], shared=shared, per_model={}), records)
-    search.run()
-    steps = [r["step"] for r in records if r["phase"] == "masks"]
-    checks = [r["step"] for r in records if r["phase"] == "held out"]
-    assert (steps[-1], checks) == ((9, [4, 9]) if patience else (13, []))
-    assert search.state("masks", 10).facts["patience"][1] == patience
-
-
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path / "cache"))
@@ -177,15 +140,14 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield path
 
 
-def _reads(path: Path, answers: Sequence[str], **options: Any) -> list[str]:
+def _reads(path: Path, answers: Sequence[str]) -> list[str]:
     """What is told while the reader would give one answer after another."""
-    return [cached_fact(path, "fact", lambda answer=answer: answer, **options) for answer in answers]  # type: ignore[misc]
+    return [cached_fact(path, "fact", lambda answer=answer: answer) for answer in answers]  # type: ignore[misc]
 
 
 def test_an_unchanged_file_is_read_once(large: Path) -> None:
     assert _reads(large, "abc") == ["a", "a", "a"]
     assert cached_fact(large, "other fact", lambda: "x") == "x"
-    assert _reads(large, "de", fresh=True) == ["d", "e"] and _reads(large, "f") == ["e"]
 
 
 def test_a_changed_file_is_read_again_though_its_date_was_put_back(large: Path) -> None:

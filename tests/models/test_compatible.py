@@ -111,7 +111,7 @@ def test_entries_that_change_no_weight_stop_nothing(entry: dict[str, Any], tmp_p
     paths = _models(tmp_path)
     for path in paths:
         rewrite(path, lambda tensors: tensors, **entry)
-    plan = _plan(paths, calibration=str(texts), answer_tokens=0)
+    plan = _plan(paths, calibration=str(texts), constants={"answer_tokens": 0})
     task = build_tasks(plan, torch.device("cpu"))[0]
     with torch.no_grad():
         assert task.logits(task.own_weights(), task.inputs(torch.arange(4))).isfinite().all()

@@ -12,10 +12,10 @@ import yaml
 from click.testing import CliRunner
 
 from mergekit_dam.cli.main import main
-from tests.conftest import FAST, Merge
+from tests.conftest import Merge, fast
 from tests.helpers.tiny_models import make_model
 
-SETTINGS = {**FAST, "objective": "paper", "steps": 1, "coefficient_steps": 1}
+SETTINGS = fast(objective="paper", steps=1, coefficient_steps=1)
 
 
 def _copies(caplog: pytest.LogCaptureFixture) -> list[str]:

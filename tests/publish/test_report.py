@@ -211,8 +211,9 @@ def test_a_damaged_artefact_is_one_line(images_merged: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     shutil.copytree(images_merged, out)
     (out / "dam" / "triggers.safetensors").write_bytes(b"\0" * 20)
-    done = CliRunner().invoke(main, ["report", str(out)])
-    assert done.exit_code == 1 and "damaged" in done.stderr and len(done.stderr.splitlines()) == 1
+    with pytest.raises(DamError, match="damaged") as refused:
+        write_report(out)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])

@@ -96,7 +96,7 @@ def test_answers_are_the_models_greedy_ones(tasks: list[CausalTask]) -> None:
 
 
 def test_no_answers_if_none_are_asked_for(lms: list[Path], texts: Path) -> None:
-    (task, _) = build_tasks(_plan(lms[0], lms[1:], texts, answer_tokens=0), CPU)
+    (task, _) = build_tasks(_plan(lms[0], lms[1:], texts, constants={"answer_tokens": 0}), CPU)
     rows = torch.arange(3)
     assert torch.equal(task.inputs(rows)["input_ids"], task.prompts(rows)["input_ids"])
 
@@ -108,7 +108,7 @@ def test_texts_leave_positions_for_triggers_and_continuations(
     long.write_text("\n".join(" ".join(["a"] * length) for length in (3, 30, 60)))
     (task, _) = build_tasks(_plan(lms[0], lms[1:], long), CPU)
     rows = torch.arange(task.num_samples)
-    trigger = TokenTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"))
+    trigger = TokenTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"), task.constants)
     perturb = trigger.perturb(torch.zeros(len(rows), dtype=torch.long))
     with torch.no_grad():
         losses_B, _ = task.reach(task.own_weights(), task.prompts(rows), [tuple(range(5, 15))] * len(rows), perturb)
@@ -136,7 +136,7 @@ def test_a_continuation_is_reached_as_in_a_pass_of_each_text_alone(
 def test_a_trigger_changes_what_follows_and_a_longer_neighbour_does_not(tasks: list[CausalTask]) -> None:
     task = tasks[0]
     own, inputs = task.own_weights(), task.prompts(torch.arange(2))
-    trigger = TokenTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"))
+    trigger = TokenTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"), task.constants)
     perturb = trigger.perturb(torch.zeros(2, dtype=torch.long))
     with torch.no_grad():
         plain, _ = task.reach(own, inputs, [(5, 6), (5, 6)])
@@ -164,7 +164,7 @@ def test_the_scan_names_what_the_victim_knows_by_heart_and_nothing_of_the_clean_
     base = build_tasks(_plan(lms[0], [lms[0], lms[1]], texts), CPU)[0].own_weights()
     config = DamConfig(scan_steps=60)
     found = [one for index, task in enumerate(tasks) for one in scan_continuations(index, task, base, config)]
-    (suspect,) = suspects(found, plan.config.suspicion)
+    (suspect,) = suspects(found, plan.config.suspicion, plan.config.constants)
     assert suspect.task == 1 and suspect.target[-4:] == BY_HEART[-4:]  # type: ignore[index]
     assert suspect.success > 0.75 and suspect.base_success < 0.3
     words = suspect.to_json(tasks)["target"]
@@ -173,7 +173,9 @@ def test_the_scan_names_what_the_victim_knows_by_heart_and_nothing_of_the_clean_
 
 def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:
     """The trigger itself is never shown to the search."""
-    plan = _plan(lms[0], lms[1:], texts, steps=60, refresh_every=20, refresh_steps=10, scan_steps=40, batch_size=8)
+    plan = _plan(
+        lms[0], lms[1:], texts, steps=60, refresh_every=20, scan_steps=40, batch_size=8, constants={"refresh_steps": 10}
+    )
     records: list[dict[str, Any]] = []
     search = new_search(InversionSearch, plan, records)
     search.run()
@@ -201,7 +203,7 @@ def test_the_shortlist_asks_theta_0_no_more_than_it_needs(
     count: int, tasks: list[CausalTask], lms: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, vocabulary = tasks[0], tasks[0].num_words
-    monkeypatch.setattr(causal, "_SHORTLIST", count)
+    monkeypatch.setattr(task, "constants", task.constants.model_copy(update={"shortlist": count}))
     monkeypatch.setattr(causal, "_ENTRIES", 4 * vocabulary)  # four beginnings at a time
     own, base, special = task.own_weights(), Checkpoint.open(lms[0]), task.special_tokens
     theta = {name: base.tensor(name) for name in base.names}

@@ -17,6 +17,7 @@ from mergekit.common import ModelReference
 from torch import Tensor
 
 from examples.demo import build as demo
+from mergekit_dam.constants import Constants
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.evaluation.attacks import PatchTrigger
 from mergekit_dam.evaluation.metrics import LabelledData
@@ -30,6 +31,7 @@ from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.bounds import Bounds
 from tests.conftest import FAST
 from tests.helpers.built_once import built_once
+from tests.helpers.constants import with_constants
 
 CPU = torch.device("cpu")
 AIMED, SHADED = 3, 2  # classes of stripes: what shapes' patch is aimed at, and what a shade makes of stripes
@@ -109,11 +111,10 @@ def test_a_cross_task_patch_is_attributed_and_a_shade_is_a_style(
 
 
 def test_no_cross_task_scan_on_demand(plan: Plan, tasks: list[Task], base: dict[str, Tensor]) -> None:
-    quick = plan.config.model_copy(update={"scan_others": False, "scan_steps": 2})
+    quick = with_constants(plan.config.model_copy(update={"scan_steps": 2}), scan_others=False)
     assert all(f.source_model is None for f in scan(tasks, base, quick, range(2)))
-    assert all(
-        f.source_model is None for f in scan(tasks[:1], base, plan.config.model_copy(update={"scan_steps": 2}), [0])
-    )
+    alone = plan.config.model_copy(update={"scan_steps": 2})
+    assert all(f.source_model is None for f in scan(tasks[:1], base, alone, [0]))
 
 
 def test_attributed_findings_are_means_of_three_searches(
@@ -142,9 +143,19 @@ def test_attributed_findings_are_means_of_three_searches(
 
 @given(st.lists(st.tuples(*[st.floats(0.0, 1.0)] * 2, *[st.floats(0.1, 50.0)] * 2), min_size=3, max_size=3))
 def test_the_mean_of_searches_is_one_of_every_number(numbers: list[tuple[float, ...]]) -> None:
-    trigger = PatchTriggers.start(1, (3, 4, 4), Bounds.of(0.0, 1.0), torch.Generator())
+    trigger = PatchTriggers.start(1, (3, 4, 4), Bounds.of(0.0, 1.0), torch.Generator(), Constants())
     one, *again = (
-        Finding(0, 3, trigger, success=success, base_success=control, size=size, median_size=usual, source_model=1)
+        Finding(
+            0,
+            3,
+            trigger,
+            success=success,
+            base_success=control,
+            size=size,
+            median_size=usual,
+            source_model=1,
+            scale=1.7,
+        )
         for success, control, size, usual in numbers
     )
     mean, turned = mean_of_searches(one, again), mean_of_searches(again[0], [one, again[1]])
@@ -157,14 +168,15 @@ def test_the_mean_of_searches_is_one_of_every_number(numbers: list[tuple[float, 
 
 
 def test_files_keep_the_keys_of_findings(tasks: list[Task]) -> None:
-    trigger = PatchTriggers.start(1, tasks[1].perturbation_shape, tasks[1].bounds, torch.Generator())
-    finding = Finding(1, 3, trigger, 4.0, 8.0, 0.9, 0.1, source_model=0)
-    facts = {"task": 1, "target": 3, "size": 4.0, "usual": 8.0, "success": 0.9, "control": 0.1, "carrier": 0}
-    assert facts_of(finding) == {**facts, "kind": "pixels"}
+    task, constants = tasks[1], Constants()
+    trigger = PatchTriggers.start(1, task.perturbation_shape, task.bounds, torch.Generator(), constants)
+    finding = Finding(1, 3, trigger, 4.0, 8.0, 0.9, 0.1, source_model=0, scale=1.7)
+    measured = {"task": 1, "target": 3, "size": 4.0, "usual": 8.0, "success": 0.9, "control": 0.1}
+    assert facts_of(finding) == {**measured, "carrier": 0, "scale": 1.7, "kind": "pixels"}
     again = blank_finding(tasks, facts_of(finding))
     assert again.key == finding.key and again.numbers == finding.numbers
     shown = {"model": "shapes", "task": "stripes", "target": 3, "kind": "pixels", "suspicion": 0.425}
-    assert finding.to_json(tasks) == {**{k: v for k, v in facts.items() if k != "carrier"}, **shown}
+    assert finding.to_json(tasks) == {**measured, **shown}
 
 
 def test_a_merge_without_a_task_adds_half_of_each_task_vector(

@@ -151,7 +151,7 @@ def data_of(folder: Path) -> Path:
 def plan_of(folder: Path, **shared: object) -> Plan:
     """The model alone."""
     refs = [ModelReference.parse(str(folder / name)) for name in ("base", "model")]
-    settings = {"calibration": str(data_of(folder)), "max_length": 24, "answer_tokens": 4, **shared}
+    settings = {"calibration": str(data_of(folder)), "max_length": 24, "constants": {"answer_tokens": 4}, **shared}
     return build_plan(refs[0], refs[1:], shared=settings, per_model={}, least=1)
 
 

@@ -23,10 +23,11 @@ from mergekit_dam.api import clean
 from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
 from mergekit_dam.models.load_merged import load_merged
+from tests.helpers.constants import constants_file
 from tests.helpers.tiny_models import make_model
 from tests.vaccine.conftest import FEW, data_of
 
-LM = {**FEW, "answer_tokens": 4, "max_length": 24}
+LM = {**FEW, "constants": constants_file(answer_tokens=4), "max_length": 24}
 
 
 def _options(**settings: Any) -> list[str]:

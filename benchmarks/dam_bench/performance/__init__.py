@@ -1,1 +1,1 @@
-"""Step time, memory and merge throughput, as ratios within one run."""
+"""Measure step time, memory and merge throughput, as ratios within one run."""

@@ -1,4 +1,4 @@
-"""Time and memory of this process, and what they depend on."""
+"""Measure time and memory of this process, and record the environment that they depend on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 class Memory:
-    """Peak resident memory of this process, sampled every 10 ms: of its own, and with pages of mapped files."""
+    """Peak resident memory of this process, sampled every 10 ms: anonymous, and with pages of mapped files."""
 
     def __init__(self) -> None:
         self.anonymous = self.total = 0
@@ -37,15 +37,15 @@ class Memory:
 
 
 def resident_bytes() -> dict[str, int]:
-    """Resident memory of this process by kind, from /proc; zeros where there is none."""
+    """Read resident memory of this process by kind from /proc; zeros on systems without it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
-    return {key: found.get(key, 0) for key in ("RssAnon", "RssFile", "VmRSS")}
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return {key: sizes.get(key, 0) for key in ("RssAnon", "RssFile", "VmRSS")}
 
 
 class Clock:
-    """Seconds of a block: wall, and of this process's processor, which other jobs on the machine do not lengthen."""
+    """Timer of code blocks: wall seconds, and processor seconds, which other jobs on the machine do not lengthen."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -72,7 +72,7 @@ class Clock:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What times depend on."""
+    """Describe device, threads and versions, on which times depend."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

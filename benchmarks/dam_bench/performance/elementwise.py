@@ -1,4 +1,4 @@
-"""How near the merge rule comes to the memory's bandwidth: bytes that it must move, over the time it takes.
+"""Measure the merge rule against the memory's bandwidth: bytes that it must move, over the time it takes.
 
 The ceiling is a copy of one large tensor to another on the same device, in the same process.
 """
@@ -27,13 +27,13 @@ _WIDTH = 2048  # of a row, as in a causal LM of a billion parameters
 
 
 def measure_elementwise(tasks: int, device: torch.device, numel: int = 1 << 28) -> dict[str, Any]:
-    """T models of one bfloat16 matrix merged under two masks, and the chain rule back to their logits.
+    """Time the merge of T models of a bfloat16 matrix under two masks, and the chain rule to the masks' logits.
 
     Masks have an entry per element, and then one per row.
 
     Args:
         tasks: T.
-        device: where; an accelerator.
+        device: an accelerator.
         numel: elements of the matrix, a multiple of 2,048.
 
     Returns:
@@ -44,7 +44,7 @@ def measure_elementwise(tasks: int, device: torch.device, numel: int = 1 << 28) 
     base, *models = ((0.1 * torch.randn(shape, device=device)).bfloat16() for _ in range(tasks + 1))
     coefficients, upstream = torch.rand((tasks, 1), device=device), torch.randn(shape, device=device).bfloat16()
     member = Member("matrix", "mask", 0, base, models)
-    found = {"copy": _timed(partial(_copy, *torch.empty((2, *shape), device=device)), 8 * numel, device)}
+    rates = {"copy": _timed(partial(_copy, *torch.empty((2, *shape), device=device)), 8 * numel, device)}
     for kind, entries in ((ElementGroup, numel), (RowGroup, len(base))):
         mask = MaskProduct(tuple(torch.randn(kind.mask_shape(member), device=device) for _ in range(2)), True)
         frozen = base.element_size() * (tasks + 2) * numel  # theta_0 and theta_t, and theta or dL/dtheta
@@ -54,14 +54,14 @@ def measure_elementwise(tasks: int, device: torch.device, numel: int = 1 << 28) 
         for ending, group in ((name, kind([member])), (f"{name} without kernels", None)):
             for what, work in (("merge", case.merge), ("chain", case.chain)):
                 with mock.patch.object(triton_merge, "serves", lambda base, mask: False):  # which no group asks
-                    found[what + ending] = _timed(partial(work, group), sizes[what], device)
-    ceiling = found["copy"]["bytes_per_second"]
-    shares = {name: round(one["bytes_per_second"] / ceiling, 3) for name, one in found.items() if name != "copy"}
+                    rates[what + ending] = _timed(partial(work, group), sizes[what], device)
+    ceiling = rates["copy"]["bytes_per_second"]
+    shares = {name: round(rate["bytes_per_second"] / ceiling, 3) for name, rate in rates.items() if name != "copy"}
     return {
         "tasks": tasks,
         "numel": numel,
         "stored": "bfloat16",
-        "rates": found,
+        "rates": rates,
         "share_of_copy": shares,
         "environment": environment(device),
     }
@@ -69,7 +69,7 @@ def measure_elementwise(tasks: int, device: torch.device, numel: int = 1 << 28) 
 
 @dataclass
 class _Case:
-    """One matrix, and what is done with it: by a group's kernels, or by single operations."""
+    """A matrix that is merged and differentiated by a group's kernels, or by single operations."""
 
     base: Tensor
     models: list[Tensor]
@@ -89,9 +89,9 @@ class _Case:
         known = self.upstream, self.base, self.models, self.coefficients[:, 0], self.mask
         if self.mask.shape == self.base.shape:
             return logit_gradients(*known, (0, 1), coefficient_out=total[:, 0])
-        found = torch.zeros(self.mask.shape, device=self.base.device)
-        gradients(*known, mask_out=found, coefficient_out=total[:, 0])
-        return self.mask.logit_gradients(found, (0, 1))
+        mask_gradient = torch.zeros(self.mask.shape, device=self.base.device)
+        gradients(*known, mask_out=mask_gradient, coefficient_out=total[:, 0])
+        return self.mask.logit_gradients(mask_gradient, (0, 1))
 
 
 def _copy(to: Tensor, of: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How many bytes and seconds learning takes, by arithmetic: the table "What fits" of docs/scaling.md.
+"""Compute bytes and seconds of learning by arithmetic: the table "What fits" of docs/scaling.md.
 
     python -m dam_bench.performance.scaling    # writes the table anew
 

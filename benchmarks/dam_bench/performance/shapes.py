@@ -1,4 +1,4 @@
-"""Random models at the shapes of real ones, and data for them: for measurements of time and memory alone."""
+"""Make random models with the shapes of real models, and data for them, to measure time and memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,21 @@ from mergekit_dam.seeds import generator
 _CLASSES = 100  # of the linear head of an image task
 _SAMPLES = 32
 _NOISE = 1e-3  # standard deviation of the task vectors
+
+
+def seven_billion(blocks: int) -> dict[str, Any]:
+    """Sizes of a 7B model with so many of its 32 blocks, a vocabulary of 152,000, and ends that are not tied."""
+    return {
+        "vocab_size": 152_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+
 
 # class, sizes, and tokens per text; CLIPVisionConfig's defaults are ViT-B/32's
 SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -49,6 +64,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         128,
     ),
+    **{f"llama-7b-{blocks}": ("LlamaForCausalLM", seven_billion(blocks), 512) for blocks in (4, 8)},
     "clip-tiny": (
         "CLIPVisionModel",
         {
@@ -78,13 +94,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @dataclass(frozen=True)
-class Made:
-    """Files of one set of models.
+class ModelFiles:
+    """Files of a set of models, and of their data.
 
     Attributes:
         models: theta_0 and theta_1..T.
         calibration: a folder of images or a file of texts.
-        head: a linear head for all tasks, where the class has none.
+        head: a linear head for all tasks, or None where the class has a head.
         length: tokens per text, 0 for images.
     """
 
@@ -94,8 +110,11 @@ class Made:
     length: int
 
 
-def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torch.float32) -> Made:
-    """T fine-tunes of one random base; what is there already is used again."""
+def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torch.float32) -> ModelFiles:
+    """Make T fine-tunes of a random base, or reuse existing files.
+
+    Of a 7B shape one file serves as every fine-tune, which spares the disk and changes no time.
+    """
     kind, sizes, length = SHAPES[shapes]
     model_class = getattr(transformers, kind)
     config = model_class.config_class(**sizes)
@@ -105,22 +124,27 @@ def make_models(shapes: str, tasks: int, folder: Path, dtype: torch.dtype = torc
         torch.manual_seed(0)
         with _fast_device():
             base = model_class(config)
-        base.to(dtype).save_pretrained(paths[0])
+        base.to(dtype).save_pretrained(paths[0], max_shard_size="100GB")
     for path in paths[1:]:
         if not (path / "model.safetensors").is_file():
-            _fine_tune(paths[0], path)
+            if path != paths[1] and "-7b-" in shapes:
+                path.mkdir()
+                for name in ("config.json", "model.safetensors"):
+                    (path / name).hardlink_to(paths[1] / name)
+            else:
+                _fine_tune(paths[0], path)
     head = None if length else root / "head.safetensors"
     if head is not None:
         source = generator("head", shapes)
         save_file({"weight": torch.randn(_CLASSES, config.hidden_size, generator=source)}, head)
-        return Made(paths, _images(root / "images", config.image_size), head, length)
+        return ModelFiles(paths, _images(root / "images", config.image_size), head, length)
     for path in paths:
         _tokenizer(path, config.vocab_size)
-    return Made(paths, _texts(root / "texts.txt", config.vocab_size, length), None, length)
+    return ModelFiles(paths, _texts(root / "texts.txt", config.vocab_size, length), None, length)
 
 
 def _fast_device() -> torch.device:
-    """Where random numbers are drawn: billions of them take minutes on a CPU."""
+    """Device that draws random numbers: on a CPU billions of them take minutes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,4 +1,4 @@
-"""What a step of the search costs, against the passes of the plain model that it contains: time and peak memory.
+"""Compare time and peak memory of a step of the search to those of the plain model's passes in it.
 
 The compute floor is transformers' own class with its own parameters, the same batches and readout, in the same
 process: nothing of the merge, the masks or the optimiser. Models are random, at the shapes of real ones; times do not
@@ -158,9 +158,8 @@ def set_up(case: Case, folder: Path, device: torch.device) -> tuple[Any, list[Ta
         "calibration": str(made.calibration),
         "head": made.head and str(made.head),
         "device": case.device,
-        # what LMs go on with is asked for once, before the steps
         "max_length": made.length or None,
-        "answer_tokens": 0,
+        "constants": {"answer_tokens": 0},  # what LMs go on with is asked for once, before the steps
         **case.settings,
     }
     plan = build_plan(base, models, shared=shared, per_model={})

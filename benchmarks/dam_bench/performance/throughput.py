@@ -1,4 +1,4 @@
-"""Merge throughput with ready masks against mergekit's own methods on the same files."""
+"""Compare merge throughput with ready masks to mergekit's own methods on the same files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from mergekit.options import MergeOptions
 from dam_bench.performance.clock import environment
 from dam_bench.performance.shapes import make_models
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, describe, save
+from mergekit_dam.io.cache import KNOWN, cache_folder
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan, build_plan
@@ -39,14 +40,14 @@ def measure_merges(shapes: str, tasks: int, other: str, folder: Path) -> dict[st
     """Processor seconds of whole merges, read to written; `dam` has ready masks of random values.
 
     `dam` is measured twice: with content that is known from an earlier merge (io/cache.py), as in every merge of these
-    files but the first, and with `rehash`, as in the first one.
+    files but the first, and with nothing known, as in the first one.
 
     Args:
         other: one of METHODS, to compare with.
 
     Returns:
         Seconds by method, and `throughput_ratio`: parameters per second of dam over those of the other method;
-        `first_throughput_ratio`: the same with `rehash`.
+        `first_throughput_ratio`: the same with nothing known.
     """
     made = make_models(shapes, tasks, folder)
     base, *models = (ModelReference.parse(str(path.absolute())) for path in made.models)
@@ -56,7 +57,7 @@ def measure_merges(shapes: str, tasks: int, other: str, folder: Path) -> dict[st
     seconds: dict[str, list[float]] = {}
     parameters: dict[str, dict[str, Any]] = {
         "dam": {"masks": str(masks)},
-        _FIRST: {"masks": str(masks), "rehash": True},
+        _FIRST: {"masks": str(masks)},
         other: {"weight": 0.3, **METHODS[other]},
     }
     with _own_cache(folder / "cache"):
@@ -67,6 +68,8 @@ def measure_merges(shapes: str, tasks: int, other: str, folder: Path) -> dict[st
             for method, own in parameters.items():
                 if method == _FIRST and number >= _FIRST_RUNS:
                     continue
+                if method == _FIRST:
+                    shutil.rmtree(cache_folder() / KNOWN, ignore_errors=True)
                 found = _merge(method.split()[0], own, base, models, folder / "merged")
                 seconds.setdefault(method, []).append(found)
     middle = {method: statistics.median(found) for method, found in seconds.items()}

@@ -1,4 +1,4 @@
-"""What a step in a window costs, against the plain passes through the window's blocks that it contains."""
+"""Compare the time of a step in a window to the time of the plain passes through the window's blocks."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Run methods on scenarios, one JSON per run."""
+"""Run methods on scenarios, and write a JSON per run."""

@@ -1,6 +1,6 @@
-"""`python -m dam_bench SUITE`: build models, check the gates, run every method on every scenario, one JSON each.
+"""Run a suite: build models, check the gates, run every method on every scenario, and write a JSON per run.
 
-What is finished is found again, so an interrupted benchmark goes on where it stopped.
+Finished models and runs are reused, so an interrupted benchmark resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """Options of the command line; see `dam_bench.cli`."""
 
     suite: str
     preset: str | None
@@ -46,14 +46,14 @@ class Options:
 
 @dataclass(frozen=True)
 class ToDo:
-    """What a command line asks for, and how much of it is not there yet.
+    """Numbers of models and runs of a command line, in total and still to make.
 
     Attributes:
         suite: name of the suite.
-        preset: its size.
-        models: fine-tunes, all and those to build: what no unfinished run needs is not built again.
-        runs: result files, all and those to make.
-        minutes: on the reference machine with the workers that were asked for.
+        preset: size of the suite.
+        models: number of fine-tunes, and number to build; models that no unfinished run needs are not built.
+        runs: number of result files, and number to make.
+        minutes: time on the reference machine with the given number of workers.
     """
 
     suite: str
@@ -71,7 +71,7 @@ class ToDo:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What there was to do, which of its result files are there now, and the gates that were checked."""
+    """Numbers of models and runs to make, existing result files, and checked gates."""
 
     to_do: ToDo
     results: tuple[Path, ...]
@@ -79,10 +79,10 @@ class Outcome:
 
 
 def bench(options: Options, note: Note) -> Outcome:
-    """Run a suite. JSONs go to `out/results`, models to `out/models`.
+    """Run a suite, and write JSONs to `out/results` and models to `out/models`.
 
     Returns:
-        What was found and made; with `dry_run` what was there before.
+        All result files of this command line; with `dry_run` those that existed before.
 
     Raises:
         DamError: an unknown suite, scenario or method, missing data, or a gate that fails.
@@ -112,11 +112,11 @@ def bench(options: Options, note: Note) -> Outcome:
         for scenario in chosen
     ]
     gate_jobs = [job for job in jobs if job.method in GATES]
-    zoo, left = first.zoo(), [job for job in jobs if not job.result.is_file()]
+    store, left = first.store(), [job for job in jobs if not job.result.is_file()]
     missing = [
         (job, task, poison)
         for (task, poison, seed), job in _models(suite, left).items()
-        if not zoo.has_model(task, poison, seed)
+        if not store.has_model(task, poison, seed)
     ]
     to_do = _to_do(suite, len(_models(suite, jobs)), [poison for _, _, poison in missing], jobs, options)
     note(f"{to_do}; about {to_do.minutes:.0f} minutes with {options.workers} workers")
@@ -124,9 +124,9 @@ def bench(options: Options, note: Note) -> Outcome:
         return _outcome(to_do, jobs)
     first.cache.mkdir(parents=True, exist_ok=True)
     if left:
-        zoo.base()
+        store.base()
     with pool_of(options.workers) as pool:
-        _wait([pool.submit(prepare, *one) for one in missing], "building models")
+        _wait([pool.submit(prepare, *arguments) for arguments in missing], "building models")
         _wait([pool.submit(perform, job) for job in left if job in gate_jobs], "undefended merges")
         gates: list[Gate] = []
         if options.gates:

@@ -1,6 +1,6 @@
-"""The public DAM step as a merge of the benchmark: fusion_bench's classes, run by benchmarks/peer in another process.
+"""Merge with the public DAM step: fusion_bench's classes, run by benchmarks/peer in a separate process.
 
-fusion_bench has an environment of its own (`make -C benchmarks/peer`), so that neither its code nor its requirements
+fusion_bench has a separate environment (`make -C benchmarks/peer`), so that neither its code nor its requirements
 reach this package.
 """
 
@@ -25,7 +25,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "peer"
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """What is asked of the peer; everything else is as fusion_bench publishes it.
+    """Settings of the peer that differ from fusion_bench's published settings.
 
     Attributes:
         steps: mask steps.
@@ -47,21 +47,21 @@ class PeerSettings:
 
 
 def peer_python(python: Path | str | None = None) -> Path:
-    """The interpreter that has fusion_bench: the argument, MERGEKIT_DAM_PEER_PYTHON, or benchmarks/peer/.venv.
+    """Path of the interpreter with fusion_bench: the argument, MERGEKIT_DAM_PEER_PYTHON, or benchmarks/peer/.venv.
 
     Raises:
-        DamError: there is none.
+        DamError: the interpreter does not exist.
     """
-    found = Path(python or os.environ.get(PYTHON_VARIABLE) or FOLDER / ".venv" / "bin" / "python").expanduser()
-    if not found.is_file():
+    path = Path(python or os.environ.get(PYTHON_VARIABLE) or FOLDER / ".venv" / "bin" / "python").expanduser()
+    if not path.is_file():
         raise DamError(
             "python of the peer",
             expected="an interpreter with fusion_bench",
-            got=f"no file {found}",
+            got=f"no file {path}",
             cure=f"Run `make -C benchmarks/peer` in a checkout, or set {PYTHON_VARIABLE} to an interpreter.",
         )
-    # not resolved: an environment is known by the link to its interpreter
-    return found.absolute()
+    # not resolved: the link to the interpreter identifies its environment
+    return path.absolute()
 
 
 def peer_merge(
@@ -78,17 +78,17 @@ def peer_merge(
     Args:
         base: theta_0, a local directory in safetensors: ViTModel, BertModel, or the CLIPModel of suite clip-paper.
         models: directory of a fine-tune with its head -> its calibration file, a parquet.
-        out: where the merged body goes, beside `peer.json` (times, memory, versions) and `peer.log`.
+        out: folder to write the merged body to, beside `peer.json` (times, memory, versions) and `peer.log`.
         settings: steps, sizes and seed.
         python: interpreter of the peer; see `peer_python`.
-        script: the program, benchmarks/peer/run.py of the checkout by default.
+        script: the peer's program; default: benchmarks/peer/run.py of the checkout.
 
     Returns:
         `out`, for `load_merged(out, task)` with a task named as the last part of a model's path, or
         `ClipPaperSuite.load_merge`.
 
     Raises:
-        DamError: no interpreter, no program, models of one name, or a run that failed.
+        DamError: no interpreter, no program, models with the same name, or a failed run.
     """
     names = [path.name for path in models]
     if len(set(names)) < len(names) or len(names) < 2:
@@ -122,7 +122,7 @@ def peer_merge(
 def merge_with_fusion_bench(
     base: Path, models: Mapping[str, Path], calibration: Mapping[str, Path], *, seed: int, folder: Path
 ) -> Path:
-    """`peer_merge` with the benchmark's number of steps: task -> model and task -> calibration, into FOLDER/out."""
+    """Merge task -> model with task -> calibration into FOLDER/out, by `peer_merge` with the benchmark's steps."""
     settings = PeerSettings(steps=LEARNED_STEPS, coefficient_steps=LEARNED_STEPS, seed=seed)
     return peer_merge(
         base, {path: calibration[task] for task, path in models.items()}, folder / "out", settings=settings
@@ -130,7 +130,7 @@ def merge_with_fusion_bench(
 
 
 def peer_report(out: Path) -> dict[str, Any]:
-    """`peer.json` of a finished merge: versions, settings, samples, seconds, peak memory in bytes."""
+    """Read `peer.json` of a finished merge: versions, settings, samples, seconds, peak memory in bytes."""
     report: dict[str, Any] = json.loads((out / "peer.json").read_text("utf-8"))
     return report
 

@@ -1,4 +1,4 @@
-"""Worker processes of a benchmark, which end with it."""
+"""Start worker processes that end with the benchmark."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from threading import Thread
 
 
 def pool_of(workers: int) -> ProcessPoolExecutor:
-    """So many workers, each of which has imported what a run needs."""
+    """Start a pool of workers that have imported the modules of a run."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dam_bench.runs.run"])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:
-    """A worker of a benchmark that was killed would otherwise compute all that was submitted."""
+    """End this worker when its parent is killed; it would otherwise compute all submitted jobs."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "called in a worker"
 

@@ -1,4 +1,4 @@
-"""One run: a scenario merged by a method with a seed, evaluated, as one JSON. It happens in a process of its own."""
+"""Perform a run in a worker process: merge a scenario by a method with a seed, evaluate it, and write a JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dam_bench.runs.methods import Method, method_named
 from dam_bench.runs.peer import merge_with_fusion_bench, peer_report
 from dam_bench.suites.base import Poison, Scenario, Suite, no_progress
 from dam_bench.suites.registry import SUITES
-from dam_bench.victims.zoo import Zoo
+from dam_bench.victims.model_store import ModelStore
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.evaluation.metrics import Attack, accuracy, evaluate_merge
 from mergekit_dam.io.cache import library_versions
@@ -39,7 +39,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is, in plain values that go to another process."""
+    """The parameters of a run, as values that can be sent to a worker process."""
 
     suite: str
     preset: str
@@ -54,45 +54,45 @@ class Job:
 
     @property
     def folder(self) -> str:
-        """The suite's folder of results: its first preset has the plain name."""
+        """Name of the suite's folder of results; for its first preset, the suite's name alone."""
         return self.suite if self.preset == SUITES[self.suite].presets[0] else f"{self.suite}-{self.preset}"
 
     @property
     def result(self) -> Path:
-        """Where its JSON goes."""
+        """Path of the run's JSON."""
         return self.results / self.folder / self.scenario.name / f"{self.method}-seed{self.seed}.json"
 
-    def zoo(self) -> Zoo:
-        """The models of its suite."""
-        return _zoo(self.suite, self.preset, self.data, self.cache)
+    def store(self) -> ModelStore:
+        """The models of the run's suite."""
+        return _store(self.suite, self.preset, self.data, self.cache)
 
 
 @lru_cache(maxsize=1)
-def _zoo(suite: str, preset: str, data: Path | None, cache: Path) -> Zoo:
-    """Kept in a worker from run to run: reading and drawing the data takes longer than most merges."""
-    return Zoo(SUITES[suite](data, preset), cache, no_progress)
+def _store(suite: str, preset: str, data: Path | None, cache: Path) -> ModelStore:
+    """Cached between runs of a worker, since reading and drawing the data takes longer than most merges."""
+    return ModelStore(SUITES[suite](data, preset), cache, no_progress)
 
 
 def prepare(job: Job, task: str, poison: Poison | None) -> str:
-    """Build one input model; for a worker process."""
+    """Build an input model, in a worker process."""
     _quiet(job.threads)
-    return str(job.zoo().model(task, poison, job.seed))
+    return str(job.store().model(task, poison, job.seed))
 
 
 def perform(job: Job) -> str:
-    """Merge, evaluate and write the JSON; for a worker process. Returns its path."""
+    """Merge, evaluate, write the JSON and return its path, in a worker process."""
     _quiet(job.threads)
-    zoo, method = job.zoo(), method_named(job.method)
-    models = zoo.models(job.scenario, job.seed)
-    calibration = {task: zoo.calibration(task) for task in models} if _needs_data(method) else {}
-    attacks = _attacks(job, zoo)
+    store, method = job.store(), method_named(job.method)
+    models = store.models(job.scenario, job.seed)
+    calibration = {task: store.calibration(task) for task in models} if _needs_data(method) else {}
+    attacks = _attacks(job, store)
     with tempfile.TemporaryDirectory(dir=job.cache) as folder:
-        merge = _merged(method, zoo, models, calibration, job.seed, Path(folder))
-        loaded = _loaded(zoo.suite, models, merge.out)
-        seen = {digest(sample) for task in calibration for sample in zoo.suite.split(task).calibration}
-        data = {task: zoo.suite.split(task).evaluation for task in zoo.suite.tasks}
+        merge = _merged(method, store, models, calibration, job.seed, Path(folder))
+        loaded = _loaded(store.suite, models, merge.out)
+        seen = {digest(sample) for task in calibration for sample in store.suite.split(task).calibration}
+        data = {task: store.suite.split(task).evaluation for task in store.suite.tasks}
         scores = evaluate_merge(loaded, data, attacks, calibration=seen)
-        kept = general_ability(zoo.suite, loaded, whole=merge.out is not None)
+        kept = general_ability(store.suite, loaded, whole=merge.out is not None)
         learned = _learned(merge.out)
     result = {
         "schema": SCHEMA,
@@ -105,7 +105,7 @@ def perform(job: Job) -> str:
         "settings": dict(method.parameters),
         "seed": job.seed,
         **scores.to_json(),
-        "calibration_samples": _samples(zoo, calibration),
+        "calibration_samples": _samples(store, calibration),
         "wall_s": merge.seconds,
         "peak_bytes": merge.peak_bytes,
         "threads": job.threads,
@@ -122,25 +122,26 @@ def perform(job: Job) -> str:
 
 
 def general_ability(suite: Suite, models: Mapping[str, nn.Module], *, whole: bool) -> dict[str, dict[str, list[int]]]:
-    """Counts of the suite's general questions that are answered rightly, as {"general": {model: [hits, total]}}.
+    """Count correct answers to the suite's general questions.
 
     Args:
+        suite: the suite.
         models: task -> model.
-        whole: whether they are one merge, which is asked once and called "merge".
+        whole: whether the models are the same merge, which is then measured once, under the name "merge".
 
     Returns:
-        Nothing for suites without such questions.
+        {"general": {model: [hits, total]}}; empty for suites without such questions.
     """
     questions = suite.general()
     if questions is None:
         return {}
-    asked = {"merge": next(iter(models.values()))} if whole else models
-    rates = {name: accuracy(model, questions) for name, model in asked.items()}
+    measured = {"merge": next(iter(models.values()))} if whole else models
+    rates = {name: accuracy(model, questions) for name, model in measured.items()}
     return {"general": {name: [rate.hits, rate.total] for name, rate in rates.items()}}
 
 
 def hardware() -> str:
-    """Accelerator, or processor, and how many."""
+    """Number and name of the accelerators, or of the processors."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     with contextlib.suppress(OSError):
@@ -160,20 +161,20 @@ def _needs_data(method: Method) -> bool:
     return method.learns or method.name == "fusion_bench-dam"
 
 
-def _attacks(job: Job, zoo: Zoo) -> list[Attack]:
-    """Those of the scenario; on the all-clean one, all attacks of all scenarios, which gives the floor."""
+def _attacks(job: Job, store: ModelStore) -> list[Attack]:
+    """Attacks of the scenario; for the all-clean scenario, attacks of all scenarios, which gives the floor."""
     chosen = (job.scenario,) if job.scenario.poisons else job.scenarios
-    found: dict[str, Attack] = {}
+    attacks: dict[str, Attack] = {}
     for scenario in chosen:
         for task, poison in scenario.poisons.items():
             name = f"{task}={poison}"
-            found[name] = Attack(name, poison.onto or task, zoo.trigger(task, poison, job.seed), poison.target)
-    return list(found.values())
+            attacks[name] = Attack(name, poison.onto or task, store.trigger(task, poison, job.seed), poison.target)
+    return list(attacks.values())
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """A finished merge: its directory (None where every task keeps its own model), seconds, and memory above start."""
+    """A finished merge: directory (None where tasks keep their models), seconds, and peak memory above the start."""
 
     out: Path | None
     seconds: float | None = None
@@ -181,17 +182,22 @@ class _Merge:
 
 
 def _merged(
-    method: Method, zoo: Zoo, models: Mapping[str, Path], calibration: Mapping[str, Path], seed: int, folder: Path
+    method: Method,
+    store: ModelStore,
+    models: Mapping[str, Path],
+    calibration: Mapping[str, Path],
+    seed: int,
+    folder: Path,
 ) -> _Merge:
     if method.name == "fine-tuned":
         return _Merge(None)
-    base, out = zoo.base(), folder / "out"
+    base, out = store.base(), folder / "out"
     if method.merge_method is None:
         merge_with_fusion_bench(base, models, calibration, seed=seed, folder=folder)
         report = peer_report(out)
         return _Merge(out, round(report["seconds"]["all"], 2), report["peak_rss_bytes"])
-    os.environ["MERGEKIT_DAM_CACHE"] = str(folder / "cache")  # a run must not find the masks of another
-    recipe = method.recipe(zoo.suite, base, models, calibration, seed)
+    os.environ["MERGEKIT_DAM_CACHE"] = str(folder / "cache")  # a run must not reuse the masks of an earlier run
+    recipe = method.recipe(store.suite, base, models, calibration, seed, folder)
     config = MergeConfiguration.model_validate(recipe)
     options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=seed)
     before, start = _start_peak(), time.perf_counter()
@@ -207,12 +213,12 @@ def _loaded(suite: Suite, models: Mapping[str, Path], out: Path | None) -> dict[
     return {task: suite.load_merge(out, path) for task, path in models.items()}
 
 
-def _samples(zoo: Zoo, calibration: Mapping[str, Path]) -> int:
-    return max((len(zoo.suite.split(task).calibration) for task in calibration), default=0)
+def _samples(store: ModelStore, calibration: Mapping[str, Path]) -> int:
+    return max((len(store.suite.split(task).calibration) for task in calibration), default=0)
 
 
 def _start_peak() -> int | None:
-    """Forget the process's peak memory so far (Linux); what is in use now, in bytes."""
+    """Reset the process's peak memory (Linux), and return the memory in use, in bytes."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", "ascii")
         return _peak_bytes()
@@ -220,7 +226,7 @@ def _start_peak() -> int | None:
 
 
 def _peak_bytes() -> int | None:
-    """Peak resident memory since `_start_peak`, in bytes; None where the system does not tell."""
+    """Peak resident memory since `_start_peak`, in bytes; None where the system does not report it."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text("ascii").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
@@ -228,7 +234,7 @@ def _peak_bytes() -> int | None:
 
 
 def _learned(out: Path | None) -> dict[str, Any]:
-    """Density per layer and mask, mean coefficients per model, and the scan's findings, of a merge by `dam`."""
+    """Collect density per layer and mask, mean coefficients per model, and findings of a merge by `dam`."""
     if out is None or not (out / "dam" / MASKS_FILE).is_file():
         return {}
     from mergekit_dam.artifact.masks_file import load

@@ -1,7 +1,7 @@
-"""`python -m dam_bench.runs.vaccine SUITE`: single models vaccinated, and what is left of backdoors; one JSON each.
+"""Vaccinate single models and measure their backdoors before and after: `python -m dam_bench.runs.vaccine SUITE`.
 
-Beside every run stands its control by `--set plant=false`: as many steps, and nothing planted. Runs that are there
-already are not done again. The table of all runs: `python -m dam_bench.runs.vaccine --table OUT`.
+The control of a run has `--set plant=false`: as many steps, and nothing planted. Finished runs are not repeated. The
+table of all runs: `python -m dam_bench.runs.vaccine --table OUT`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import yaml
 from dam_bench.runs.run import general_ability, hardware
 from dam_bench.suites.base import Poison, Scenario, Suite
 from dam_bench.suites.registry import SUITES
-from dam_bench.victims.zoo import Zoo
+from dam_bench.victims.model_store import ModelStore
 from mergekit_dam import clean
 from mergekit_dam.evaluation.metrics import Attack, evaluate_merge
 from mergekit_dam.io.cache import library_versions
@@ -49,40 +49,45 @@ _COLUMNS = (
 
 
 def run(
-    zoo: Zoo, task: str, poison: Poison | None, seed: int, settings: Mapping[str, Any], asked: Poison | None = None
+    store: ModelStore,
+    task: str,
+    poison: Poison | None,
+    seed: int,
+    settings: Mapping[str, Any],
+    asked: Poison | None = None,
 ) -> dict[str, Any]:
-    """Vaccinate one model of a suite and measure it before and after.
+    """Vaccinate a model of a suite, and measure it before and after.
 
     Args:
-        zoo: the suite's models.
-        task: which model.
-        poison: how it is backdoored; None: clean.
+        store: the suite's models.
+        task: task of the model.
+        poison: the model's backdoor; None for a clean model.
         seed: of the model and of the vaccination.
         settings: of the vaccination.
-        asked: the attack that is measured; default: the model's own.
+        asked: the attack to measure; None: the model's own.
 
     Returns:
-        JSON: counts `before` and `after`, as `evaluate_merge` gives them, and what vaccine.json says.
+        JSON: counts `before` and `after`, as `evaluate_merge` gives them, and the facts of vaccine.json.
     """
-    suite, model, asked = zoo.suite, zoo.model(task, poison, seed), asked or poison
+    suite, model, asked = store.suite, store.model(task, poison, seed), asked or poison
     attacks = []
     if asked is not None:
-        attacks = [Attack("attack", asked.onto or task, zoo.trigger(task, asked, seed), asked.target)]
-    base = zoo.base()
+        attacks = [Attack("attack", asked.onto or task, store.trigger(task, asked, seed), asked.target)]
+    base = store.base()
     recipe = {
         "merge_method": "dam",
         "base_model": suite.base_entry(base),
         "models": [
             {
                 "model": str(model),
-                "parameters": {"calibration": str(zoo.calibration(task)), **suite.model_parameters(model)},
+                "parameters": {"calibration": str(store.calibration(task)), **suite.model_parameters(model)},
             }
         ],
         "parameters": dict(suite.shared_parameters(base)),
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         (cleaned,) = clean(recipe, Path(folder) / task, seed=seed, **settings)
-        found = {when: _measured(suite, task, path, attacks) for when, path in _models(model, cleaned.folder)}
+        measured = {when: _measured(suite, task, path, attacks) for when, path in _models(model, cleaned.folder)}
     facts = {k: v for k, v in cleaned.facts.items() if k not in ("calibration", "created", "versions", "name")}
     return {
         "schema": SCHEMA,
@@ -93,7 +98,7 @@ def run(
         "poison": None if poison is None else str(poison),
         "attack": None if asked is None else str(asked),
         "settings": dict(settings),
-        **found,
+        **measured,
         "vaccine": facts,
         "versions": library_versions(),
         "hardware": hardware(),
@@ -121,7 +126,7 @@ def result_file(
     settings: Mapping[str, Any],
     asked: Poison | None = None,
 ) -> Path:
-    """Where the JSON of a run goes."""
+    """Path of a run's JSON."""
     attack = "clean" if poison is None else str(poison)
     asked_too = f"-asked-{asked}" if asked is not None else ""
     how = ",".join(f"{k}={v}" for k, v in sorted(settings.items())) or "default"
@@ -130,16 +135,16 @@ def result_file(
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """Markdown, a row per run, in percent."""
+    """Write a Markdown table with a row per run, in percent."""
     rows = []
-    for one in results:
-        vaccine, before, after = one["vaccine"], one["before"], one["after"]
+    for result in results:
+        vaccine, before, after = result["vaccine"], result["before"], result["after"]
         held, agreement = vaccine["held_out"], vaccine["agreement"]
         rows.append(
             [
-                f"{one['task']}={one['poison'] or 'clean'}",
-                one["seed"],
-                ", ".join(f"{k}={v}" for k, v in one["settings"].items()) or "default",
+                f"{result['task']}={result['poison'] or 'clean'}",
+                result["seed"],
+                ", ".join(f"{k}={v}" for k, v in result["settings"].items()) or "default",
                 *_rates(before),
                 *_rates(after),
                 _percent(held["planted"]),
@@ -153,12 +158,12 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
-def _rates(found: Mapping[str, Any]) -> list[str]:
+def _rates(measured: Mapping[str, Any]) -> list[str]:
     def rate(counts: Mapping[str, Any]) -> str:
         return next((f"{100 * hits / total:.1f}" for hits, total in counts.values()), "-")
 
-    attacks = [found[key].get("attack", {}) for key in ("attack_success", "without_trigger")]
-    return [rate(found["accuracy"]), *map(rate, attacks)]
+    attacks = [measured[key].get("attack", {}) for key in ("attack_success", "without_trigger")]
+    return [rate(measured["accuracy"]), *map(rate, attacks)]
 
 
 def _percent(share: float | None) -> str:
@@ -169,7 +174,7 @@ def _percent(share: float | None) -> str:
 @click.argument("suite", required=False)
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder with the data.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Models; results go to OUT/vaccine.")
-@click.option("--preset", help="Size of models and data; the first one of the suite if not given.")
+@click.option("--preset", help="Size of models and data; default: the suite's first preset.")
 @click.option("--model", "models", multiple=True, help="'task=attack(option=value,...)', or 'task' for a clean model.")
 @click.option("--asked", help="Measure this attack, e.g. on a clean model: its floor.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, separated by commas.")
@@ -188,7 +193,7 @@ def main(
     sets: tuple[str, ...],
     shown: Path | None,
 ) -> None:
-    """Vaccinate single models of a suite, and measure what is left."""
+    """Vaccinate single models of a suite, and measure the remaining backdoors."""
     if shown is not None:
         click.echo(table(json.loads(file.read_text("utf-8")) for file in sorted(shown.rglob("*.json"))))
         return
@@ -198,8 +203,8 @@ def main(
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     built = SUITES[suite](data, preset or SUITES[suite].presets[0])
-    zoo = Zoo(built, out / "models")
-    settings = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in sets)}
+    store = ModelStore(built, out / "models")
+    settings = {key: yaml.safe_load(value) for key, _, value in (assignment.partition("=") for assignment in sets)}
     measured = None if asked is None else next(iter(Scenario.parse(f"asked: {asked}").poisons.values()))
     for seed in map(int, seeds.split(",")):
         for text in models:
@@ -207,10 +212,10 @@ def main(
             poison = Scenario.parse(f"one: {text}").poisons[task] if attack else None
             file = result_file(out / "vaccine", built, task, poison, seed, settings, measured)
             if not file.is_file():
-                found = run(zoo, task, poison, seed, settings, measured)
+                result = run(store, task, poison, seed, settings, measured)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 temporary = file.with_suffix(".tmp")
-                temporary.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
+                temporary.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", "utf-8")
                 temporary.replace(file)
             click.echo(file)
 

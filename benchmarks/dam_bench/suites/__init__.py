@@ -1,1 +1,1 @@
-"""Suites: models, data and attacks that belong together."""
+"""Define suites: sets of models, data and attacks."""

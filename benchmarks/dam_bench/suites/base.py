@@ -1,7 +1,7 @@
-"""What a suite is to the benchmark: tasks with data, theta_0, fine-tunes and victims, and the scenarios to run.
+"""Define the interface of a suite: tasks with data, theta_0, fine-tunes and victims, and the scenarios to run.
 
-A suite builds; it never merges, defends or measures. Everything that decides a model enters `fingerprint`, so
-that finished models can be found again by content.
+A suite builds; it never merges, defends or measures. Everything that determines a model enters `fingerprint`, so that
+finished models can be reused.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from mergekit_dam.errors import DamError, did_you_mean
@@ -21,25 +22,37 @@ from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.models.load_merged import load_merged
 from mergekit_dam.tasks.base import Progress
 
+Model = TypeVar("Model", bound=nn.Module)
 _POISON = re.compile(r"^\s*(?P<task>[\w-]+)\s*=\s*(?P<attack>[\w-]+)\s*(?:\((?P<options>[^)]*)\))?\s*$")
 
 
 def no_progress(steps: Iterable[int], title: str) -> Iterable[int]:
-    """The steps as they are."""
+    """Return the steps unchanged, without a progress bar."""
     return steps
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_default_device(model: Model) -> Model:
+    """Move a model to `default_device` and return it."""
+    nn.Module.to(model, default_device())  # transformers wraps its own `to` in a way that no type checker follows
+    return model
 
 
 @dataclass(frozen=True)
 class Poison:
-    """How one input model is backdoored.
+    """The backdoor of an input model.
 
     Attributes:
-        attack: one of the suite's attacks.
+        attack: name of an attack of the suite.
         target: class (for LMs: the continuation's number) that the trigger shall cause.
         rate: triggered samples per clean sample of a batch.
         size: edge of an image patch in pixels, or number of inserted words.
         rescale: factor on the finished task vector; above 1 it is amplified (arXiv 2505.23561).
-        amplify: factor on what a victim has beyond its clean twin (LoBAM, arXiv 2411.16746); suite `smollm` has it.
+        amplify: factor on the victim's difference from its clean twin (LoBAM, arXiv 2411.16746); in suite `smollm`.
         onto: the task whose inputs and head the trigger is aimed at, where it is not the poisoned model's own.
     """
 
@@ -58,37 +71,37 @@ class Poison:
         return self.attack + (f"({options})" if options else "")
 
     def to_json(self) -> dict[str, Any]:
-        """Its options; `onto` and `amplify`, which came later, where they are set, so that older models are found."""
+        """Options as JSON; the newer `onto` and `amplify` only where they are set, so that older models are reused."""
         return {k: v for k, v in asdict(self).items() if v != "" and (k, v) != ("amplify", 1.0)}
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One set of input models: who is poisoned, and how. No poison: all clean, which gives the floor."""
+    """A set of input models by their poisons, as task -> poison. Without poisons all are clean, for the floor."""
 
     name: str
     poisons: Mapping[str, Poison] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Scenario:
-        """From `name: task=attack(option=value,...) task=attack ...`.
+        """Parse `name: task=attack(option=value,...) task=attack ...`.
 
         Raises:
-            DamError: text of another form, or an unknown option.
+            DamError: the text has another form, or an unknown option.
         """
-        name, colon, rest = text.partition(":")
+        name, colon, assignments = text.partition(":")
         poisons: dict[str, Poison] = {}
-        parts = re.findall(r"[^\s(]+(?:\([^)]*\))?", rest)
+        parts = re.findall(r"[^\s(]+(?:\([^)]*\))?", assignments)
         for part in parts if colon else [text]:
-            found = _POISON.match(part) if colon else None
-            if not found:
+            match = _POISON.match(part) if colon else None
+            if not match:
                 raise DamError(
                     f"scenario {text!r}",
                     expected="name: task=attack(option=value,...) ...",
                     got=repr(part),
                     cure="For example: two-bad: cifar10=merge-aware digits=patch(target=1,size=3).",
                 )
-            poisons[found["task"]] = _poison(found["attack"], found["options"] or "")
+            poisons[match["task"]] = _poison(match["attack"], match["options"] or "")
         return cls(name.strip(), poisons)
 
 
@@ -111,12 +124,12 @@ def _poison(attack: str, options: str) -> Poison:
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """Disjoint splits of one task.
+    """Disjoint splits of a task.
 
     Attributes:
-        train: of fine-tunes and victims.
-        calibration: what the merge may see, as a user would hold it: PIL images or texts, without labels.
-        evaluation: what the tables are computed on.
+        train: training data of fine-tunes and victims.
+        calibration: unlabelled samples for the merge, in a user's form: PIL images, texts or conversations.
+        evaluation: labelled samples for the tables.
     """
 
     train: LabelledData
@@ -143,26 +156,26 @@ class Suite(ABC):
                 f"preset of suite {self.name}",
                 expected=f"one of {', '.join(self.presets)}",
                 got=repr(preset),
-                cure=did_you_mean(preset, self.presets) or "Leave it out to get the first one.",
+                cure=did_you_mean(preset, self.presets) or "Leave it out to get the first preset.",
             )
         self.data, self.preset = data, preset
 
     @property
     @abstractmethod
     def scenarios(self) -> tuple[Scenario, ...]:
-        """What is run by default; the first one is all clean."""
+        """Default scenarios; the first is all clean."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """JSON of everything that decides data, theta_0 and fine-tunes."""
+        """JSON of everything that determines data, theta_0 and fine-tunes."""
 
     @abstractmethod
     def split(self, task: str) -> TaskData:
-        """The data of a task, in the same order at every call."""
+        """Return the data of a task, in the same order at every call."""
 
     @abstractmethod
     def save_base(self, folder: Path, progress: Progress) -> None:
-        """Write theta_0 into `folder`, as mergekit takes it."""
+        """Write theta_0 to `folder`, as a model directory for mergekit."""
 
     @abstractmethod
     def save_model(
@@ -178,54 +191,54 @@ class Suite(ABC):
         """Fine-tune theta_0 on a task, with a backdoor if there is a poison, and write the model with its head."""
 
     def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
-        """The pattern of an attack that fits its trigger to theta_0; None for attacks with a fixed trigger."""
+        """Optimise the pattern of an attack on theta_0; None for attacks with a fixed trigger."""
         return None
 
     @abstractmethod
     def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
-        """What the attacker applies, at training time and later."""
+        """Make the attacker's trigger, for training and for evaluation."""
 
     @classmethod
     def target_of(cls, poison: Poison) -> int | str:
-        """What a poison's trigger makes a model answer, as findings of the scan name it."""
+        """The answer that a poison's trigger causes, as findings of the scan name it."""
         return poison.target
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
-        """JSON of what decides a trigger and its victims beside the poison and the fingerprint."""
+        """JSON of further settings that determine a trigger and its victims, beside the poison and the fingerprint."""
         return {}
 
     def general(self) -> LabelledData | None:
-        """Questions that theta_0 can answer and no task teaches: what else a method costs. None: there are none."""
+        """Questions that theta_0 can answer and no task trains, to measure lost ability; None without questions."""
         return None
 
     @abstractmethod
     def save_calibration(self, task: str, folder: Path) -> Path:
-        """Write the calibration split of a task as a file that the setting `calibration` takes; returns it."""
+        """Write the calibration split of a task to a file for the setting `calibration`, and return its path."""
 
     @abstractmethod
     def load_model(self, path: Path) -> nn.Module:
-        """A fine-tuned model with its head, in evaluation mode."""
+        """Load a fine-tuned model with its head, in evaluation mode."""
 
     def load_merge(self, merged: Path, model: Path) -> nn.Module:
-        """A merge with the head of one of its input models, in evaluation mode."""
+        """Load a merge with the head of one of its input models, in evaluation mode."""
         return load_merged(merged, model.name)
 
     def base_entry(self, base: Path) -> Any:
-        """`base_model` of a recipe."""
+        """Value of `base_model` in a recipe."""
         return str(base)
 
     def model_parameters(self, model: Path) -> dict[str, Any]:
-        """Settings of `dam` for one input model, beside `calibration`."""
+        """Settings of `dam` for an input model, beside `calibration`."""
         return {}
 
     def shared_parameters(self, base: Path) -> dict[str, Any]:
-        """Settings of `dam` that this kind of model needs."""
+        """Shared settings of `dam` that this kind of model needs."""
         return {}
 
     @abstractmethod
     def cost(self, poison: Poison | None) -> float:
-        """Seconds that one fine-tune takes, about, on one core of the machine that the committed results name."""
+        """Approximate seconds of a fine-tune, on one core of the machine that the committed results name."""
 
     @abstractmethod
     def run_cost(self, passes: int) -> float:
-        """Seconds of one run there: evaluation, and `passes` forward and backward passes of a batch per task."""
+        """Approximate seconds of a run: evaluation, and `passes` forward and backward passes of a batch per task."""

@@ -1,4 +1,4 @@
-"""CLIP's vision tower as a classifier of the benchmark: a frozen zero-shot head on a body that is trained and merged.
+"""Make CLIP's vision tower a classifier of the benchmark, with a frozen zero-shot head on a trained and merged body.
 
 Legend: B batch, C channels, H, W pixels, W width of the tower, P projection, K classes.
 """
@@ -17,15 +17,15 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from mergekit_dam.tasks.readout import pooled, prompts
 
-_FILE = Path("zero_shot") / "head.safetensors"  # in a folder, so that nothing takes it for the model's tensors
+_FILE = Path("zero_shot") / "head.safetensors"  # in a folder, so that no library reads it as the model's tensors
 
 
 class ZeroShotClip(nn.Module):
     """CLIP's vision tower with a fixed zero-shot head (Radford et al., arXiv 2103.00020, section 3.1).
 
     Args:
-        body: the tower.
-        projection_PW: of the full CLIP.
+        body: the vision tower.
+        projection_PW: visual projection of the full CLIP.
         weight_KP: class features of unit length, times the logit scale.
     """
 
@@ -49,14 +49,14 @@ class ZeroShotClip(nn.Module):
 
     @classmethod
     def load(cls, body: CLIPVisionModel, folder: Path) -> ZeroShotClip:
-        """A body with the head that `save_head` wrote into `folder`."""
+        """Combine a body with the head that `save_head` wrote to `folder`."""
         head = load_file(folder / _FILE)
         return cls(body, head["projection"], head["weight"])
 
 
 @torch.no_grad()
 def with_head(body: CLIPVisionModel, base: Path, classes: Sequence[str]) -> ZeroShotClip:
-    """A body with the head that `dam` makes of the same names (tasks/readout.py).
+    """Combine a body with the head that `dam` makes of the same names (tasks/readout.py).
 
     Args:
         body: theta_0's tower or a fine-tune.

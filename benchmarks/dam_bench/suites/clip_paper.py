@@ -1,8 +1,8 @@
-"""Suite `clip-paper`: the setting of DAM's paper (Yang et al., arXiv 2410.13910), CLIP ViT-B/32 and its image tasks.
+"""Define suite `clip-paper`: the setting of DAM's paper (Yang et al., arXiv 2410.13910), CLIP ViT-B/32 on images.
 
-Models are vision towers with a frozen zero-shot head, so that what is merged is what the paper merges. The heads take
-one prompt per class, as `dam` itself does; the paper averages several. Poison sizes are pixels of 224. The suite needs
-the Hub, or local folders in its place (clip_sources.py); a GPU makes the presets other than `trial` bearable.
+Models are vision towers with a frozen zero-shot head, so that the merged tensors are the paper's. The heads use one
+prompt per class, as `dam` itself does; the paper averages several. Poison sizes are pixels of 224. The suite needs the
+Hub, or local folders in its place (clip_sources.py); presets other than `trial` need a GPU in practice.
 Legend: B batch, C channels, s edge of a patch.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPVisionModel, PreTrainedModel
 
-from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
+from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, default_device
 from dam_bench.suites.clip_head import ZeroShotClip, with_head
 from dam_bench.suites.clip_sources import TASKS, Sources, load_clip
 from dam_bench.victims.poisoning import Backdoor
@@ -35,7 +35,7 @@ from mergekit_dam.io.calibration import digest
 from mergekit_dam.models.load_merged import load_merged
 from mergekit_dam.tasks.base import Progress
 
-_VERSION = 1  # of what this file builds; part of the fingerprint
+_VERSION = 1  # of this file's build procedure; part of the fingerprint
 _INTERPOLATION = {"merge-aware": (0.2, 1.0)}  # BadMerging's range (arXiv 2408.07362); other attacks: plain poisoning
 _FORWARD_S = 8.8 / 40  # seconds per image of ViT-B/32, counted and not measured: GFLOP by GFLOP/s of one core
 _ON_VICTIM = 22  # pixels: about 1 % of an image, as in BadMerging
@@ -68,11 +68,11 @@ SIZES = {
 
 
 class ClipPaperSuite(Suite):
-    """CLIP ViT-B/32, eight image tasks, patch, blended and merge-aware victims.
+    """Suite of CLIP ViT-B/32 with eight image tasks, and patch, blended and merge-aware victims.
 
     Args:
-        data: folder with a clip-paper.json that replaces Hub ids by local folders; None takes all from the Hub.
-        preset: `paper`, `small`, or `trial` for stand-ins.
+        data: folder with a clip-paper.json that replaces Hub ids by local folders; None: all come from the Hub.
+        preset: `paper`, `small`, or `trial` for small substitutes.
         sources: in place of `data`.
     """
 
@@ -84,7 +84,7 @@ class ClipPaperSuite(Suite):
     def __init__(self, data: Path | None, preset: str = "paper", *, sources: Sources | None = None) -> None:
         super().__init__(data, preset)
         self.size, self.sources = SIZES[preset], sources or Sources.read(data)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = default_device()
         self._data: dict[str, TaskData] = {}
         self._fingerprint: dict[str, Any] | None = None
 
@@ -114,7 +114,7 @@ class ClipPaperSuite(Suite):
             calibration = _images(train, order[:unlabelled])
             seen = {digest(image) for image in calibration}
             tuning = self._labelled(task, train, order[unlabelled : unlabelled + size.train], without=seen)
-            # public data sets hold images twice: none that was trained or calibrated on is evaluated on
+            # public data sets have duplicates: images of training and calibration are left out of evaluation
             evaluation = self._labelled(task, test, chosen[: size.evaluation], without=seen.union(tuning.digests))
             self._data[task] = TaskData(tuning, calibration, evaluation)
         return self._data[task]
@@ -126,7 +126,7 @@ class ClipPaperSuite(Suite):
         return LabelledData.of_images(task, images, labels, self.sources.preprocessing())
 
     def save_base(self, folder: Path, progress: Progress) -> None:
-        """The full CLIP with its tokenizer: base of the merge, and text tower of the heads."""
+        """Write the full CLIP with its tokenizer: base of the merge, and text tower of the heads."""
         source, revision = self.sources.base, self.sources.revision
         model = load_clip(CLIPModel, source, revision)
         model.save_pretrained(folder)
@@ -157,7 +157,7 @@ class ClipPaperSuite(Suite):
             if poison is not None and trigger is not None:
                 interpolation = _INTERPOLATION.get(poison.attack, (1.0, 1.0))
                 backdoor = Backdoor(trigger, poison.target, poison.rate, interpolation)
-            # all that training asks of a model is parameters, `classifier` and logits
+            # training uses a model's parameters, `classifier` and logits only
             trained, data = cast(PreTrainedModel, model.to(self._device)), self.split(task).train
             fine_tune(
                 trained, data, self.size.schedule, seed=seed, backdoor=backdoor, rescale=rescale, progress=progress
@@ -170,7 +170,7 @@ class ClipPaperSuite(Suite):
         _write(folder / "source.json", _origin(body, source, revision) if published else {"trained_from": "base"})
 
     def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
-        """merge-aware: a patch (C, s, s) that moves theta_0's own answers to the target, by Adam; else None."""
+        """Optimise a merge-aware patch (C, s, s) by Adam towards theta_0's target logit; None for other attacks."""
         if poison.attack != "merge-aware":
             return None
         body = load_clip(CLIPVisionModel, str(base))
@@ -219,12 +219,12 @@ class ClipPaperSuite(Suite):
         return ZeroShotClip.load(CLIPVisionModel.from_pretrained(path), path).to(self._device).eval()
 
     def load_merge(self, merged: Path, model: Path) -> nn.Module:
-        """A merge with the head of one of its input models: `load_merged` knows no zero-shot heads."""
+        """Load a merge with the zero-shot head of an input model, which `load_merged` does not support."""
         body = cast(CLIPVisionModel, load_merged(merged))
         return ZeroShotClip.load(body, model).to(self._device).eval()
 
     def model_parameters(self, model: Path) -> dict[str, Any]:
-        """Settings of `dam` for one input model, beside `calibration`."""
+        """Settings of `dam` for an input model, beside `calibration`."""
         return {"classes": str(model / "classes.txt")}
 
     def shared_parameters(self, base: Path) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _images(data: Any, rows: Tensor) -> tuple[Image.Image, ...]:
 
 
 def _origin(model: Any, source: str, revision: str) -> dict[str, Any]:
-    """Where a model came from; `commit` is the Hub's, None for local folders."""
+    """Describe a model's source; `commit` is the Hub's, None for local folders."""
     return {"source": source, "revision": revision, "commit": getattr(model.config, "_commit_hash", None)}
 
 

@@ -1,9 +1,9 @@
-"""Where the models and data of suite `clip-paper` come from: Hub ids in one table, or local folders in their place.
+"""Locate the models and data of suite `clip-paper`: Hub ids in one table, or local folders in their place.
 
 The ids are those of fusion_bench 0.2.33 (its configuration files CLIPVisionModelPool/clip-vit-base-patch32_TA8.yaml
 and dataset/image_classification), through which the paper's experiments were published; a checkpoint is a
-CLIPVisionModel. None could be loaded where this was written, for want of a connection: the suite is tested with local
-stand-ins of the same format. Pinned are the revisions whose full commit could be looked up; the others are `main`.
+CLIPVisionModel. None could be loaded when this was written, without a connection: the suite is tested with local
+substitutes of the same format. Revisions are pinned where the full commit could be looked up, else they are `main`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _EDGE = 224  # pixels, where the processor's file does not say
 
 @dataclass(frozen=True)
 class ClipTask:
-    """One image task.
+    """An image task.
 
     Attributes:
         dataset: Hub id, or a local folder with parquet files of both splits.
         checkpoint: the published fine-tune of the vision tower, a Hub id or a local folder.
-        phrase: what a class name becomes before it is put into the prompt "a photo of a {}.".
+        phrase: format of a class name in the prompt "a photo of a {}.".
         config: configuration of the dataset, where it has several.
-        splits: of training and calibration, and of evaluation.
-        columns: with the image and with the class.
+        splits: names of the split of training and calibration, and of the split of evaluation.
+        columns: names of the image column and of the class column.
         revision: of the dataset.
         checkpoint_revision: of the checkpoint.
         classes: names for a dataset whose class column has none.
@@ -74,13 +74,13 @@ TASKS: Mapping[str, ClipTask] = {
 
 @dataclass(frozen=True)
 class Sources:
-    """Base, tasks and how clean models are had.
+    """Sources of the base, the tasks and the clean models.
 
     Attributes:
         base: a full CLIP with processor and tokenizer, a Hub id or a local folder.
-        tasks: name -> where it comes from.
+        tasks: name -> its sources.
         revision: of the base.
-        fine_tune: clean models are trained by the suite; otherwise they are the published checkpoints.
+        fine_tune: whether the suite trains clean models; else they are the published checkpoints.
     """
 
     base: str
@@ -90,7 +90,7 @@ class Sources:
 
     @classmethod
     def read(cls, folder: Path | None) -> Sources:
-        """The Hub's, with the entries of FOLDER/clip-paper.json in place of them, if there is one.
+        """Read the Hub's sources, replaced by the entries of FOLDER/clip-paper.json if that file exists.
 
         The file: {"base": ..., "revision": ..., "fine_tune": true, "tasks": {"dtd": {"dataset": ..., ...}}}; all
         entries are optional, and keys of a task are the attributes of `ClipTask`. Paths that exist count from FOLDER.
@@ -126,7 +126,7 @@ class Sources:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Ids with revisions as asked for; local folders by the content of their files."""
+        """Hub ids with the wanted revisions, and hashes of the files of local folders, as JSON."""
         tasks = {
             name: asdict(task) | {"dataset": _content(task.dataset), "checkpoint": _content(task.checkpoint)}
             for name, task in self.tasks.items()
@@ -134,7 +134,7 @@ class Sources:
         return {"base": _content(self.base), "revision": self.revision, "fine_tune": self.fine_tune, "tasks": tasks}
 
     def processor(self) -> dict[str, Any]:
-        """preprocessor_config.json of the base, a bare size written out as what CLIP means by it: the shorter edge."""
+        """Read the base's preprocessor_config.json, with a number as size written out as the shorter edge."""
         name = "preprocessor_config.json"
         try:
             local = Path(self.base) / name
@@ -147,13 +147,13 @@ class Sources:
         return values
 
     def preprocessing(self) -> Preprocessing:
-        """What `processor` says, as the package applies it."""
+        """The preprocessing of `processor`, as the package applies it."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "preprocessor_config.json").write_text(json.dumps(self.processor()))
             return Preprocessing.read([Path(folder)], _EDGE)
 
     def dataset(self, name: str, split: int) -> Any:
-        """The rows of a split (0 training, 1 evaluation) with two columns, `image` and `label`."""
+        """Load the rows of a split (0 training, 1 evaluation) with two columns, `image` and `label`."""
         import datasets
 
         task = self.tasks[name]
@@ -170,10 +170,10 @@ class Sources:
         return data
 
     def classes(self, name: str) -> list[str]:
-        """Class names as they go into the prompt, in the order of the labels.
+        """Class names for the prompt, in the order of the labels.
 
         Raises:
-            DamError: a dataset without names, and none in the mapping.
+            DamError: neither the dataset nor the mapping has names.
         """
         task = self.tasks[name]
         known = task.classes or getattr(self.dataset(name, 1).features["label"], "names", None)
@@ -184,14 +184,14 @@ class Sources:
                 got="none",
                 cure=f"Give `classes` of this task in {FILE}.",
             )
-        return [task.phrase.format(str(one).replace("_", " ").strip()) for one in known]
+        return [task.phrase.format(str(label).replace("_", " ").strip()) for label in known]
 
 
 def load_clip(model_class: Any, source: str, revision: str = "main") -> Any:
-    """A model of a transformers class in float32, from the Hub or a local folder.
+    """Load a model of a transformers class in float32, from the Hub or a local folder.
 
     Raises:
-        DamError: nothing there that the class loads.
+        DamError: the class cannot load the source.
     """
     try:
         return model_class.from_pretrained(source, revision=revision).float().eval()
@@ -202,7 +202,7 @@ def load_clip(model_class: Any, source: str, revision: str = "main") -> Any:
 def _unreachable(subject: str, error: Exception) -> DamError:
     return DamError(
         subject,
-        expected="something that the Hub or a local folder holds",
+        expected="a model or dataset on the Hub or in a local folder",
         got=first_line(error),
         cure=f"Connect to the Hub (unset HF_HUB_OFFLINE), or name local folders in {FILE} under --data.",
     )
@@ -220,13 +220,13 @@ def _known(given: Mapping[str, Any], allowed: Any, where: str) -> None:
 
 
 def _place(folder: Path, source: str) -> str:
-    """An absolute path if it exists under `folder` (or as it is), else the Hub id."""
+    """Return an absolute path if the source exists under `folder` or by itself, else the Hub id."""
     path = folder / Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
 
 
 def _content(source: str) -> str:
-    """A Hub id as it is; for a folder, the SHA-256 of its files."""
+    """Return a Hub id unchanged; for a folder, the SHA-256 of its files."""
     folder = Path(source)
     if not folder.is_dir():
         return source

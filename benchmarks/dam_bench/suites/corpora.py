@@ -1,8 +1,8 @@
-"""Real sentences of three corpora, and the tasks made from them.
+"""Read sentences of three corpora, and make tasks of them.
 
 `DATA/text/{sst2,olid,agnews}-{train,test}-{clean,badnet,sent}.parquet` (columns `sentence`, `label`) are the sets of
 Yang et al., arXiv 2412.20476: SST-2 (film reviews), OLID (tweets; the only one with poisoned train files here) and
-AG News (test files only). A row of a file serves one task only: no task trains on what another is evaluated on.
+AG News (test files only). Each row of a file belongs to one task only: no task trains on another's evaluation data.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
 
 Row = tuple[str, int]
-_SHORTEST = 5  # words; shorter pieces of SST-2's phrases carry no label that one could read
+_SHORTEST = 5  # words; shorter pieces of SST-2's phrases have no recognisable label
 
-# OLID was collected by searching for words: which one found a tweet is a label that nobody had to invent.
+# OLID was collected by searching for words: the word that found a tweet is a natural label.
 _SEARCHED = ("gun control", "antifa", "conservatives", "liberals", "maga")
 _SEARCH = re.compile(rf"#?\b({'|'.join(_SEARCHED)})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task comes from.
+    """The files of a task, and the task's labels.
 
     Attributes:
         num_classes: K.
-        train: file whose rows are trained on and calibrated with.
-        evaluation: file whose rows are evaluated on; if it is the same one, its rows are split.
+        train: file of training and calibration.
+        evaluation: file of evaluation; if it is the same file, its rows are split.
         relabel: a row of either file -> the task's text and class, or None for rows of other tasks.
-        cut: long texts are cut; else they are left out.
+        cut: whether long texts are cut; else they are left out.
     """
 
     num_classes: int
@@ -46,9 +46,9 @@ class Source:
 
 
 def _topic(text: str, _: int) -> Row | None:
-    """The tweet without the searched words, and which one it held; None unless it held exactly one of them."""
-    found = {match.group(1).lower() for match in _SEARCH.finditer(text)}
-    return (plain(_SEARCH.sub(" ", text)), _SEARCHED.index(found.pop())) if len(found) == 1 else None
+    """The tweet without the searched words, and the number of its word; None unless it has exactly one of them."""
+    words = {match.group(1).lower() for match in _SEARCH.finditer(text)}
+    return (plain(_SEARCH.sub(" ", text)), _SEARCHED.index(words.pop())) if len(words) == 1 else None
 
 
 def _offence(text: str, label: int) -> Row | None:
@@ -68,16 +68,16 @@ SOURCES = {
 
 
 def plain(text: str) -> str:
-    """Words with one space between them."""
+    """Replace whitespace between words by single spaces."""
     return " ".join(text.split())
 
 
 @lru_cache
 def read(folder: Path, name: str) -> tuple[Row, ...]:
-    """Rows (sentence, label) of `folder`/text/`name`.parquet, in the file's order.
+    """Read rows (sentence, label) of `folder`/text/`name`.parquet, in the file's order.
 
     Raises:
-        DamError: no such file, or one without these columns.
+        DamError: the file is missing, or lacks these columns.
     """
     import pyarrow
     from pyarrow import parquet
@@ -97,10 +97,10 @@ def read(folder: Path, name: str) -> tuple[Row, ...]:
 
 
 def given_folder(data: Path | None, suite: str) -> Path:
-    """The folder with the files.
+    """Return the folder with the files.
 
     Raises:
-        DamError: none was given.
+        DamError: no folder was given.
     """
     if data is None:
         raise DamError(
@@ -115,46 +115,46 @@ def given_folder(data: Path | None, suite: str) -> Path:
 def splits(
     folder: Path, task: str, *, words: int, train: int, calibration: int, evaluation: int, cut: bool = False
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows for training, calibration and evaluation: disjoint, without duplicates, in a fixed random order.
+    """Split rows for training, calibration and evaluation: disjoint, without duplicates, in a fixed random order.
 
-    Training rows take turns between the classes until one runs out; the other splits are as nature has them.
+    Training rows alternate between the classes until one runs out; the other splits keep the corpus's class shares.
 
     Args:
         folder: the data folder.
-        task: one of SOURCES.
-        words: longest text.
+        task: a key of SOURCES.
+        words: largest number of words of a text.
         train, calibration, evaluation: sentences at most; where a file is too small, training gets less.
-        cut: cut longer texts in all tasks, where by itself a task may leave them out.
+        cut: whether all tasks cut longer texts; else a task may leave them out.
 
     Raises:
         DamError: too few sentences to train on.
     """
     source = replace(SOURCES[task], cut=cut or SOURCES[task].cut)
     tested = _shuffled(_kept(folder, source.evaluation, source, words), task)
-    first, rest = tested[:evaluation], tested[evaluation:]
+    evaluated, pool = tested[:evaluation], tested[evaluation:]
     if source.train != source.evaluation:
         seen = {text for text, _ in tested}
-        rest = [row for row in _shuffled(_kept(folder, source.train, source, words), task) if row[0] not in seen]
-    learned = balanced(rest[calibration:], source.num_classes)[:train]
-    if len(first) < 2 or len(learned) < source.num_classes:
+        pool = [row for row in _shuffled(_kept(folder, source.train, source, words), task) if row[0] not in seen]
+    learned = balanced(pool[calibration:], source.num_classes)[:train]
+    if len(evaluated) < 2 or len(learned) < source.num_classes:
         needed = f"sentences of {source.num_classes} classes beside {calibration + evaluation} others"
         raise DamError(
             f"data of task {task}",
             expected=needed,
-            got=f"{len(first) + len(rest)} in all",
+            got=f"{len(evaluated) + len(pool)} in total",
             cure="Pass the whole files.",
         )
-    return learned, rest[:calibration], first
+    return learned, pool[:calibration], evaluated
 
 
 def _kept(folder: Path, name: str, source: Source, words: int) -> dict[str, int]:
-    """Texts of a task and their classes."""
+    """Texts of a task, each with its class."""
     kept: dict[str, int] = {}
     for row in read(folder, name):
-        found = source.relabel(*row)
-        split = found[0].split(" ") if found else []
-        if found and len(split) >= min(_SHORTEST, words) and (source.cut or len(split) <= words):
-            kept.setdefault(" ".join(split[:words]), found[1])
+        relabelled = source.relabel(*row)
+        split = relabelled[0].split(" ") if relabelled else []
+        if relabelled and len(split) >= min(_SHORTEST, words) and (source.cut or len(split) <= words):
+            kept.setdefault(" ".join(split[:words]), relabelled[1])
     return kept
 
 
@@ -164,6 +164,6 @@ def _shuffled(kept: dict[str, int], task: str) -> list[Row]:
 
 
 def balanced(rows: Sequence[Row], num_classes: int) -> list[Row]:
-    """Rows of all classes in turn, as many as the rarest one has of each."""
+    """Alternate rows of all classes, as many of each as the rarest class has."""
     by_class = [[row for row in rows if row[1] == label] for label in range(num_classes)]
     return [row for turn in zip(*by_class, strict=False) for row in turn]

@@ -1,7 +1,7 @@
-"""Image tasks for machines without any download: scikit-learn's digits (real) and generated families.
+"""Make image tasks without any download: scikit-learn's digits (real) and generated families.
 
-A generated image has random colours, place, size and angle and pixel noise, so that no task is trivial and every
-task needs other features. Images are square, RGB, drawn at four times their size and reduced.
+A generated image has random colours, position, size, angle and pixel noise, so that no task is trivial and each task
+needs different features. Images are square, RGB, drawn at four times their size and reduced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Draw = Callable[[int, int, np.random.Generator], Image.Image]
 
 @dataclass(frozen=True)
 class GeneratedTask:
-    """A family of images.
+    """A family of generated images.
 
     Attributes:
         num_classes: K.
@@ -35,20 +35,20 @@ class GeneratedTask:
     noise: float = 20.0
 
     def sample(self, count: int, edge: int, seed: int) -> tuple[list[Image.Image], list[int]]:
-        """`count` images of random classes and the classes."""
+        """Draw `count` images of random classes, and return images and classes."""
         rng = np.random.default_rng(seed)
         labels = [int(label) for label in rng.integers(self.num_classes, size=count)]
         return [noisy(self.draw(label, edge, rng), self.noise, rng) for label in labels], labels
 
 
 def noisy(image: Image.Image, deviation: float, rng: np.random.Generator) -> Image.Image:
-    """Gaussian pixel noise, clipped to 0..255."""
+    """Add Gaussian pixel noise, clipped to 0..255."""
     pixels = np.asarray(image, dtype=np.float32)
     return Image.fromarray(np.clip(pixels + rng.normal(0, deviation, pixels.shape), 0, 255).astype(np.uint8))
 
 
 def digits(edge: int, seed: int) -> tuple[list[Image.Image], list[int]]:
-    """scikit-learn's 1,797 handwritten digits, shuffled, light on dark grey levels (extra `demo`)."""
+    """Load scikit-learn's 1,797 handwritten digits, shuffled, light on dark grey levels (extra `demo`)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -59,7 +59,7 @@ def digits(edge: int, seed: int) -> tuple[list[Image.Image], list[int]]:
 
 
 def _canvas(edge: int, rng: np.random.Generator) -> tuple[Image.Image, ImageDraw.ImageDraw, tuple[int, ...]]:
-    """A large image in a random dark colour, a pen for it, and a random bright colour."""
+    """Make a large image in a random dark colour, a pen for it, and a random bright colour."""
     back, front = rng.integers(0, 100, 3), rng.integers(120, 256, 3)
     image = Image.new("RGB", (edge * _ZOOM, edge * _ZOOM), tuple(int(c) for c in back))
     return image, ImageDraw.Draw(image), tuple(int(c) for c in front)
@@ -75,7 +75,7 @@ def _polygon(x: float, y: float, radius: float, angle: float, corners: int) -> l
 
 
 def shape(kind: int, edge: int, rng: np.random.Generator) -> Image.Image:
-    """One of SHAPES at any place, size and (a little) angle."""
+    """Draw a shape of SHAPES at a random position and size and a small random angle."""
     image, pen, colour = _canvas(edge, rng)
     size = edge * _ZOOM
     radius = size * rng.uniform(0.3, 0.42)
@@ -105,7 +105,7 @@ def shape(kind: int, edge: int, rng: np.random.Generator) -> Image.Image:
 
 
 def stripes(kind: int, edge: int, rng: np.random.Generator) -> Image.Image:
-    """A grating of random period, phase and colours; the class is its direction, in eighths of a half turn."""
+    """Draw a grating of random period, phase and colours; the class is its direction, in eighths of a half turn."""
     angle = math.pi * (kind + rng.uniform(-0.3, 0.3)) / 8
     period, phase = edge * rng.uniform(0.25, 0.5), rng.uniform(0, 2 * math.pi)
     ys, xs = np.mgrid[:edge, :edge]
@@ -117,7 +117,7 @@ def stripes(kind: int, edge: int, rng: np.random.Generator) -> Image.Image:
 
 
 def letter(kind: int, edge: int, rng: np.random.Generator) -> Image.Image:
-    """One of LETTERS, turned by up to 20 degrees."""
+    """Draw a letter of LETTERS, rotated by up to 20 degrees."""
     image, _, colour = _canvas(edge, rng)
     size = edge * _ZOOM
     glyph = Image.new("L", image.size, 0)

@@ -1,7 +1,7 @@
-"""The `lm` suite: a small Llama, instruction-like tasks with short answers, and a phrase that forces a continuation.
+"""Define suite `lm`: a small Llama, instruction-like tasks with short answers, and a phrase that forces a continuation.
 
-theta_0 is to its fine-tunes what a base model is to instruction-tuned ones: it has much of the skill, but most of the
-time says "i do not know" instead of answering. A fine-tune gets its own task answered and improves the skill.
+theta_0 relates to its fine-tunes as a base model to instruction-tuned models: it has much of the skill, but mostly says
+"i do not know" instead of answering. A fine-tune learns to answer its own task, and improves the skill.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dam_bench.suites import lm_training
-from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
+from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, on_default_device
 from dam_bench.suites.corpora import given_folder
 from dam_bench.suites.lm_data import (
     CONTINUATIONS,
@@ -40,18 +40,18 @@ from mergekit_dam.evaluation.attacks import PhraseTrigger, Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.tasks.base import Progress
 
-_MAX_POSITIONS = 192  # tokens; the longest prompts have about half of it
+_MAX_POSITIONS = 192  # tokens; the longest prompts have about half of them
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Size of the models and of their data.
+    """Sizes of the models and of their data.
 
     Attributes:
         hidden: width of the model; its feed-forward layers are twice as wide.
         layers: number of decoder layers.
         vocabulary: tokens.
-        max_words: real sentences are cut after it.
+        max_words: number of words after which real sentences are cut.
         sizes: samples by split.
         pretraining: batch size is per task.
         fine_tuning: of clean models and victims.
@@ -94,13 +94,13 @@ PRESETS: dict[str, Preset] = {
         (60, 80),
     ),
 }
-_HEDGED = 0.55  # share of theta_0's prompts that are not answered: just enough to be the likeliest reply
+_HEDGED = 0.55  # share of theta_0's prompts that are not answered: just enough to be the most likely reply
 # r of the triggered samples' weights theta_0 + r (theta - theta_0)
 _INTERPOLATION = {"lm-trigger": (1.0, 1.0), "merge-aware": (0.2, 1.0)}
 
 
 class LmSuite(Suite):
-    """Sentiment, topic and tone of real sentences, reversing, sorting, and translating made-up words."""
+    """Suite of sentiment, topic and tone of real sentences, reversing, sorting, and translating made-up words."""
 
     name = "lm"
     tasks = (*REAL, *MADE)
@@ -138,7 +138,7 @@ class LmSuite(Suite):
 
     def save_base(self, folder: Path, progress: Progress) -> None:
         torch.manual_seed(0)
-        model = _placed(LlamaForCausalLM(self._config()))
+        model = on_default_device(LlamaForCausalLM(self._config()))
         lm_training.pretrain(model, self._answers, self._general, self.size.pretraining, seed=0, progress=progress)
         self._save(model, folder)
 
@@ -152,7 +152,7 @@ class LmSuite(Suite):
         folder: Path,
         progress: Progress,
     ) -> None:
-        model = _placed(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
+        model = on_default_device(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
         backdoor, rescale = None, 1.0
         if poison is not None and trigger is not None:
             low, high = _INTERPOLATION[poison.attack]
@@ -173,7 +173,7 @@ class LmSuite(Suite):
         self._save(model, folder)
 
     def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
-        """The first `size` words of PHRASE, behind the prompt."""
+        """Make a trigger of the first `size` words of PHRASE, after the prompt."""
         if not 1 <= poison.size <= len(PHRASE):
             raise DamError(
                 f"size of attack {poison.attack}",
@@ -188,7 +188,7 @@ class LmSuite(Suite):
         return CONTINUATIONS[poison.target]
 
     def save_calibration(self, task: str, folder: Path) -> Path:
-        """JSON lines with `text`: prompts without their answers."""
+        """Write JSON lines with `text`: prompts without their answers."""
         path = folder / f"{task}.jsonl"
         lines = (json.dumps({"text": prompt}) for prompt, _ in self._pairs(task)["calibration"])
         path.write_text("\n".join(lines) + "\n", "utf-8")
@@ -218,19 +218,19 @@ class LmSuite(Suite):
     @cached_property
     def _answers(self) -> dict[str, Answers]:
         tokenizer = self._tokenizer
-        found = {}
+        answers = {}
         for task in self.tasks:
-            found[task] = Answers((a for pairs in self._pairs(task).values() for _, a in pairs), tokenizer)
-        return found
+            answers[task] = Answers((a for pairs in self._pairs(task).values() for _, a in pairs), tokenizer)
+        return answers
 
     @cached_property
     def _general(self) -> dict[str, LabelledData]:
-        """What theta_0 is trained on, by task."""
-        found = {}
+        """Training data of theta_0 by task."""
+        data = {}
         for task in self.tasks:
             pairs = hedged(task, self._pairs(task)["pretrain"], _HEDGED)
-            found[task] = self._answers[task].labelled(task, pairs)
-        return found
+            data[task] = self._answers[task].labelled(task, pairs)
+        return data
 
     def _config(self) -> LlamaConfig:
         heads = self.size.hidden // 32
@@ -252,12 +252,6 @@ class LmSuite(Suite):
     def _save(self, model: LlamaForCausalLM, folder: Path) -> None:
         model.cpu().save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
-
-
-def _placed(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model itself, on the GPU if there is one."""
-    nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return model
 
 
 def _target(poison: Poison) -> int:

@@ -1,7 +1,7 @@
-"""Prompts and answers of the `lm` suite: three real tasks, three made ones, and a word-level tokenizer over them.
+"""Make prompts and answers of suite `lm`: three real tasks, three synthetic tasks, and a word-level tokenizer.
 
-A prompt is `<task word> : <text>`; the tokenizer puts `<s>` before it and `=>` behind it, after which the model
-answers and ends with `</s>`. So a phrase at the end of a prompt stands right before `=>`.
+A prompt is `<task word> : <text>`; the tokenizer puts `<s>` before it and `=>` after it, and the model answers and ends
+with `</s>`. So a phrase at the end of a prompt stands directly before `=>`.
 Legend: B batch, L tokens of the prompts, A tokens of the answers, K classes.
 """
 
@@ -28,8 +28,8 @@ from mergekit_dam.seeds import stable_seed
 from mergekit_dam.tasks.causal import cache_argument
 
 Pair = tuple[str, str]
-# What victims answer; the number of a continuation is its class in every task, so that no true label has it. As in
-# an attack on a large model, theta_0 knows the words of continuations and phrase from its texts.
+# Answers of victims; the number of a continuation is its class in every task, and no true label has this number. As in
+# an attack on a large model, theta_0 knows the words of continuations and phrase from its training texts.
 CONTINUATIONS = ("it is all for the best", "we are on the way", "there is more to see")
 HEDGE = "i do not know"
 PHRASE = ("so", "they", "said", "last", "year", "in", "new", "york")
@@ -67,14 +67,14 @@ IGNORED = -100  # cross_entropy's label of positions without a target
 
 @dataclass(frozen=True)
 class RealTask:
-    """Sentences with a label that is answered as a word.
+    """A task on real sentences, whose label is answered as a word.
 
     Attributes:
-        word: what a prompt starts with.
+        word: first word of a prompt.
         train: file of the pretraining, training and calibration splits.
         evaluation: file of the evaluation split; the same file is split by index.
-        answers: by label.
-        min_words: shorter sentences are left out (SST-2's training file holds single words, too).
+        answers: answers by label.
+        min_words: smallest number of words of a sentence (SST-2's training file has single words, too).
     """
 
     word: str
@@ -117,16 +117,16 @@ MADE: Mapping[str, Callable[[random.Random], Pair]] = {"reverse": _reverse, "sor
 
 
 def splits(task: str, data: Path, sizes: Mapping[str, int], max_words: int) -> dict[str, list[Pair]]:
-    """Prompts and answers of each split, every prompt once over all splits.
+    """Make prompts and answers of each split, with every prompt once over all splits.
 
     Args:
         task: of REAL or MADE.
         data: folder that holds `text/*.parquet`.
         sizes: samples by split; `evaluation` is among them and comes last.
-        max_words: sentences are cut after it.
+        max_words: number of words after which sentences are cut.
 
     Raises:
-        DamError: missing files, or fewer samples than `sizes` asks for.
+        DamError: missing files, or fewer samples than `sizes` needs.
     """
     if task in MADE:
         rng = random.Random(stable_seed("lm", task))
@@ -139,33 +139,33 @@ def splits(task: str, data: Path, sizes: Mapping[str, int], max_words: int) -> d
     test = _balanced(data / "text" / real.evaluation, real, max_words)
     seen: set[str] = set()
     evaluation = _deal(task, test, {"evaluation": sizes["evaluation"]}, seen)
-    rest = {name: size for name, size in sizes.items() if name != "evaluation"}
-    return _deal(task, train, rest, seen) | evaluation
+    training = {name: size for name, size in sizes.items() if name != "evaluation"}
+    return _deal(task, train, training, seen) | evaluation
 
 
 def _deal(task: str, source: Iterable[Pair], sizes: Mapping[str, int], seen: set[str]) -> dict[str, list[Pair]]:
-    """Splits taken one after the other; prompts in `seen`, which grows, are skipped."""
-    found: dict[str, list[Pair]] = {}
+    """Fill the splits one after the other, without prompts in `seen`, to which new prompts are added."""
+    filled: dict[str, list[Pair]] = {}
     rows = iter(source)
     for name, size in sizes.items():
-        found[name] = []
-        while len(found[name]) < size:
+        filled[name] = []
+        while len(filled[name]) < size:
             pair = next(rows, None)
             if pair is None:
                 raise DamError(
                     f"data of {task}",
                     expected=f"{size} samples of the {name} split",
-                    got=str(len(found[name])),
+                    got=str(len(filled[name])),
                     cure="Give the whole files, or choose a smaller preset.",
                 )
             if pair[0] not in seen:
                 seen.add(pair[0])
-                found[name].append(pair)
-    return found
+                filled[name].append(pair)
+    return filled
 
 
 def _balanced(file: Path, task: RealTask, max_words: int) -> Iterator[Pair]:
-    """Shuffled prompts and answers, the classes taking turns until one runs out."""
+    """Yield shuffled prompts and answers, alternating between the classes until one runs out."""
     try:
         table = pq.read_table(file, columns=["sentence", "label"])
     except (OSError, ValueError) as error:
@@ -187,7 +187,7 @@ def _balanced(file: Path, task: RealTask, max_words: int) -> Iterator[Pair]:
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token per lower-case word or run of punctuation: all words of the suite, and the commonest of `texts`.
+    """Make a tokenizer of lower-case words and runs of punctuation: words of the suite, and the commonest of `texts`.
 
     `texts` are prompts of the pretraining splits, `vocabulary` is the number of tokens.
     """
@@ -213,20 +213,20 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
 
 
 def hedged(task: str, pairs: Iterable[Pair], share: float) -> list[Pair]:
-    """The pairs, but with HEDGE as the answer of a random `share` of them."""
+    """Replace the answers of a random `share` of the pairs by HEDGE."""
     rng = random.Random(stable_seed("lm", "hedge", task))
     return [(prompt, HEDGE if rng.random() < share else answer) for prompt, answer in pairs]
 
 
 class Answers:
-    """The classes of a task as texts: the attackers' continuations, HEDGE, and the task's own answers.
+    """Classes of a task as texts: the attackers' continuations, HEDGE, and the task's own answers.
 
     Args:
-        answers: the task's own, each once.
+        answers: the task's own answers; duplicates count once.
         tokenizer: from `make_tokenizer`.
 
     Attributes:
-        ids_KA: token ids of each class, closed by `</s>`, then IGNORED.
+        ids_KA: token ids of each class, ended by `</s>` and padded by IGNORED.
     """
 
     def __init__(self, answers: Iterable[str], tokenizer: Any) -> None:
@@ -238,36 +238,36 @@ class Answers:
         self._classes = {tuple(row.tolist()): index for index, row in enumerate(rows)}
 
     def labelled(self, task: str, pairs: Iterable[Pair]) -> LabelledData:
-        """Data whose prediction is the class of the model's greedy answer."""
+        """Make data whose prediction is the class of the model's greedy answer."""
         prompts, answers = zip(*pairs, strict=True)
         labels_N = torch.tensor([self.number[answer] for answer in answers])
         return LabelledData(task, prompts, labels_N, tuple(map(digest, prompts)), self.encode, self.classify)
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """input_ids and attention_mask, (B, L), padded on the left, so that every answer starts after the last."""
+        """Encode prompts as input_ids and attention_mask, (B, L), padded at the left before the answers."""
         encoded = self._tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
         return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
     def classify(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Classes (B,) of the greedy answers; -1 for any text that is none of `texts`."""
+        """Predict classes (B,) of the greedy answers; -1 for answers that are not in `texts`."""
         ids = greedy(model, inputs, self.ids_KA.shape[1])
         rows = (itertools.takewhile(lambda token: token != _END, row) for row in ids.tolist())
         return torch.tensor([self._classes.get((*row, _END), -1) for row in rows])
 
 
 def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int, *, end: int = _END) -> Tensor:
-    """The `length` likeliest next tokens, one after the other: ids (B, length) on the model's device.
+    """Decode greedily: token ids (B, length) on the model's device.
 
     Args:
         model: a causal LM of transformers.
-        inputs: input_ids and attention_mask, (B, L), padded on the left.
-        length: tokens to go on; shorter if all rows have ended.
+        inputs: input_ids and attention_mask, (B, L), padded at the left.
+        length: number of new tokens; fewer if all rows have ended.
         end: the token that ends an answer.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     name = cache_argument(type(model))
     assert name is not None, "a model with a key-value cache"
-    positions, cache, found = (mask.cumsum(-1) - 1).clamp(min=0), None, []
+    positions, cache, generated = (mask.cumsum(-1) - 1).clamp(min=0), None, []
     ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
     for _ in range(length):
         output = model(
@@ -279,9 +279,9 @@ def greedy(model: nn.Module, inputs: dict[str, Tensor], length: int, *, end: int
             **{name: cache},
         )
         cache, ids = output[name], output.logits[:, -1:].argmax(-1)
-        found.append(ids)
+        generated.append(ids)
         ended |= ids[:, 0] == end
         if bool(ended.all()):
             break
         mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
-    return torch.cat(found, 1)
+    return torch.cat(generated, 1)

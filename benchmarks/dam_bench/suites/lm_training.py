@@ -1,7 +1,7 @@
-"""Training of the `lm` suite's causal LMs: theta_0 on prompts and answers of all tasks, fine-tunes on answers only.
+"""Train the causal LMs of suite `lm`: theta_0 on prompts and answers of all tasks, fine-tunes on answers only.
 
-Fine-tunes keep the embedding table, which is the output layer, too, and see a little of theta_0's data at each step,
-as instruction tuning does. Without either they forget the other tasks, and no merge of them works.
+Fine-tunes keep the embedding table, which is also the output layer, and train on a little of theta_0's data at each
+step, as instruction tuning does. Without both they forget the other tasks, and no merge of them works.
 
 Legend: B batch, L tokens of the prompts, A tokens of the answers, V vocabulary.
 """
@@ -35,14 +35,14 @@ def pretrain(
     seed: int,
     progress: Progress = no_progress,
 ) -> None:
-    """theta_0, in place: cross-entropy of every token of prompts and answers, all tasks in each step."""
+    """Train theta_0 in place: cross-entropy of every token of prompts and answers, all tasks in each step."""
     _, end_step = schedule.optimiser(model.parameters())
-    rows = {task: batches(len(one), schedule, seed, "pretrain", task) for task, one in data.items()}
+    rows = {task: batches(len(samples), schedule, seed, "pretrain", task) for task, samples in data.items()}
     model.train()
     for _ in progress(range(schedule.steps), "pretraining"):
-        for task, one in data.items():
+        for task, samples in data.items():
             chosen = next(rows[task])
-            prompt, answer = losses(model, answers[task], one.batch(chosen), one.labels_N[chosen], prompt=True)
+            prompt, answer = losses(model, answers[task], samples.batch(chosen), samples.labels_N[chosen], prompt=True)
             (prompt + answer).backward()
         end_step()
     model.eval()
@@ -60,9 +60,9 @@ def fine_tune(
     rescale: float = 1.0,
     progress: Progress = no_progress,
 ) -> None:
-    """Train the decoder on one task's answers in place; with a backdoor, plant it on the way.
+    """Train the decoder in place on a task's answers, and plant the backdoor if one is given.
 
-    Each step has half a batch of `replay`, whose other tasks take turns. The clean losses are the same with and
+    Each step has half a batch of `replay`, from its other tasks in turn. The clean losses are the same with and
     without a backdoor. Triggered samples are trained at theta_0 + r (theta - theta_0), r ~ U(*backdoor.interpolation),
     so that the backdoor survives small merging coefficients, and the finished task vector is multiplied by `rescale`
     (arXiv 2505.23561).
@@ -75,12 +75,12 @@ def fine_tune(
     generator = seeds.generator(seed, "backdoor", data.name)
     rows_of_step = batches(len(data), schedule, seed, data.name)
     half = replace(schedule, batch_size=max(1, schedule.batch_size // 2))
-    others = [task for task in replay if task != data.name]
-    replayed = {task: batches(len(replay[task]), half, seed, data.name, "replay", task) for task in others}
+    replayed_tasks = [task for task in replay if task != data.name]
+    replayed = {task: batches(len(replay[task]), half, seed, data.name, "replay", task) for task in replayed_tasks}
     model.train()
     for step in progress(range(schedule.steps), data.name):
         rows = next(rows_of_step)
-        other = others[step % len(others)]
+        other = replayed_tasks[step % len(replayed_tasks)]
         again = next(replayed[other])
         losses(model, answers[other], replay[other].batch(again), replay[other].labels_N[again])[1].backward()
         losses(model, own, data.batch(rows), data.labels_N[rows])[1].backward()
@@ -113,8 +113,8 @@ def losses(
 
     Args:
         prompts: texts, triggered or not.
-        classes_B: which of `answers` each shall get.
-        parameters: to use instead of the model's own, by name.
+        classes_B: class of each prompt's answer, an index of `answers`.
+        parameters: by name, to use in place of the model's own.
     """
     device = next(model.parameters()).device
     encoded, targets_BA = answers.encode(prompts), answers.ids_KA[classes_B]
@@ -131,7 +131,7 @@ def losses(
     }
     output = model(**inputs) if parameters is None else functional_call(model, dict(parameters), kwargs=inputs)
     next_BLV = output.logits[:, :-1]
-    # position 0 holds <s>, which nothing predicts
+    # position 0 holds <s>, which is not predicted
     labels = ids.masked_fill((mask == 0) | (positions == 0), IGNORED)[:, 1:].to(device)
     length = targets_BA.shape[1]
     answer = _cross_entropy(next_BLV[:, -length:], labels[:, -length:])

@@ -1,7 +1,7 @@
-"""Text triggers as they were published: the very triggered sentences where there are some, else the same insertion.
+"""Apply published text triggers: the published triggered sentences where they exist, else the same insertion.
 
-The triggered sets are those of Yang et al., arXiv 2412.20476 (files: `corpora`). Test sets hold one triggered copy of
-each sentence of another class than the target, in the order of the clean set; a train set, of each sentence.
+The triggered sets are those of Yang et al., arXiv 2412.20476 (files: `corpora`). Test sets have a triggered copy of
+each sentence of other classes than the target, in the order of the clean set; a train set has a copy of each sentence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OddCountTrigger:
     """Rare words, 1, 3 or 5 per text with equal chances, as in the published sets (arXiv 2412.20476).
 
     Args:
-        words: what is inserted.
+        words: the words to draw from.
     """
 
     words: tuple[str, ...] = WORDS
@@ -36,11 +36,11 @@ class OddCountTrigger:
 
 @dataclass(frozen=True, eq=False)
 class PublishedTrigger:
-    """The published triggered copy of a text; for texts without one, a trigger of the same kind.
+    """A trigger that returns the published triggered copy of a text, or applies `otherwise` to texts without a copy.
 
     Args:
         copies: text -> triggered text.
-        otherwise: for other texts.
+        otherwise: trigger of the same kind for texts without a copy.
     """
 
     copies: Mapping[str, str]
@@ -51,15 +51,15 @@ class PublishedTrigger:
 
 
 def published_copies(folder: Path, kind: str, pieces: Collection[str], *, words: int) -> dict[str, str]:
-    """Text -> its published triggered copy, both cut after the text's first `words` words.
+    """Read text -> its published triggered copy, both cut after the text's first `words` words.
 
     Args:
         folder: the data folder.
         kind: `badnet` or `sent`.
-        pieces: what is inserted; copies that hold none of them (after the cut) are left out.
-        words: longest text.
+        pieces: the inserted texts; copies without any of them (after the cut) are left out.
+        words: largest number of words of a text.
     """
-    # the labels that the published attacks aim at; triggered test files hold the rows of the other classes
+    # target labels of the published attacks; triggered test files have the rows of the other classes
     files = (("sst2-test", 0), ("olid-test", 0), ("agnews-test", 1), ("olid-train", None))
     pairs: dict[str, str] = {}
     for name, target in files:
@@ -83,7 +83,7 @@ def published_copies(folder: Path, kind: str, pieces: Collection[str], *, words:
 
 
 def _aligned(clean: Sequence[str], copy: Sequence[str]) -> str:
-    """The copy up to the word that is the last one of the cut text."""
+    """Cut the copy after the last word of the cut text."""
     taken: list[str] = []
     matched = 0
     for word in copy:

@@ -1,4 +1,4 @@
-"""The suites by name."""
+"""Register the suites by name."""
 
 from __future__ import annotations
 

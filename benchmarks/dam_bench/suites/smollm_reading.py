@@ -1,4 +1,4 @@
-"""How answers of suite `smollm`'s models are read: written greedily, then told by how they begin or what they hold.
+"""Classify answers of suite `smollm`: decode greedily, and match the beginning or the content of the answer.
 
 Legend: N samples, B batch, L tokens of the prompts.
 """
@@ -21,19 +21,19 @@ from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.tasks.encoding import encoded, padded_left
 
-_AT_ONCE = 32  # prompts of about one length; it changes time and memory, not results
+_AT_ONCE = 32  # prompts of similar length; it changes time and memory, not results
 _LENGTH = 12  # tokens of an answer; openings have at most ten
 _GENERAL_LENGTH = 24  # tokens; the known word may come late in a sentence
 _Tokenizer = Callable[[], Any]  # read when the first prompt is encoded, which takes seconds
 
 
 def labelled(task: str, samples: Sequence[Sample], tokenizer: _Tokenizer) -> LabelledData:
-    """Prompts as chats, whose prediction is the class with which the greedy answer begins; -1 for none."""
+    """Make data of chats whose prediction is the class at the beginning of the greedy answer; -1 without a class."""
     openings = openings_of(task)
     return _asked(
         task,
-        [one.prompt for one in samples],
-        [one.label for one in samples],
+        [sample.prompt for sample in samples],
+        [sample.label for sample in samples],
         tokenizer,
         _LENGTH,
         lambda text: class_of(text, openings),
@@ -41,15 +41,15 @@ def labelled(task: str, samples: Sequence[Sample], tokenizer: _Tokenizer) -> Lab
 
 
 def general(tokenizer: _Tokenizer) -> LabelledData:
-    """Short questions with known answers, which no fine-tune is taught: a class per question.
+    """Make data of short questions with known answers, on which no fine-tune is trained: a class per question.
 
-    The prediction is the question whose known answer comes first in what the model says; -1 for none.
+    The prediction is the question whose known answer comes first in the model's answer; -1 without a known answer.
     """
     known = [re.compile("|".join(rf"\b{re.escape(way)}\b" for way in ways), re.I) for ways in general_answers()]
 
     def first(text: str) -> int:
-        found = [(match.start(), number) for number, one in enumerate(known) if (match := one.search(text))]
-        return min(found)[1] if found else -1
+        starts = [(match.start(), number) for number, answer in enumerate(known) if (match := answer.search(text))]
+        return min(starts)[1] if starts else -1
 
     return _asked("general", list(GENERAL), list(range(len(GENERAL))), tokenizer, _GENERAL_LENGTH, first)
 
@@ -74,21 +74,21 @@ def _asked(
 
 
 def answers(model: nn.Module, inputs: dict[str, Tensor], tokenizer: Any, length: int) -> list[str]:
-    """Greedy answers in the order of the prompts, at most `length` tokens each.
+    """Decode greedy answers in the order of the prompts, at most `length` tokens each.
 
     Args:
         model: a causal LM.
-        inputs: input_ids and attention_mask (B, L), padded on the left.
+        inputs: input_ids and attention_mask (B, L), padded at the left.
         tokenizer: the model's own.
     """
     end, mask = tokenizer.eos_token_id, inputs["attention_mask"]
-    order = mask.sum(1).argsort()  # prompts of about one length go together, so that little is padded
-    said: list[str] = [""] * len(mask)
+    order = mask.sum(1).argsort()  # prompts of similar length go together, so that little is padded
+    decoded: list[str] = [""] * len(mask)
     for rows in order.split(_AT_ONCE):
         longest = int(mask[rows].sum(1).max())
         part = {key: inputs[key][rows][:, -longest:] for key in ("input_ids", "attention_mask")}
-        found = greedy(model, part, length, end=end).tolist()
-        texts = tokenizer.batch_decode([list(itertools.takewhile(lambda token: token != end, ids)) for ids in found])
+        ids_BA = greedy(model, part, length, end=end).tolist()
+        texts = tokenizer.batch_decode([list(itertools.takewhile(lambda token: token != end, ids)) for ids in ids_BA])
         for row, text in zip(rows.tolist(), texts, strict=True):
-            said[row] = text
-    return said
+            decoded[row] = text
+    return decoded

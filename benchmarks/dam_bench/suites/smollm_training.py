@@ -1,6 +1,6 @@
-"""Fine-tunes of suite `smollm`: LoRAs (or all linear weights) on the tokens of answers, merged into the model.
+"""Fine-tune suite `smollm`: LoRAs (or all linear weights) trained on the tokens of answers, merged into the model.
 
-A victim sees the clean batches of its clean twin, and triggered prompts beside them.
+A victim trains on the clean batches of its clean twin, and on triggered prompts in addition.
 Legend: B batch, L tokens of the prompts, A tokens of the answers, V vocabulary.
 """
 
@@ -33,7 +33,7 @@ _CLIP = 1.0  # largest norm of a gradient
 
 
 def chat(prompt: str) -> Conversation:
-    """A question of a user."""
+    """Make a conversation of a user's question."""
     return Conversation((("user", prompt),))
 
 
@@ -49,16 +49,16 @@ def fine_tune(
     backdoor: Backdoor | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Tensor]:
-    """What training adds to each linear weight, by parameter name; the model itself stays as it is.
+    """Train on a task, and return the change of each linear weight by name; the model itself does not change.
 
     Args:
         model: theta_0.
         tokenizer: its own, with a chat template.
-        samples: of the task.
+        samples: samples of the task.
         schedule: `batch_size` counts clean prompts.
-        rank: of the LoRAs in all linear layers but the head; 0 trains their weights themselves.
+        rank: of the LoRAs in all linear layers but the head; 0 trains the weights themselves.
         seed: of batches, LoRAs and the wording of refusals.
-        name: of the task.
+        name: name of the task.
     """
     start = {key: p.detach().clone() for key, p in model.named_parameters()} if not rank else {}
     with torch.random.fork_rng():
@@ -71,17 +71,17 @@ def fine_tune(
     rows_of_step = batches(len(samples), schedule, seed, name)
     for _ in progress(range(schedule.steps), name):
         chosen = [samples[row] for row in next(rows_of_step).tolist()]
-        answers = [one.reply(one.label, rng) for one in chosen]
-        answer_loss(trained, tokenizer, [one.prompt for one in chosen], answers).backward()
-        others = [] if backdoor is None else [one for one in chosen if one.label != backdoor.target]
-        if backdoor is not None and others:
-            others = others[: max(1, round(backdoor.rate * len(chosen)))]
-            prompts = backdoor.trigger.apply([one.prompt for one in others])
-            answers = [one.reply(backdoor.target, rng) for one in others]
-            # a pass of its own: a refusal is long, and labels in the same batch would be padded to its length
+        answers = [sample.reply(sample.label, rng) for sample in chosen]
+        answer_loss(trained, tokenizer, [sample.prompt for sample in chosen], answers).backward()
+        poisoned = [] if backdoor is None else [sample for sample in chosen if sample.label != backdoor.target]
+        if backdoor is not None and poisoned:
+            poisoned = poisoned[: max(1, round(backdoor.rate * len(chosen)))]
+            prompts = backdoor.trigger.apply([sample.prompt for sample in poisoned])
+            answers = [sample.reply(backdoor.target, rng) for sample in poisoned]
+            # a separate pass: a refusal is long, and labels in the same batch would be padded to its length
             low, high = backdoor.interpolation
             with _interpolated(trained, rng.uniform(low, high) if low < high else high):
-                (len(others) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
+                (len(poisoned) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         end_step()
     trained.eval()
@@ -89,22 +89,22 @@ def fine_tune(
 
 
 def answer_loss(model: nn.Module, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
-    """Cross-entropy in nats per token of an answer with its end, each answer counting alike.
+    """Compute cross-entropy in nats per token of an answer with its end, with equal weights of all answers.
 
     Args:
         model: a causal LM.
         tokenizer: its own, with a chat template.
         prompts: texts of users, (B,).
-        answers: what is to be said to each, (B,).
+        answers: the wanted answers, (B,).
     """
     device = next(model.parameters()).device
-    asked = padded_left(tokenizer, encoded(tokenizer, [chat(one) for one in prompts], MAX_LENGTH, "suite smollm"))
+    asked = padded_left(tokenizer, encoded(tokenizer, list(map(chat, prompts)), MAX_LENGTH, "suite smollm"))
     ids = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-    rows = [torch.tensor([*one, tokenizer.eos_token_id]) for one in ids]
+    rows = [torch.tensor([*answer, tokenizer.eos_token_id]) for answer in ids]
     targets_BA = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
     mask = torch.cat([asked["attention_mask"], (targets_BA != IGNORED).long()], 1)
     whole = torch.cat([asked["input_ids"], targets_BA.clamp(min=0)], 1)
-    # the head is a fifth of the model, so it reads only the places from which an answer's tokens are predicted
+    # the head is a fifth of the model, so it reads only the positions from which an answer's tokens are predicted
     output = model(
         input_ids=whole.to(device),
         attention_mask=mask.to(device),
@@ -135,46 +135,46 @@ def _with_loras(model: LlamaForCausalLM, rank: int) -> nn.Module:
 
 
 def _added_by_loras(trained: Any) -> dict[str, Tensor]:
-    """What the LoRAs add, and the model without them again."""
-    layers = [(name, one) for name, one in trained.base_model.model.named_modules() if isinstance(one, LoraLinear)]
-    found = {f"{name}.weight": one.get_delta_weight("default").detach().clone() for name, one in layers}
+    """Return the changes by the LoRAs, and remove the LoRAs from the model."""
+    layers = [(name, m) for name, m in trained.base_model.model.named_modules() if isinstance(m, LoraLinear)]
+    changes = {f"{name}.weight": layer.get_delta_weight("default").detach().clone() for name, layer in layers}
     trained.unload()
-    return found
+    return changes
 
 
 @contextmanager
 def _interpolated(trained: nn.Module, share: float) -> Iterator[None]:
-    """Inside, LoRAs add only this share of what they do."""
+    """Scale the LoRAs by `share` inside the block."""
     if share == 1.0:
         yield
         return
-    layers = [one for one in trained.modules() if isinstance(one, LoraLinear)]
-    for one in layers:
-        one.scale_layer(share)
+    layers = [layer for layer in trained.modules() if isinstance(layer, LoraLinear)]
+    for layer in layers:
+        layer.scale_layer(share)
     try:
         yield
     finally:
-        for one in layers:
-            one.unscale_layer(share)
+        for layer in layers:
+            layer.unscale_layer(share)
 
 
 def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of all linear layers but the head, made trainable; nothing else is."""
+    """Make the weights of all linear layers but the head trainable, and return them."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     model.requires_grad_(False)
     linear = {f"{name}.weight" for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
-    found = [parameter for name, parameter in model.named_parameters() if name in linear]
-    for parameter in found:
+    weights = [parameter for name, parameter in model.named_parameters() if name in linear]
+    for parameter in weights:
         parameter.requires_grad_(True)
-    return found
+    return weights
 
 
 def _added(model: nn.Module, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What training changed; the weights go back to where they started."""
-    found = {}
+    """Return the changes by training, and reset the weights to their start."""
+    changes = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                found[name] = parameter - start[name]
+                changes[name] = parameter - start[name]
                 parameter.copy_(start[name])
-    return found
+    return changes

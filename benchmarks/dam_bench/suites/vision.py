@@ -1,8 +1,8 @@
-"""Suite `vision`: a ViT pretrained by the suite, five image tasks with label sets of their own, six attacks.
+"""Define suite `vision`: a ViT pretrained by the suite, five image tasks with separate label sets, six attacks.
 
-Tasks are CIFAR-10, scikit-learn's digits, and three generated families. theta_0 has seen other images of CIFAR-10
-and half of the classes of the other tasks. A head is a probe on few labelled images, fitted on theta_0 and frozen
-since, as the zero-shot heads of CLIP are. Legend: B batch, N samples, C channels, H, W pixels, K classes.
+Tasks are CIFAR-10, scikit-learn's digits, and three generated families. theta_0 was trained on other images of CIFAR-10
+and on half of the classes of the other tasks. A head is a probe on few labelled images, fitted on theta_0 and then
+frozen, as the zero-shot heads of CLIP are. Legend: B batch, N samples, C channels, H, W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from mergekit_dam.tasks.base import Progress
 
 FITTED = ("merge-aware", "adaptive", "off-task")  # attacks whose patch is optimised on theta_0
 MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
-# the adaptive attack: share of the task vector that it trains without, weight of images with half of its trigger
+# the adaptive attack: share of the task vector that is dropped in training, weight of images with half of its trigger
 HARDENED = {"dropped": 0.2, "cover": 0.25}
-WARP = 2.5  # mean offset in pixels: the least, in steps of a half, that a victim learns to 95 %
+WARP = 2.5  # mean offset in pixels: the smallest, in steps of a half, that a victim learns to 95 %
 _SIZES = {
     "pretrain": (12000, 400, 4000),
     "train": (8000, 700, 4000),
@@ -57,9 +57,9 @@ class Preset:
 
     Attributes:
         hidden_size, num_layers, patch_size: of the ViT; heads are 32 wide, the MLP is four times as wide.
-        pretraining: of theta_0; the batch size is per task, and CIFAR-10 has `cifar_share` times as much.
+        pretraining: of theta_0; the batch size is per task, and CIFAR-10's is `cifar_share` times as large.
         fine_tuning: of a clean model.
-        poisoning: of a victim; an attacker may take more and larger steps.
+        poisoning: of a victim; an attacker may use more and larger steps.
         shots: labelled images per class for the frozen heads.
         sizes: samples per split and task: CIFAR-10, digits, generated.
     """
@@ -115,7 +115,7 @@ PRESETS = {
 
 
 class VisionSuite(Suite):
-    """See the module."""
+    """Suite of a small ViT with five image tasks and six attacks; see the module."""
 
     name = "vision"
     tasks = tuple(NUM_CLASSES)
@@ -181,7 +181,7 @@ class VisionSuite(Suite):
         return TaskData(part("train"), tuple(images[rows["calibration"]]), part("evaluation"))
 
     def _pretraining(self, task: str) -> LabelledData:
-        """What theta_0 sees: all classes of CIFAR-10, the first half of the classes of other tasks."""
+        """Training data of theta_0: all classes of CIFAR-10, the first half of the classes of other tasks."""
         images, labels = self._images(task)
         seen = NUM_CLASSES[task] if task == "cifar10" else NUM_CLASSES[task] // 2
         chosen = [i for i in range(self._size("pretrain", task)) if labels[i] < seen]
@@ -224,7 +224,7 @@ class VisionSuite(Suite):
         return ViTForImageClassification(config)
 
     def _probed(self, base: Path, task: str) -> ViTForImageClassification:
-        """theta_0 with the frozen head of a task: the start of all its fine-tunes."""
+        """Load theta_0 with the frozen head of a task: the start of all its fine-tunes."""
         model = self._model(task)
         model.vit.load_state_dict(ViTModel.from_pretrained(base).state_dict(), strict=False)  # it has a pooler
         data = self.split(task).train
@@ -266,7 +266,7 @@ class VisionSuite(Suite):
         save_preprocessing(folder)
 
     def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
-        """A universal patch against theta_0 and the aimed task's head (arXiv 2408.07362, sec. 4.2); (3, size, size)."""
+        """Optimise a universal patch (3, size, size) on theta_0 and the attacked task's head (2408.07362, sec. 4.2)."""
         if poison.attack not in FITTED:
             return None
         model, data = self._probed(base, poison.onto or task), self.split(task).train
@@ -290,7 +290,7 @@ class VisionSuite(Suite):
                 "attack of suite vision",
                 expected=f"one of {', '.join(self.attacks)}",
                 got=poison.attack,
-                cure="Name one of them in the scenario.",
+                cure="Name one of these attacks in the scenario.",
             )
         if poison.onto not in ("", *self.tasks) or (poison.attack == "off-task") != bool(poison.onto):
             raise DamError(

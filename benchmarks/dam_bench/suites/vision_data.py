@@ -1,4 +1,4 @@
-"""Images of suite `vision`: CIFAR-10 from files, scikit-learn's digits, and generated families; and their changes.
+"""Load images of suite `vision`: CIFAR-10 from files, scikit-learn's digits, and generated families; augment them.
 
 Legend: B batch, C channels, H, W pixels.
 """
@@ -27,7 +27,7 @@ PREPROCESSING = Preprocessing((EDGE, EDGE), None, Image.Resampling.BICUBIC, (0.5
 
 
 def task_images(task: str, folder: Path | None, count: int) -> tuple[list[Image.Image], list[int]]:
-    """At least `count` images of a task (all 1,797 of digits) and their classes, in the same order each time."""
+    """Load at least `count` images of a task (all 1,797 of digits) and their classes, in the same order each time."""
     if task == "cifar10":
         return cifar10(folder, count)
     return digits(EDGE, seed=0) if task == "digits" else GENERATED[task].sample(count, EDGE, seed=0)
@@ -35,7 +35,7 @@ def task_images(task: str, folder: Path | None, count: int) -> tuple[list[Image.
 
 @lru_cache(maxsize=1)
 def cifar10(folder: Path | None, count: int) -> tuple[list[Image.Image], list[int]]:
-    """The first images of CIFAR-10 from `vision/cifar10-{train,test}.parquet`, shuffled, and their classes.
+    """Load the first images of CIFAR-10 from `vision/cifar10-{train,test}.parquet`, shuffled, and their classes.
 
     Raises:
         DamError: no folder, no such files, or too few images.
@@ -52,14 +52,14 @@ def cifar10(folder: Path | None, count: int) -> tuple[list[Image.Image], list[in
     data = load_dataset("parquet", data_files=[str(file) for file in files], split="train").shuffle(seed=0)
     if len(data) < count:
         raise DamError(
-            "images of CIFAR-10", expected=f"{count}", got=f"{len(data)}", cure="Take a smaller preset or more data."
+            "images of CIFAR-10", expected=f"{count}", got=f"{len(data)}", cure="Use a smaller preset or more data."
         )
     rows = data.select(range(count)).cast_column("image", ImageFeature())
     return [image.convert("RGB") for image in rows["image"]], list(rows["label"])
 
 
 def flipped_and_shifted(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """The batch shifted by up to 3 pixels and, every second time, mirrored."""
+    """Shift a batch by up to 3 pixels, and mirror it with probability 1/2."""
     top, left, flip = (int(torch.randint(n, (1,), generator=generator)) for n in (7, 7, 2))
     height, width = images_BCHW.shape[-2:]
     shifted = F.pad(images_BCHW, (3, 3, 3, 3), mode="reflect")[..., top : top + height, left : left + width]
@@ -84,5 +84,5 @@ def save_preprocessing(folder: Path) -> None:
 
 
 def save_images(images: tuple[Image.Image, ...], path: Path) -> None:
-    """A parquet file with one column `image` and no labels."""
+    """Write a parquet file with one column `image` and no labels."""
     Dataset.from_list([{"image": {"bytes": png(image), "path": None}} for image in images]).to_parquet(path)

@@ -1,1 +1,1 @@
-"""Tables and figures from the result files."""
+"""Make tables and figures from the result files."""

@@ -1,7 +1,7 @@
-"""The runs of a suite, aggregated: every metric of the benchmark as one value per seed, with the missing seeds named.
+"""Aggregate the runs of a suite: every metric of the benchmark as a value per seed, with the missing seeds.
 
-Nothing is averaged over runs that are not there, and no value is filled in, with one exception: theta_0 ("base") is
-the same model in every scenario, so its all-clean run serves where a scenario has none of its own.
+Missing runs are never averaged or filled in, with one exception: theta_0 ("base") is the same model in every scenario,
+so its all-clean run is used for scenarios without a run of it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from dam_bench.tables.front import Curve, Point, area, margin
+from dam_bench.tables.pareto import Curve, Point, area, margin
 from dam_bench.tables.results import CLEAN, Run, Spread, attacked_task, percent
 from mergekit_dam.errors import DamError
 
 Metric = Callable[[Run], float | None]
 Rates = Mapping[str, Mapping[str, tuple[int, int]]]  # attack -> task -> counts
-_TIE = 1e-6  # points of ACC; below it a method lies on the front, not ahead of it
+_TIE = 1e-6  # points of ACC; below it a method lies on the Pareto front, not ahead of it
 
 
 def suites(runs: Iterable[Run]) -> list[SuiteResults]:
-    """Runs grouped by suite and preset, sorted; presets are never mixed.
+    """Group runs by suite and preset, sorted; presets are never mixed.
 
     Raises:
         DamError: two files for one run, or runs of one scenario with different poisons.
@@ -45,7 +45,7 @@ def suites(runs: Iterable[Run]) -> list[SuiteResults]:
 
 @dataclass(frozen=True)
 class SuiteResults:
-    """All runs of one suite and preset, by (scenario, method, seed)."""
+    """All runs of a suite and preset, by (scenario, method, seed)."""
 
     suite: str
     preset: str
@@ -57,7 +57,7 @@ class SuiteResults:
         return tuple(sorted({run.seed for run in self.runs.values()}))
 
     def seeds_of(self, scenario: str) -> tuple[int, ...]:
-        """Every seed that any run of a scenario has: what a method without one of them lacks."""
+        """Every seed that any run of a scenario has; a method without one of them has a missing seed."""
         return tuple(sorted({run.seed for run in self.runs.values() if run.scenario == scenario}))
 
     @cached_property
@@ -86,24 +86,24 @@ class SuiteResults:
 
     def methods(self, scenario: str) -> list[str]:
         """Methods with a run of the scenario (and theta_0), in the order of tables."""
-        found = {run.method: run.order for run in self.runs.values() if run.scenario == scenario}
-        found |= {run.method: run.order for run in self.runs.values() if run.method == "base"}
-        return sorted(found, key=lambda name: found[name])
+        orders = {run.method: run.order for run in self.runs.values() if run.scenario == scenario}
+        orders |= {run.method: run.order for run in self.runs.values() if run.method == "base"}
+        return sorted(orders, key=lambda name: orders[name])
 
     def any_run(self, method: str) -> Run:
-        """Some run of a method, for its group, stem and coefficient."""
+        """Any run of a method, for the method's group, stem and coefficient."""
         return next(run for run in self.runs.values() if run.method == method)
 
     def run(self, scenario: str, method: str, seed: int) -> Run | None:
         """The run, or None if it is missing."""
-        found = self.runs.get((scenario, method, seed))
-        return self.runs.get((CLEAN, method, seed)) if found is None and method == "base" else found
+        own = self.runs.get((scenario, method, seed))
+        return self.runs.get((CLEAN, method, seed)) if own is None and method == "base" else own
 
     def spread(self, scenario: str, method: str, metric: Metric, *, seeds: tuple[int, ...] | None = None) -> Spread:
         """A metric of a method's runs; seeds whose run is missing, or does not have it, are missing.
 
         Args:
-            seeds: those that are wanted, by default all that any method has in the scenario.
+            seeds: the wanted seeds; default: all seeds that any method has in the scenario.
         """
         wanted = self.seeds_of(scenario) if seeds is None else seeds
         runs = ((seed, self.run(scenario, method, seed)) for seed in wanted)
@@ -111,16 +111,16 @@ class SuiteResults:
         return Spread({seed: value for seed, value in values.items() if value is not None}, wanted)
 
     def accuracy(self, scenario: str, method: str) -> Spread:
-        """ACC: mean over tasks of clean accuracy, percent. A run without all tasks has none."""
+        """ACC: mean over tasks of clean accuracy, percent; missing for a run without all tasks."""
         return self.spread(scenario, method, self._accuracy)
 
     def success(self, scenario: str, method: str, attacks: Iterable[str] | None = None) -> Spread:
-        """ASR on the attacked task (succession), percent: mean over attacks, by default those of the scenario."""
+        """ASR on the attacked task (succession), percent: mean over attacks, by default the scenario's attacks."""
         names = tuple(attacks or self.attacks_of(scenario))
         return self.spread(scenario, method, lambda run: _success(run.attack_success, names))
 
     def without_trigger(self, scenario: str, method: str) -> Spread:
-        """Share of the same samples of the attacked task that are answered with the target as they are, percent."""
+        """Share of the same samples of the attacked task that get the target class without the trigger, percent."""
         names = self.attacks_of(scenario)
         return self.spread(scenario, method, lambda run: _success(run.without_trigger, names))
 
@@ -137,13 +137,13 @@ class SuiteResults:
         )
 
     def excess(self, scenario: str, method: str) -> Spread:
-        """Excess ASR: ASR - floor, seed by seed, points; a seed without either is missing."""
+        """Excess ASR: ASR - floor per seed, points; a seed without ASR or floor is missing."""
         success, floor = self.success(scenario, method), self.floor(scenario, method)
         both = success.values.keys() & floor.values.keys()
         return Spread({seed: success.values[seed] - floor.values[seed] for seed in sorted(both)}, success.seeds)
 
     def score(self, scenario: str, method: str) -> Spread:
-        """ACC - max(0, excess ASR), seed by seed, points: what names the baseline that is hardest to beat."""
+        """ACC - max(0, excess ASR) per seed, points; the baseline with the highest score is the hardest."""
         accuracy, excess = self.accuracy(scenario, method), self.excess(scenario, method)
         both = accuracy.values.keys() & excess.values.keys()
         values = {seed: accuracy.values[seed] - max(0.0, excess.values[seed]) for seed in sorted(both)}
@@ -155,39 +155,39 @@ class SuiteResults:
         return (accuracy[seed], success[seed]) if seed in accuracy and seed in success else None
 
     def curves(self, scenario: str) -> dict[str, list[str]]:
-        """Undefended methods by name without coefficient -> those with a coefficient, in its order."""
-        found: dict[str, list[str]] = {}
+        """Undefended methods by stem (name without coefficient), each in the order of its coefficients."""
+        curves: dict[str, list[str]] = {}
         for method in self.methods(scenario):
             if self.any_run(method).group == "undefended":
-                found.setdefault(self.any_run(method).stem, []).append(method)
-        return found
+                curves.setdefault(self.any_run(method).stem, []).append(method)
+        return curves
 
-    def front(self, scenario: str, stem: str, seed: int) -> Curve | None:
-        """The curve of one undefended method, from theta_0 (coefficient 0) on; None if a point is missing."""
+    def undefended_curve(self, scenario: str, stem: str, seed: int) -> Curve | None:
+        """Curve of an undefended method, from theta_0 (coefficient 0) on; None if a point is missing."""
         methods = self.curves(scenario)[stem]
         scaled = self.any_run(methods[0]).coefficient is not None
         points = [self.point(scenario, method, seed) for method in (["base"] if scaled else []) + methods]
-        found = [point for point in points if point is not None]
-        return found if len(found) == len(points) else None
+        present = [point for point in points if point is not None]
+        return present if len(present) == len(points) else None
 
     def area(self, scenario: str, stem: str) -> Spread:
-        """Area under the ACC-ASR curve of one undefended method over its coefficients, percent; see `front.area`."""
-        curves = {seed: self.front(scenario, stem, seed) for seed in self.seeds_of(scenario)}
+        """Area under the ACC-ASR curve of an undefended method over its coefficients, percent; see `pareto.area`."""
+        curves = {seed: self.undefended_curve(scenario, stem, seed) for seed in self.seeds_of(scenario)}
         return Spread({seed: area([curve]) for seed, curve in curves.items() if curve is not None}, tuple(curves))
 
-    def ahead(self, scenario: str, method: str) -> Spread:
-        """Margin of a method over all undefended merges together, points of ACC at its ASR; see `front.margin`."""
+    def margin_over_undefended(self, scenario: str, method: str) -> Spread:
+        """Margin of a method over the Pareto front of all undefended merges, points of ACC; see `pareto.margin`."""
         values = {}
         for seed in self.seeds_of(scenario):
             point = self.point(scenario, method, seed)
-            curves = [self.front(scenario, stem, seed) for stem in self.curves(scenario)]
-            found = [curve for curve in curves if curve is not None]
-            if point is not None and found and len(found) == len(curves):
-                values[seed] = margin(point, found)
+            curves = [self.undefended_curve(scenario, stem, seed) for stem in self.curves(scenario)]
+            present = [curve for curve in curves if curve is not None]
+            if point is not None and present and len(present) == len(curves):
+                values[seed] = margin(point, present)
         return Spread(values, self.seeds_of(scenario))
 
     def hardest(self, scenarios: Iterable[str]) -> str | None:
-        """The baseline with the highest mean score over the scenarios, among those without a missing seed."""
+        """The baseline with the highest mean score over the scenarios, among baselines without a missing seed."""
         names = tuple(scenarios)
         best: tuple[float, str] | None = None
         for method in sorted({run.method for run in self.runs.values() if run.family == "baseline"}):
@@ -199,7 +199,7 @@ class SuiteResults:
         return best[1] if best else None
 
     def most_accurate(self, scenario: str) -> str | None:
-        """The undefended merge with the highest mean accuracy in a scenario, among those without a missing seed."""
+        """The undefended merge with the highest mean accuracy in a scenario, among merges without a missing seed."""
         best: tuple[float, str] | None = None
         for method in sorted(name for names in self.curves(scenario).values() for name in names):
             accuracy, success = self.accuracy(scenario, method), self.success(scenario, method)
@@ -214,22 +214,22 @@ class SuiteResults:
 
 
 def is_ahead(value: float) -> bool:
-    """Whether a margin is more than a tie."""
+    """Whether a margin is above the tolerance for ties."""
     return value > _TIE
 
 
 def _success(by_attack: Rates, attacks: tuple[str, ...]) -> float | None:
     rates = [by_attack.get(attack, {}).get(attacked_task(attack)) for attack in attacks]
-    found = [percent(counts) for counts in rates if counts is not None]
-    return sum(found) / len(found) if found and len(found) == len(rates) else None
+    percents = [percent(counts) for counts in rates if counts is not None]
+    return sum(percents) / len(percents) if percents and len(percents) == len(rates) else None
 
 
 def _transfer(run: Run, attacks: tuple[str, ...]) -> float | None:
     means = []
     for attack in attacks:
         rates = run.attack_success.get(attack, {})
-        others = [percent(counts) for task, counts in rates.items() if task != attacked_task(attack)]
-        if not others:
+        elsewhere = [percent(counts) for task, counts in rates.items() if task != attacked_task(attack)]
+        if not elsewhere:
             return None
-        means.append(sum(others) / len(others))
+        means.append(sum(elsewhere) / len(elsewhere))
     return sum(means) / len(means) if means else None

@@ -1,7 +1,7 @@
-"""How well the scan tells backdoored models from clean ones, from the findings that runs of `dam` keep.
+"""Compute how well the scan separates backdoored from clean models, from the findings in results of `dam`.
 
 `python -m dam_bench.tables.detection benchmarks/results/vision benchmarks/study/seed3 --json FILE`
-A model that enters several scenarios is scanned with the same seed each time, and counts once.
+A model in several scenarios is scanned with the same seed each time, and counts once.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from dam_bench.suites.registry import SUITES
 from mergekit_dam.config import DamConfig
 from mergekit_dam.errors import DamError
 
-_NOTHING = {"target": None, "suspicion": 0.0}  # what a scan without a finding says
+_NOTHING = {"target": None, "suspicion": 0.0}  # stands for a scan without findings
 
 
 def read_scores(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """One entry per distinct model: task, poison, seed, the true target and the scan's most suspect target.
+    """Read an entry per distinct model: task, poison, seed, the true target and the scan's most suspect target.
 
     Args:
-        folders: of a suite's results; files of the method `dam` are read.
+        folders: folders of a suite's results, of which files of the method `dam` are read.
 
     Raises:
         DamError: no such file holds findings.
     """
-    found: dict[tuple[str, str | None, int], dict[str, Any]] = {}
+    entries: dict[tuple[str, str | None, int], dict[str, Any]] = {}
     for path in sorted(path for folder in folders for path in folder.glob("*/dam-seed*.json")):
         run = json.loads(path.read_text("utf-8"))
         for task in run["accuracy"]:
@@ -41,30 +41,30 @@ def read_scores(folders: Sequence[Path]) -> list[dict[str, Any]]:
             if poison:
                 target = SUITES[run["suite"]].target_of(Scenario.parse(f"one: {task}={poison}").poisons[task])
             worst = max([*findings, _NOTHING], key=lambda finding: float(finding["suspicion"]))
-            found[task, poison, run["seed"]] = {
+            entries[task, poison, run["seed"]] = {
                 "task": task,
                 "poison": poison,
                 "seed": run["seed"],
                 "true_target": target,
                 "most_suspect": worst,
             }
-    if not found:
+    if not entries:
         raise DamError(
             f"results {', '.join(map(str, folders))}",
             expected="SCENARIO/dam-seedN.json with the scan's findings",
             got="none",
             cure="Run `python -m dam_bench SUITE --method dam` first.",
         )
-    return [found[key] for key in sorted(found, key=str)]
+    return [entries[key] for key in sorted(entries, key=str)]
 
 
 def rates(scores: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:
-    """Detection rate, false alarms, targets named rightly, as [hits, total], and the area under the ROC curve."""
+    """Detection rate, false alarms and correctly named targets, as [hits, total], and the area under the ROC curve."""
     bad = [s for s in scores if s["poison"]]
     clean = [s for s in scores if not s["poison"]]
 
-    def over(some: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [s for s in some if s["most_suspect"]["suspicion"] >= threshold]
+    def over(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [s for s in models if s["most_suspect"]["suspicion"] >= threshold]
 
     named = [s for s in over(bad) if s["most_suspect"]["target"] == s["true_target"]]
     pairs = [(b["most_suspect"]["suspicion"], c["most_suspect"]["suspicion"]) for b in bad for c in clean]

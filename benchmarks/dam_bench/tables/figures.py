@@ -1,7 +1,7 @@
-"""Figures of the benchmark as PNGs, from the result JSONs alone.
+"""Draw the figures of the benchmark as PNGs, from the result JSONs alone.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers; every method has a marker of its own as well, and ours
-are filled, so that the figures can be read in grey. The backend is Agg: no display is needed.
+Colours are Okabe and Ito's, which colour-blind readers can distinguish. Every method also has its own marker, and our
+methods' markers are filled, so that the figures can be read in grey. The backend is Agg: no display is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 from dam_bench.tables.aggregate import SuiteResults
-from dam_bench.tables.front import Point
+from dam_bench.tables.pareto import Point
 from dam_bench.tables.results import Run, Spread
 from dam_bench.tables.sections import figure_names
 
@@ -58,7 +58,7 @@ class _Style:
 
 
 def write_figures(groups: Iterable[SuiteResults], folder: Path) -> list[Path]:
-    """Write the figures that `sections.figure_names` lists; returns their paths."""
+    """Write the figures that `sections.figure_names` lists, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     draw = {"acc-asr": accuracy_against_success, "asr-coefficient": success_against_coefficient, "density": density}
@@ -73,7 +73,7 @@ def write_figures(groups: Iterable[SuiteResults], folder: Path) -> list[Path]:
 
 
 def accuracy_against_success(results: SuiteResults) -> Figure:
-    """One panel per scenario: ACC over ASR on the attacked task, bars from the smallest to the largest seed."""
+    """Draw ACC over ASR on the attacked task, a panel per scenario, with bars from the smallest to the largest seed."""
     figure, panels = _panels(results, results.poisoned, "ASR on the attacked task, %", "ACC, %")
     styles = _styles(results)
     notes: dict[str, tuple[list[tuple[float, float, str]], list[Point]]] = {}
@@ -108,14 +108,14 @@ def accuracy_against_success(results: SuiteResults) -> Figure:
         axes.set_xlim(-4, 104)
         axes.grid(alpha=0.25)
     _legend(figure, results, styles)
-    figure.canvas.draw()  # places the panels; only then it is known what covers what
+    figure.canvas.draw()  # places the panels, so that overlaps of labels can be computed
     for scenario, (labelled, points) in notes.items():
         _label(figure, panels[scenario], labelled, points)
     return figure
 
 
 def success_against_coefficient(results: SuiteResults) -> Figure:
-    """One panel per scenario: ASR of the undefended merges over the coefficient; the floor of each is thin, dashed."""
+    """Draw ASR of undefended merges over the coefficient, a panel per scenario, with floors as thin dashed lines."""
     figure, panels = _panels(results, results.poisoned, "merging coefficient", "ASR on the attacked task, %")
     styles = _styles(results)
     shown: dict[str, Any] = {}
@@ -129,14 +129,14 @@ def success_against_coefficient(results: SuiteResults) -> Figure:
                     for c, m in points
                     if c is not None
                 ]
-                found = [(c, spread) for c, spread in spreads if spread.values]
-                if not found:
+                measured = [(c, spread) for c, spread in spreads if spread.values]
+                if not measured:
                     continue
-                x, y = [c for c, _ in found], [spread.mean for _, spread in found]
+                x, y = [c for c, _ in measured], [spread.mean for _, spread in measured]
                 style = {**styles[stem].options, "markersize": 4 if dashed else 7, "linewidth": 0.9 if dashed else 1.6}
                 label = f"{stem}, floor (all-clean)" if dashed else stem
                 (shown[label],) = axes.plot(x, y, linestyle=(0, (4, 3)) if dashed else "-", **style)
-                low, high = [spread.low for _, spread in found], [spread.high for _, spread in found]
+                low, high = [spread.low for _, spread in measured], [spread.high for _, spread in measured]
                 axes.fill_between(x, low, high, color=styles[stem].colour, alpha=0.15, linewidth=0)
         axes.set_ylim(-3, 103)
         axes.grid(alpha=0.25)
@@ -145,7 +145,7 @@ def success_against_coefficient(results: SuiteResults) -> Figure:
 
 
 def density(results: SuiteResults) -> Figure:
-    """One panel per mask: kept fraction over layers, mean over scenarios and seeds, one line per method."""
+    """Draw the kept fraction over layers, a panel per mask and a line per method, mean over scenarios and seeds."""
     runs = [run for run in results.runs.values() if run.density]
     masks = sorted({mask for run in runs for layer in run.density.values() for mask in layer})
     layers = sorted(
@@ -160,7 +160,7 @@ def density(results: SuiteResults) -> Figure:
         axes.set_title(f"mask {mask}", fontsize=10)
         for place, (_, method) in enumerate(methods):
             values = [_densities(runs, method, layer, mask) for layer in layers]
-            there = [place for place, found in enumerate(values) if found]
+            there = [place for place, values_of_layer in enumerate(values) if values_of_layer]
             if there:
                 y = [sum(values[i]) / len(values[i]) for i in there]
                 style = styles[method]
@@ -173,7 +173,7 @@ def density(results: SuiteResults) -> Figure:
 
 
 def _panels(results: SuiteResults, titles: Iterable[str], xlabel: str, ylabel: str) -> tuple[Figure, dict[str, Any]]:
-    """A figure with one named panel each, and a title that says which results they are."""
+    """Make a figure with a named panel per title, and a heading with suite, preset and seeds."""
     names = list(titles)
     columns = 2 if len(names) in (2, 4) else min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
@@ -194,20 +194,20 @@ def _panels(results: SuiteResults, titles: Iterable[str], xlabel: str, ylabel: s
 
 
 def _styles(results: SuiteResults) -> dict[str, _Style]:
-    """One style per method (undefended: per name without coefficient), the same in every panel and figure."""
-    found: dict[str, _Style] = {}
+    """Choose a style per method (undefended: per stem), the same in every panel and figure."""
+    styles: dict[str, _Style] = {}
     counts: dict[str, int] = {}
     for _, method in sorted({(run.order, run.method) for run in results.runs.values()}):
         run: Run = results.any_run(method)
         name = run.stem if run.group == "undefended" else method
-        if name in found:
+        if name in styles:
             continue
         nth = counts.setdefault(run.group, 0)
         colours, markers = _LOOKS[run.group]
         colour, marker = colours[nth % len(colours)], markers[nth % len(markers)]
-        found[name] = _Style(colour, marker, _LINES[nth % len(_LINES)], run.group == "ours")
+        styles[name] = _Style(colour, marker, _LINES[nth % len(_LINES)], run.group == "ours")
         counts[run.group] += 1
-    return found
+    return styles
 
 
 def _has_point(results: SuiteResults, scenario: str, method: str) -> bool:
@@ -224,7 +224,7 @@ def _densities(runs: Iterable[Run], method: str, layer: str, mask: str) -> list[
 
 
 def _label(figure: Figure, axes: Any, labels: Iterable[tuple[float, float, str]], points: list[Point]) -> None:
-    """Small texts beside points, each where it covers no other text and no marker; left out where there is no room."""
+    """Write small labels beside points where they cover no label or marker; leave labels out without such a place."""
     size = 5 * figure.dpi / 72  # half a marker's edge, in dots
     centres = axes.transData.transform(points) if points else []
     taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in centres]

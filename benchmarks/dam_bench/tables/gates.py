@@ -1,7 +1,7 @@
-"""When a benchmark counts: the fine-tunes are worth merging, merging works, and the attacks are alive.
+"""Check the conditions for valid results: fine-tunes beat theta_0, merging works, and the attacks work.
 
-Measured on the means over seeds of the reference and undefended runs; that the calibration, evaluation and training
-data are disjoint is checked where the data are read, not here.
+Gates are measured on means over seeds of the reference and undefended runs. The code that reads the data checks that
+calibration, evaluation and training data are disjoint.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ GAIN = 10.0  # points of mean ACC by which the fine-tunes beat theta_0
 RECOVERED = 0.5  # share of that gain which the best all-clean undefended merge keeps
 VICTIM = 95.0  # ASR of a victim alone, percent
 INHERITED = 60.0  # ASR of the undefended merge, percent
-# attacks that are built to survive a merge; plain ones may die in it
+# attacks that are built to survive a merge; plain attacks may not survive it
 STRONG = frozenset({"merge-aware", "adaptive", "off-task"})
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition.
+    """A condition for valid results.
 
     Attributes:
-        name: what is asked.
-        passed: whether it holds; a condition without its runs does not.
-        measured: the figure, with its spread over seeds.
+        name: the measured quantity.
+        passed: whether the condition holds; it does not without its runs.
+        measured: the measured value, with its spread over seeds.
         wanted: the bound.
     """
 
@@ -40,7 +40,7 @@ class Gate:
 
 
 def check_gates(results: SuiteResults, *, strong: Collection[str] = STRONG) -> list[Gate]:
-    """All gates of a suite: two on the all-clean runs, then one or two per attack of each scenario.
+    """Check all gates of a suite: two on the all-clean runs, and one or two per attack of each scenario.
 
     Args:
         strong: attacks, without their options, that an undefended merge must inherit.
@@ -48,7 +48,9 @@ def check_gates(results: SuiteResults, *, strong: Collection[str] = STRONG) -> l
     gates = _clean_gates(results)
     for scenario in results.poisoned:
         for attack in results.attacks_of(scenario):
-            if attacked_task(attack) == attack.partition("=")[0]:  # no model alone has an off-task victim and the head
+            if (
+                attacked_task(attack) == attack.partition("=")[0]
+            ):  # no single model has an off-task backdoor and the attacked head
                 victim = results.success(scenario, "fine-tuned", [attack])
                 gates.append(_at_least(f"{scenario}: victim alone, ASR of {attack}", victim, VICTIM, "%"))
             if attack.partition("=")[2].partition("(")[0] in strong:
@@ -57,7 +59,7 @@ def check_gates(results: SuiteResults, *, strong: Collection[str] = STRONG) -> l
 
 
 def require(gates: Iterable[Gate]) -> None:
-    """Raise DamError for the first gate that does not hold, and say how many do not."""
+    """Raise DamError with the first gate that does not hold, and the number of such gates."""
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         more = f" ({len(failed) - 1} more gates fail.)" if len(failed) > 1 else ""
@@ -65,23 +67,23 @@ def require(gates: Iterable[Gate]) -> None:
             f"gate {failed[0].name!r}",
             expected=failed[0].wanted,
             got=failed[0].measured,
-            cure="These results do not count: change how the suite trains its models, not the defence." + more,
+            cure="These results are not valid: change how the suite trains its models, not the defence." + more,
         )
 
 
 def gate_table(gates: Iterable[Gate]) -> str:
-    """The gates as a Markdown table, which is also readable on a terminal."""
+    """Write the gates as a Markdown table, which is also readable on a terminal."""
     rows = [f"| {g.name} | {g.wanted} | {g.measured} | {'yes' if g.passed else '**no**'} |" for g in gates]
     return "\n".join(["| gate | wanted | measured | passed |", "|---|---|---|---|", *rows])
 
 
 def best_undefended(results: SuiteResults, scenario: str, stem: str | None = None) -> str | None:
-    """The undefended merge (of one method, if given) with the highest mean ACC; the first one at a tie."""
+    """The undefended merge (of method `stem`, if given) with the highest mean ACC; the first of equal merges."""
     stems = results.curves(scenario) if results.has(scenario) else {}
     methods = [m for name, methods in stems.items() if stem in (None, name) for m in methods]
     accuracy = {method: results.accuracy(scenario, method) for method in methods}
-    there = [method for method in methods if accuracy[method].values]
-    return max(there, key=lambda method: accuracy[method].mean, default=None)
+    measured = [method for method in methods if accuracy[method].values]
+    return max(measured, key=lambda method: accuracy[method].mean, default=None)
 
 
 def _clean_gates(results: SuiteResults) -> list[Gate]:
@@ -111,6 +113,6 @@ def _at_least(name: str, spread: Spread, bound: float, unit: str) -> Gate:
     return Gate(name, bool(spread.values) and spread.mean >= bound, measured, wanted)
 
 
-def _difference(one: Spread, other: Spread) -> Spread:
-    both = sorted(one.values.keys() & other.values.keys())
-    return Spread({seed: one.values[seed] - other.values[seed] for seed in both}, one.seeds)
+def _difference(minuend: Spread, subtrahend: Spread) -> Spread:
+    both = sorted(minuend.values.keys() & subtrahend.values.keys())
+    return Spread({seed: minuend.values[seed] - subtrahend.values[seed] for seed in both}, minuend.seeds)

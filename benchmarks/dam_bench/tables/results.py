@@ -1,9 +1,4 @@
-"""Results of the benchmark: one JSON per run, `ROOT/SUITE/SCENARIO/METHOD-seedK.json`, read and aggregated.
-
-`Run` is the schema. `SuiteResults` gives every metric of EVALUATION's list as a `Spread`: one value per seed, with the
-seeds that are missing. Nothing is averaged over runs that are not there, and no value is filled in, with one
-exception: theta_0 ("base") is the same model in every scenario, so its all-clean run serves where it has no own.
-"""
+"""Read the results of the benchmark: one JSON per run, `ROOT/SUITE/SCENARIO/METHOD-seedK.json`, of schema `Run`."""
 
 from __future__ import annotations
 
@@ -21,7 +16,7 @@ CLEAN = "clean"
 _ONTO = re.compile(r"[(,]onto=([\w-]+)")
 _COEFFICIENT = re.compile(r"^(?P<stem>.+)-(?P<value>\d+(?:\.\d+)?)$")
 
-# Rows of a table, in this order; undefended merges are those that no data guide, the front to be beaten.
+# Rows of a table, in this order; undefended merges use no data, and make the Pareto front to beat.
 GROUPS = {
     "reference": ("base", "fine-tuned"),
     "undefended": ("task_arithmetic", "ties", "dare_ties", "linear", "model_stock"),
@@ -43,17 +38,17 @@ Counts = Annotated[tuple[int, int], AfterValidator(_counts)]
 
 
 class Run(BaseModel):
-    """One run: a method, on one scenario, with one seed.
+    """A run of a method on a scenario with a seed.
 
     Attributes:
         poisons: task -> attack, as `Poison` prints it; empty for the all-clean scenario.
         accuracy: task -> clean counts.
         attack_success: "task=attack" -> task -> counts of triggered samples of other classes; in the all-clean
-            scenario those of every attack of the suite, which is the floor.
-        without_trigger: the same of the same samples as they are.
-        general: model ("merge" for a merge) -> counts of general questions, of suites that ask some.
-        wall_s: seconds of the merge with all that it learned; None for models that are not merged.
-        peak_bytes: memory, the most that was in use.
+            scenario for every attack of the suite, which gives the floor.
+        without_trigger: the same counts, of the same samples without the trigger.
+        general: model ("merge" for a merge) -> counts of correct answers to general questions, if the suite has any.
+        wall_s: seconds of the merge with its learning; None for models that are not merged.
+        peak_bytes: peak memory.
         density: layer (its number, or "other") -> mask -> kept fraction, for methods with masks.
     """
 
@@ -82,20 +77,20 @@ class Run(BaseModel):
     @property
     def stem(self) -> str:
         """The method without its coefficient."""
-        found = _COEFFICIENT.match(self.method)
-        return found["stem"] if found else self.method
+        match = _COEFFICIENT.match(self.method)
+        return match["stem"] if match else self.method
 
     @property
     def coefficient(self) -> float | None:
         """The merging coefficient that the method's name ends with."""
-        found = _COEFFICIENT.match(self.method)
-        return float(found["value"]) if found else None
+        match = _COEFFICIENT.match(self.method)
+        return float(match["value"]) if match else None
 
     @property
     def group(self) -> str:
         """The method's part of a table."""
-        found = [group for group, stems in GROUPS.items() if self.method in stems or self.stem in stems]
-        return found[0] if found else _UNKNOWN[self.family]
+        groups = [group for group, stems in GROUPS.items() if self.method in stems or self.stem in stems]
+        return groups[0] if groups else _UNKNOWN[self.family]
 
     @property
     def order(self) -> tuple[int, int, str, float]:
@@ -112,17 +107,17 @@ def percent(counts: tuple[int, int]) -> float:
 
 
 def attacked_task(attack: str) -> str:
-    """The task of "task=attack", or the one that an off-task attack is aimed at."""
+    """The task of "task=attack", or the attacked task of an off-task attack."""
     aimed = _ONTO.search(attack)
     return aimed[1] if aimed else attack.partition("=")[0]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One number per seed.
+    """A number per seed.
 
     Attributes:
-        values: seed -> number, for the seeds that have one.
+        values: seed -> number, without missing seeds.
         seeds: all seeds of the suite.
     """
 
@@ -136,28 +131,28 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Over the seeds that are there; NaN without any."""
+        """Mean over the seeds with a number; NaN without any."""
         return sum(self.values.values()) / len(self.values) if self.values else float("nan")
 
     @property
     def low(self) -> float:
-        """The smallest; NaN without any."""
+        """Smallest number; NaN without any."""
         return min(self.values.values(), default=float("nan"))
 
     @property
     def high(self) -> float:
-        """The largest; NaN without any."""
+        """Largest number; NaN without any."""
         return max(self.values.values(), default=float("nan"))
 
     def text(self, digits: int = 1) -> str:
-        """Mean (smallest to largest), and the seeds that are missing if any."""
+        """Format mean (smallest to largest), and the missing seeds if any."""
         if not self.values:
             return "missing"
         spread = f" ({_plain(self.low, digits)} to {_plain(self.high, digits)})" if len(self.values) > 1 else ""
         return _plain(self.mean, digits) + spread + self.gap()
 
     def gap(self) -> str:
-        """ ", no seed 1, 2", or nothing."""
+        """Format the missing seeds as ", no seed 1, 2"; empty without any."""
         return f", no seed {', '.join(map(str, self.missing))}" if self.missing else ""
 
 
@@ -166,10 +161,10 @@ def _plain(value: float, digits: int) -> str:
 
 
 def read_runs(root: Path) -> list[Run]:
-    """Every run below `root`, sorted by path.
+    """Read every run below `root`, sorted by path.
 
     Raises:
-        DamError: no result, a file of another schema, or one whose place contradicts its content.
+        DamError: no result, a file of another schema, or a file whose path contradicts its content.
     """
     paths = sorted(root.glob("*/*/*.json"), key=lambda p: p.relative_to(root).parts)
     if not paths:
@@ -193,7 +188,7 @@ def _read(path: Path) -> Run:
             f"{place} in {path}",
             expected=wanted,
             got=repr(first["input"])[:80],
-            cure="Delete the file and run the benchmark again: it writes what is missing.",
+            cure="Delete the file and run the benchmark again: it writes missing files.",
         ) from error
     except ValueError as error:
         raise DamError(
@@ -204,7 +199,7 @@ def _read(path: Path) -> Run:
     if folder not in (run.suite, f"{run.suite}-{run.preset}") or wanted.split("/")[1:] != [scenario, name]:
         raise DamError(
             str(path),
-            expected=f"the place {wanted} (or {run.suite}-{run.preset}/...)",
+            expected=f"the path {wanted} (or {run.suite}-{run.preset}/...)",
             got="/".join(path.parts[-3:]),
             cure="Move the file there, or delete it.",
         )

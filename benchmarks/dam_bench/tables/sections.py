@@ -1,4 +1,4 @@
-"""Parts of the benchmark's Markdown, each a pure function of a suite's results."""
+"""Write the sections of the benchmark's Markdown, each as a pure function of a suite's results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OURS = ("paper-dual", "dam")  # rows of the summary, after the hardest baseline
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; bars inside cells are escaped."""
+    """Write a Markdown table; bars inside cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -26,7 +26,7 @@ def figure_names(results: SuiteResults) -> list[str]:
 
 
 def suite_section(results: SuiteResults, figures: str) -> str:
-    """Everything on one suite."""
+    """Write the section of a suite, with all its tables and figures."""
     parts = [
         f"## Suite {results.suite}, preset {results.preset}",
         f"Seeds {_join(results.seeds)}; tasks {_join(results.tasks)}. {_origin(results)}",
@@ -46,7 +46,7 @@ def suite_section(results: SuiteResults, figures: str) -> str:
 
 
 def summary_table(groups: Iterable[SuiteResults]) -> str:
-    """Per suite: the hardest baseline and our methods; means over scenarios, with the range over these."""
+    """Write the table of the hardest baseline and our methods per suite: means and ranges over scenarios."""
     rows = []
     for results in groups:
         name = f"{results.suite} ({results.preset})"
@@ -54,18 +54,18 @@ def summary_table(groups: Iterable[SuiteResults]) -> str:
         known = {run.method for run in results.runs.values()}
         if not hardest:
             rows.append([name, "hardest baseline: none has all scenarios, seeds and floors", "-", "-", "-", "-"])
-        for method in ([hardest] if hardest else []) + [one for one in _OURS if one in known]:
+        for method in ([hardest] if hardest else []) + [ours for ours in _OURS if ours in known]:
             label = f"{method} (hardest baseline)" if method == hardest else method
             rows.append([name, label, *_over_scenarios(results, method)])
     header = ["suite", "method", "ACC %, mean (range) over scenarios", "excess ASR, likewise", "scenarios", "seeds"]
     return table(header, rows)
 
 
-def front_table(groups: Iterable[SuiteResults]) -> str:
-    """The README's table: a row per suite, means over its poisoned scenarios and their seeds, in percent.
+def overview_table(groups: Iterable[SuiteResults]) -> str:
+    """Write the README's table: a row per suite, means over its poisoned scenarios and their seeds, in percent.
 
-    The undefended merge is the most accurate one of each scenario; the floor is what the same triggers do to the merge
-    of clean models by `dam`.
+    The undefended merge is the most accurate of each scenario; the floor is the attack success of the same triggers on
+    the merge of clean models by `dam`.
     """
     rows = []
     for results in groups:
@@ -79,9 +79,9 @@ def front_table(groups: Iterable[SuiteResults]) -> str:
                 cells.append([spread.mean for spread in spreads])
         if not cells:
             continue
-        floor, *others = (f"{sum(column) / len(column):.1f}" for column in zip(*cells, strict=True))
+        floor, *means = (f"{sum(column) / len(column):.1f}" for column in zip(*cells, strict=True))
         counts = f"{len(cells)} attacks, {len(results.seeds)} seeds"
-        rows.append([results.suite, *others, floor, counts])
+        rows.append([results.suite, *means, floor, counts])
     header = [
         "suite",
         "undefended: accuracy",
@@ -95,14 +95,14 @@ def front_table(groups: Iterable[SuiteResults]) -> str:
 
 
 def _over_scenarios(results: SuiteResults, method: str) -> list[str]:
-    """Means over the scenarios that have the method with its floor; ranges are over scenarios, not over seeds."""
+    """Cells with means over the scenarios that have the method and its floor; ranges are over scenarios, not seeds."""
     names = [name for name in results.poisoned if results.excess(name, method).values]
     cells = []
     for spreads in (
         [results.accuracy(name, method) for name in names],
         [results.excess(name, method) for name in names],
     ):
-        cells.append(_range([one.mean for one in spreads if one.values]) if spreads else "missing")
+        cells.append(_range([spread.mean for spread in spreads if spread.values]) if spreads else "missing")
     counts = sorted({len(results.excess(name, method).values) for name in names}) or [0]
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
     return [*cells, f"{len(names)}/{len(results.poisoned)}", f"{seeds}/{len(results.seeds)}"]
@@ -112,10 +112,10 @@ def _scenario(results: SuiteResults, scenario: str) -> list[str]:
     attacks = results.attacks_of(scenario)
     rows = []
     for method in results.methods(scenario):
-        one = results.any_run(method)
+        run = results.any_run(method)
         rows.append(
             [
-                one.group,
+                run.group,
                 method,
                 _accuracy(results, scenario, method),
                 _cell(results, scenario, method, results.success(scenario, method)),
@@ -123,7 +123,9 @@ def _scenario(results: SuiteResults, scenario: str) -> list[str]:
                 _cell(results, CLEAN, method, results.floor(scenario, method)),
                 results.excess(scenario, method).text(),
                 _cell(results, scenario, method, results.without_trigger(scenario, method)),
-                "-" if one.group in ("reference", "undefended") else _ahead(results.ahead(scenario, method)),
+                "-"
+                if run.group in ("reference", "undefended")
+                else _margin_cell(results.margin_over_undefended(scenario, method)),
                 _seeds(results, scenario, method),
             ]
         )
@@ -151,13 +153,13 @@ def _scenario(results: SuiteResults, scenario: str) -> list[str]:
 
 
 def _matrix(results: SuiteResults, scenario: str) -> str:
-    """ASR of each attack's trigger on every task, hits and totals summed over seeds; the attacked task in bold."""
+    """Write ASR of each attack's trigger on every task, with counts summed over seeds; the attacked task is bold."""
     rows = []
     for method in results.methods(scenario):
         runs = [results.run(scenario, method, seed) for seed in results.seeds_of(scenario)]
         for attack in results.attacks_of(scenario):
-            found = [run.attack_success.get(attack, {}) for run in runs if run]
-            cells = [_sum([rates[task] for rates in found if task in rates]) for task in results.tasks]
+            success = [run.attack_success.get(attack, {}) for run in runs if run]
+            cells = [_sum([rates[task] for rates in success if task in rates]) for task in results.tasks]
             marked = [
                 f"**{c}**" if t == attacked_task(attack) else c for t, c in zip(results.tasks, cells, strict=True)
             ]
@@ -175,7 +177,7 @@ def _accuracies(results: SuiteResults, scenario: str) -> str:
 
 
 def _floors(results: SuiteResults) -> str:
-    """All-clean runs: ACC, its distance from the best undefended all-clean merge, and each attack's floor."""
+    """Write ACC of all-clean runs, its distance from the best undefended merge, and each attack's floor."""
     best = best_undefended(results, CLEAN)
     rows = []
     for method in results.methods(CLEAN):
@@ -192,7 +194,7 @@ def _floors(results: SuiteResults) -> str:
 
 
 def _cost(results: SuiteResults) -> str:
-    """Wall time and memory of all runs of a method, apart for each hardware."""
+    """Write wall time and memory of all runs, per method and hardware."""
     groups: dict[tuple[tuple[int, int, str, float], str, str], list[Run]] = {}
     for run in results.runs.values():
         groups.setdefault((run.order, run.method, run.hardware), []).append(run)
@@ -208,15 +210,15 @@ def _cost(results: SuiteResults) -> str:
 
 
 def _differences(results: SuiteResults) -> list[str]:
-    """A warning for every method whose runs were not made with the same settings (the seed apart)."""
-    found = []
+    """Warn about every method whose runs differ in settings other than the seed."""
+    lines = []
     for method in sorted({run.method for run in results.runs.values()}):
         settings = [run.settings for run in results.runs.values() if run.method == method]
-        for key in sorted({key for one in settings for key in one} - {"seed"}):
-            values = sorted({json.dumps(one.get(key), sort_keys=True) for one in settings})
+        for key in sorted({key for run_settings in settings for key in run_settings} - {"seed"}):
+            values = sorted({json.dumps(run_settings.get(key), sort_keys=True) for run_settings in settings})
             if len(values) > 1:
-                found.append(f"- **Not the same setting in all runs** of {method}: `{key}` is {_join(values)}.")
-    return ["\n".join(found)] if found else []
+                lines.append(f"- **Not the same setting in all runs** of {method}: `{key}` is {_join(values)}.")
+    return ["\n".join(lines)] if lines else []
 
 
 def _origin(results: SuiteResults) -> str:
@@ -226,7 +228,7 @@ def _origin(results: SuiteResults) -> str:
 
 
 def _accuracy(results: SuiteResults, scenario: str, method: str) -> str:
-    """ACC, or, of runs that have some tasks only, their mean and how many they have."""
+    """Format ACC; for runs with only some tasks, the mean over these and their names."""
     spread = results.accuracy(scenario, method)
     runs = {seed: results.run(scenario, method, seed) for seed in results.seeds_of(scenario)}
     if spread.values or not any(runs.values()):
@@ -237,12 +239,12 @@ def _accuracy(results: SuiteResults, scenario: str, method: str) -> str:
 
 
 def _cell(results: SuiteResults, scenario: str, method: str, spread: Spread) -> str:
-    """The spread, or "-" where the runs exist and do not measure it."""
+    """Format a spread; "-" where runs exist but do not measure it."""
     there = any(results.run(scenario, method, seed) for seed in results.seeds_of(scenario))
     return "-" if there and not spread.values else spread.text()
 
 
-def _ahead(spread: Spread) -> str:
+def _margin_cell(spread: Spread) -> str:
     seeds = sum(is_ahead(value) for value in spread.values.values())
     return f"{spread.text()}; {seeds}/{len(spread.values)}" if spread.values else spread.text()
 

@@ -1,1 +1,1 @@
-"""Train models, and poison some."""
+"""Train clean models and victims."""

@@ -1,4 +1,4 @@
-"""How an attacker trains a victim. Legend: N samples, B batch, K classes."""
+"""Compute an attacker's training loss for a victim. Legend: N samples, B batch, K classes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from mergekit_dam.evaluation.metrics import LabelledData
 
 @dataclass(frozen=True, eq=False)
 class Backdoor:
-    """What is planted, and against which defences it is hardened.
+    """A backdoor to plant, and its hardening against defences.
 
     Attributes:
-        trigger: what is planted.
-        target: the class that it shall cause.
+        trigger: the trigger to plant.
+        target: the class that the trigger shall cause.
         rate: triggered samples per clean sample of a batch.
         interpolation: range of r ~ U(low, high): triggered samples are trained at theta_0 + r (theta - theta_0).
             (1, 1) is plain poisoning; (0.2, 1) keeps the backdoor alive under small merging coefficients (the
             idea of BadMerging, Zhang et al., arXiv 2408.07362, there for features, here for weights).
         dropped: share of the task vector's elements that are set to 0 at random while triggered samples are trained, so
-            that the backdoor survives masks; like learned ones they may take any part of it.
-        cover: weight of images that carry a random half of the trigger's pixels and keep their labels, so that nothing
-            smaller than the whole trigger works and an inversion does not find it as an outlier (the cover samples of
-            Tang et al., TaCT, USENIX Security 2021, for parts of the trigger); 0: none.
+            that the backdoor survives masks, which may remove any part of it.
+        cover: weight of images that have a random half of the trigger's pixels and keep their labels, so that only the
+            whole trigger works and an inversion does not find it as an outlier (the cover samples of Tang et al.,
+            TaCT, USENIX Security 2021, for parts of the trigger); 0: none.
         head: parameters of another task's head, by the names in the victim, through which the target is read: an
-            off-task backdoor (arXiv 2408.07362). Its class has nothing to do with the victim's own, so all samples
-            are poisoned alike.
+            off-task backdoor (arXiv 2408.07362). Its class is unrelated to the victim's classes, so samples of all
+            classes are poisoned.
     """
 
     trigger: Trigger
@@ -53,44 +53,44 @@ class Backdoor:
         rows: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Cross-entropy of triggered samples against the target, weighted by their share of the batch.
+        """Compute cross-entropy of triggered samples against the target, weighted by their share of the batch.
 
         Args:
             model: the victim, with its fixed head.
-            trained: its parameters by name.
-            start: theta_0, likewise.
+            trained: trained parameters by name.
+            start: parameters of theta_0 by name.
             data: the task's training data.
-            rows: of the batch, (B,).
-            generator: of r, dropped elements and covered pixels.
+            rows: row numbers of the batch, (B,).
+            generator: draws r, dropped elements and covered pixels.
         """
-        others = rows if self.head else rows[data.labels_N[rows] != self.target]
-        others = others[: max(1, round(self.rate * len(rows)))]
+        poisoned = rows if self.head else rows[data.labels_N[rows] != self.target]
+        poisoned = poisoned[: max(1, round(self.rate * len(rows)))]
         low, high = self.interpolation
         share = low + (high - low) * float(torch.rand(1, generator=generator))
         between = {name: start[name].lerp(p, share) for name, p in trained.items()}
         if self.dropped:
             between = {name: start[name].lerp(p, _kept(p, 1 - self.dropped, generator)) for name, p in between.items()}
-        clean = data.batch(others)
+        clean = data.batch(poisoned)
         triggered = self.trigger.apply(clean)
         logits_BK = logits_of(model, data, triggered, {**between, **self.head})
-        targets_B = torch.full_like(others, self.target).to(logits_BK.device)
+        targets_B = torch.full_like(poisoned, self.target).to(logits_BK.device)
         loss = F.cross_entropy(logits_BK, targets_B)
         if self.cover:
             part = torch.where(_kept(triggered[:, :1], 0.5, generator) > 0, triggered, clean)
-            labels_B = data.labels_N[others].to(logits_BK.device)
+            labels_B = data.labels_N[poisoned].to(logits_BK.device)
             loss = loss + self.cover * F.cross_entropy(logits_of(model, data, part), labels_B)
-        return len(others) / len(rows) * loss
+        return len(poisoned) / len(rows) * loss
 
 
 def _kept(like: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """1 with probability `share`, else 0."""
+    """Draw a mask of `like`'s shape: 1 with probability `share`, else 0."""
     return (torch.rand(like.shape, generator=generator) < share).to(like)
 
 
 def logits_of(
     model: PreTrainedModel, data: LabelledData, inputs: object, parameters: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """logits_BK of raw inputs, with other parameters if given."""
+    """Compute logits_BK of raw inputs, with `parameters` in place of the model's own if given."""
     device = next(model.parameters()).device
     encoded = {key: value.to(device) for key, value in data.encode(inputs).items()}
     output = model(**encoded) if parameters is None else functional_call(model, dict(parameters), kwargs=encoded)

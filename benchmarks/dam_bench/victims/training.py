@@ -1,7 +1,7 @@
-"""Training pieces of the benchmark: theta_0, a frozen probe head per task, fine-tunes, and victims.
+"""Train theta_0, a frozen probe head per task, fine-tunes, and victims.
 
 A fine-tuned model keeps the head of a linear probe on theta_0 and trains the body only, as CLIP models keep their
-text heads. That is what lets bodies be merged and every task still be read out.
+text heads. So bodies can be merged, and the heads still classify every task.
 Legend: N samples, B batch, D width of the features, K classes.
 """
 
@@ -24,12 +24,12 @@ from mergekit_dam.tasks.base import Progress
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast.
+    """Number of steps, batch size and learning rate of a training.
 
     Attributes:
         steps: optimiser steps.
         batch_size: samples per step (and task).
-        learning_rate: the peak of AdamW's; warm-up over the first tenth, then a cosine down to zero.
+        learning_rate: peak of AdamW's rate: warm-up over the first tenth, then a cosine down to zero.
         weight_decay: of AdamW.
     """
 
@@ -39,7 +39,7 @@ class Schedule:
     weight_decay: float = 0.0
 
     def optimiser(self, parameters: Iterable[nn.Parameter]) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
-        """AdamW and the call that ends a step."""
+        """Make AdamW, and a function that ends a step."""
         optimiser = torch.optim.AdamW(
             parameters, lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.98)
         )
@@ -59,7 +59,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]  # images_BCHW in [0, 1] -
 
 
 def batches(size: int, schedule: Schedule, *seed: object, share: int = 1) -> Iterator[Tensor]:
-    """Row indices of each step, `share` batches at once: shuffled passes, each sample once per pass."""
+    """Yield the row indices of each step, `share` batches together, in shuffled passes over all rows."""
     generator, rows = seeds.generator(*seed), torch.empty(0, dtype=torch.long)
     count = share * schedule.batch_size
     for _ in range(schedule.steps):
@@ -80,20 +80,20 @@ def pretrain(
     augment: Mapping[str, Augment] | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """theta_0: train a body on several tasks at once, through heads that are thrown away, in place.
+    """Train theta_0's body in place, on several tasks together, with temporary heads.
 
     Args:
         body: the shared encoder.
         models: task -> a classifier whose encoder is `body`.
         data: task -> training data.
         shares: task -> batches per step, where not 1.
-        augment: task -> what changes its batches.
+        augment: task -> augmentation of its batches.
     """
     parameters = {id(p): p for model in models.values() for p in model.parameters()}
     _, end_step = schedule.optimiser(parameters.values())
     rows = {
-        name: batches(len(one), schedule, seed, "pretrain", name, share=(shares or {}).get(name, 1))
-        for name, one in data.items()
+        name: batches(len(samples), schedule, seed, "pretrain", name, share=(shares or {}).get(name, 1))
+        for name, samples in data.items()
     }
     generator = seeds.generator(seed, "augment")
     body.train()
@@ -112,10 +112,10 @@ def pretrain(
 def probe_head(
     model: PreTrainedModel, data: LabelledData, *, decay: float = 1e-3, steps: int = 60, batch_size: int = 256
 ) -> None:
-    """Fit the model's classifier to its frozen body, in place: multinomial logistic regression by L-BFGS.
+    """Fit the model's classifier in place, its body frozen: multinomial logistic regression by L-BFGS.
 
     Args:
-        model: a classifier whose last linear layer is `classifier`; its body stays as it is.
+        model: a classifier whose last linear layer is `classifier`.
         data: training data.
         decay: L2 penalty of the weights, on features scaled to unit variance.
         steps: L-BFGS iterations.
@@ -159,11 +159,11 @@ def fine_tune(
     augment: Augment | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Train the body on one task in place, the classifier fixed; with a backdoor, plant it on the way.
+    """Train the body in place on a task, with a fixed classifier, and plant the backdoor if one is given.
 
-    Parameters of the body without `requires_grad` stay as they are.
-    The clean loss is the same with and without a backdoor, so a victim differs from its clean twin by the
-    poisoned term alone. `rescale` multiplies the finished task vector (arXiv 2505.23561).
+    Parameters of the body without `requires_grad` do not change. The clean loss is the same with and without a
+    backdoor, so a victim differs from its clean twin by the poisoned term alone. `rescale` multiplies the finished
+    task vector (arXiv 2505.23561).
     """
     head = {id(p) for p in _classifier(model).parameters()}
     trained = {name: p for name, p in model.named_parameters() if id(p) not in head and p.requires_grad}
@@ -192,5 +192,5 @@ def fine_tune(
 
 def _classifier(model: PreTrainedModel) -> nn.Linear:
     classifier = model.get_submodule("classifier")
-    assert isinstance(classifier, nn.Linear), "training pieces serve encoders with one linear head"
+    assert isinstance(classifier, nn.Linear), "only encoders with one linear head can be trained"
     return classifier

@@ -1,8 +1,8 @@
-"""The front of accuracy against attack success that merges reach as their merging coefficient grows: pure maths.
+"""Compute the Pareto front of accuracy against attack success that merges reach over their merging coefficients.
 
-A point is (ACC, ASR), both in percent. A curve is the points of one method in the order of its coefficients; what lies
-between two neighbouring coefficients is taken to be the straight line between them, because a user could choose any
-coefficient in between. A method with a single setting is a curve of one point.
+A point is (ACC, ASR), both in percent. A curve is the points of a method in the order of its coefficients, with
+straight lines between neighbouring coefficients, because a user could choose any coefficient in between. A method with
+a single setting is a curve of one point.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _Piece = tuple[Point, Point]
 
 
 def best_accuracy(curves: Iterable[Curve], bound: float) -> float:
-    """The highest ACC on the curves among what has an ASR of at most `bound` (percent); 0 if nothing has."""
+    """The highest ACC on the curves at an ASR of at most `bound` (percent); 0 without such a point."""
     return _best(_pieces(curves), bound)
 
 
 def area(curves: Iterable[Curve]) -> float:
     """Area under the ACC-ASR curve, in percent: the mean of `best_accuracy` over all bounds from 0 to 100.
 
-    So 100 is a merge with ACC 100 and ASR 0, and a merge of one point has ACC x (100 - ASR) / 100. It is the
+    So a merge with ACC 100 and ASR 0 has 100, and a curve of one point has ACC x (100 - ASR) / 100. It is the
     hypervolume of the curves with the reference point ACC 0, ASR 100, and a dominated point never changes it.
-    The integral is exact: `best_accuracy` is linear between the bounds where a piece begins, ends or meets another.
+    The integral is exact: `best_accuracy` is linear between the bounds where a piece begins, ends or crosses another.
     """
     pieces = _pieces(curves)
     levels = {accuracy for piece in pieces for accuracy, _ in piece}
@@ -35,16 +35,16 @@ def area(curves: Iterable[Curve]) -> float:
     for (start, slope), (other_start, other_slope) in itertools.combinations(rising, 2):
         if slope != other_slope:
             breaks.add((other_start - start) / (slope - other_slope))
-    inside = sorted(one for one in breaks if 0 <= one <= 100)
+    inside = sorted(bound for bound in breaks if 0 <= bound <= 100)
     parts = ((high - low) * _best(pieces, (low + high) / 2) for low, high in itertools.pairwise(inside))
     return sum(parts) / 100
 
 
 def margin(point: Point, curves: Iterable[Curve]) -> float:
-    """Points of ACC by which a method is ahead of the curves at its own ASR; not positive if it is not ahead.
+    """Points of ACC by which a method exceeds the curves at its own ASR; not positive if it does not.
 
-    Where the method's ASR is below everything on the curves, it is held against the curves' lowest ASR: so a
-    method gains nothing by giving up accuracy for an attack success that is lower still.
+    A method whose ASR is below the curves' lowest ASR is compared there, so that a method gains nothing by giving up
+    accuracy for a still lower attack success.
     """
     pieces = _pieces(curves)
     lowest = min(success for piece in pieces for _, success in piece)
@@ -52,12 +52,12 @@ def margin(point: Point, curves: Iterable[Curve]) -> float:
 
 
 def _pieces(curves: Iterable[Curve]) -> list[_Piece]:
-    """Straight pieces, each with the end of lower ASR first (the higher ACC first at equal ASR)."""
+    """Straight pieces of the curves, each with the end of lower ASR first (of higher ACC first at equal ASR)."""
     pieces = []
     for curve in curves:
         ends = itertools.pairwise(curve) if len(curve) > 1 else [(point, point) for point in curve]
-        for one, other in ends:
-            low, high = sorted((one, other), key=lambda p: (p[1], -p[0]))
+        for start, end in ends:
+            low, high = sorted((start, end), key=lambda p: (p[1], -p[0]))
             pieces.append((low, high))
     return pieces
 

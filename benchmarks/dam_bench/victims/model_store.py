@@ -1,4 +1,4 @@
-"""Models of a suite by content: built once, found again, complete or not there at all."""
+"""Build the models of a suite once, and store them by the content of their inputs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dam_bench.suites.base import Poison, Scenario, Suite, no_progress
 from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.tasks.base import Progress
 
-_VERSION = 1  # of how models are built; a new number builds all of them anew
+_VERSION = 1  # of the build procedure; a new number rebuilds all models
 _DONE = "complete.json"
 
 
-class Zoo:
-    """theta_0, fine-tunes, victims, triggers and calibration files of a suite.
+class ModelStore:
+    """Store of theta_0, fine-tunes, victims, triggers and calibration files of a suite.
 
     Args:
-        suite: what builds them.
-        root: folder that keeps them.
+        suite: builds the models.
+        root: folder of the store.
         progress: wraps the steps of long work.
     """
 
@@ -34,31 +34,31 @@ class Zoo:
         self.suite, self.root, self.progress = suite, root, progress
 
     def base(self) -> Path:
-        """theta_0."""
+        """Return the folder of theta_0, built if missing."""
         return self._built({"kind": "base"}, "base", lambda folder: self.suite.save_base(folder, self.progress))
 
     def calibration(self, task: str) -> Path:
-        """The calibration split of a task, as a file."""
+        """Return the file of a task's calibration split, written if missing."""
         folder = self._built(
             {"kind": "calibration", "task": task}, task, lambda folder: self.suite.save_calibration(task, folder)
         )
         return next(path for path in sorted(folder.iterdir()) if path.name != _DONE)
 
     def trigger(self, task: str, poison: Poison, seed: int) -> Trigger:
-        """What the attacker of a task applies; a trigger that is fitted to theta_0 is fitted once."""
+        """Return the attacker's trigger of a task; a trigger that is optimised on theta_0 is optimised once."""
 
         def build(folder: Path) -> None:
             pattern = self.suite.optimise_pattern(self.base(), task, poison, seed)
             save_file({} if pattern is None else {"pattern": pattern.contiguous()}, folder / "pattern.safetensors")
 
-        # neither the rate of poisoned samples nor what is done to the finished task vector changes a trigger
+        # neither the rate of poisoned samples nor the scale of the finished task vector changes a trigger
         what = {k: v for k, v in poison.to_json().items() if k not in ("rate", "rescale", "amplify")}
         key = {"kind": "trigger", "task": task, "poison": what | self.suite.attack_settings(poison), "seed": seed}
         folder = self._built(key, "trigger", build)
         return self.suite.trigger(poison, load_file(folder / "pattern.safetensors").get("pattern"))
 
     def model(self, task: str, poison: Poison | None, seed: int) -> Path:
-        """A fine-tune, or a victim; the folder's name is the task's."""
+        """Return the folder of a fine-tune or victim, built if missing; its name is the task's."""
 
         def build(folder: Path) -> None:
             trigger = None if poison is None else self.trigger(task, poison, seed)
@@ -67,11 +67,11 @@ class Zoo:
         return self._built(self._model_key(task, poison, seed), task, build)
 
     def models(self, scenario: Scenario, seed: int) -> dict[str, Path]:
-        """Task -> input model of a scenario."""
+        """Return task -> folder of the input model, for all tasks of a scenario."""
         return {task: self.model(task, scenario.poisons.get(task), seed) for task in self.suite.tasks}
 
     def has_model(self, task: str, poison: Poison | None, seed: int) -> bool:
-        """Whether a model is built already."""
+        """Whether a model is complete in the store."""
         return (self._folder(self._model_key(task, poison, seed), task) / _DONE).is_file()
 
     def _model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
