@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from dam_bench.runs.methods import METHODS, method_named
 
+from mergekit_dam.config import DamConfig, parse
 from mergekit_dam.errors import DamError
 
 
@@ -20,7 +25,22 @@ def test_a_variant_changes_the_settings_that_it_names_only() -> None:
     assert (variant.family, variant.passes) == ("defence", METHODS["paper-dual"].passes)
 
 
-@pytest.mark.parametrize("name", ["damn", "ties-0.5(density=1)", "dam(alpa=1)", "dam(alpha=high)", "dam()"])
+def test_constants_of_a_variant_go_to_a_file_that_the_recipe_names(tmp_path: Path) -> None:
+    suite: Any = SimpleNamespace(
+        model_parameters=lambda path: {}, shared_parameters=lambda base: {}, base_entry=lambda base: str(base)
+    )
+    paths = {"a": tmp_path / "a", "b": tmp_path / "b"}
+    method = method_named("dam(alpha=2,pool_size=4,refresh_steps=10)")
+    recipe = method.recipe(suite, tmp_path / "base", paths, paths, 1, tmp_path)
+    config = parse(DamConfig, recipe["parameters"], where="the recipe")
+    assert config.given == {"alpha", "seed", "pool_size", "refresh_steps"}
+    assert (config.alpha, config.constants.pool_size, config.constants.refresh_steps) == (2, 4, 10)
+    assert method.parameters == {"alpha": 2, "pool_size": 4, "refresh_steps": 10}, "as results have them"
+
+
+@pytest.mark.parametrize(
+    "name", ["damn", "ties-0.5(density=1)", "dam(alpa=1)", "dam(alpha=high)", "dam(pool_size=0)", "dam()"]
+)
 def test_what_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(DamError):
         method_named(name)

@@ -157,9 +157,8 @@ def set_up(case: Case, folder: Path, device: torch.device) -> tuple[Any, list[Ta
         "calibration": str(made.calibration),
         "head": made.head and str(made.head),
         "device": case.device,
-        # what LMs go on with is asked for once, before the steps
         "max_length": made.length or None,
-        "answer_tokens": 0,
+        "constants": {"answer_tokens": 0},  # what LMs go on with is asked for once, before the steps
         **case.settings,
     }
     plan = build_plan(base, models, shared=shared, per_model={})

@@ -7,6 +7,7 @@ perform in an environment of their own.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import yaml
 
 from dam_bench.suites.base import Suite
 from mergekit_dam.config import DamConfig, parse
+from mergekit_dam.constants import Constants
 from mergekit_dam.errors import DamError, did_you_mean
 
 Family = Literal["reference", "baseline", "defence"]
@@ -32,7 +34,7 @@ class Method:
         name: in tables and file names.
         family: reference (no merge that a user would publish), baseline (no defence), or defence.
         merge_method: mergekit's name; None where the runner does the work (`base`, `fine-tuned`, fusion_bench).
-        parameters: shared settings of the recipe.
+        parameters: shared settings of the recipe, and constants of `dam` beside them (mergekit_dam/constants.py).
         passes: forward and backward passes of one batch per task, for the estimate of time.
     """
 
@@ -48,9 +50,15 @@ class Method:
         return self.merge_method == "dam"
 
     def recipe(
-        self, suite: Suite, base: Path, models: Mapping[str, Path], calibration: Mapping[str, Path], seed: int
+        self,
+        suite: Suite,
+        base: Path,
+        models: Mapping[str, Path],
+        calibration: Mapping[str, Path],
+        seed: int,
+        folder: Path,
     ) -> dict[str, Any]:
-        """The mergekit configuration.
+        """The mergekit configuration; constants go to a file beside it.
 
         Args:
             suite: says how its kind of model enters a recipe.
@@ -58,12 +66,18 @@ class Method:
             models: task -> directory.
             calibration: task -> file; used by methods that learn.
             seed: of methods that learn.
+            folder: for the file of constants; it is there.
         """
         entries: list[dict[str, Any]] = [{"model": str(path)} for path in models.values()]
         parameters = dict(self.parameters)
         if self.learns:
             for entry, (task, path) in zip(entries, models.items(), strict=True):
                 entry["parameters"] = {"calibration": str(calibration[task]), **suite.model_parameters(path)}
+            constants = {key: parameters.pop(key) for key in list(parameters) if key in Constants.model_fields}
+            if constants:
+                file = folder / "constants.json"
+                file.write_text(json.dumps(constants, indent=1) + "\n", "utf-8")
+                parameters["constants"] = str(file)
             parameters |= {"seed": seed, **suite.shared_parameters(base)}
         config = {"merge_method": self.merge_method, "models": entries, "parameters": parameters, "dtype": "float32"}
         return config | {"base_model": suite.base_entry(base)}
@@ -112,17 +126,17 @@ _VARIANT = re.compile(r"^(?P<method>[\w.-]+)\((?P<settings>[^()]+)\)$")
 
 
 def method_named(name: str) -> Method:
-    """One of METHODS, or a variant of a learned one, for ablations: `dam(mask=m1,alpha=2)`.
+    """One of METHODS, or a variant of a learned one, for ablations: `dam(mask=m1,alpha=2,pool_size=4)`.
 
     Raises:
-        DamError: no such method, or a setting that it does not have.
+        DamError: no such method, or neither a setting nor a constant of `dam`.
     """
     found = _VARIANT.match(name)
     known = found["method"] if found else name
     if known not in METHODS or (found and not METHODS[known].learns):
         raise DamError(
             "method",
-            expected=f"one of {', '.join(METHODS)}, or a learned one as name(setting=value,...)",
+            expected=f"one of {', '.join(METHODS)}, or a learned one as name(setting=value,...), constants included",
             got=repr(name),
             cure=did_you_mean(known, METHODS) or "Leave --method out to run all.",
         )
@@ -131,7 +145,10 @@ def method_named(name: str) -> Method:
     pairs = (part.partition("=") for part in found["settings"].split(","))
     changed = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
     parameters = {**METHODS[known].parameters, **changed}
-    parse(DamConfig, parameters, where=f"method {name}")
+    where = f"method {name}"
+    constants = {key: value for key, value in parameters.items() if key in Constants.model_fields}
+    parse(DamConfig, {key: value for key, value in parameters.items() if key not in constants}, where=where)
+    parse(Constants, constants, where=where)
     return replace(METHODS[known], name=name, parameters=parameters)
 
 

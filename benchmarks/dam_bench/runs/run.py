@@ -191,7 +191,7 @@ def _merged(
         report = peer_report(out)
         return _Merge(out, round(report["seconds"]["all"], 2), report["peak_rss_bytes"])
     os.environ["MERGEKIT_DAM_CACHE"] = str(folder / "cache")  # a run must not find the masks of another
-    recipe = method.recipe(zoo.suite, base, models, calibration, seed)
+    recipe = method.recipe(zoo.suite, base, models, calibration, seed, folder)
     config = MergeConfiguration.model_validate(recipe)
     options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=seed)
     before, start = _start_peak(), time.perf_counter()
