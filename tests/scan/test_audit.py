@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mergekit_dam.artifact.triggers_file import load_triggers
 from mergekit_dam.cli.main import main
+from mergekit_dam.constants import Constants
 from mergekit_dam.scan.audit import model_scores
 from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.triggers import TokenTriggers
@@ -23,7 +24,7 @@ from mergekit_dam.tasks.bounds import Bounds
 from tests.conftest import FAST
 from tests.helpers.tiny_models import make_model
 
-NOTHING = TokenTriggers([torch.zeros(1, 2, 2)], Bounds.of(torch.zeros(2), torch.ones(2)))
+NOTHING = TokenTriggers([torch.zeros(1, 2, 2)], Bounds.of(torch.zeros(2), torch.ones(2)), Constants())
 PLAIN: dict[str, Any] = {f.name: 1.0 for f in fields(Finding)} | {"trigger": NOTHING, "source_model": None}
 
 
