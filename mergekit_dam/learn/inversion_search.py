@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.engine.module_weights import Weights
-from mergekit_dam.engine.shards import Share
+from mergekit_dam.engine.shards import WorkItem
 from mergekit_dam.engine.snapshots import State
 from mergekit_dam.learn.fit import MaskFit
 from mergekit_dam.learn.losses import calibration_batch, fit_loss
@@ -36,10 +36,10 @@ class InversionSearch(ScannedSearch):
 
     def set_up(self) -> None:
         super().set_up()
-        for share in self.turns:
-            if share is not None:
-                own = self.model.frozen.own_weights(share.task)
-                self.answers[share.task] = OwnAnswers(self.tasks[share.task], own)
+        for item in self.schedule:
+            if item is not None:
+                own = self.model.frozen.own_weights(item.task)
+                self.answers[item.task] = OwnAnswers(self.tasks[item.task], own)
         self.begin_fit()
 
     def begin_fit(self) -> None:
@@ -60,7 +60,7 @@ class InversionSearch(ScannedSearch):
 
     def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
-        phase, done = self.begin("scan")
+        phase, done = self.restore("scan")
         if phase == "scan":
             self.scan_if_wanted(done)
             done = 0
@@ -69,7 +69,7 @@ class InversionSearch(ScannedSearch):
             if step and step % self.config.refresh_every == 0:
                 self.refresh(step)
             self.step(step)
-            self.keep("masks", step + 1)
+            self.snapshot_if_due("masks", step + 1)
         return final_probabilities(self.masks), self.coefficients
 
     def state(self, phase: str, done: int) -> State:
@@ -77,8 +77,8 @@ class InversionSearch(ScannedSearch):
         state.tensors |= self.triggers_of_state()
         return state
 
-    def lay_out(self, facts: Mapping[str, Any]) -> None:
-        self.lay_out_triggers(facts)
+    def allocate(self, facts: Mapping[str, Any]) -> None:
+        self.allocate_triggers(facts)
         self.begin_fit()
 
     def facts_of_masks(self) -> dict[str, Any]:
@@ -103,11 +103,11 @@ class InversionSearch(ScannedSearch):
         merged = self.fit.combined()
         weights = self.model.weights(merged, self.coefficients)
         parts: dict[str, Tensor] = {}
-        for share in self.turns:
+        for item in self.schedule:
             loss = torch.zeros((), device=self.model.device)
-            if share is not None:
-                rows_B = calibration_batch(self.tasks[share.task], self.config, step)
-                loss = self._loss(share, weights, rows_B, step, parts)
+            if item is not None:
+                rows_B = calibration_batch(self.tasks[item.task], self.config, step)
+                loss = self._loss(item, weights, rows_B, step, parts)
             if loss.requires_grad:
                 loss.backward()
         self.fit.update(merged, weights, step)
@@ -121,6 +121,6 @@ class InversionSearch(ScannedSearch):
         }
         self.track_step(record)
 
-    def _loss(self, share: Share, weights: Weights, rows_B: Tensor, step: int, parts: dict[str, Tensor]) -> Tensor:
-        task, answers = self.tasks[share.task], self.answers[share.task]
-        return fit_loss(task, share, answers, weights, rows_B, self.pools, self.config, step, parts)
+    def _loss(self, item: WorkItem, weights: Weights, rows_B: Tensor, step: int, parts: dict[str, Tensor]) -> Tensor:
+        task, answers = self.tasks[item.task], self.answers[item.task]
+        return fit_loss(task, item, answers, weights, rows_B, self.pools, self.config, step, parts)

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from mergekit_dam.engine.progress import bar
+from mergekit_dam.engine.progress import progress_bar
 from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 
@@ -39,7 +39,7 @@ class Recorder:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.started = str(earlier.get("started", now))
         self.seconds: dict[str, float] = {str(k): float(v) for k, v in dict(earlier.get("seconds", {})).items()}
-        snapshots.follow(seconds=self.so_far, started=lambda: self.started)
+        snapshots.add_facts(seconds=self.so_far, started=lambda: self.started)
 
     def so_far(self) -> dict[str, float]:
         """Seconds by phase, those of the running one included."""
@@ -58,7 +58,7 @@ class Recorder:
         """The steps, with a bar that shows the loss and the densities."""
         self._running = title, time.perf_counter()
         try:
-            yield from bar(steps, title, quiet=self._quiet, shown=self._shown)
+            yield from progress_bar(steps, title, quiet=self._quiet, shown=self._shown)
         finally:  # also where the loop is left early
             self.seconds.update(self.so_far())
             self._running = None
@@ -84,5 +84,5 @@ def open_journal(path: Path, snapshots: Snapshots) -> IO[str]:
             os.fsync(file.fileno())
         return file.tell()
 
-    snapshots.follow(journal=length)
+    snapshots.add_facts(journal=length)
     return file

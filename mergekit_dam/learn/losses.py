@@ -11,7 +11,7 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.module_weights import Weights
-from mergekit_dam.engine.shards import Share
+from mergekit_dam.engine.shards import WorkItem
 from mergekit_dam.learn.teacher import OwnAnswers
 from mergekit_dam.learn.trigger_pool import Pools
 from mergekit_dam.scan.triggers import RecoveredTriggers
@@ -49,7 +49,7 @@ def disagreement(perturbed_BK: Tensor, clean_BK: Tensor) -> Tensor:
 
 def fit_loss(
     task: Task,
-    share: Share,
+    item: WorkItem,
     answers: OwnAnswers,
     weights: Weights,
     rows_B: Tensor,
@@ -63,7 +63,7 @@ def fit_loss(
     Each sample gets one trigger of a suspect's pool; w is the mean weight of those.
 
     Args:
-        share: the task's index, and which of the samples are ours: L is then our share of the mean over all of them.
+        item: the task, and the samples of this process; L is then their part of the mean over the whole batch.
         answers: f_t(x).
         weights: the merge's.
         rows_B: indices of calibration samples.
@@ -71,19 +71,19 @@ def fit_loss(
         parts: the terms are added to it by name.
     """
     whole = task.inputs(rows_B)
-    inputs = share.of_all(whole)
-    weight = task.num_answers(inputs) / task.num_answers(whole) if share.parts > 1 else 1.0
-    answer = answers(share.of(rows_B), inputs)
+    inputs = item.of_inputs(whole)
+    weight = task.num_answers(inputs) / task.num_answers(whole) if item.parts > 1 else 1.0
+    answer = answers(item.of(rows_B), inputs)
     loss = weight * distillation(task.logits(weights, inputs), answer)
     _add(parts, f"loss/perf/{task.name}", loss)
     for suspect, pool in pools.items():
-        if suspect.task != share.task:
+        if suspect.task != item.task:
             continue
         weights_R = torch.tensor([one.weight for one in pool])
         generator = seeds.generator(config.seed, "pool", task.index, suspect.target, step)
         which_B = torch.randint(len(pool), (len(rows_B),), generator=generator)
         triggers = RecoveredTriggers.stack([one.trigger for one in pool])
-        perturb = triggers.perturb(share.of(which_B).to(task.device))
+        perturb = triggers.perturb(item.of(which_B).to(task.device))
         alpha = config.alpha * float(weights_R[which_B].mean())
         safety = weight * alpha * distillation(task.logits(weights, inputs, perturb), answer)
         _add(parts, f"loss/safe/{task.name}", safety)

@@ -95,7 +95,8 @@ class ConcreteMask:
         """Mean over the whole of a mask from our values of it, 0-dim, not zero."""
         if self.shards.size == 1:
             return means_of([values])[0]
-        return (self.shards.sum(to_probabilities(values).sum()) / math.prod(self.shapes[key])).clamp_min(SMALLEST)
+        total = self.shards.all_reduce(to_probabilities(values).sum())
+        return (total / math.prod(self.shapes[key])).clamp_min(SMALLEST)
 
     def expectation(self, key: str) -> Tensor:
         """Probability that a unit is kept, sigmoid(logit): the mask that is saved, not one random sample."""
@@ -103,7 +104,7 @@ class ConcreteMask:
 
     def density(self) -> float:
         """Kept fraction over all masked units."""
-        kept = self.shards.sum(self._kept().to(torch.float64))
+        kept = self.shards.all_reduce(self._kept().to(torch.float64))
         return float(kept) / max(1, sum(math.prod(shape) for shape in self.shapes.values()))
 
     def _kept(self) -> Tensor:
@@ -132,7 +133,7 @@ def product(masks: Sequence[ConcreteMask], key: str, samples: Sequence[Tensor] |
         means = tuple(mask.mean(key, value) for mask, value in zip(shared, values, strict=True))
     first = masks[0]
     entries = math.prod(first.shapes[first.keys_of(key)[0]])
-    return MaskProduct(factors, samples is None, means, first.temperature, first.shards.sum, entries, own)
+    return MaskProduct(factors, samples is None, means, first.temperature, first.shards.all_reduce, entries, own)
 
 
 def detects_per_model(config: DamConfig, *, suspects: bool) -> bool:
@@ -256,7 +257,7 @@ def final_probabilities(masks: Mapping[str, ConcreteMask]) -> Whole:
     for name, mask in masks.items():
         found[name] = {}
         for key, shape in mask.shapes.items():
-            whole = mask.shards.gather(to_bytes(mask.expectation(key)), shape)
+            whole = mask.shards.all_gather(to_bytes(mask.expectation(key)), shape)
             if mask.shards.rank == 0:
                 found[name][key] = whole
     return found

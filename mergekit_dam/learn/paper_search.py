@@ -67,10 +67,10 @@ class PaperSearch(MaskSearch):
 
     def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
-        phase, done = self.begin("masks")
+        phase, done = self.restore("masks")
         for step in self.progress(range(done if phase == "masks" else self.config.steps, self.config.steps), "masks"):
             self.step(step)
-            self.keep("masks", step + 1)
+            self.snapshot_if_due("masks", step + 1)
         self.fit_coefficients(done if phase == "coefficients" else 0)
         return final_probabilities(self.masks), self.coefficients
 
@@ -84,7 +84,7 @@ class PaperSearch(MaskSearch):
                 state.tensors |= adam_state(self.ascents[index], "adam/perturbation", [str(index)])
         return state
 
-    def lay_out(self, facts: Mapping[str, Any]) -> None:
+    def allocate(self, facts: Mapping[str, Any]) -> None:
         """Nothing: all tensors are there from the start."""
 
     def facts_of_masks(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class PaperSearch(MaskSearch):
         coefficients, before = self.inner_step(merged_masks, batches)
         weights = self.model.weights(merged_masks, coefficients)
         turn = tuple(self.masks)[step % len(self.masks)]
-        parts = self.shards.union(self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION))
+        parts = self.shards.all_gather_dict(self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION))
         self.update(turn, weights, merged_masks, coefficients, step)
         density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
         total = sum(parts.values())
@@ -134,7 +134,7 @@ class PaperSearch(MaskSearch):
             losses[index] = float(loss.detach())
         coefficients.grad = self.model.coefficient_gradients(weights, masks, coefficients)
         optimiser.step()
-        return float(sum(self.shards.union(losses).values()))
+        return float(sum(self.shards.all_gather_dict(losses).values()))
 
     def outer_losses(self, weights: Weights, batches: dict[int, Batch], *, safe: bool) -> dict[str, float]:
         """Steps 3 and 4: move each perturbation, then the backward passes of L_perf (+ alpha L_safe) into `weights`.
@@ -199,7 +199,7 @@ class PaperSearch(MaskSearch):
                 "coefficients": self.coefficients.mean(1).tolist(),
             }
             self.track_step(record)
-            self.keep("coefficients", step + 1)
+            self.snapshot_if_due("coefficients", step + 1)
 
 
 @contextmanager

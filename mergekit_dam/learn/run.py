@@ -66,7 +66,7 @@ def find_or_learn(
     """
     first = shards.rank == 0
     checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)} if first else {}
-    digests = shards.union({name: c.digest() for name, c in checkpoints.items()})
+    digests = shards.all_gather_dict({name: c.digest() for name, c in checkpoints.items()})
     if plan.config.masks is not None:
         path = Path(plan.config.masks).expanduser()
         masks = load(path)
@@ -88,7 +88,7 @@ def find_or_learn(
     # a second run on the same inputs waits and then finds the masks
     with FileLock(folder / ".lock") if first else nullcontext():
         cached = load_cached(folder / MASKS_FILE, plan, digests) if first else None
-        if shards.union({"there": cached is not None} if first else {})["there"]:
+        if shards.all_gather_dict({"there": cached is not None} if first else {})["there"]:
             masks = cached or load(folder / MASKS_FILE)
             if first:
                 masks = relabel(folder, masks, description, plan)
@@ -212,7 +212,7 @@ def optimise(
             known=StoredScan(plan, tasks, _digests_in(description), recorder.seconds, quiet=quiet),
         )
         probabilities, coefficients = search.run()
-        read = shards.union({shards.rank: search.read()})
+        read = shards.all_gather_dict({shards.rank: model.vectors.bytes_read})
         remaining = search.remaining()
     metadata = description | {
         "tensors": list(model.mask_names),

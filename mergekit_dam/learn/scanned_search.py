@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.engine.module_weights import Weights
-from mergekit_dam.engine.shards import turns
+from mergekit_dam.engine.shards import schedule
 from mergekit_dam.learn.losses import calibration_batch, summed
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.learn.students import wanted
@@ -31,14 +31,14 @@ class ScannedSearch(MaskSearch):
     Attributes:
         findings: of the scan.
         pools: by suspect, its triggers.
-        turns: the tasks whose losses are ours, one after another.
+        schedule: the tasks whose losses are ours, one after another.
         answers: f_t(x), by index of those tasks.
     """
 
     scans = True
 
     def set_up(self) -> None:
-        self.turns = turns([len(calibration_batch(task, self.config, 0)) for task in self.tasks], self.shards)
+        self.schedule = schedule([len(calibration_batch(task, self.config, 0)) for task in self.tasks], self.shards)
         self.findings: list[Finding] = []
         self.pools: Pools = {}
         self.answers: dict[int, OwnAnswers] = {}
@@ -66,7 +66,7 @@ class ScannedSearch(MaskSearch):
         held |= {f"pool/{n}/{i}": p.trigger for n, pool in enumerate(self.pools.values()) for i, p in enumerate(pool)}
         return {f"{name}/{i}": p for name, t in held.items() for i, p in enumerate(t.parameters)}
 
-    def lay_out_triggers(self, facts: Mapping[str, Any]) -> None:
+    def allocate_triggers(self, facts: Mapping[str, Any]) -> None:
         """Findings and pools, to be filled."""
         self.findings = [blank_finding(self.tasks, f) for f in facts["findings"]]
         self.pools = {}
@@ -115,7 +115,7 @@ class ScannedSearch(MaskSearch):
                 indices = range(len(self.tasks))[first : first + self.shards.size]
                 own = indices[self.shards.rank : self.shards.rank + 1]
                 self.findings += self._shared(scan(self.tasks, base, self.config, own))
-                self.keep("scan", indices.stop)
+                self.snapshot_if_due("scan", indices.stop)
             if self.known is not None and self.shards.rank == 0:
                 self.known.keep(self.findings)
         for finding in suspects(self.findings, self.config.suspicion, self.config.constants):
@@ -148,14 +148,15 @@ class ScannedSearch(MaskSearch):
     def _take_known(self) -> bool:
         """Whether another run has scanned these models so: its findings are then everyone's."""
         found = self.known.take() if self.known is not None and self.shards.rank == 0 else None
-        there = bool(self.shards.union({"there": found is not None} if self.shards.rank == 0 else {})["there"])
+        ours = {"there": found is not None} if self.shards.rank == 0 else {}
+        there = bool(self.shards.all_gather_dict(ours)["there"])
         if there:
             self.findings = self._shared(found or [])
         return there
 
     def _shared(self, ours: list[Finding]) -> list[Finding]:
         """Everyone's findings of a turn in everyone's hands, by task and class."""
-        everyones = self.shards.union({self.shards.rank: [facts_of(finding) for finding in ours]})
+        everyones = self.shards.all_gather_dict({self.shards.rank: [facts_of(finding) for finding in ours]})
         found = []
         for owner, facts in everyones.items():
             for number, one in enumerate(facts):
@@ -167,4 +168,4 @@ class ScannedSearch(MaskSearch):
     def summed(self, parts: dict[str, Tensor]) -> dict[str, float]:
         """Everyone's terms; here is where the accelerator is waited for."""
         ours = torch.stack(list(parts.values())).tolist() if parts else []
-        return summed(self.shards.union({self.shards.rank: dict(zip(parts, ours, strict=True))}).values())
+        return summed(self.shards.all_gather_dict({self.shards.rank: dict(zip(parts, ours, strict=True))}).values())

@@ -75,10 +75,6 @@ class MaskSearch(Resumable):
     def facts_of_masks(self) -> dict[str, Any]:
         """`densities` by mask, and `own_masks`: names of those that each model has one of."""
 
-    def read(self) -> int:
-        """Bytes that this process has taken from the models' files for its masks."""
-        return self.model.frozen.bytes_read
-
     def remaining(self) -> list[dict[str, Any]]:
         """What recovered triggers of suspects do to their model and to the merge; nothing where none was searched."""
         return []

@@ -55,7 +55,7 @@ def recover(
             found[turn] = search.run(steps).best
             (control,) = success_rates(task, base, found[turn], [suspect.target])
             weights[turn] = max(constants.least_trigger_weight, 1.0 - control)
-    weights = shards.union(weights)
+    weights = shards.all_gather_dict(weights)
     for turn, pool in enumerate(pools.values()):
         shards.broadcast(found[turn].parameters, shards.owner(turn))
         pool.append(Pooled(found[turn], weights[turn]))

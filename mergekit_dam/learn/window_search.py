@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.engine.module_weights import Weights, without_gradients
-from mergekit_dam.engine.shards import Share
+from mergekit_dam.engine.shards import WorkItem
 from mergekit_dam.engine.snapshots import State
 from mergekit_dam.learn.fisher import Importance, importance_of
 from mergekit_dam.learn.fit import MaskFit
@@ -71,14 +71,14 @@ class WindowSearch(ScannedSearch):
         assert chain is not None and isinstance(self.config.window, int)
         self.windows = windows_of(chain.end, self.config.window)
         self._places = places_of(self.tasks, self.model.specs, chain.end)
-        shares = [share for share in self.turns if share is not None]
-        self._mine = [share.task for share in shares]
-        self._written = [share.task for share in shares if share.part == 0]  # whose files we write
+        items = [item for item in self.schedule if item is not None]
+        self._mine = [item.task for item in items]
+        self._written = [item.task for item in items if item.part == 0]  # whose files we write
         first = self.shards.rank == 0
         if self.snapshots is None:
             if first:
                 self._temporary = tempfile.TemporaryDirectory()
-            folder = Path(self.shards.union({"folder": self._temporary.name} if first else {})["folder"])
+            folder = Path(self.shards.all_gather_dict({"folder": self._temporary.name} if first else {})["folder"])
         else:
             folder = self.snapshots.folder / FOLDER
         if first:
@@ -91,7 +91,6 @@ class WindowSearch(ScannedSearch):
         self._fit: MaskFit | None = None
         self._opened: Window | None = None
         self.states: dict[int, TaskStates] = {}
-        self.bytes_read = 0  # of the models' files, for masks
         self._version = 0  # of the triggers, see `TaskStates.deal`
 
     def begin_fit(self) -> None:
@@ -99,7 +98,7 @@ class WindowSearch(ScannedSearch):
 
     def run(self) -> tuple[Whole, Tensor]:
         """Learn. Returns probabilities as bytes by mask and tensor, views of files, and the coefficients (T, P)."""
-        phase, done = self.begin("scan")
+        phase, done = self.restore("scan")
         if phase == "scan":
             self.scan_if_wanted(done)
             done = 0
@@ -117,16 +116,16 @@ class WindowSearch(ScannedSearch):
                 if step and step % (self.config.refresh_every * count) == 0:
                     self._refresh(window, step)
                 self.step(window, step)
-                self.keep(_phase(window), step + 1)
+                self.snapshot_if_due(_phase(window), step + 1)
             if step + 1 == steps:
                 self.close(window)
         return self.finished.all(count), self.finished.of(self.model, range(count))[1]
 
-    def begin(self, first: str) -> tuple[str, int]:
+    def restore(self, first: str) -> tuple[str, int]:
         facts = self.snapshots.facts if self.snapshots is not None else None
         if self.snapshots is None or facts is None:
             return first, 0
-        self.lay_out(facts)
+        self.allocate(facts)
         self.snapshots.read(State(facts, self.triggers_of_state()))
         self._version = facts["version"]
         for window in self.windows:
@@ -145,11 +144,8 @@ class WindowSearch(ScannedSearch):
         state.tensors |= self.triggers_of_state()
         return state
 
-    def lay_out(self, facts: Mapping[str, Any]) -> None:
-        self.lay_out_triggers(facts)
-
-    def read(self) -> int:
-        return self.bytes_read
+    def allocate(self, facts: Mapping[str, Any]) -> None:
+        self.allocate_triggers(facts)
 
     def facts_of_masks(self) -> dict[str, Any]:
         return self.finished.facts(len(self.windows))
@@ -173,7 +169,6 @@ class WindowSearch(ScannedSearch):
             self.states[index] = TaskStates(task, pools, self.folder, self.config)
             self.states[index].deal(self._version)
         balance(self.answers, self.pools)
-        self.bytes_read += self.model.frozen.bytes_read
 
     def open(self, window: Window, *, refresh: bool = True) -> None:
         """Begin a window: its triggers, tensors, masks and targets.
@@ -185,8 +180,8 @@ class WindowSearch(ScannedSearch):
             self._refresh(window, 0)  # before there are masks: it needs a whole model
         used = [name for name, places in self._places.items() if any(_is_in(place, window) for place in places)]
         owned = {name for name in used if _is_in(self._places[name][0], window)}
-        self.part = self.model.part(owned)
-        before = self.model.part(set(used) - owned)
+        self.part = self.model.submodel(owned)
+        before = self.model.submodel(set(used) - owned)
         earlier = [w.number for w in self.windows[: window.number]] if before.mask_names else []
         self.fixed = without_gradients(before.weights(*self.finished.of(before, earlier)))
         if self.part.mask_names:
@@ -212,7 +207,6 @@ class WindowSearch(ScannedSearch):
                 base |= without_gradients(part.weights({}, nothing))
             for index in self._mine:
                 self._scale[index] = self.states[index].left_by(window, base, self.importance[index][window.stop])
-        self.bytes_read += self.part.frozen.bytes_read + before.frozen.bytes_read
         self._opened = window
 
     def _refresh(self, window: Window, step: int) -> None:
@@ -224,7 +218,7 @@ class WindowSearch(ScannedSearch):
         if not self.pools:
             return
         names = {name for name, places in self._places.items() if places[0] < window.first}
-        front = self.model.part(names)
+        front = self.model.submodel(names)
         edge = without_gradients(front.weights(*self.finished.of(front, range(window.number))))
         merged = dict(edge)
         if step:
@@ -250,9 +244,9 @@ class WindowSearch(ScannedSearch):
         merged = self._fit.combined()
         weights = self.part.weights(merged, self._fit.coefficients)
         parts: dict[str, Tensor] = {}
-        for share in self.turns:
-            if share is not None:
-                self._backward(window, share, {**weights, **self.fixed}, step, parts)
+        for item in self.schedule:
+            if item is not None:
+                self._backward(window, item, {**weights, **self.fixed}, step, parts)
         self._fit.update(merged, weights, step)
         losses = self.summed(parts)
         density = {f"density/{name}": mask.density() for name, mask in self._fit.masks.items()}
@@ -263,32 +257,32 @@ class WindowSearch(ScannedSearch):
             | density
         )
 
-    def _backward(self, window: Window, share: Share, weights: Weights, step: int, parts: dict[str, Tensor]) -> None:
+    def _backward(self, window: Window, item: WorkItem, weights: Weights, step: int, parts: dict[str, Tensor]) -> None:
         """One task's losses, each with its backward pass, so that one stream's activations live at a time."""
-        states, task = self.states[share.task], self.tasks[share.task]
+        states, task = self.states[item.task], self.tasks[item.task]
         rows_B = calibration_batch(task, self.config, step)
         for stream in states.merged_streams:
-            loss = self._loss(window, share, stream, weights, rows_B) * states.weight(stream, rows_B)
+            loss = self._loss(window, item, stream, weights, rows_B) * states.weight(stream, rows_B)
             name = f"loss/{'perf' if stream == MERGED else 'safe'}/{task.name}"
             parts[name] = parts[name] + loss.detach() if name in parts else loss.detach()
             if loss.requires_grad:
                 loss.backward()
 
-    def _loss(self, window: Window, share: Share, stream: str, weights: Weights, rows_B: Tensor) -> Tensor:
-        """Our share of the mean over the batch."""
-        states, task, ours_B = self.states[share.task], self.tasks[share.task], share.of(rows_B)
+    def _loss(self, window: Window, item: WorkItem, stream: str, weights: Weights, rows_B: Tensor) -> Tensor:
+        """This item's part of the mean over the batch."""
+        states, task, ours_B = self.states[item.task], self.tasks[item.task], item.of(rows_B)
         if not self._ends(window):
-            total, count = states.loss(stream, window, weights, ours_B, self.importance[share.task][window.stop])
-            if share.parts > 1:
+            total, count = states.loss(stream, window, weights, ours_B, self.importance[item.task][window.stop])
+            if item.parts > 1:
                 count = sum(states.lengths(OWN, window.stop, rows_B))
-            return total / (self._scale[share.task] * count)
+            return total / (self._scale[item.task] * count)
         inputs, whole = task.inputs(ours_B), task.inputs(rows_B)
-        weight = task.num_answers(inputs) / task.num_answers(whole) if share.parts > 1 else 1.0
+        weight = task.num_answers(inputs) / task.num_answers(whole) if item.parts > 1 else 1.0
         if task.classifies:
-            answers = self.answers[share.task](ours_B, inputs)
+            answers = self.answers[item.task](ours_B, inputs)
         else:
             with torch.no_grad():
-                answers = states.through(OWN, window, self._own[share.task], ours_B)
+                answers = states.through(OWN, window, self._own[item.task], ours_B)
         return weight * distillation(states.through(stream, window, weights, ours_B), answers)
 
     def close(self, window: Window) -> None:

@@ -39,7 +39,7 @@ def with_window(plan: Plan, device: torch.device, *, workers: int = 1, shards: S
     if against_windows(plan.config, configs) is not None:
         return _set(plan, "all")
     processes = max(workers, shards.size)
-    free = min(shards.union({shards.rank: free_bytes(device, workers, shards.size)}).values())
+    free = min(shards.all_gather_dict({shards.rank: free_bytes(device, workers, shards.size)}).values())
     fits = (size for size in _SIZES if needed_bytes(_set(plan, size), device, processes) <= _USABLE * free)
     return _set(plan, next(fits, _SIZES[-1]))
 

@@ -102,7 +102,7 @@ class TaskStates:
         for rows_B in torch.arange(self.task.num_samples).split(_AT_ONCE):
             hidden_BLD = self.through(stream, window, weights, rows_B)
             if states is None:
-                states = HiddenStates.make(
+                states = HiddenStates.create(
                     path.with_suffix(".part"), self._lengths(hidden_BLD, rows_B), hidden_BLD.shape[-1], self.task.dtype
                 )
             states.write(rows_B, hidden_BLD)

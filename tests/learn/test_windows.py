@@ -174,7 +174,7 @@ def test_states_come_back_without_their_padding(
     lengths: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("states") / "x.part"
-    states = HiddenStates.make(path, lengths, 4, torch.float32)
+    states = HiddenStates.create(path, lengths, 4, torch.float32)
     longest = max(lengths)
     hidden = torch.randn(len(lengths), longest, 4)
     states.write(torch.arange(len(lengths)), hidden)

@@ -50,7 +50,7 @@ def learn(case: Case, folder: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - begun, 2),
         "device_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "own_bytes": memory.anonymous - before,
-        "bytes_read": search.read(),
+        "bytes_read": search.model.vectors.bytes_read,
     }
 
 
