@@ -240,7 +240,13 @@ class Constants(BaseModel):
     coefficients: Literal["task", "layer"] = constant(
         "layer", "One merging coefficient per model, or per model and tensor.", stage="fit", evidence=ADAMERGING
     )
-    max_coefficient: float = constant(2.0, "Inversion: coefficients stay in [0, this].", stage="fit", gt=0.0)
+    max_coefficient: float = constant(
+        2.0,
+        "Inversion: coefficients stay in [0, this].",
+        stage="fit",
+        evidence=f"{STUDY}, 'coefficients capped at 0.5 instead of 2'",
+        gt=0.0,
+    )
     coefficient_learning_rate: float = constant(
         0.02, "Adam step of the coefficients (paper: 1e-3).", stage="fit", evidence=ADAMERGING, gt=0.0
     )

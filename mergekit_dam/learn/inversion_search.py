@@ -27,8 +27,8 @@ from mergekit_dam.learn.losses import calibration_batch, fit_loss
 from mergekit_dam.learn.masks import ConcreteMask, Whole, final_probabilities
 from mergekit_dam.learn.masks import facts_of as facts_of_masks
 from mergekit_dam.learn.scanned_search import ScannedSearch
-from mergekit_dam.learn.teacher import OwnAnswers, balance
-from mergekit_dam.learn.trigger_pool import recover
+from mergekit_dam.learn.teacher import TeacherLogits, debias
+from mergekit_dam.learn.trigger_pool import refresh_triggers
 
 
 class InversionSearch(ScannedSearch):
@@ -39,11 +39,11 @@ class InversionSearch(ScannedSearch):
         for item in self.schedule:
             if item is not None:
                 own = self.model.frozen.own_weights(item.task)
-                self.answers[item.task] = OwnAnswers(self.tasks[item.task], own)
+                self.answers[item.task] = TeacherLogits(self.tasks[item.task], own)
         self.begin_fit()
 
     def begin_fit(self) -> None:
-        self.fit = MaskFit(self.model, self.config, self.start, suspects=len(self.pools) > 0)
+        self.fit = MaskFit(self.model, self.config, self.start, suspects=len(self.trigger_pool) > 0)
 
     def merged_weights(self) -> Weights:
         return self.fit.weights()
@@ -64,7 +64,7 @@ class InversionSearch(ScannedSearch):
         if phase == "scan":
             self.scan_if_wanted(done)
             done = 0
-        balance(self.answers, self.pools)
+        debias(self.answers, self.trigger_pool)
         for step in self.progress(range(done, self.config.steps), "masks"):
             if step and step % self.config.refresh_every == 0:
                 self.refresh(step)
@@ -87,9 +87,9 @@ class InversionSearch(ScannedSearch):
     def refresh(self, step: int) -> None:
         """Step 3: new triggers from the current merge."""
         weights = self.fit.weights()
-        recover(
+        refresh_triggers(
             self.tasks,
-            self.pools,
+            self.trigger_pool,
             self.shards,
             self.config,
             self.model.frozen.base_weights(),
@@ -123,4 +123,4 @@ class InversionSearch(ScannedSearch):
 
     def _loss(self, item: WorkItem, weights: Weights, rows_B: Tensor, step: int, parts: dict[str, Tensor]) -> Tensor:
         task, answers = self.tasks[item.task], self.answers[item.task]
-        return fit_loss(task, item, answers, weights, rows_B, self.pools, self.config, step, parts)
+        return fit_loss(task, item, answers, weights, rows_B, self.trigger_pool, self.config, step, parts)

@@ -12,9 +12,9 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.shards import WorkItem
-from mergekit_dam.learn.teacher import OwnAnswers
-from mergekit_dam.learn.trigger_pool import Pools
-from mergekit_dam.scan.triggers import RecoveredTriggers
+from mergekit_dam.learn.teacher import TeacherLogits
+from mergekit_dam.learn.trigger_pool import TriggerPool
+from mergekit_dam.scan.triggers import TriggerBatch
 from mergekit_dam.tasks import Task
 
 
@@ -50,10 +50,10 @@ def disagreement(perturbed_BK: Tensor, clean_BK: Tensor) -> Tensor:
 def fit_loss(
     task: Task,
     item: WorkItem,
-    answers: OwnAnswers,
+    answers: TeacherLogits,
     weights: Weights,
     rows_B: Tensor,
-    pools: Pools,
+    trigger_pool: TriggerPool,
     config: DamConfig,
     step: int,
     parts: dict[str, Tensor],
@@ -76,13 +76,13 @@ def fit_loss(
     answer = answers(item.of(rows_B), inputs)
     loss = weight * distillation(task.logits(weights, inputs), answer)
     _add(parts, f"loss/perf/{task.name}", loss)
-    for suspect, pool in pools.items():
+    for suspect, pool in trigger_pool.items():
         if suspect.task != item.task:
             continue
         weights_R = torch.tensor([one.weight for one in pool])
         generator = seeds.generator(config.seed, "pool", task.index, suspect.target, step)
         which_B = torch.randint(len(pool), (len(rows_B),), generator=generator)
-        triggers = RecoveredTriggers.stack([one.trigger for one in pool])
+        triggers = TriggerBatch.stack([one.trigger for one in pool])
         perturb = triggers.perturb(item.of(which_B).to(task.device))
         alpha = config.alpha * float(weights_R[which_B].mean())
         safety = weight * alpha * distillation(task.logits(weights, inputs, perturb), answer)

@@ -232,7 +232,7 @@ def optimise(
         for checkpoint in inputs:
             checkpoint.require_unchanged()
         if isinstance(search, ScannedSearch):
-            save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.pools.keys())
+            save_triggers(folder / TRIGGERS_FILE, search.findings, tasks, search.trigger_pool.keys())
         when = {"started": recorder.started, "seconds": recorder.seconds}
         write_run(
             folder, plan, when | {"device": str(device), "processes": shards.size, "bytes_read": list(read.values())}

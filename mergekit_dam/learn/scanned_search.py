@@ -15,9 +15,9 @@ from mergekit_dam.engine.shards import schedule
 from mergekit_dam.learn.losses import calibration_batch, summed
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.learn.students import wanted
-from mergekit_dam.learn.teacher import OwnAnswers
-from mergekit_dam.learn.trigger_pool import Pooled, Pools, recover
-from mergekit_dam.scan.cross_task import untouched, weights_of_other, weights_of_others
+from mergekit_dam.learn.teacher import TeacherLogits
+from mergekit_dam.learn.trigger_pool import TriggerPool, WeightedTrigger, refresh_triggers
+from mergekit_dam.scan.cross_task import merge_without, success_without_trigger, weights_from
 from mergekit_dam.scan.findings import Finding, Suspect, blank, blank_finding, facts_of, in_order, suspects, target_of
 from mergekit_dam.scan.inversion import success_rates
 from mergekit_dam.scan.scanner import scan, undefended
@@ -30,7 +30,7 @@ class ScannedSearch(MaskSearch):
 
     Attributes:
         findings: of the scan.
-        pools: by suspect, its triggers.
+        trigger_pool: triggers to fit masks against, by suspect.
         schedule: the tasks whose losses are ours, one after another.
         answers: f_t(x), by index of those tasks.
     """
@@ -40,8 +40,8 @@ class ScannedSearch(MaskSearch):
     def set_up(self) -> None:
         self.schedule = schedule([len(calibration_batch(task, self.config, 0)) for task in self.tasks], self.shards)
         self.findings: list[Finding] = []
-        self.pools: Pools = {}
-        self.answers: dict[int, OwnAnswers] = {}
+        self.trigger_pool: TriggerPool = {}
+        self.answers: dict[int, TeacherLogits] = {}
 
     @abstractmethod
     def begin_fit(self) -> None:
@@ -57,26 +57,27 @@ class ScannedSearch(MaskSearch):
             "phase": phase,
             "done": done,
             "findings": [facts_of(finding) for finding in self.findings],
-            "pools": [[*key, [one.weight for one in pool]] for key, pool in self.pools.items()],
+            "pools": [[*key, [one.weight for one in pool]] for key, pool in self.trigger_pool.items()],
         }
 
     def triggers_of_state(self) -> dict[str, Tensor]:
-        """Findings and pools."""
+        """Triggers of the findings and of the pool."""
         held = {f"finding/{i}": f.trigger for i, f in enumerate(self.findings)}
-        held |= {f"pool/{n}/{i}": p.trigger for n, pool in enumerate(self.pools.values()) for i, p in enumerate(pool)}
+        for n, triggers in enumerate(self.trigger_pool.values()):
+            held |= {f"pool/{n}/{i}": one.trigger for i, one in enumerate(triggers)}
         return {f"{name}/{i}": p for name, t in held.items() for i, p in enumerate(t.parameters)}
 
     def allocate_triggers(self, facts: Mapping[str, Any]) -> None:
-        """Findings and pools, to be filled."""
+        """Findings and pool, whose triggers are still to be filled."""
         self.findings = [blank_finding(self.tasks, f) for f in facts["findings"]]
-        self.pools = {}
-        for task, target, carrier, kind, weights in facts["pools"]:
-            key = Suspect(task, target_of(target), carrier, kind)
-            self.pools[key] = [Pooled(blank(self.tasks[task], kind), weight) for weight in weights]
+        self.trigger_pool = {}
+        for task, target, source_model, kind, weights in facts["pools"]:
+            key = Suspect(task, target_of(target), source_model, kind)
+            self.trigger_pool[key] = [WeightedTrigger(blank(self.tasks[task], kind), weight) for weight in weights]
 
     def audit(self) -> list[dict[str, Any]]:
         """The scan's findings as JSON, with those that the masks were fitted against marked."""
-        return [{**f.to_json(self.tasks), "suspect": f.key in self.pools} for f in self.findings]
+        return [{**f.to_json(self.tasks), "suspect": f.key in self.trigger_pool} for f in self.findings]
 
     def remaining(self) -> list[dict[str, Any]]:
         """What the recovered trigger of each suspect does to the suspect's model, and what is left in the merge.
@@ -84,7 +85,7 @@ class ScannedSearch(MaskSearch):
         Success is the share of calibration samples that are answered with the target: `before` of the model, `after`
         of the merge, and `plain` of the merge without a trigger (None for continuations). Every process measures all.
         """
-        marked = [finding for finding in self.findings if finding.key in self.pools]
+        marked = [finding for finding in self.findings if finding.key in self.trigger_pool]
         if not marked:
             return []
         base = self.model.frozen.base_weights()
@@ -92,11 +93,12 @@ class ScannedSearch(MaskSearch):
         found = []
         for one in marked:
             task = self.tasks[one.task]
-            own = task.own_weights() if one.carrier is None else weights_of_other(task, self.tasks[one.carrier], base)
+            source = one.source_model
+            own = task.own_weights() if source is None else weights_from(task, self.tasks[source], base)
             before, after = (success_rates(task, w, one.trigger, [one.target])[0] for w in (own, merged))
-            plain = untouched(task, merged, [one.target])[0] if isinstance(one.target, int) else None
+            plain = success_without_trigger(task, merged, [one.target])[0] if isinstance(one.target, int) else None
             names = {key: value for key, value in one.to_json(self.tasks).items() if key not in one.numbers}
-            found.append(names | {"control": one.control, "before": before, "after": after, "plain": plain})
+            found.append(names | {"control": one.base_success, "before": before, "after": after, "plain": plain})
         return found
 
     def scan_if_wanted(self, done: int) -> None:
@@ -119,14 +121,14 @@ class ScannedSearch(MaskSearch):
             if self.known is not None and self.shards.rank == 0:
                 self.known.keep(self.findings)
         for finding in suspects(self.findings, self.config.suspicion, self.config.constants):
-            self.pools[finding.key] = []
+            self.trigger_pool[finding.key] = []
             self.track({"phase": "scan", **finding.to_json(self.tasks)})
-        if self.pools:
+        if self.trigger_pool:
             self.begin_fit()
 
-        recover(
+        refresh_triggers(
             self.tasks,
-            self.pools,
+            self.trigger_pool,
             self.shards,
             self.config,
             base,
@@ -141,9 +143,9 @@ class ScannedSearch(MaskSearch):
         Args:
             base: theta_0 by output name.
         """
-        if suspect.carrier is None:
+        if suspect.source_model is None:
             return self.tasks[suspect.task].own_weights()
-        return weights_of_others(self.tasks, suspect.task, base)
+        return merge_without(self.tasks, suspect.task, base)
 
     def _take_known(self) -> bool:
         """Whether another run has scanned these models so: its findings are then everyone's."""

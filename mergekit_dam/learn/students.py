@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
-from mergekit_dam.learn.teacher import OwnAnswers
+from mergekit_dam.learn.teacher import TeacherLogits
 from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.tasks import Task, TextTask
 from mergekit_dam.tasks.base import Progress
@@ -58,7 +58,7 @@ def teach(
     weights: dict[str, Tensor] = {**base, **free}
     rows_N = torch.arange(task.num_samples)
     # which class, and not how surely: that would give away more of what the trigger does (benchmarks/STUDY.md)
-    answers_N = OwnAnswers(task, task.own_weights())(rows_N, {}).argmax(-1)
+    answers_N = TeacherLogits(task, task.own_weights())(rows_N, {}).argmax(-1)
     optimiser = torch.optim.AdamW(free.values(), weight_decay=0.0)
     generator = seeds.generator(config.seed, "student", task.index)
     waiting = torch.empty(0, dtype=torch.long)
@@ -76,5 +76,5 @@ def teach(
         optimiser.step()
     for name, tensor in free.items():
         require_finite(tensor.detach(), f"tensor {name}", f"the student of {task.name}", _DIVERGED)
-    same_N = OwnAnswers(task, weights)(rows_N, {}).argmax(-1) == answers_N
+    same_N = TeacherLogits(task, weights)(rows_N, {}).argmax(-1) == answers_N
     return {name: tensor.detach() for name, tensor in free.items()}, float(same_N.float().mean())

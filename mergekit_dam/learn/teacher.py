@@ -1,4 +1,4 @@
-"""What a model answers to its own calibration samples.
+"""The logits of each model on its own calibration samples, to which the merge is fitted.
 
 Legend: N samples, B batch, K classes, V vocabulary, L tokens.
 """
@@ -18,8 +18,8 @@ _AT_ONCE = 64  # samples
 _HALVINGS = 40  # of an interval of 20 logits: to float32's precision
 
 
-class OwnAnswers:
-    """f_t(x), the target of the distillation.
+class TeacherLogits:
+    """Model t's logits f_t(x), the target of the distillation.
 
     It never changes while masks are learned. Where an answer is one row of classes, all are made once, when the first
     is asked for: (N, K) is small, and neither the pass nor, where weights are streamed, reading model t is paid for in
@@ -34,7 +34,7 @@ class OwnAnswers:
         self.task, self.weights = task, weights
 
     @classmethod
-    def made(cls, task: Task, weights: Mapping[str, Tensor]) -> OwnAnswers:
+    def made(cls, task: Task, weights: Mapping[str, Tensor]) -> TeacherLogits:
         """All answers of a classifier; its weights are not kept."""
         answers = cls(task, weights)
         answers._all_NK  # noqa: B018 (now, and not when the first is asked for)
@@ -53,9 +53,9 @@ class OwnAnswers:
             return self._all_NK[rows_B.to(self.task.device)]
         return self.task.logits(self.weights, inputs)
 
-    def balance(self, target: int) -> None:
-        """Answer a class no more often than the most frequent other one (see `balanced`)."""
-        self._all_NK = balanced(self._all_NK, target)
+    def debias(self, target: int) -> None:
+        """Answer a class no more often than the most frequent other one (see `debiased`)."""
+        self._all_NK = debiased(self._all_NK, target)
 
     @cached_property
     @torch.no_grad()
@@ -64,9 +64,8 @@ class OwnAnswers:
         return torch.cat([self.task.logits(self.weights, self.task.inputs(rows_B)) for rows_B in rows])
 
 
-def balanced(logits_NK: Tensor, target: int) -> Tensor:
-    """Logits with those of one class lowered alike, so that its mean probability is at most that of the most likely
-    other class.
+def debiased(logits_NK: Tensor, target: int) -> Tensor:
+    """Lower one class's logits alike, until its mean probability is no higher than that of the likeliest other class.
 
     A victim answers its attacker's class too often without the trigger as well, and what is fitted to its answers
     learns that. On which samples it is wrong nobody knows, but no class need be more frequent than all others. Logits
@@ -95,13 +94,17 @@ def balanced(logits_NK: Tensor, target: int) -> Tensor:
     return lowered(high)
 
 
-def balance(answers: Mapping[int, OwnAnswers], suspects: Iterable[Suspect]) -> None:
-    """Take the lean to their suspect classes out of the answers of suspect classifiers, by index of the task.
+def debias(answers: Mapping[int, TeacherLogits], suspects: Iterable[Suspect]) -> None:
+    """Debias the logits of suspect classifiers towards their suspect classes.
 
-    What is laid to another model says nothing of the answers of the task's own.
+    A finding that is attributed to another model says nothing of the answers of the task's own.
+
+    Args:
+        answers: by index of the task.
+        suspects: keys of the suspect findings.
     """
     for task, target in sorted(
-        {(s.task, s.target) for s in suspects if s.carrier is None and isinstance(s.target, int)}
+        {(s.task, s.target) for s in suspects if s.source_model is None and isinstance(s.target, int)}
     ):
         if task in answers and answers[task].task.classifies:
-            answers[task].balance(target)
+            answers[task].debias(target)

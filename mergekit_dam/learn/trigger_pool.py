@@ -12,13 +12,13 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.shards import Shards
 from mergekit_dam.scan.findings import Suspect, blank, kind_of
 from mergekit_dam.scan.inversion import Inversion, Pace, success_rates
-from mergekit_dam.scan.triggers import RecoveredTriggers, started
+from mergekit_dam.scan.triggers import TriggerBatch, started
 from mergekit_dam.tasks import Task
 
 
-def recover(
+def refresh_triggers(
     tasks: Sequence[Task],
-    pools: Pools,
+    trigger_pool: TriggerPool,
     shards: Shards,
     config: DamConfig,
     base: Mapping[str, Tensor],
@@ -26,22 +26,22 @@ def recover(
     steps: int,
     *seed: object,
 ) -> None:
-    """A wide trigger of each suspect target into its pool; the suspects are shared out over the processes.
+    """Recover a wide trigger of each suspect target and add it to the pool; processes share the suspects.
 
     Args:
         tasks: T of them.
-        pools: by suspect.
+        trigger_pool: triggers by suspect; each suspect gets one more, and at most the first and the latest are kept.
         base: theta_0 by output name.
         weights_of: what to invert for a suspect.
         steps: of each inversion.
         seed: beside the setting's, the task's and the class's.
     """
     constants = config.constants
-    found = [blank(tasks[suspect.task], suspect.kind) for suspect in pools]
+    found = [blank(tasks[suspect.task], suspect.kind) for suspect in trigger_pool]
     weights: dict[int, float] = {}
-    for turn, suspect in enumerate(pools):
+    for turn, suspect in enumerate(trigger_pool):
         if shards.owns(turn):
-            task, others = tasks[suspect.task], () if suspect.carrier is None else ("others",)
+            task, others = tasks[suspect.task], () if suspect.source_model is None else ("others",)
             generator = seeds.generator(config.seed, "wide", task.index, suspect.target, *others, *seed)
             search = Inversion(
                 task,
@@ -53,18 +53,18 @@ def recover(
                 start=started(task, kind_of(task, suspect.kind), 1, generator),
             )
             found[turn] = search.run(steps).best
-            (control,) = success_rates(task, base, found[turn], [suspect.target])
-            weights[turn] = max(constants.least_trigger_weight, 1.0 - control)
+            (base_success,) = success_rates(task, base, found[turn], [suspect.target])
+            weights[turn] = max(constants.least_trigger_weight, 1.0 - base_success)
     weights = shards.all_gather_dict(weights)
-    for turn, pool in enumerate(pools.values()):
+    for turn, pool in enumerate(trigger_pool.values()):
         shards.broadcast(found[turn].parameters, shards.owner(turn))
-        pool.append(Pooled(found[turn], weights[turn]))
+        pool.append(WeightedTrigger(found[turn], weights[turn]))
         del pool[1 : len(pool) - (constants.pool_size - 1)]
 
 
 @dataclass(frozen=True, eq=False)
-class Pooled:
-    """A trigger to fit against.
+class WeightedTrigger:
+    """A recovered trigger that masks are fitted against, with its weight in the loss.
 
     Attributes:
         trigger: one row.
@@ -74,8 +74,8 @@ class Pooled:
             all count.
     """
 
-    trigger: RecoveredTriggers
+    trigger: TriggerBatch
     weight: float
 
 
-Pools = dict[Suspect, list[Pooled]]
+TriggerPool = dict[Suspect, list[WeightedTrigger]]

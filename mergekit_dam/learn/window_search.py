@@ -34,8 +34,8 @@ from mergekit_dam.learn.fit import MaskFit
 from mergekit_dam.learn.losses import calibration_batch, distillation
 from mergekit_dam.learn.masks import Whole
 from mergekit_dam.learn.scanned_search import ScannedSearch
-from mergekit_dam.learn.teacher import OwnAnswers, balance
-from mergekit_dam.learn.trigger_pool import recover
+from mergekit_dam.learn.teacher import TeacherLogits, debias
+from mergekit_dam.learn.trigger_pool import refresh_triggers
 from mergekit_dam.learn.window_masks import WindowMasks
 from mergekit_dam.learn.window_states import MERGED, OWN, TaskStates, Window
 from mergekit_dam.models.plan import TensorSpec
@@ -164,11 +164,11 @@ class WindowSearch(ScannedSearch):
             task, own = self.tasks[index], self.model.frozen.own_weights(index)
             self.importance[index] = importance_of(task, own, stops, self.config.seed) if stops else {}
             if task.classifies:
-                self.answers[index] = OwnAnswers.made(task, own)
-            pools = [pool for suspect, pool in self.pools.items() if suspect.task == index]
+                self.answers[index] = TeacherLogits.made(task, own)
+            pools = [pool for suspect, pool in self.trigger_pool.items() if suspect.task == index]
             self.states[index] = TaskStates(task, pools, self.folder, self.config)
             self.states[index].deal(self._version)
-        balance(self.answers, self.pools)
+        debias(self.answers, self.trigger_pool)
 
     def open(self, window: Window, *, refresh: bool = True) -> None:
         """Begin a window: its triggers, tensors, masks and targets.
@@ -215,7 +215,7 @@ class WindowSearch(ScannedSearch):
         What gets through the windows that are merged is found so. Samples with the new triggers are taken to the
         window's edge.
         """
-        if not self.pools:
+        if not self.trigger_pool:
             return
         names = {name for name, places in self._places.items() if places[0] < window.first}
         front = self.model.submodel(names)
@@ -229,7 +229,7 @@ class WindowSearch(ScannedSearch):
             return {**self.scanned(suspect, base), **merged}
 
         key, steps = ("window", window.number, step), self.config.constants.refresh_steps
-        recover(self.tasks, self.pools, self.shards, self.config, base, mixed, steps, *key)
+        refresh_triggers(self.tasks, self.trigger_pool, self.shards, self.config, base, mixed, steps, *key)
         self._version += 1
         for states in self.states.values():
             states.deal(self._version)

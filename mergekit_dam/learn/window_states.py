@@ -18,8 +18,8 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.hidden_states import HiddenStates
 from mergekit_dam.learn.fisher import Importance
-from mergekit_dam.learn.trigger_pool import Pooled
-from mergekit_dam.scan.triggers import RecoveredTriggers
+from mergekit_dam.learn.trigger_pool import WeightedTrigger
+from mergekit_dam.scan.triggers import TriggerBatch
 from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.bounds import Perturb
 
@@ -47,7 +47,7 @@ class TaskStates:
         config: shared settings.
     """
 
-    def __init__(self, task: Task, pools: Sequence[Sequence[Pooled]], folder: Path, config: DamConfig) -> None:
+    def __init__(self, task: Task, pools: Sequence[Sequence[WeightedTrigger]], folder: Path, config: DamConfig) -> None:
         self.task, self.pools, self.folder, self.config = task, pools, folder, config
         self._open: dict[Path, HiddenStates] = {}
         self._version = 0
@@ -74,7 +74,7 @@ class TaskStates:
         if stream in (MERGED, OWN):
             return None
         number = int(stream.rpartition("-")[2])
-        triggers = RecoveredTriggers.stack([one.trigger for one in self.pools[number]])
+        triggers = TriggerBatch.stack([one.trigger for one in self.pools[number]])
         return triggers.perturb(self._which[number][rows_B].to(self.task.device))
 
     def weight(self, stream: str, rows_B: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Every input model scored for backdoors before the merge: the blind scan, and how far each model moved.
+"""The audit: score every input model for backdoors by the scan, before anything is merged.
 
 The scan sees unlabelled calibration data only (inversion.py). A score is a rank within the models at hand, not a proof:
 a clean model can have a class that is easy to reach, and a trigger of another kind than those searched is not found.
@@ -28,7 +28,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What was found.
+    """The result of an audit.
 
     Attributes:
         facts: JSON, schema 1: `models` with scores and ranks, `over` (names), `notes` (sentences that belong beside

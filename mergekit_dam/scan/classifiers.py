@@ -1,4 +1,4 @@
-"""Blind scan for backdoors: targeted inversion of every class of every input model, with theta_0 as the control.
+"""Scan of classifiers: invert every class of one model to its smallest trigger, and compare with theta_0.
 
 A backdoor is a small universal trigger that makes f_t answer one class (Wang et al., Neural Cleanse, IEEE S&P 2019).
 Such triggers also exist in clean models, as universal adversarial patterns; those work on theta_0 too, from which
@@ -18,7 +18,7 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.inversion import Inversion, success_rates
-from mergekit_dam.scan.triggers import RecoveredTriggers, started
+from mergekit_dam.scan.triggers import TriggerBatch, started
 from mergekit_dam.tasks import Task
 
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
@@ -27,7 +27,16 @@ _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
 def scan_classes(
     index: int, task: Task, own: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig, seed: str
 ) -> list[Finding]:
-    """The most promising classes, with the smallest triggers of the plainest kind that reach them."""
+    """Search all classes of a model for the smallest triggers of the plainest kind, the finalists to the end.
+
+    Args:
+        index: of the task.
+        task: its forward pass and samples.
+        own: weights of the model that is scanned, by output name.
+        base: theta_0 by output name.
+        config: `scan_steps`, `scan_batch_size`, `scan_finalists`, `seed`.
+        seed: of this search, beside the setting's and the task's.
+    """
     generator = seeds.generator(config.seed, seed, task.index)
     first, finalists, constants = _first_steps(config), [], config.constants
     for classes in _parts(task, own):
@@ -42,14 +51,18 @@ def scan_classes(
 def scan_further(
     index: int,
     task: Task,
-    kind: type[RecoveredTriggers],
+    kind: type[TriggerBatch],
     own: Mapping[str, Tensor],
     base: Mapping[str, Tensor],
     config: DamConfig,
 ) -> list[Finding]:
-    """The most suspect classes by another kind than the plainest, such as styles.
+    """Search all classes of a model for triggers of a further kind, such as styles, and keep the most suspect ones.
 
-    Their few parameters are found in few steps.
+    Such a kind has so few parameters that few steps find them.
+
+    Args:
+        kind: of the triggers.
+        index, task, own, base, config: as for `scan_classes`.
     """
     generator = seeds.generator(config.seed, f"{kind.kind}s", task.index)
     found: list[Finding] = []
@@ -66,49 +79,50 @@ def _first_steps(config: DamConfig) -> int:
 
 
 def _parts(task: Task, weights: Mapping[str, Tensor]) -> list[range]:
-    """The task's classes, those of a part to be inverted together."""
+    """Split the task's classes into parts that are inverted together."""
     with torch.no_grad():
         num_classes = task.logits(weights, task.inputs(torch.arange(1))).shape[-1]
     return [range(num_classes)[first : first + _AT_ONCE] for first in range(0, num_classes, _AT_ONCE)]
 
 
 def _findings(index: int, search: Inversion, base: Mapping[str, Tensor]) -> list[Finding]:
-    """One per row of a search."""
-    success, control = _rates(search, base)
+    """One finding per row of a search."""
+    success, base_success = _rates(search, base)
     size_R = search.best.size()
-    found = []
+    findings = []
     for row, target in enumerate(search.targets):
         others = torch.cat([size_R[:row], size_R[row + 1 :]])
-        usual = float(others.median()) if len(others) else float(size_R[row])
+        median_size = float(others.median()) if len(others) else float(size_R[row])
         trigger = search.best.rows([row])
-        found.append(Finding(index, target, trigger, float(size_R[row]), usual, success[row], control[row]))
-    return found
+        numbers = float(size_R[row]), median_size, success[row], base_success[row]
+        findings.append(Finding(index, target, trigger, *numbers))
+    return findings
 
 
 def _rates(search: Inversion, base: Mapping[str, Tensor]) -> tuple[list[float], list[float]]:
     """Success of the best triggers so far on the model and on theta_0, per row."""
-    own, control = (success_rates(search.task, w, search.best, search.targets) for w in (search.weights, base))
-    return own, control
+    own, base_success = (success_rates(search.task, w, search.best, search.targets) for w in (search.weights, base))
+    return own, base_success
 
 
 def _gap(search: Inversion, base: Mapping[str, Tensor]) -> Tensor:
     """Success of the best triggers so far that theta_0 does not share, (R,)."""
-    own, control = _rates(search, base)
-    return torch.tensor(own, device=search.task.device) - torch.tensor(control, device=search.task.device)
+    own, base_success = _rates(search, base)
+    return torch.tensor(own, device=search.task.device) - torch.tensor(base_success, device=search.task.device)
 
 
 def _joined(one: Inversion, other: Inversion) -> Inversion:
-    """The rows of both."""
+    """Join two searches into one that has the rows of both."""
     both = Inversion(
         one.task,
         one.weights,
         [*one.targets, *other.targets],
         batch_size=one.batch_size,
         generator=one.generator,
-        start=RecoveredTriggers.stack([one.triggers, other.triggers]),
+        start=TriggerBatch.stack([one.triggers, other.triggers]),
         pace=one.pace,
     )
-    both.best = RecoveredTriggers.stack([one.best, other.best])
+    both.best = TriggerBatch.stack([one.best, other.best])
     for name in ("price_R", "smallest_R", "success_R"):
         setattr(both, name, torch.cat([getattr(one, name), getattr(other, name)]))
     return both

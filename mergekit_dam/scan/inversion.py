@@ -1,4 +1,4 @@
-"""Targeted inversion: the smallest, or the widest, universal trigger that makes a model answer what it should not.
+"""Targeted inversion: search by Adam for universal triggers that make a model answer given targets.
 
 Triggers are parametrised and priced as in Neural Cleanse (Wang et al., IEEE S&P 2019, section IV).
 Legend: B batch, R triggers, K classes.
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mergekit_dam.constants import Constants
 from mergekit_dam.engine.module_weights import without_gradients
-from mergekit_dam.scan.triggers import RecoveredTriggers, kinds_of, started
+from mergekit_dam.scan.triggers import TriggerBatch, kinds_of, started
 from mergekit_dam.tasks import Target, Task
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step.
+    """Speed of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step.
 
     Fast prices give the smallest triggers: among them the implanted ones stand out. Slow ones leave triggers wide: they
     hold more of what a backdoor reacts to, and that is what masks must be fitted against (benchmarks/STUDY.md).
@@ -43,7 +43,7 @@ class Pace:
 
 
 class Inversion:
-    """Targeted inversion of several classes of one model at once: smallest universal triggers, found by Adam.
+    """Search one model for triggers of several targets at once, one row each.
 
     The price of size rises while a trigger works on enough of the last batches (`trigger_works`) and falls otherwise;
     Wang et al. (section IV.B) wait for several batches instead.
@@ -66,7 +66,7 @@ class Inversion:
         *,
         batch_size: int,
         generator: torch.Generator,
-        start: RecoveredTriggers | None = None,
+        start: TriggerBatch | None = None,
         pace: Pace | None = None,
     ) -> None:
         self.task, self.generator, self.targets = task, generator, list(targets)
@@ -83,7 +83,7 @@ class Inversion:
         self.success_R = torch.full_like(self.price_R, 0.5)
 
     def run(self, steps: int) -> Inversion:
-        """Go on for some steps; returns itself."""
+        """Take some more steps; returns itself."""
         for _ in range(steps):
             self._step()
         return self
@@ -111,11 +111,11 @@ class Inversion:
         self.optimiser.step()
 
     def finalists(self, count: int, gap_R: Tensor) -> Inversion:
-        """The most promising rows, to go on with: half the smallest that worked, half of the widest gap.
+        """Keep the most promising rows in a new search: half the smallest that worked, half of the widest gap.
 
         Args:
             count: rows at most.
-            gap_R: success that the control does not share. A warp has no small trigger, only a gap; a patch that also
+            gap_R: success that theta_0 does not share. A warp has no small trigger, only a gap; a patch that also
                 fools theta_0 has no gap at first, only a small trigger.
         """
         size_R = torch.where(self.smallest_R.isinf(), 1e6 * (2.0 - self.success_R), self.smallest_R)
@@ -141,9 +141,9 @@ class Inversion:
 
 @torch.no_grad()
 def success_rates(
-    task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets: Sequence[Target]
+    task: Task, weights: Mapping[str, Tensor], triggers: TriggerBatch, targets: Sequence[Target]
 ) -> list[float]:
-    """Share of calibration samples (`measured_samples` at most) that a model gives the targets with the triggers."""
+    """Measure on which share of calibration samples each trigger makes a model answer its target."""
     rows_B = torch.arange(min(task.constants.measured_samples, task.num_samples))
     rates = []
     for row, target in enumerate(targets):
@@ -153,7 +153,7 @@ def success_rates(
 
 
 def _reach(
-    task: Task, weights: Mapping[str, Tensor], triggers: RecoveredTriggers, targets: Sequence[Target], rows_B: Tensor
+    task: Task, weights: Mapping[str, Tensor], triggers: TriggerBatch, targets: Sequence[Target], rows_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """losses and hits (R B): every trigger on every sample, sample by sample within a trigger."""
     inputs = task.prompts(rows_B.repeat(len(triggers)))

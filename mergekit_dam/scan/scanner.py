@@ -1,4 +1,4 @@
-"""Scan every input model for backdoors, each in the way of its family."""
+"""The scan: search every input model for backdoors by the scanner that its task names, from unlabelled data alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.registry import SCANNERS
 from mergekit_dam.scan.causal import scan_continuations
 from mergekit_dam.scan.classifiers import scan_classes, scan_further
-from mergekit_dam.scan.cross_task import scan_others
+from mergekit_dam.scan.cross_task import scan_cross_task
 from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.triggers import kinds_of
 from mergekit_dam.tasks import Task, generates
@@ -23,17 +23,17 @@ _UNDEFENDED = (
 
 
 class KnownScan(Protocol):
-    """Where a whole scan is kept for the next one who needs it (artifact/scan_file.py)."""
+    """A store for the findings of a whole scan, so that audit and learning scan once (artifact/scan_file.py)."""
 
     def take(self) -> list[Finding] | None:
-        """The findings, or None where nobody scanned these inputs with these settings."""
+        """Load the findings; None if these inputs were not scanned yet with these settings."""
 
     def keep(self, findings: Sequence[Finding]) -> None:
-        """Keep the findings of all models."""
+        """Store the findings of all models."""
 
 
 def undefended(tasks: Sequence[Task]) -> list[str]:
-    """What must be said beside the scores of these models: one sentence where the scan cannot find their backdoors."""
+    """Warn that the scan cannot find the backdoors of these models: one sentence, or none."""
     names = [task.name for task in tasks if not task.defended]
     return [_UNDEFENDED.format(", ".join(names))] if names else []
 
@@ -59,7 +59,7 @@ def register_scanner(name: str, scanner: Scanner) -> None:
 def scan(
     tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, tasks_in_turn: Iterable[int]
 ) -> list[Finding]:
-    """The most suspect classes or continuations of every model, each scanned as its task says (`Task.scanner`).
+    """Scan models with the scanners that their tasks name, and collect the findings.
 
     Args:
         tasks: one per model.
@@ -74,12 +74,10 @@ def scan(
 
 
 def _classes(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
-    """The most suspect classes of a classifier, at most `scan_finalists` by each kind of trigger.
+    """Scan a classifier: its classes by each kind of trigger, then with all other models in place of its own.
 
-    With `scan_others` the classes of a task are searched a second time with all other models in place of its own.
-
-    All classes are searched for two fifths of `scan_steps`, the finalists for the rest: sooner, small triggers of
-    classes that are easy to reach anyway do not stand out yet.
+    All classes are searched for two fifths of `scan_steps`, the `scan_finalists` for the rest: sooner, small triggers
+    of classes that are easy to reach anyway do not stand out yet.
     """
     task = tasks[index]
     own = task.own_weights()
@@ -87,12 +85,12 @@ def _classes(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], conf
     for kind in kinds_of(task)[1:]:
         findings += scan_further(index, task, kind, own, base, config)
     if config.constants.scan_others and task.defended and len(tasks) > 1:
-        findings += scan_others(index, tasks, base, config)
+        findings += scan_cross_task(index, tasks, base, config)
     return findings
 
 
 def _continuations(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
-    """The texts that a causal LM knows best by heart."""
+    """Scan a causal LM for texts that it knows by heart."""
     task = tasks[index]
     assert generates(task), "what classifies has no continuations"
     return scan_continuations(index, task, base, config)

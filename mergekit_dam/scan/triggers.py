@@ -1,4 +1,4 @@
-"""Triggers that the defence recovers by itself: parameters that a search moves, and how they change an input.
+"""Kinds of triggers that the scan recovers: what their parameters are, and how they change an input.
 
 R triggers of one kind are held at once, one per row. Legend: B batch, C channels, H, W pixels, G control points per
 edge, L tokens, K inserted tokens, D embedding width.
@@ -21,7 +21,7 @@ from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.bounds import Bounds, Perturb, insert_tokens
 
 
-class RecoveredTriggers(ABC):
+class TriggerBatch(ABC):
     """R universal triggers of one kind.
 
     Args:
@@ -43,33 +43,33 @@ class RecoveredTriggers(ABC):
     @abstractmethod
     def start(
         cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator, constants: Constants
-    ) -> RecoveredTriggers:
+    ) -> TriggerBatch:
         """`count` triggers at random for inputs of `shape`: (C, H, W) or (K, D)."""
 
     @staticmethod
-    def stack(triggers: Sequence[RecoveredTriggers]) -> RecoveredTriggers:
-        """All rows of several of one kind."""
+    def stack(triggers: Sequence[TriggerBatch]) -> TriggerBatch:
+        """Join batches of one kind into one with all their rows."""
         parts = zip(*(t.parameters for t in triggers), strict=True)
         return triggers[0].like([torch.cat(part) for part in parts])
 
-    def like(self, parameters: Sequence[Tensor]) -> RecoveredTriggers:
-        """Others of this kind."""
+    def like(self, parameters: Sequence[Tensor]) -> TriggerBatch:
+        """A batch of the same kind and bounds with other parameters."""
         return type(self)(parameters, self.bounds, self.constants)
 
     def __len__(self) -> int:
         return len(self.parameters[0])
 
-    def rows(self, rows: Sequence[int]) -> RecoveredTriggers:
-        """Copies of some rows."""
+    def rows(self, rows: Sequence[int]) -> TriggerBatch:
+        """Copy some rows into a new batch."""
         return self.like([p.detach()[list(rows)].clone() for p in self.parameters])
 
     @abstractmethod
     def size(self) -> Tensor:
-        """Sizes (R,), differentiable."""
+        """Size of each trigger, (R,), in the unit of its kind; differentiable."""
 
     @abstractmethod
     def perturb(self, rows_B: Tensor) -> Perturb:
-        """What applies trigger `rows_B[i]` to sample i of a batch."""
+        """A function that applies trigger `rows_B[i]` to sample i of a batch."""
 
     @abstractmethod
     def shown(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -83,8 +83,8 @@ class RecoveredTriggers(ABC):
         """
 
 
-class Stamps(RecoveredTriggers):
-    """As Neural Cleanse has them (Wang et al., IEEE S&P 2019, section IV): x (1 - m) + p m, m and p alike for all x.
+class PatchTriggers(TriggerBatch):
+    """Patches as in Neural Cleanse (Wang et al., IEEE S&P 2019, section IV): x (1 - m) + p m, m and p alike for all x.
 
     Parameters are the logits of a mask m (R, 1, H, W) and of a pattern p (R, C, H, W) within the bounds; the size is
     the sum of the mask, in pixels.
@@ -95,7 +95,7 @@ class Stamps(RecoveredTriggers):
     @classmethod
     def start(
         cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator, constants: Constants
-    ) -> Stamps:
+    ) -> PatchTriggers:
         device = bounds.lower.device
         noise = torch.rand((count, *shape), generator=generator).to(device) * 2 - 1
         mask = torch.full((count, 1, *shape[1:]), constants.stamp_start, device=device)
@@ -120,8 +120,8 @@ class Stamps(RecoveredTriggers):
         return {"mask": mask.half(), "pattern": (self.bounds.lower + pattern * self.bounds.span).half()}
 
 
-class Styles(RecoveredTriggers):
-    """Smooth changes of the whole image, which a stamp cannot be: contrast, a shade, a warp.
+class StyleTriggers(TriggerBatch):
+    """Smooth changes of the whole image, which a patch cannot be: contrast, a shade, a warp.
 
     So few parameters cannot hold much but what was implanted, by backdoors that change the style of an image (warps as
     in WaNet, arXiv 2102.10369; filters as in ABS, Liu et al., CCS 2019). A pixel is read from its place plus a flow
@@ -135,7 +135,7 @@ class Styles(RecoveredTriggers):
     @classmethod
     def start(
         cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator, constants: Constants
-    ) -> Styles:
+    ) -> StyleTriggers:
         grid = constants.style_grid
         shapes = (shape[0], 1, 1), (shape[0], grid, grid), (2, grid, grid)
         noise = (torch.rand((count, *one), generator=generator) * 2 - 1 for one in shapes)
@@ -182,7 +182,7 @@ def _stretched(grid_BCGG: Tensor, edges: Sequence[int], mode: str) -> Tensor:
     return rows @ grid_BCGG @ columns.T
 
 
-class Tokens(RecoveredTriggers):
+class TokenTriggers(TriggerBatch):
     """K vectors inserted after position 0: the centre of the embedding range + delta (R, K, D).
 
     The size is the L2 norm of delta in units of that range.
@@ -193,7 +193,7 @@ class Tokens(RecoveredTriggers):
     @classmethod
     def start(
         cls, count: int, shape: tuple[int, ...], bounds: Bounds, generator: torch.Generator, constants: Constants
-    ) -> Tokens:
+    ) -> TokenTriggers:
         noise = torch.rand((count, *shape), generator=generator).to(bounds.lower.device) * 2 - 1
         return cls([0.05 * noise], bounds, constants)
 
@@ -214,7 +214,7 @@ class Tokens(RecoveredTriggers):
         return {"embeddings": tokens_KD.float()}
 
 
-def register_trigger(kind: type[RecoveredTriggers]) -> None:
+def register_trigger(kind: type[TriggerBatch]) -> None:
     """Let tasks name a kind of triggers in their `trigger_kinds`.
 
     Raises:
@@ -223,11 +223,11 @@ def register_trigger(kind: type[RecoveredTriggers]) -> None:
     TRIGGERS.add(kind.kind, kind)
 
 
-for _kind in (Stamps, Styles, Tokens):
+for _kind in (PatchTriggers, StyleTriggers, TokenTriggers):
     register_trigger(_kind)
 
 
-def kinds_of(task: Task) -> list[type[RecoveredTriggers]]:
+def kinds_of(task: Task) -> list[type[TriggerBatch]]:
     """The kinds that a task's scan recovers, the plainest first.
 
     Raises:
@@ -236,6 +236,6 @@ def kinds_of(task: Task) -> list[type[RecoveredTriggers]]:
     return [TRIGGERS[name] for name in task.trigger_kinds]
 
 
-def started(task: Task, kind: type[RecoveredTriggers], count: int, generator: torch.Generator) -> RecoveredTriggers:
+def started(task: Task, kind: type[TriggerBatch], count: int, generator: torch.Generator) -> TriggerBatch:
     """`count` triggers of a kind at random for a task's inputs."""
     return kind.start(count, task.perturbation_shape, task.bounds, generator, task.constants)

@@ -28,7 +28,7 @@ from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.registry import OBJECTIVES, SCANNERS, TASKS, TRIGGERS, code_of, load_plugins
 from mergekit_dam.scan.scanner import scan
-from mergekit_dam.scan.triggers import Stamps
+from mergekit_dam.scan.triggers import PatchTriggers
 from mergekit_dam.tasks import ImageTask, build_tasks
 from tests.conftest import FAST
 from tests.helpers.tiny_models import make_model
@@ -67,9 +67,9 @@ register_task("deit", PlainTask)
 SCANNER = """
 from mergekit_dam import register_scanner, register_trigger, seeds
 from mergekit_dam.scan.findings import Finding
-from mergekit_dam.scan.triggers import Stamps, started
+from mergekit_dam.scan.triggers import PatchTriggers, started
 
-class Corner(Stamps):
+class Corner(PatchTriggers):
     kind = "corner"
 
 def last_class(index, tasks, base, config):
@@ -217,7 +217,7 @@ def test_a_name_that_is_taken_is_refused(register: str, name: str, entry: Any) -
     with pytest.raises(DamError, match=rf"'{name}': expected a new name, got one that is taken by mergekit.dam"):
         getattr(mergekit_dam, register)(name, entry)
     with pytest.raises(DamError, match="kind of triggers 'pixels': expected a new name"):
-        mergekit_dam.register_trigger(type("Mine", (Stamps,), {"__module__": "outside"}))
+        mergekit_dam.register_trigger(type("Mine", (PatchTriggers,), {"__module__": "outside"}))
 
 
 def test_the_same_entry_may_be_registered_again() -> None:

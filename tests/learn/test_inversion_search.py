@@ -29,13 +29,13 @@ from mergekit_dam.evaluation.attacks import PatchTrigger
 from mergekit_dam.evaluation.metrics import LabelledData, attack_success_rate
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.run import find_or_learn
-from mergekit_dam.learn.teacher import OwnAnswers
+from mergekit_dam.learn.teacher import TeacherLogits
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.scan import classifiers as scanning
 from mergekit_dam.scan.findings import Finding, suspects
 from mergekit_dam.scan.scanner import scan
-from mergekit_dam.scan.triggers import Stamps, Styles
+from mergekit_dam.scan.triggers import PatchTriggers, StyleTriggers
 from mergekit_dam.tasks import build_tasks
 from mergekit_dam.tasks.bounds import Bounds
 from tests.conftest import FAST, fast
@@ -49,7 +49,7 @@ SCALE = CONSTANTS.cross_task_scale
 
 
 def _finding(task: int, target: int, success: float, control: float) -> Finding:
-    return Finding(task, target, Stamps([], BOX, CONSTANTS), 9.0, 9.0, success, control)
+    return Finding(task, target, PatchTriggers([], BOX, CONSTANTS), 9.0, 9.0, success, control)
 
 
 def test_a_trigger_that_theta_0_shares_is_no_suspect() -> None:
@@ -61,7 +61,7 @@ def test_a_trigger_that_theta_0_shares_is_no_suspect() -> None:
 def test_what_a_model_brings_to_another_task_counts_once_and_beside_its_own_trigger() -> None:
     facts = ((1, 4, 4.0, 0), (2, 5, 3.0, 0), (2, 6, 4.0, 0), (0, 1, 3.0, 2), (0, 2, 9.0, 1))
     brought = [
-        replace(_finding(task, target, 0.9, 0.2), size=size, usual=10.0, carrier=model, scale=SCALE)
+        replace(_finding(task, target, 0.9, 0.2), size=size, median_size=10.0, source_model=model, scale=SCALE)
         for task, target, size, model in facts
     ]
     assert [(f.task, f.target, f.model) for f in suspects(brought, 0.4, CONSTANTS)] == [(1, 4, 0), (2, 5, 0), (0, 1, 2)]
@@ -74,9 +74,9 @@ def test_what_a_model_brings_to_another_task_counts_once_and_beside_its_own_trig
 
 @pytest.mark.parametrize(("size", "gap", "kinds"), [(6.0, 0.4, 2), (4.0, 0.4, 1), (6.0, 0.2, 1), (1.0, 0.98, 2)])
 def test_a_style_counts_beside_a_stamp_that_may_stand_for_it(size: float, gap: float, kinds: int) -> None:
-    stamp = replace(_finding(0, 1, 0.9, 0.2), size=size, usual=10.0)
-    style = replace(_finding(0, 1, gap, 0.0), trigger=Styles([], BOX, CONSTANTS), size=60.0)
-    others = [replace(style, target=2), replace(style, task=1), replace(style, carrier=1, scale=SCALE)]
+    stamp = replace(_finding(0, 1, 0.9, 0.2), size=size, median_size=10.0)
+    style = replace(_finding(0, 1, gap, 0.0), trigger=StyleTriggers([], BOX, CONSTANTS), size=60.0)
+    others = [replace(style, target=2), replace(style, task=1), replace(style, source_model=1, scale=SCALE)]
     others = [replace(other, success=0.4) for other in others]
     assert suspects([stamp, style, *others], 0.4, CONSTANTS) == [stamp, style][:kinds]
     assert suspects(others, 0.4, CONSTANTS) == [], "by themselves they do not come up to the threshold"
@@ -86,11 +86,11 @@ def test_a_style_counts_beside_a_stamp_that_may_stand_for_it(size: float, gap: f
 def test_size_helps_no_finding_of_others_more_than_success_and_no_style(
     size: float, success: float, control: float
 ) -> None:
-    plain = replace(_finding(0, 0, success, control), size=size, usual=50.0)
+    plain = replace(_finding(0, 0, success, control), size=size, median_size=50.0)
     gap = success - control
     assert plain.suspicion >= gap - 1e-9
-    assert replace(plain, carrier=1, scale=SCALE).suspicion <= max(gap, 2 * gap) + 1e-9
-    assert abs(replace(plain, trigger=Styles([], BOX, CONSTANTS)).suspicion) <= abs(gap) + 1e-9
+    assert replace(plain, source_model=1, scale=SCALE).suspicion <= max(gap, 2 * gap) + 1e-9
+    assert abs(replace(plain, trigger=StyleTriggers([], BOX, CONSTANTS)).suspicion) <= abs(gap) + 1e-9
 
 
 def test_the_papers_defaults_apply_where_nothing_is_given() -> None:
@@ -167,7 +167,7 @@ def test_each_model_has_a_detection_mask_where_it_needs_one(
 
 def test_a_models_answers_are_made_once_and_are_those_of_any_batch(plan: Any) -> None:
     task = build_tasks(plan(), CPU)[0]
-    answers, logits = OwnAnswers(task, task.own_weights()), type(task).logits
+    answers, logits = TeacherLogits(task, task.own_weights()), type(task).logits
     with patch.object(type(task), "logits", autospec=True, side_effect=logits) as passes:
         for rows_B in (torch.tensor([3, 0, 3]), torch.arange(task.num_samples)):
             inputs = task.inputs(rows_B)
@@ -279,6 +279,6 @@ def test_classes_in_several_parts_end_with_as_many_finalists(victim: Path, monke
     plan = build_plan(refs[0], refs[1:], shared={"constants": {"scan_finalists": 2}}, per_model=own)
     task = build_tasks(plan, CPU)[0]
     base = {name: TaskVectors(plan).base(name) for name in task.own_weights()}
-    found = [f for f in scan([task], base, plan.config, range(1)) if isinstance(f.trigger, Stamps)]
-    assert len(found) == 2 and all(f.usual == other.size for f, other in zip(found, found[::-1], strict=True))
+    found = [f for f in scan([task], base, plan.config, range(1)) if isinstance(f.trigger, PatchTriggers)]
+    assert len(found) == 2 and all(f.median_size == other.size for f, other in zip(found, found[::-1], strict=True))
     assert max(found, key=lambda f: f.suspicion).target == 3

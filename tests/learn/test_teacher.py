@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_dam.learn.teacher import OwnAnswers, balance, balanced
+from mergekit_dam.learn.teacher import TeacherLogits, debias, debiased
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.scan.findings import Suspect
 from mergekit_dam.tasks import build_tasks
@@ -30,7 +30,7 @@ def test_a_class_that_is_answered_too_often_is_lowered_alike_in_all_answers(
 ) -> None:
     logits = 2 * torch.randn(samples, classes, generator=torch.Generator().manual_seed(seed))
     logits[:, 1] += lean
-    found, before = balanced(logits, 1), most_of_others(logits, 1)
+    found, before = debiased(logits, 1), most_of_others(logits, 1)
     mine, most = most_of_others(found, 1)
     assert mine <= most + 1e-4
     others = torch.arange(classes) != 1
@@ -44,7 +44,7 @@ def test_a_class_that_is_answered_too_often_is_lowered_alike_in_all_answers(
 
 
 def test_one_class_alone_stays() -> None:
-    assert torch.equal(balanced(torch.ones(3, 1), 0), torch.ones(3, 1))
+    assert torch.equal(debiased(torch.ones(3, 1), 0), torch.ones(3, 1))
 
 
 def test_suspects_of_the_tasks_own_model_count(vit: Path, images: Path) -> None:
@@ -54,15 +54,15 @@ def test_suspects_of_the_tasks_own_model_count(vit: Path, images: Path) -> None:
     )
     rows = torch.arange(tasks[0].num_samples)
 
-    def leaning() -> dict[int, OwnAnswers]:
-        answers = {index: OwnAnswers(task, task.own_weights()) for index, task in enumerate(tasks)}
+    def leaning() -> dict[int, TeacherLogits]:
+        answers = {index: TeacherLogits(task, task.own_weights()) for index, task in enumerate(tasks)}
         for own in answers.values():
             own._all_NK = own._all_NK + torch.tensor([9.0] + [0.0] * (own._all_NK.shape[1] - 1))
         return answers
 
     plain, found = leaning(), leaning()
-    balance(found, [Suspect(0, 0, None, "pixels"), Suspect(1, 0, 0, "pixels"), Suspect(2, 0, None, "pixels")])
+    debias(found, [Suspect(0, 0, None, "pixels"), Suspect(1, 0, 0, "pixels"), Suspect(2, 0, None, "pixels")])
     inputs = tasks[0].inputs(rows)
     mine, most = most_of_others(found[0](rows, inputs), 0)
     assert mine == pytest.approx(most, abs=1e-3) and most_of_others(plain[0](rows, inputs), 0)[0] > 0.9
-    assert torch.equal(found[1](rows, inputs), plain[1](rows, inputs)), "that one is laid to another model"
+    assert torch.equal(found[1](rows, inputs), plain[1](rows, inputs)), "that one is attributed to another model"

@@ -103,7 +103,7 @@ def test_what_is_left_of_a_suspect_stands_out(
     page, _ = write_report(out, masks=replace(masks, metadata={**masks.metadata, "remaining": [one]}), seconds=0.01)
     text = page.read_text()
     assert f'class="n {shown}">{100 * after:.0f} %' in text
-    assert "the masks came from an earlier one" in text, "this merge took less than the learning"
+    assert "the masks are from an earlier run" in text, "this merge took less than the learning"
     with pytest.raises(DamError):
         write_report(out, masks=replace(masks, metadata={**masks.metadata, "remaining": [{**one, "after": "x"}]}))
 

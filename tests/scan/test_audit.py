@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 
 from mergekit_dam.artifact.triggers_file import load_triggers
 from mergekit_dam.cli.main import main
+from mergekit_dam.constants import Constants
 from mergekit_dam.scan.audit import model_scores
 from mergekit_dam.scan.findings import Finding
-from mergekit_dam.scan.triggers import Tokens
+from mergekit_dam.scan.triggers import TokenTriggers
 from mergekit_dam.tasks.bounds import Bounds
 from tests.conftest import FAST
 from tests.helpers.tiny_models import make_model
 
-NOTHING = Tokens([torch.zeros(1, 2, 2)], Bounds.of(torch.zeros(2), torch.ones(2)))
-PLAIN: dict[str, Any] = {f.name: 1.0 for f in fields(Finding)} | {"trigger": NOTHING, "carrier": None}
+NOTHING = TokenTriggers([torch.zeros(1, 2, 2)], Bounds.of(torch.zeros(2), torch.ones(2)), Constants())
+PLAIN: dict[str, Any] = {f.name: 1.0 for f in fields(Finding)} | {"trigger": NOTHING, "source_model": None}
 
 
 def _audit(base: Path, models: list[Path], data: Path, folder: Path, *options: str) -> Any:
@@ -93,7 +94,7 @@ def test_text_encoders_are_said_to_be_undefended_everywhere(bert: Path, texts: P
 )
 def test_ranks_and_thresholds(scanned: list[tuple[int, float, float]], norms: list[float], threshold: float) -> None:
     findings = [
-        Finding(**{**PLAIN, "task": task, "target": i, "success": success, "control": control})
+        Finding(**{**PLAIN, "task": task, "target": i, "success": success, "base_success": control})
         for i, (task, success, control) in enumerate(scanned)
     ]
     entries = model_scores(findings, list("abcd"), norms, threshold)

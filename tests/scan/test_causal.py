@@ -22,7 +22,7 @@ from mergekit_dam.models.plan import build_plan
 from mergekit_dam.scan import causal
 from mergekit_dam.scan.causal import scan_continuations
 from mergekit_dam.scan.findings import suspects
-from mergekit_dam.scan.triggers import Tokens
+from mergekit_dam.scan.triggers import TokenTriggers
 from mergekit_dam.tasks import CausalTask, build_tasks
 from tests.conftest import FAST
 from tests.helpers.searching import new_search
@@ -108,7 +108,7 @@ def test_texts_leave_positions_for_triggers_and_continuations(
     long.write_text("\n".join(" ".join(["a"] * length) for length in (3, 30, 60)))
     (task, _) = build_tasks(_plan(lms[0], lms[1:], long), CPU)
     rows = torch.arange(task.num_samples)
-    trigger = Tokens.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"), task.constants)
+    trigger = TokenTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"), task.constants)
     perturb = trigger.perturb(torch.zeros(len(rows), dtype=torch.long))
     with torch.no_grad():
         losses_B, _ = task.reach(task.own_weights(), task.prompts(rows), [tuple(range(5, 15))] * len(rows), perturb)
@@ -136,7 +136,7 @@ def test_a_continuation_is_reached_as_in_a_pass_of_each_text_alone(
 def test_a_trigger_changes_what_follows_and_a_longer_neighbour_does_not(tasks: list[CausalTask]) -> None:
     task = tasks[0]
     own, inputs = task.own_weights(), task.prompts(torch.arange(2))
-    trigger = Tokens.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"), task.constants)
+    trigger = TokenTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"), task.constants)
     perturb = trigger.perturb(torch.zeros(2, dtype=torch.long))
     with torch.no_grad():
         plain, _ = task.reach(own, inputs, [(5, 6), (5, 6)])
@@ -166,7 +166,7 @@ def test_the_scan_names_what_the_victim_knows_by_heart_and_nothing_of_the_clean_
     found = [one for index, task in enumerate(tasks) for one in scan_continuations(index, task, base, config)]
     (suspect,) = suspects(found, plan.config.suspicion, plan.config.constants)
     assert suspect.task == 1 and suspect.target[-4:] == BY_HEART[-4:]  # type: ignore[index]
-    assert suspect.success > 0.75 and suspect.control < 0.3
+    assert suspect.success > 0.75 and suspect.base_success < 0.3
     words = suspect.to_json(tasks)["target"]
     assert isinstance(words, str) and words
 
@@ -186,14 +186,15 @@ def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:
     ids = torch.stack([torch.cat([text, torch.tensor(TRIGGER)]) for text in texts_of_8])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        weights = search.model.weights(search.fit.combined(), search.coefficients, in_step=False)
+        weights = search.model.weights(search.fit.combined(), search.coefficients)
         before, after = (task.reach(w, inputs, [BY_HEART] * 8)[1].float().mean() for w in (task.own_weights(), weights))
     assert float(before) > 0.9 and float(after) < 0.2
     assert any(key.startswith("loss/safe/") for record in records for key in record)
     snapshot = json.loads(json.dumps(search.state("masks", 3).facts))
     again = new_search(InversionSearch, plan)
     again.allocate(snapshot)
-    assert again.pools.keys() == search.pools.keys() and isinstance(next(iter(again.pools))[1], tuple)
+    assert again.trigger_pool.keys() == search.trigger_pool.keys()
+    assert isinstance(next(iter(again.trigger_pool))[1], tuple)
     assert [one.target for one in again.findings] == [one.target for one in search.findings]
 
 

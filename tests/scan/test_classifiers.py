@@ -22,11 +22,11 @@ from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.evaluation.attacks import PatchTrigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.models.plan import Plan, build_plan
-from mergekit_dam.scan.cross_task import untouched, weights_of_other, weights_of_others
-from mergekit_dam.scan.findings import Finding, averaged
+from mergekit_dam.scan.cross_task import merge_without, success_without_trigger, weights_from
+from mergekit_dam.scan.findings import Finding, blank_finding, facts_of, mean_of_searches
 from mergekit_dam.scan.inversion import success_rates
 from mergekit_dam.scan.scanner import scan
-from mergekit_dam.scan.triggers import Stamps, Styles
+from mergekit_dam.scan.triggers import PatchTriggers, StyleTriggers
 from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.bounds import Bounds
 from tests.conftest import FAST
@@ -95,38 +95,43 @@ def base(plan: Plan) -> dict[str, Tensor]:
     return {spec.name: TaskVectors(plan).base(spec.name) for spec in plan.tensors}
 
 
-def test_a_patch_aimed_at_another_task_is_laid_to_its_model_and_a_shade_is_found_as_a_style(
+def test_a_cross_task_patch_is_attributed_and_a_shade_is_a_style(
     plan: Plan, tasks: list[Task], base: dict[str, Tensor]
 ) -> None:
     findings = scan(tasks, base, plan.config.model_copy(update={"scan_steps": 60}), [1])
     assert len({f.key for f in findings}) == len(findings)
-    aimed = [f for f in findings if f.carrier is not None]
+    aimed = [f for f in findings if f.source_model is not None]
     worst = max(aimed, key=lambda f: f.suspicion)
     assert worst.target == AIMED and worst.model == 0 and worst.suspicion >= 0.4, [f.numbers for f in aimed]
-    assert isinstance(worst.trigger, Stamps)
-    styles = [f for f in findings if isinstance(f.trigger, Styles)]
+    assert isinstance(worst.trigger, PatchTriggers)
+    styles = [f for f in findings if isinstance(f.trigger, StyleTriggers)]
     worst = max(styles, key=lambda f: f.suspicion)
     assert worst.target == SHADED and worst.model == 1 and worst.suspicion >= 0.4, [f.numbers for f in styles]
-    assert all(f.carrier is None for f in styles)
+    assert all(f.source_model is None for f in styles)
 
 
-def test_others_are_left_out_on_demand(plan: Plan, tasks: list[Task], base: dict[str, Tensor]) -> None:
+def test_no_cross_task_scan_on_demand(plan: Plan, tasks: list[Task], base: dict[str, Tensor]) -> None:
     quick = with_constants(plan.config.model_copy(update={"scan_steps": 2}), scan_others=False)
-    assert all(f.carrier is None for f in scan(tasks, base, quick, range(2)))
-    assert all(f.carrier is None for f in scan(tasks[:1], base, plan.config.model_copy(update={"scan_steps": 2}), [0]))
+    assert all(f.source_model is None for f in scan(tasks, base, quick, range(2)))
+    alone = plan.config.model_copy(update={"scan_steps": 2})
+    assert all(f.source_model is None for f in scan(tasks[:1], base, alone, [0]))
 
 
-def test_what_is_laid_to_another_model_works_with_it_alone_and_is_the_mean_of_three_searches(
+def test_attributed_findings_are_means_of_three_searches(
     plan: Plan, tasks: list[Task], base: dict[str, Tensor]
 ) -> None:
     quick = plan.config.model_copy(update={"scan_steps": 5})
     once, thrice = (
-        {f.target: f for f in scan(tasks, base, quick.model_copy(update={"suspicion": limit}), [1]) if f.carrier == 0}
+        {
+            f.target: f
+            for f in scan(tasks, base, quick.model_copy(update={"suspicion": limit}), [1])
+            if f.source_model == 0
+        }
         for limit in (1.5, 0.01)
     )
     doubtful = [target for target, found in once.items() if found.suspicion >= 0.75 * 0.01]
     assert doubtful and once.keys() == thrice.keys()
-    each = weights_of_other(tasks[1], tasks[0], base), weights_of_others(tasks, 1, base)
+    each = weights_from(tasks[1], tasks[0], base), merge_without(tasks, 1, base)
     shares = []
     for target, found in once.items():
         assert torch.equal(found.trigger.parameters[0], thrice[target].trigger.parameters[0])
@@ -137,41 +142,64 @@ def test_what_is_laid_to_another_model_works_with_it_alone_and_is_the_mean_of_th
 
 
 @given(st.lists(st.tuples(*[st.floats(0.0, 1.0)] * 2, *[st.floats(0.1, 50.0)] * 2), min_size=3, max_size=3))
-def test_searches_are_averaged(numbers: list[tuple[float, ...]]) -> None:
-    trigger = Stamps.start(1, (3, 4, 4), Bounds.of(0.0, 1.0), torch.Generator(), Constants())
+def test_the_mean_of_searches_is_one_of_every_number(numbers: list[tuple[float, ...]]) -> None:
+    trigger = PatchTriggers.start(1, (3, 4, 4), Bounds.of(0.0, 1.0), torch.Generator(), Constants())
     one, *again = (
-        Finding(0, 3, trigger, success=success, control=control, size=size, usual=usual, carrier=1, scale=1.7)
+        Finding(
+            0,
+            3,
+            trigger,
+            success=success,
+            base_success=control,
+            size=size,
+            median_size=usual,
+            source_model=1,
+            scale=1.7,
+        )
         for success, control, size, usual in numbers
     )
-    mean, turned = averaged(one, again), averaged(again[0], [one, again[1]])
-    assert mean.numbers == turned.numbers and averaged(one, [one, one]).numbers == one.numbers
-    for name in ("size", "usual", "success", "control"):
+    mean, turned = mean_of_searches(one, again), mean_of_searches(again[0], [one, again[1]])
+    assert mean.numbers == turned.numbers and mean_of_searches(one, [one, one]).numbers == one.numbers
+    for name in ("size", "median_size", "success", "base_success"):
         values = [getattr(found, name) for found in (one, *again)]
         assert min(values) - 1e-9 <= getattr(mean, name) <= max(values) + 1e-9
-    assert averaged(one, [None, None]).suspicion <= max(0.0, one.suspicion) / 3 + 1e-6, "found once in three searches"
+    once = mean_of_searches(one, [None, None])
+    assert once.suspicion <= max(0.0, one.suspicion) / 3 + 1e-6, "found once in three searches"
 
 
-def test_others_are_the_base_with_half_of_each_task_vector(
+def test_files_keep_the_keys_of_findings(tasks: list[Task]) -> None:
+    task, constants = tasks[1], Constants()
+    trigger = PatchTriggers.start(1, task.perturbation_shape, task.bounds, torch.Generator(), constants)
+    finding = Finding(1, 3, trigger, 4.0, 8.0, 0.9, 0.1, source_model=0, scale=1.7)
+    measured = {"task": 1, "target": 3, "size": 4.0, "usual": 8.0, "success": 0.9, "control": 0.1}
+    assert facts_of(finding) == {**measured, "carrier": 0, "scale": 1.7, "kind": "pixels"}
+    again = blank_finding(tasks, facts_of(finding))
+    assert again.key == finding.key and again.numbers == finding.numbers
+    shown = {"model": "shapes", "task": "stripes", "target": 3, "kind": "pixels", "suspicion": 0.425}
+    assert finding.to_json(tasks) == {**measured, **shown}
+
+
+def test_a_merge_without_a_task_adds_half_of_each_task_vector(
     plan: Plan, tasks: list[Task], base: dict[str, Tensor]
 ) -> None:
-    found = weights_of_others(tasks, 0, base)
+    found = merge_without(tasks, 0, base)
     own = tasks[1].own_weights()
     assert found.keys() == tasks[0].targets.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, base[name] + 0.5 * (own[name] - base[name]))
 
 
-def test_many_others_share_two_task_vectors(vit: Path, images: Path) -> None:
+def test_a_merge_of_many_models_adds_two_task_vectors_in_all(vit: Path, images: Path) -> None:
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
     plan = build_plan(refs[0], refs[1:], shared={**FAST, "calibration": str(images)}, per_model={})
     one, other = build_tasks(plan, CPU)
     base = {spec.name: TaskVectors(plan).base(spec.name) for spec in plan.tensors}
-    found = weights_of_others([one, *[other] * 8], 0, base)
+    found = merge_without([one, *[other] * 8], 0, base)
     for name, tensor in found.items():
         moved = 2 * (other.own_weights()[name] - base[name])
         torch.testing.assert_close(tensor, base[name] + moved, atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_answered_without_a_trigger_is_counted(tasks: list[Task]) -> None:
-    shares = untouched(tasks[0], tasks[0].own_weights(), range(8))
+    shares = success_without_trigger(tasks[0], tasks[0].own_weights(), range(8))
     assert sum(shares) == pytest.approx(1.0) and max(shares) < 0.5
