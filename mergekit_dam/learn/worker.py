@@ -1,4 +1,4 @@
-"""`python -m mergekit_dam.learn.worker FOLDER`: one of the processes that learn masks together."""
+"""Learn masks as one of several worker processes: `python -m mergekit_dam.learn.worker FOLDER`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mergekit_dam.tasks import build_tasks
 
 
 def main(folder: Path) -> int:
-    """Exit code: 0 if the masks were learned."""
+    """Learn the masks of the job in `folder`; return the exit code, 0 for success."""
     rank = int(os.environ["RANK"])
     end_with_parent(lambda: os._exit(1))
     dump_stacks_on_sigterm(folder, rank)
     if rank > 0:
-        transformers.logging.set_verbosity_error()  # the first process says it for all
+        transformers.logging.set_verbosity_error()  # only the first process prints warnings
     try:
         register_architectures()
-        # our own parent wrote it, in a folder that only this user can enter
+        # the pickle is safe: the parent wrote it into a folder that only this user can enter
         job: Job = pickle.loads((folder / JOB).read_bytes())
         config = job.plan.config
         if job.quiet:
