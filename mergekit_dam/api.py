@@ -16,7 +16,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.config import KNOWN, REMOVED, parse
-from mergekit_dam.engine.progress import bar
+from mergekit_dam.engine.progress import progress_bar
 from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.io.files import write_atomic
 from mergekit_dam.publish.report import write_report
@@ -183,7 +183,7 @@ def cleaned(
     """Clean what `prepare_cleaning` prepared; see `clean`."""
     quiet = prepared.inputs.options.quiet
     found = clean_models(
-        prepared.plan, Path(out), settings, progress=partial(bar, quiet=quiet), adapter=adapter, resume=resume
+        prepared.plan, Path(out), settings, progress=partial(progress_bar, quiet=quiet), adapter=adapter, resume=resume
     )
     for one in found:
         write_atomic(one.folder / "README.md", vaccine_card(one.facts))

@@ -21,7 +21,7 @@ from mergekit.options import MergeOptions
 from mergekit_dam.artifact.folder import copy_artifact
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks
 from mergekit_dam.config import ModelSettings
-from mergekit_dam.engine.group import is_first, joined
+from mergekit_dam.engine.group import is_first, process_group
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder
@@ -154,7 +154,7 @@ class Prepared:
         if is_first():
             self._warn()
         with (
-            joined(device=config.device, timeout=config.constants.worker_timeout) as (shards, device),
+            process_group(device=config.device, timeout=config.constants.worker_timeout) as (shards, device),
             _learning_cache(resume=resume, shards=shards),
         ):
             folder, _ = find_or_learn(plan, quiet=self.inputs.options.quiet, shards=shards, device=device)
@@ -197,7 +197,7 @@ def _learning_cache(*, resume: bool, shards: Shards = ALONE) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("MERGEKIT_DAM_CACHE")
     with TemporaryDirectory(prefix="anew-", dir=root) as own:
-        os.environ["MERGEKIT_DAM_CACHE"] = shards.union({"folder": own} if shards.rank == 0 else {})["folder"]
+        os.environ["MERGEKIT_DAM_CACHE"] = shards.all_gather_dict({"folder": own} if shards.rank == 0 else {})["folder"]
         try:
             yield
             shards.barrier()  # the folder goes when no process reads it any more

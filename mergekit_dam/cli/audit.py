@@ -27,7 +27,7 @@ from mergekit_dam.cli.common import (
     seed_option,
 )
 from mergekit_dam.engine.device import device_of
-from mergekit_dam.engine.progress import bar
+from mergekit_dam.engine.progress import progress_bar
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.files import write_atomic
 from mergekit_dam.io.untrusted import require_no_links_out
@@ -89,7 +89,7 @@ def audit(
 
     def progress(steps: Iterable[int], title: str) -> Iterable[int]:
         begun = time.perf_counter()
-        yield from bar(steps, title, quiet=quiet)
+        yield from progress_bar(steps, title, quiet=quiet)
         seconds[title] = round(time.perf_counter() - begun, 3)
 
     found = run(

@@ -1,1 +1,1 @@
-"""Several processes, and runs that are cut short: sharding, snapshots, and the start of worker processes."""
+"""Weights in memory, and processes: the merged model, sharding, snapshots, and worker processes."""

@@ -1,4 +1,4 @@
-"""The device that a setting or an option names."""
+"""Resolve the device that a setting or an option names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ CPU = torch.device("cpu")
 
 
 def device_of(name: str, what: str = "setting 'device'") -> torch.device:
-    """The device called `name`; `auto` is accelerate's choice.
+    """Return the device called `name`; for `auto`, the device that accelerate chooses.
 
     Args:
-        what: where the name was given, for the error.
+        what: the setting or option that holds the name, for the error.
 
     Raises:
-        DamError: this machine has none of that name.
+        DamError: this machine has no device of that name.
     """
     if name == "auto":
         chosen: torch.device = Accelerator().device
@@ -28,16 +28,16 @@ def device_of(name: str, what: str = "setting 'device'") -> torch.device:
         raise DamError(
             what,
             expected="cpu or an accelerator of this machine",
-            got=f"{name}, which is not here",
-            cure="Leave it out, or run where there is one.",
+            got=f"{name}, which this machine does not have",
+            cure="Leave it out, or run on a machine that has one.",
         ) from error
 
 
 def device_kind(name: str) -> torch.device:
-    """Say on what kind of device worker processes will compute; none is opened here.
+    """Return the kind of device on which worker processes will compute, without opening a device.
 
     Args:
-        name: of the setting `device`.
+        name: value of the setting `device`.
     """
     if name != "auto":
         return torch.device(name)

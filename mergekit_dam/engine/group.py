@@ -1,4 +1,4 @@
-"""The group of processes that this one is in, as its launcher says in the environment."""
+"""Join the group of processes that a launcher described in the environment."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from mergekit_dam.engine.shards import ALONE, Shards
 
 
 def is_first() -> bool:
-    """Whether this process is the only one of its group, or the one that writes and speaks for all."""
+    """Whether this process has rank 0: it alone writes files and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
-def joined(*, device: str, timeout: float) -> Iterator[tuple[Shards, torch.device | None]]:
-    """Join the group, and leave it at the end if all went well. A process without one is alone, on any device (None).
+def process_group(*, device: str, timeout: float) -> Iterator[tuple[Shards, torch.device | None]]:
+    """Join the process group, and leave it at the end unless an error occurred.
 
     Args:
-        device: the setting; `cpu` keeps accelerators out.
-        timeout: seconds that one process may wait for another.
+        device: the setting `device`; with `cpu` no accelerator is used.
+        timeout: seconds that a process may wait for another process.
+
+    Yields:
+        The shards of the group and this process's device. Without a group: `ALONE`, and None for any device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE, None
@@ -39,7 +42,7 @@ def joined(*, device: str, timeout: float) -> Iterator[tuple[Shards, torch.devic
         cpu=device == "cpu" or not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
     )
-    # accelerate's own mesh refuses the CPU
+    # the mesh that accelerate makes refuses the CPU
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,), mesh_dim_names=("rows",))
     yield Shards(mesh), accelerator.device
     accelerator.end_training()

@@ -1,6 +1,6 @@
-"""Hidden states of samples at one position of a model, in a mapped file: a pass goes on from there.
+"""Store hidden states of samples at one position of a model in a mapped file, so that a pass can start there.
 
-What is kept is without padding. Legend: N samples, B batch, L tokens, D width.
+States are stored without padding. Legend: N samples, B batch, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 class HiddenStates:
-    """States (L_i, D) of N samples; `make` begins a file of them, `open` reads one.
+    """States (L_i, D) of N samples in a file; `create` makes the file, `open` opens it.
 
     Args:
-        path: of the file; another one beside it describes it.
+        path: path of the file; a JSON file beside it holds lengths, width and dtype.
         lengths_N: L_i.
         width: D.
-        dtype: as kept.
+        dtype: type in the file.
     """
 
     def __init__(self, path: Path, lengths_N: Sequence[int], width: int, dtype: torch.dtype) -> None:
@@ -34,8 +34,8 @@ class HiddenStates:
         self._rows = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(-1, width)
 
     @classmethod
-    def make(cls, path: Path, lengths_N: Sequence[int], width: int, dtype: torch.dtype) -> HiddenStates:
-        """An empty file, to be written."""
+    def create(cls, path: Path, lengths_N: Sequence[int], width: int, dtype: torch.dtype) -> HiddenStates:
+        """Create a file of undefined states, to be filled by `write`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         facts = {"lengths": list(lengths_N), "width": width, "dtype": str(dtype).removeprefix("torch.")}
@@ -44,25 +44,25 @@ class HiddenStates:
 
     @classmethod
     def open(cls, path: Path) -> HiddenStates:
-        """A file that `make` made."""
+        """Open a file that `create` made."""
         facts = json.loads(path.with_suffix(".json").read_text("utf-8"))
         return cls(path, facts["lengths"], facts["width"], getattr(torch, facts["dtype"]))
 
     def rename(self, path: Path) -> None:
         """Give the finished file its name."""
-        os.replace(self.path, path)  # what describes it has the same name under both
+        os.replace(self.path, path)  # both names have the same JSON file
         self.path = path
 
     def lengths(self, rows_B: Tensor) -> list[int]:
-        """L_i of these samples."""
+        """Return L_i of these samples."""
         return [self.lengths_N[i] for i in rows_B.tolist()]
 
     def read(self, rows_B: Tensor) -> Tensor:
-        """States (B, L, D), zeros after the end of each sample; L is the longest of these."""
+        """Return states (B, L, D), zeros after the end of each sample; L is the longest L_i of these samples."""
         parts = [self._rows[self._starts[i] : self._starts[i + 1]] for i in rows_B.tolist()]
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
     def write(self, rows_B: Tensor, hidden_BLD: Tensor) -> None:
-        """Keep the states of these samples without their padding."""
+        """Write the states of these samples without their padding."""
         for i, states_LD in zip(rows_B.tolist(), hidden_BLD.detach(), strict=True):
             self._rows[self._starts[i] : self._starts[i + 1]] = states_LD[: self.lengths_N[i]].to(self.dtype)

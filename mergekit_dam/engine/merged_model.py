@@ -1,11 +1,11 @@
-"""The merged weights as leaves of a graph, and the chain rule back to masks and coefficients.
+"""Compute merged weights as leaves of a graph, and their gradients with respect to masks and coefficients.
 
-All tasks share one set of merged weights: each backward pass adds to their gradients, and `chain` turns those into
-dL/dM and dL/dlambda, tensor by tensor, in one reading of the task vectors. No per-model product is stored, no mask
-product, and no graph spans the merge. T models, P masks.
+All tasks share one set of merged weights: each backward pass adds to their gradients, and `mask_gradients` turns those
+into dL/dM and dL/dlambda, tensor by tensor, in one reading of the task vectors. No per-model product and no mask
+product is stored, and no graph spans the merge. T models, P masks.
 
-With several processes each one reads and merges its own rows of every tensor; merged tensors are gathered, and their
-gradients summed over the processes and handed out by rows, one tensor at a time.
+With several processes each process reads and merges its own rows of every tensor. Merged tensors are gathered, and
+their gradients are summed over the processes and scattered by rows, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class MergedModel:
     """theta = theta_0 + M o sum_t lambda_t tau_t for all tensors of a plan.
 
     Args:
-        vectors: where theta_0 and theta_t come from.
-        changed: tensors that some model changed; the others are theta_0's.
-        device: where merging and the tasks run. On the CPU tensors stay views of the mapped files.
+        vectors: source of theta_0 and theta_t.
+        changed: tensors that some model changed; all other tensors equal theta_0's.
+        device: device that merges and runs the tasks. On the CPU tensors stay views of the mapped files.
         shards: processes that share the rows.
-        dtype: of the merged weights; merging itself is done in float32.
-        specs: the tensors in question; default: all of the plan.
-        lazy: leave theta_0 and theta_t in their files until they are asked for.
+        dtype: type of the merged weights; the merge is computed in float32.
+        specs: tensors of the model; default: all tensors of the plan.
+        lazy: leave theta_0 and theta_t in their files until they are used.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MergedModel:
         specs: Sequence[TensorSpec] | None = None,
         lazy: bool = False,
     ) -> None:
-        self.device, self.dtype, self.shards, self._vectors = device, dtype, shards, vectors
+        self.device, self.dtype, self.shards, self.vectors = device, dtype, shards, vectors
         self.frozen = FrozenModels(vectors, changed, device, shards=shards, specs=specs, lazy=lazy)
         self.changed = tuple(changed)
         self.mask_names = tuple(dict.fromkeys(spec.mask_name for spec in changed))
@@ -68,72 +68,71 @@ class MergedModel:
         alone = triton_merge.runs_on(device) and not lazy and shards.size == 1
         self._groups = self._grouped() if alone else []
 
-    def part(self, names: Collection[str]) -> MergedModel:
-        """The model of these tensors alone, on the device."""
+    def submodel(self, names: Collection[str]) -> MergedModel:
+        """Return a merged model of these tensors only, on the device."""
         specs = [spec for spec in self.specs if spec.name in names]
         changed = [spec for spec in self.changed if spec.name in names]
-        return MergedModel(self._vectors, changed, self.device, dtype=self.dtype, shards=self.shards, specs=specs)
+        return MergedModel(self.vectors, changed, self.device, dtype=self.dtype, shards=self.shards, specs=specs)
 
     def _grouped(self) -> list[Group]:
-        """What an accelerator merges together."""
+        """Group the tensors that an accelerator merges together; tied tensors are left out."""
         members = [
             Member(spec.name, name, self._column[name], self.frozen.base[spec.name], self.frozen.models[spec.name])
-            for name, (spec, *others) in self._tied.items()
-            if not others
+            for name, (spec, *tied) in self._tied.items()
+            if not tied
         ]
         return grouped(members, together_numel(self.device, sum(member.base.numel() for member in members)))
 
     def weights(self, masks: Masks, coefficients: Tensor) -> Weights:
-        """Merged weights by output name; those that change are leaves with gradients.
+        """Return merged weights by output name; tensors that change are leaves that require gradients.
 
         Args:
-            masks: our rows of M by mask name, each broadcastable to its tensors; a missing name keeps everything.
+            masks: this process's rows of M by mask name, each broadcastable to its tensors; a missing mask is all ones.
             coefficients: lambda, (T, 1) or (T, P).
         """
         lambdas = self._lambdas(coefficients)
-        changed = {spec.name for spec in self.changed}  # which are merged, and not sent as they are
-        weights = {n: self.frozen.moved(tensor) for n, tensor in self.frozen.base.items() if n not in changed}
+        changed = {spec.name for spec in self.changed}
+        weights = {n: self.frozen.to_device(tensor) for n, tensor in self.frozen.base.items() if n not in changed}
         done: dict[str, Tensor] = {}
         for group in self._groups:
             if group.serves(masks):
                 done |= group.merged(masks, lambdas, self.dtype)
         for spec in self.changed:
-            found = done[spec.name] if spec.name in done else self._merged(spec, masks, lambdas)
-            weights[spec.name] = found.requires_grad_(True)
+            tensor = done[spec.name] if spec.name in done else self._merged(spec, masks, lambdas)
+            weights[spec.name] = tensor.requires_grad_(True)
         return weights
 
     def _lambdas(self, coefficients: Tensor) -> Tensor:
-        """lambda where the merge rule reads it: in the host's memory, unless a kernel does."""
+        """Return lambda in the memory that the merge rule reads: the accelerator's for a kernel, else the host's."""
         return coefficients.detach() if triton_merge.runs_on(self.device) else coefficients.detach().cpu()
 
     def _merged(self, spec: TensorSpec, masks: Masks, lambdas: Tensor) -> Tensor:
-        """One merged tensor, whole: our rows are merged here, the others' come from their processes."""
-        base = self.frozen.moved(self.frozen.base[spec.name])
+        """Return one merged tensor, whole: merge this process's rows and gather the rows of all processes."""
+        base = self.frozen.to_device(self.frozen.base[spec.name])
         rows = torch.empty(base.shape, dtype=self.dtype, device=self.device)
-        if base.numel():  # none where there are fewer rows than processes
-            models, mask = self.frozen.models_here(spec.name), masks.get(spec.mask_name)
-            merge(base, models, self._of(lambdas, spec), mask, out=rows)
-        return self.shards.gather(rows, spec.shape)
+        if base.numel():  # with fewer rows than processes some processes have no row
+            models, mask = self.frozen.local_models(spec.name), masks.get(spec.mask_name)
+            merge(base, models, self._column_of(lambdas, spec), mask, out=rows)
+        return self.shards.all_gather(rows, spec.shape)
 
-    def chain(
+    def mask_gradients(
         self, weights: Weights, masks: Masks, coefficients: Tensor, coefficient_gradient: Tensor
     ) -> Iterator[tuple[str, Tensor]]:
-        """Use up the gradients that the tasks left in `weights`: each is dropped as soon as it is turned into dL/dM.
+        """Turn the gradients of `weights` into dL/dM, and drop each gradient as soon as it is used.
 
         Args:
-            weights: from `weights` with the same masks and coefficients.
-            coefficient_gradient: zeros shaped like `coefficients`; dL/dlambda is put there on the way, and complete
-                at the end.
+            weights: result of `weights` with the same masks and coefficients, after the backward passes.
+            coefficient_gradient: zeros shaped like `coefficients`; holds dL/dlambda once the iterator is exhausted.
 
         Yields:
-            Name and our rows of dL/dM of one mask after another, of M's shape, float32; tied tensors add up.
+            Mask name, and this process's rows of dL/dM in M's shape, float32; the terms of tied tensors are summed.
         """
         lambdas = self._lambdas(coefficients)
         for name in self._tied:
-            ours = self._mask_gradient(name, weights, masks[name], lambdas, coefficient_gradient)
-            if ours is not None:
-                yield name, ours
-        self._complete(coefficient_gradient)
+            gradient = self._mask_gradient(name, weights, masks[name], lambdas, coefficient_gradient)
+            if gradient is not None:
+                yield name, gradient
+        self._reduce(coefficient_gradient)
 
     def logit_gradients(
         self,
@@ -143,30 +142,30 @@ class MergedModel:
         coefficient_gradient: Tensor,
         wanted: Sequence[int],
     ) -> Iterator[tuple[str, list[Tensor]]]:
-        """`chain`, and on through each mask to the logits of its factors.
+        """Turn the gradients of `weights` into gradients of the mask logits; otherwise as `mask_gradients`.
 
         Args:
-            wanted: indices of the masks' `parts`, alike for all masks.
+            wanted: indices into `parts` of every mask, the factors whose gradients are computed.
 
         Yields:
-            Name and our rows of dL/dlogit of the wanted factors of one tensor after another.
+            Mask name, and this process's rows of dL/dlogit of the wanted factors.
         """
         lambdas, done = self._lambdas(coefficients), set[str]()
         for group in self._groups:
             if group.serves(masks) and tuple(wanted) == tuple(range(group.num_parts(masks))):
-                upstreams = [self._taken(weights[member.name]) for member in group.members]
+                upstreams = [self._take_gradient(weights[member.name]) for member in group.members]
                 yield from group.logit_gradients(upstreams, masks, lambdas, coefficient_gradient)
                 done |= group.mask_names
-        for name, (spec, *others) in self._tied.items():
+        for name, (spec, *tied) in self._tied.items():
             if name in done:
                 continue
             mask = masks[name]
-            if others or not mask.separate or mask.shape != self.frozen.base[spec.name].shape:
-                ours = self._mask_gradient(name, weights, mask, lambdas, coefficient_gradient)
-                if ours is not None:
-                    yield name, mask.logit_gradients(ours, wanted)
+            if tied or not mask.separate or mask.shape != self.frozen.base[spec.name].shape:
+                mask_gradient = self._mask_gradient(name, weights, mask, lambdas, coefficient_gradient)
+                if mask_gradient is not None:
+                    yield name, mask.logit_gradients(mask_gradient, wanted)
                 continue
-            gradient = self._taken(weights[spec.name])
+            gradient = self._take_gradient(weights[spec.name])
             if gradient is not None:
                 yield (
                     name,
@@ -174,64 +173,64 @@ class MergedModel:
                         gradient,
                         self.frozen.base[spec.name],
                         self.frozen.models[spec.name],
-                        self._of(lambdas, spec),
+                        self._column_of(lambdas, spec),
                         mask,
                         wanted,
-                        coefficient_out=self._of(coefficient_gradient, spec),
+                        coefficient_out=self._column_of(coefficient_gradient, spec),
                     ),
                 )
-        self._complete(coefficient_gradient)
+        self._reduce(coefficient_gradient)
 
     def _mask_gradient(
         self, name: str, weights: Weights, mask: Mask, lambdas: Tensor, coefficient_gradient: Tensor
     ) -> Tensor | None:
-        """Our rows' share of dL/dM; None if no task used its tensors."""
-        found = torch.zeros(gradient_shape(mask), dtype=torch.float32, device=self.device)
+        """Return this process's rows of dL/dM; None if no task used the mask's tensors."""
+        mask_gradient = torch.zeros(gradient_shape(mask), dtype=torch.float32, device=self.device)
         used = False
         for spec in self._tied[name]:
-            gradient = self._taken(weights[spec.name])
+            gradient = self._take_gradient(weights[spec.name])
             used |= gradient is not None
             if gradient is not None and gradient.numel():
                 gradients(
                     gradient,
                     self.frozen.base[spec.name],
                     self.frozen.models[spec.name],
-                    self._of(lambdas, spec),
+                    self._column_of(lambdas, spec),
                     mask,
-                    mask_out=found,
-                    coefficient_out=self._of(coefficient_gradient, spec),
+                    mask_out=mask_gradient,
+                    coefficient_out=self._column_of(coefficient_gradient, spec),
                 )
-        return found if used else None
+        return mask_gradient if used else None
 
-    def _taken(self, weight: Tensor) -> Tensor | None:
-        """Our rows of a merged tensor's gradient, which is then gone from it."""
+    def _take_gradient(self, weight: Tensor) -> Tensor | None:
+        """Return this process's rows of a merged tensor's gradient, and remove the gradient from the tensor."""
         gradient = self._rows(weight)
         weight.grad = None
         return gradient
 
-    def _complete(self, coefficient_gradient: Tensor) -> None:
+    def _reduce(self, coefficient_gradient: Tensor) -> None:
+        """Sum dL/dlambda over all processes, in place."""
         if self.shards.size > 1:
-            coefficient_gradient.copy_(self.shards.sum(coefficient_gradient))
+            coefficient_gradient.copy_(self.shards.all_reduce(coefficient_gradient))
 
     def coefficient_gradients(self, weights: Weights, masks: Masks, coefficients: Tensor) -> Tensor:
-        """dL/dlambda, shaped like `coefficients`, from the gradients that the tasks left in `weights`."""
+        """Return dL/dlambda, shaped like `coefficients`, from the gradients of `weights`, which are kept."""
         total = torch.zeros_like(coefficients)
         for spec in self.changed:
             gradient = self._rows(weights[spec.name])
             if gradient is not None and gradient.numel():
                 models, mask = self.frozen.models[spec.name], masks.get(spec.mask_name)
-                gradients(
-                    gradient, self.frozen.base[spec.name], models, None, mask, coefficient_out=self._of(total, spec)
-                )
-        return self.shards.sum(total)
+                column_T = self._column_of(total, spec)
+                gradients(gradient, self.frozen.base[spec.name], models, None, mask, coefficient_out=column_T)
+        return self.shards.all_reduce(total)
 
     def _rows(self, weight: Tensor) -> Tensor | None:
-        """Our rows of the gradient that the tasks of all processes left in a merged tensor; None if it is unused."""
+        """Return this process's rows of a merged tensor's gradient, summed over processes; None if no task used it."""
         if self.shards.size == 1:
             return weight.grad
-        # other processes may have one where we have none
-        return self.shards.scatter((torch.zeros_like(weight) if weight.grad is None else weight.grad).float())
+        # this process may lack a gradient that another process has
+        return self.shards.reduce_scatter((torch.zeros_like(weight) if weight.grad is None else weight.grad).float())
 
-    def _of(self, coefficients: Tensor, spec: TensorSpec) -> Tensor:
-        """lambda of the T models for one tensor, a view (T,)."""
+    def _column_of(self, coefficients: Tensor, spec: TensorSpec) -> Tensor:
+        """Return lambda of the T models for one tensor, a view (T,)."""
         return coefficients[:, 0 if coefficients.shape[1] == 1 else self._column[spec.mask_name]]

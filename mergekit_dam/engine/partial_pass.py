@@ -1,7 +1,7 @@
-"""Passes through a part of a model: from one block to another, starting from hidden states that were kept.
+"""Run a range of a model's blocks, starting from stored hidden states.
 
-Positions: 0 is what comes before the blocks (embeddings), 1..N are the blocks, N + 1 what follows (norm and head).
-Legend: B batch, L tokens, D width.
+Positions: 0 is everything before the blocks (embeddings), 1..N are the blocks, N + 1 is everything after them (norm and
+head). Legend: B batch, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 
 class BlockChain:
-    """The blocks of a module, each of which reads the hidden states of the one before.
+    """The blocks of a module, each of which reads the hidden states of the previous block.
 
     Args:
-        module: their owner.
-        names: of the blocks, in order; members of one ModuleList. Each takes hidden states first and returns them.
+        module: owner of the blocks.
+        names: names of the blocks in order, members of one ModuleList. A block takes hidden states as its first
+            argument and returns hidden states.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
@@ -27,28 +28,28 @@ class BlockChain:
 
     @property
     def end(self) -> int:
-        """One more than the last position."""
+        """The last position plus 1."""
         return len(self.blocks) + 2
 
     def run(self, call: Callable[[], Any], first: int, stop: int, entering_BLD: Tensor | None = None) -> Any:
         """Compute positions first..stop-1.
 
         Args:
-            call: runs the module; whatever blocks at other positions need may be missing.
+            call: runs the module; tensors of blocks at other positions may be missing.
             first: the first position.
-            stop: one more than the last one.
+            stop: the last position plus 1.
             entering_BLD: hidden states that position `first` reads; None if `first` is 0.
 
         Returns:
-            The hidden states (B, L, D) that position `stop` would read, or what `call` returns if that is the end.
+            The hidden states (B, L, D) that position `stop` would read, or the result of `call` if `stop` is the end.
         """
-        with ExitStack() as around:
+        with ExitStack() as contexts:
             if first > 0:
                 assert entering_BLD is not None
-                around.enter_context(self._entered(first, entering_BLD))
+                contexts.enter_context(self._starting_at(first, entering_BLD))
             if stop == self.end:
                 return call()
-            around.enter_context(self._stopped(stop))
+            contexts.enter_context(self._stopping_at(stop))
             try:
                 call()
             except _Reached as reached:
@@ -57,37 +58,40 @@ class BlockChain:
 
     @contextmanager
     def observed(self, stops: Collection[int]) -> Iterator[dict[int, Tensor]]:
-        """While this lasts, a pass leaves the states that these positions read; they take part in gradients.
+        """Record, during the context, the hidden states that these positions read, with their gradients.
 
         Args:
             stops: positions 1..N + 1.
-        """
-        found: dict[int, Tensor] = {}
 
-        def noted(stop: int, hidden_BLD: Tensor) -> Tensor:
-            found[stop] = hidden_BLD if hidden_BLD.requires_grad else hidden_BLD.detach().requires_grad_()
-            found[stop].retain_grad()
-            return found[stop]
+        Yields:
+            Position -> hidden states (B, L, D), filled by a forward pass.
+        """
+        states: dict[int, Tensor] = {}
+
+        def record(stop: int, hidden_BLD: Tensor) -> Tensor:
+            states[stop] = hidden_BLD if hidden_BLD.requires_grad else hidden_BLD.detach().requires_grad_()
+            states[stop].retain_grad()
+            return states[stop]
 
         def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            return _replacing(noted(1, _read(arguments, named)))(_, arguments, named)
+            return _replacing(record(1, _hidden_argument(arguments, named)))(_, arguments, named)
 
         handles = [
-            self.blocks[stop - 2].register_forward_hook(lambda _, __, hidden_BLD, stop=stop: noted(stop, hidden_BLD))
+            self.blocks[stop - 2].register_forward_hook(lambda _, __, hidden_BLD, stop=stop: record(stop, hidden_BLD))
             for stop in stops
             if stop > 1
         ]
         if 1 in stops:
             handles.append(self.blocks[0].register_forward_pre_hook(before, with_kwargs=True))
         try:
-            yield found
+            yield states
         finally:
             for handle in handles:
                 handle.remove()
 
     @contextmanager
-    def _entered(self, first: int, entering_BLD: Tensor) -> Iterator[None]:
-        """While this lasts, position `first` reads these states, and blocks before it do nothing."""
+    def _starting_at(self, first: int, entering_BLD: Tensor) -> Iterator[None]:
+        """Make position `first` read these states, and skip the blocks before it."""
         skipped = self.blocks[: first - 1]
         for block in skipped:
             block.forward = lambda *_, **__: entering_BLD
@@ -97,14 +101,14 @@ class BlockChain:
         finally:
             handle.remove()
             for block in skipped:
-                del block.forward  # the class's own is there again
+                del block.forward  # restores the forward of the class
 
     @contextmanager
-    def _stopped(self, stop: int) -> Iterator[None]:
-        """While this lasts, a pass ends with `_Reached` once the states are there that position `stop` reads."""
+    def _stopping_at(self, stop: int) -> Iterator[None]:
+        """End a pass with `_Reached` as soon as the states that position `stop` reads are computed."""
 
         def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            raise _Reached(_read(arguments, named))
+            raise _Reached(_hidden_argument(arguments, named))
 
         def after(_: nn.Module, __: Any, hidden_BLD: Tensor) -> None:
             raise _Reached(hidden_BLD)
@@ -120,19 +124,21 @@ class BlockChain:
 
 
 class _Reached(Exception):
-    """The pass has come as far as it should."""
+    """The pass reached its last position."""
 
     def __init__(self, hidden_BLD: Tensor) -> None:
         super().__init__()
         self.hidden_BLD = hidden_BLD
 
 
-def _read(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """The hidden states that a block is called with."""
+def _hidden_argument(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """Return the hidden states among a block's arguments."""
     return torch.as_tensor(arguments[0] if arguments else named["hidden_states"])
 
 
 def _replacing(entering_BLD: Tensor) -> Callable[..., Any]:
+    """Make a pre-forward hook that replaces a block's hidden states."""
+
     def replace(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if arguments:
             return (entering_BLD, *arguments[1:]), named

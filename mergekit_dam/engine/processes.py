@@ -1,10 +1,10 @@
-"""Worker processes on this machine, started by the process that wants the masks and ended with it.
+"""Run a job in worker processes on this machine; they end when the process that started them ends.
 
-The parent starts one supervisor (torch's elastic agent, `supervisor.py`), the supervisor the workers. All of them
-hold the read end of one pipe: when the parent ends, for whatever reason, the pipe is closed and they end, too. A
-worker that fails leaves its error in the job's folder; a worker that dies or hangs makes the others fail. One that
-hangs is told to end, and leaves where it was. Standard library only: every one of these processes imports this module,
-and torch only where it needs it.
+The parent starts one supervisor (torch's elastic agent, `supervisor.py`), and the supervisor starts the workers. All of
+them hold the read end of one pipe: when the parent ends, for whatever reason, the pipe closes and they end, too. A
+worker that fails writes its error into the job's folder. When a worker dies or hangs, all workers fail; a worker that
+hangs gets SIGTERM and writes its threads' stacks. Every one of these processes imports this module, so it uses the
+standard library only.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from mergekit_dam.errors import DamError
 JOB, OUTCOME = "job", "outcome.json"
 WORKER = "mergekit_dam.learn.worker"
 _STACK = "stack-"
-_GRACE = 15.0  # seconds in which the supervisor ends the workers; it kills those that do not listen after 10
-_WAITED = re.compile("timed out|wait timeout|socket timeout", re.IGNORECASE)  # in the words of gloo and of torch
-_ENDED_BY_US = -15  # what the supervisor ends workers with
+_GRACE = 15.0  # seconds for the supervisor to end the workers; after 10 it kills workers that still run
+_TIMEOUT = re.compile("timed out|wait timeout|socket timeout", re.IGNORECASE)  # messages of gloo and of torch
+_TERMINATED = -15  # exit code of a worker that the supervisor ended by SIGTERM
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers learn.
+    """The masks that the workers learn.
 
     Attributes:
         plan: a `Plan`.
-        folder: of the artefact, locked by the parent.
-        description: what the masks depend on, as JSON.
-        inputs: a `Checkpoint` per model, as it was when its content was hashed.
+        folder: folder of the artefact, locked by the parent.
+        description: JSON of all that the masks depend on.
+        inputs: a `Checkpoint` per model, in its state when its content was hashed.
         quiet: no progress bar.
     """
 
@@ -56,20 +56,20 @@ class Job:
 
 
 class WorkerError(RuntimeError):
-    """A worker failed in a way that no setting cures; the text holds its traceback."""
+    """A worker raised an unexpected exception; the text holds its traceback."""
 
 
 def run_workers(job: Any, count: int, worker: str = WORKER) -> None:
-    """Have `count` workers do the job, and wait.
+    """Run a job in `count` workers, and wait for its end.
 
     Args:
-        job: what to do, e.g. a `Job`; it is handed over as a pickle in a folder that only this user can enter.
-        count: processes on this machine.
-        worker: the module that the workers run.
+        job: a `Job`, or any object that `worker` expects; passed as a pickle in a folder that only this user can enter.
+        count: number of worker processes on this machine.
+        worker: name of the module that each worker runs.
 
     Raises:
-        DamError: as a worker raised it, or for a worker that was killed.
-        WorkerError: any other exception of a worker.
+        DamError: raised by a worker, or made for a worker that was killed.
+        WorkerError: a worker raised any other exception.
     """
     with TemporaryDirectory(prefix="mergekit-dam-") as name:
         folder = Path(name)
@@ -77,7 +77,7 @@ def run_workers(job: Any, count: int, worker: str = WORKER) -> None:
         command = [sys.executable, "-m", "mergekit_dam.engine.supervisor", worker, name, str(count)]
         threads = str(max(1, (os.cpu_count() or 1) // count))
         environment = {"OMP_NUM_THREADS": threads, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", **os.environ}
-        # a session of its own: Ctrl-C reaches the parent alone, which then ends the others in order
+        # a session of its own: Ctrl-C reaches the parent only, which then ends supervisor and workers in order
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
         try:
             process.wait()
@@ -89,30 +89,31 @@ def run_workers(job: Any, count: int, worker: str = WORKER) -> None:
             except subprocess.TimeoutExpired:
                 process.kill()
         if process.returncode != 0:
-            raise cause_of(folder, process.returncode)
+            raise worker_failure(folder, process.returncode)
 
 
-def record_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave an error for the parent. A DamError keeps its parts."""
-    parts = {k: getattr(error, k) for k in ("subject", "expected", "got", "cure")} if _is_ours(error) else None
+def write_error(folder: Path, rank: int, error: BaseException) -> None:
+    """Write a worker's error into the job's folder for the parent; a DamError keeps its parts."""
+    ours = isinstance(error, DamError)
+    parts = {k: getattr(error, k) for k in ("subject", "expected", "got", "cure")} if ours else None
     text = "".join(traceback.format_exception(error))
-    # of one machine, and unlike the time of day it never jumps
-    found = {"time": time.monotonic(), "rank": rank, "parts": parts, "traceback": text}
+    # monotonic: the workers share one machine, and unlike the time of day this clock never jumps
+    content = {"time": time.monotonic(), "rank": rank, "parts": parts, "traceback": text}
     temporary = folder / f".error-{rank}"
-    temporary.write_text(json.dumps(found), encoding="utf-8")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(folder / f"error-{rank}.json")
 
 
-def show_where_it_hangs(folder: Path, rank: int) -> None:
-    """Have this process leave its threads' stacks when it is told to end, even if it hangs in a call of C."""
+def dump_stacks_on_sigterm(folder: Path, rank: int) -> None:
+    """Make this process write its threads' stacks on SIGTERM, even if it hangs in a call of C."""
     if hasattr(faulthandler, "register"):
-        # the file stays open for as long as the process lives
+        # the file stays open until the process ends
         file = (folder / f"{_STACK}{rank}").open("w", encoding="utf-8")
         faulthandler.register(signal.SIGTERM, file=file, all_threads=True, chain=True)
 
 
 def end_with_parent(end: Callable[[], object]) -> None:
-    """Call `end` from a thread as soon as the parent's pipe, our standard input, is closed."""
+    """Call `end` from a thread as soon as the parent's pipe, this process's standard input, is closed."""
 
     def watch() -> None:
         while os.read(0, 1):
@@ -122,41 +123,41 @@ def end_with_parent(end: Callable[[], object]) -> None:
     Thread(target=watch, daemon=True, name="parent").start()
 
 
-def _is_ours(error: BaseException) -> bool:
-    return isinstance(error, DamError)
+def worker_failure(folder: Path, code: int) -> Exception:
+    """Return the error that explains why a job failed: a worker's kill, else the first error of a worker.
 
+    A killed worker breaks connections, so it explains the errors of all other workers. If the first error is a timeout,
+    the kill came later: a worker hung or was stopped, did not end on SIGTERM, and was killed for that.
 
-def cause_of(folder: Path, code: int) -> Exception:
-    """The error that came first; a worker that was killed explains the errors of those whose connection broke.
-
-    Those of workers that waited in vain it does not explain: then it hung or was stopped, and was killed at the end,
-    since it did not listen.
+    Args:
+        folder: folder of the job.
+        code: exit code of the supervisor.
     """
     outcome = folder / OUTCOME
     codes: dict[str, int] = json.loads(outcome.read_text("utf-8")) if outcome.is_file() else {}
-    killed = {rank: -c for rank, c in codes.items() if c < 0 and c != _ENDED_BY_US}
+    killed = {rank: -c for rank, c in codes.items() if c < 0 and c != _TERMINATED}
     errors = [json.loads(path.read_text("utf-8")) for path in folder.glob("error-*.json")]
     first = min(errors, key=lambda error: float(error["time"]), default=None)
-    waited = first is not None and first["parts"] is None and _WAITED.search(first["traceback"]) is not None
-    if killed and not waited:
+    timed_out = first is not None and first["parts"] is None and _TIMEOUT.search(first["traceback"]) is not None
+    if killed and not timed_out:
         rank, number = next(iter(killed.items()))
         return DamError(
             f"worker {rank}",
-            expected="one that learns to the end",
+            expected="a worker that finishes learning",
             got=f"an end by signal {number}",
-            cure="Signal 9 is most often a lack of memory: take fewer processes or smaller batches, and run it again, "
-            "it goes on from its last snapshot.",
+            cure="Signal 9 is most often a lack of memory: use fewer processes or smaller batches, and run the command "
+            "again; it resumes from the last snapshot.",
         )
     if first is None:
-        return WorkerError(f"the workers ended without a word (exit code {code}, by rank {codes})")
+        return WorkerError(f"the workers ended without an error message (exit code {code}, by rank {codes})")
     if first["parts"] is not None:
         parts = dict(first["parts"])
         return DamError(parts.pop("subject"), **parts)
-    told = f"worker {first['rank']} failed:\n{first['traceback']}"
-    if waited:
-        spoke = {int(error["rank"]) for error in errors}
+    text = f"worker {first['rank']} failed:\n{first['traceback']}"
+    if timed_out:
+        failed = {int(error["rank"]) for error in errors}
         stacks = {int(path.name.removeprefix(_STACK)): path.read_text("utf-8") for path in folder.glob(f"{_STACK}*")}
-        for silent in sorted(set(stacks) - spoke):
-            told += f"\nworker {silent} did not answer for `worker_timeout` seconds; "
-            told += f"it was at:\n{stacks[silent]}" if stacks[silent] else "nor did it end when it was told to."
-    return WorkerError(told)
+        for silent in sorted(set(stacks) - failed):
+            text += f"\nworker {silent} did not answer for `worker_timeout` seconds; "
+            text += f"it was at:\n{stacks[silent]}" if stacks[silent] else "it did not end on SIGTERM either."
+    return WorkerError(text)

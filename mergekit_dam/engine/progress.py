@@ -1,4 +1,4 @@
-"""Progress bars that fit a terminal and move while one long step is under way, and silence where it is asked for."""
+"""Show progress bars that fit a terminal and keep moving during long steps, and silence libraries."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from typing import Any
 from accelerate.utils import tqdm
 
 _WIDEST = 79  # columns
-_TITLE = 24  # characters of it at most
-_BEAT = 5.0  # seconds between two looks at a bar whose step takes long
+_TITLE = 24  # characters of a title, at most
+_REFRESH = 5.0  # seconds between refreshes of a bar during a long step
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
-def bar(
+def progress_bar(
     steps: Iterable[int], title: str, *, quiet: bool, shown: Callable[[], Mapping[str, str]] = dict
 ) -> Iterator[int]:
-    """The steps, with a bar on stderr where that is a terminal.
+    """Yield the steps and show a bar on stderr if stderr is a terminal.
 
     Args:
-        steps: a range that starts above 0 counts as begun before.
-        title: what is done.
+        steps: with a range that starts above 0, the earlier steps count as done.
+        title: text before the bar.
         quiet: no bar.
-        shown: called after each step; names and values that stand behind the bar.
+        shown: called after each step; returns names and values to show after the bar.
     """
     done = {"initial": steps.start, "total": steps.stop} if isinstance(steps, range) and steps.step == 1 else {}
     name = title if len(title) <= _TITLE else f"{title[: _TITLE - 1]}…"
     columns = min(_WIDEST, shutil.get_terminal_size().columns - 1)
-    moving = tqdm(
+    shown_bar = tqdm(
         steps, desc=f"dam: {name}", disable=quiet or None, file=sys.stderr, ncols=columns, bar_format=_FORMAT, **done
     )
     over = Event()
-    if not moving.disable:
-        Thread(target=_beat, args=(moving, over), daemon=True, name="progress").start()
+    if not shown_bar.disable:
+        Thread(target=_keep_refreshing, args=(shown_bar, over), daemon=True, name="progress").start()
     try:
-        for step in moving:
+        for step in shown_bar:
             yield step
-            moving.set_postfix(shown(), refresh=False)
+            shown_bar.set_postfix(shown(), refresh=False)
     finally:
         over.set()
 
 
-def _beat(moving: Any, over: Event) -> None:
-    """The clock behind the bar goes on during a step: who waits sees that something is done."""
-    while not over.wait(_BEAT):
-        moving.refresh()
+def _keep_refreshing(shown_bar: Any, over: Event) -> None:
+    """Refresh the clock of a bar until `over` is set, so that users see progress during a long step."""
+    while not over.wait(_REFRESH):
+        shown_bar.refresh()
 
 
 def silence_libraries() -> None:
-    """No progress bars, advice or deprecations of the libraries: downloads, loading of weights, reading of data."""
+    """Switch off progress bars, advice and deprecation warnings of transformers, datasets and huggingface_hub."""
     import datasets
     import transformers
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # public, though

@@ -1,7 +1,7 @@
 """Gradient checkpointing (arXiv 1604.06174): a block keeps its input, and runs again in the backward pass.
 
-transformers' own switch does not serve here: it runs the block again after `functional_call` has taken its parameters
-away. Here a block's tensors come with each run of it.
+The switch in transformers does not work here: it runs the block again after `functional_call` has removed the block's
+parameters. Here each run of a block gets the block's tensors.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ def recomputed_blocks(
     blocks: Iterable[str],
     take: Callable[[str], Mapping[str, Tensor]],
 ) -> Iterator[None]:
-    """While this lasts, each block of `module` runs so that its backward pass runs it again.
+    """Checkpoint the blocks of `module` during the context: a backward pass runs each block again.
 
     Args:
-        module: the blocks' owner; it does nothing at random.
+        module: owner of the blocks; deterministic, without dropout.
         blocks: names of members of ModuleLists.
-        take: tensors of a block by parameter name within it; called for each run, also later in the backward pass.
+        take: returns the tensors of a block by parameter name within it; called for each run of a block.
     """
     changed = [module.get_submodule(name) for name in blocks]
-    # a part of a pass has replaced the forward of blocks that it skips (engine/partial_pass.py): that one comes back
+    # a partial pass replaces the forward of blocks that it skips (engine/partial_pass.py): that forward is restored
     before = [vars(block).get("forward") for block in changed]
     for name, block in zip(blocks, changed, strict=True):
         block.forward = _recomputed(block, partial(take, name))
@@ -39,7 +39,7 @@ def recomputed_blocks(
     finally:
         for block, replaced in zip(changed, before, strict=True):
             if replaced is None:
-                del block.forward  # the class's own is there again
+                del block.forward  # restores the forward of the class
             else:
                 block.forward = replaced
 

@@ -1,9 +1,9 @@
-"""Snapshots of a search, so that a run that was killed goes on as if nothing had happened.
+"""Write and read snapshots of a search, so that a killed run resumes and learns the same.
 
-A snapshot is a folder that torch.distributed.checkpoint writes, one safetensors file per process with its own rows,
-beside `facts.json` (phase, steps done, what the tensors belong to, and the SHA-256 of every file and of the facts). It
-is written under a temporary name, flushed to the disk and then renamed: it is complete or not there. Nothing in it is
-pickled. It can be read by another number of processes than wrote it.
+A snapshot is a folder written by torch.distributed.checkpoint (DCP), one safetensors file per process with its rows,
+beside `facts.json` (phase, steps done, owners of the tensors, and the SHA-256 of every file and of the facts). The
+folder is written under a temporary name, flushed to the disk and then renamed, so that a snapshot is complete or
+absent. It contains no pickle. The number of processes that read a snapshot may differ from the number that wrote it.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _CHECKSUM = "facts_sha256"
 
 @dataclass
 class State:
-    """What a search is made of at one moment.
+    """The state of a search.
 
     Attributes:
-        facts: JSON: `phase`, `done` (units of that phase), and whatever is needed to lay out the tensors.
-        tensors: by name, the same in all processes.
+        facts: JSON: `phase`, `done` (units of that phase), and all values that `Resumable.allocate` needs.
+        tensors: tensors by name, equal in all processes.
         rows: by name, this process's rows and the shape of the whole tensor.
     """
 
@@ -54,7 +54,7 @@ class State:
     rows: dict[str, tuple[Tensor, tuple[int, ...]]] = field(default_factory=dict)
 
     def for_dcp(self, shards: Shards) -> dict[str, Tensor]:
-        """All tensors as DCP takes them; they share memory with the search's own. Scalars become one row."""
+        """Return all tensors in the form for DCP; they share memory with the search's, and a scalar becomes one row."""
         plain = {name: tensor.detach().view(tensor.shape or (1,)) for name, tensor in self.tensors.items()}
         return plain | {
             name: shards.distributed(rows.detach().view(rows.shape or (1,)), shape)
@@ -66,31 +66,31 @@ class Snapshots:
     """The latest snapshot of one run.
 
     Args:
-        folder: where it is kept; shared by all processes of the run.
-        every: seconds between two; 0 after every unit of work.
-        resume: whether one that is found is used.
+        folder: folder of the snapshot, shared by all processes of the run.
+        every: seconds between snapshots; 0 for a snapshot after every unit of work.
+        resume: whether an existing snapshot is used; if not, it is removed.
         shards: processes of the run.
     """
 
     def __init__(self, folder: Path, *, every: float, resume: bool, shards: Shards = ALONE) -> None:
         self.folder, self.every, self.shards = folder, every, shards
         self._last = time.monotonic()
-        self._journal: dict[str, Callable[[], Any]] = {}
+        self._sources: dict[str, Callable[[], Any]] = {}
         if not resume:
             self.clear()
 
-    def follow(self, **journal: Callable[[], Any]) -> None:
-        """Have these called with every snapshot; what they return (JSON) is kept in the facts under their names."""
-        self._journal |= journal
+    def add_facts(self, **sources: Callable[[], Any]) -> None:
+        """Add facts to every later snapshot; each function is called for it and returns the JSON of its fact."""
+        self._sources |= sources
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """Facts of the snapshot there is, or None.
+        """Facts of the latest snapshot; None without a snapshot.
 
         Raises:
             DamError: damaged facts.
         """
-        path = self._found()
+        path = self._latest()
         if path is None:
             return None
         try:
@@ -102,9 +102,9 @@ class Snapshots:
         return facts
 
     def due(self) -> bool:
-        """Whether the time has come; the first process's clock decides for all."""
+        """Whether a snapshot is due; the clock of the first process decides for all processes."""
         late = time.monotonic() - self._last >= self.every
-        return bool(self.shards.union({"late": late} if self.shards.rank == 0 else {})["late"])
+        return bool(self.shards.all_gather_dict({"late": late} if self.shards.rank == 0 else {})["late"])
 
     def write(self, state: State) -> None:
         """Replace the snapshot by `state`."""
@@ -115,13 +115,13 @@ class Snapshots:
             temporary.mkdir(parents=True)
         self.shards.barrier()
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        with _single(self.shards) as no_dist:
+        with _without_group(self.shards) as no_dist:
             save(state.for_dcp(self.shards), storage_writer=writer, no_dist=no_dist)
-        self.shards.barrier()  # everyone's file is written and, by DCP, flushed
+        self.shards.barrier()  # by now DCP has written and flushed the files of all processes
         files = self._checksums(temporary)
         if first:
-            told = {name: call() for name, call in self._journal.items()}
-            facts = state.facts | told | {"processes": self.shards.size, "files": files}
+            added = {name: call() for name, call in self._sources.items()}
+            facts = state.facts | added | {"processes": self.shards.size, "files": files}
             (temporary / _FACTS).write_text(json.dumps(facts | {_CHECKSUM: _digest_of(facts)}), encoding="utf-8")
             flush(temporary / _FACTS)
             flush(temporary)
@@ -130,21 +130,22 @@ class Snapshots:
         self._last = time.monotonic()
 
     def read(self, state: State) -> None:
-        """Fill the tensors of a state that was laid out by `facts`, in place."""
-        path, facts = self._found(), self.facts
+        """Fill the tensors of a state in place, after `Resumable.allocate` made them from `facts`."""
+        path, facts = self._latest(), self.facts
         assert path is not None and facts is not None, "facts were read"
         try:
             if self._checksums(path) != facts["files"]:
                 raise ValueError("files that do not match their checksums")
-            with _single(self.shards) as no_dist:
+            with _without_group(self.shards) as no_dist:
                 load(state.for_dcp(self.shards), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_dist)
         except (CheckpointException, SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
             raise _damaged(path, error) from error
 
     def _checksums(self, folder: Path) -> dict[str, str]:
-        """SHA-256 (hex) of the tensors' files by name; every process reads its share of them."""
+        """Return the SHA-256 (hex) of the tensors' files by name; each process reads a part of the files."""
         names = sorted(path.name for path in folder.glob("*.safetensors"))
-        return self.shards.union({n: file_digest(folder / n) for i, n in enumerate(names) if self.shards.owns(i)})
+        ours = [name for index, name in enumerate(names) if self.shards.owns(index)]
+        return self.shards.all_gather_dict({name: file_digest(folder / name) for name in ours})
 
     def clear(self) -> None:
         """Remove all snapshots, once the run is over."""
@@ -154,7 +155,7 @@ class Snapshots:
         self.shards.barrier()
 
     def _replace(self, temporary: Path) -> None:
-        """Put the new snapshot in the place of the old one; at every moment one of the two is complete."""
+        """Replace the old snapshot by the new one; at any time one of the two is complete."""
         current, old = self.folder / _NAME, self.folder / f"{_NAME}.old"
         if current.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -163,45 +164,50 @@ class Snapshots:
         flush(self.folder)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _found(self) -> Path | None:
+    def _latest(self) -> Path | None:
+        """Return the folder of the latest complete snapshot, if any."""
         return next((p for n in (_NAME, f"{_NAME}.old") if ((p := self.folder / n) / _FACTS).is_file()), None)
 
 
 class Resumable(ABC):
-    """A search whose state can be written and read."""
+    """A search that can resume from a snapshot of its state."""
 
     snapshots: Snapshots | None = None
 
     @abstractmethod
     def state(self, phase: str, done: int) -> State:
-        """All that later units depend on; the tensors are the search's own, not copies."""
+        """Return the state that later units of work depend on; the tensors are the search's own, not copies."""
 
     @abstractmethod
-    def lay_out(self, facts: Mapping[str, Any]) -> None:
-        """Make the tensors that only some phases have, so that they can be filled."""
+    def allocate(self, facts: Mapping[str, Any]) -> None:
+        """Make the tensors that only some phases have, so that a snapshot can fill them."""
 
-    def begin(self, first: str) -> tuple[str, int]:
-        """Phase and units of it that are done: from the snapshot, or none of the phase `first`."""
+    def restore(self, first: str) -> tuple[str, int]:
+        """Restore the state from the snapshot, if any.
+
+        Returns:
+            The phase, and the units of it that are done; without a snapshot the phase `first`, and 0.
+        """
         facts = self.snapshots.facts if self.snapshots is not None else None
         if self.snapshots is None or facts is None:
             return first, 0
         phase, done = str(facts["phase"]), int(facts["done"])
-        self.lay_out(facts)
+        self.allocate(facts)
         self.snapshots.read(self.state(phase, done))
         return phase, done
 
-    def keep(self, phase: str, done: int) -> None:
-        """After a unit of work: write a snapshot if it is time."""
+    def snapshot_if_due(self, phase: str, done: int) -> None:
+        """Write a snapshot if one is due; called after each unit of work."""
         if self.snapshots is not None and self.snapshots.due():
             self.snapshots.write(self.state(phase, done))
 
 
 def adam_state(optimiser: torch.optim.Optimizer, name: str, names: list[str]) -> dict[str, Tensor]:
-    """Adam's tensors by name, for parameters called `names`; what Adam makes at its first step is made here.
+    """Return Adam's tensors by name, for parameters called `names`; missing tensors are made here.
 
-    Zeros are what Adam itself would start from, so that a parameter without a gradient so far stays untouched.
+    Adam itself makes them at its first step, also as zeros, so a parameter without a gradient so far is not affected.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for group in optimiser.param_groups:
         for key, parameter in zip(names, group["params"], strict=True):
             state = optimiser.state[parameter]
@@ -210,8 +216,8 @@ def adam_state(optimiser: torch.optim.Optimizer, name: str, names: list[str]) ->
                 state["step"] = torch.zeros((), dtype=torch.float32, device=on)
                 for moment in ("exp_avg", "exp_avg_sq"):
                     state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            found |= {f"{name}/{part}/{key}": state[part] for part in ("step", "exp_avg", "exp_avg_sq")}
-    return found
+            tensors |= {f"{name}/{part}/{key}": state[part] for part in ("step", "exp_avg", "exp_avg_sq")}
+    return tensors
 
 
 def _digest_of(facts: Mapping[str, Any]) -> str:
@@ -221,15 +227,15 @@ def _digest_of(facts: Mapping[str, Any]) -> str:
 def _damaged(path: Path, error: BaseException) -> DamError:
     return DamError(
         f"snapshot {path}",
-        expected="a complete one of this run",
+        expected="a complete snapshot of this run",
         got=" ".join(str(error).split())[:200],
         cure="It is damaged: remove it, and learning starts over.",
     )
 
 
 @contextmanager
-def _single(shards: Shards) -> Iterator[bool]:
-    """Whether this process is alone, which DCP warns of although it was told so."""
+def _without_group(shards: Shards) -> Iterator[bool]:
+    """Yield DCP's argument `no_dist`, true for one process, and silence DCP's warning of that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield shards.size == 1

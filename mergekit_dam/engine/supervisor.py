@@ -1,6 +1,6 @@
-"""`python -m mergekit_dam.engine.supervisor WORKER FOLDER COUNT`: torch's elastic agent around a job's workers.
+"""Run a job's workers under torch's elastic agent: `python -m mergekit_dam.engine.supervisor WORKER FOLDER COUNT`.
 
-A process of its own, since the agent handles signals and the parent may be in any thread of any program.
+The agent needs its own process: it handles signals, and the parent may call from any thread of any program.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mergekit_dam.engine.processes import OUTCOME, end_with_parent
 
 
 def main(worker: str, folder: Path, count: int) -> int:
-    """Exit code: 0 if all workers ended well."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent tells what happened
+    """Run the workers and return the exit code: 0 if all workers succeeded, else 1."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent reports the failure
     end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     config = LaunchConfig(
         min_nodes=1,

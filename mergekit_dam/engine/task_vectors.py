@@ -1,4 +1,4 @@
-"""theta_0 and theta_t of a plan, tensor by tensor, from memory-mapped files; and a check of all of them.
+"""Read theta_0 and theta_t of a plan, tensor by tensor, from memory-mapped files, and check all of them.
 
 A task vector is never stored: merging/rule.py forms theta_t - theta_0 where it is used.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,26 +22,31 @@ from mergekit_dam.merging.rule import task_vector
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan, TensorSpec
 
-STAND_INS_FOLDER = "stand-ins"  # of those of a run that is under way
-# in the metadata of a stand-in's file; `STUDENT` is there where tensors that are missing are theta_0's
+STAND_INS_FOLDER = "stand-ins"  # in the folder of an unfinished run
+# metadata of a stand-in's file; with `STUDENT`, missing tensors equal theta_0's
 AGREEMENT, SECONDS, STUDENT, VACCINE = "agreement", "seconds", "student", "vaccine"
 
 
 class TaskVectors:
-    """Lazy access to the tensors of base and models by output name. T models."""
+    """Lazy access to the tensors of base and models by output name. T models.
+
+    Attributes:
+        specs: tensors of the plan by output name.
+        bytes_read: bytes that `FrozenModels` took from the files, in this process.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.bytes_read = plan, 0
         self.specs = {spec.name: spec for spec in plan.tensors}
         self._base = Checkpoint.open(plan.base.path)
         self._models = [Checkpoint.open(model.path) for model in plan.models]
 
     def base(self, name: str) -> Tensor:
-        """theta_0 of one tensor, as stored."""
+        """Return theta_0 of one tensor, in its stored type."""
         return self._base.tensor(self.specs[name].base_source)
 
     def models(self, name: str) -> list[Tensor | None]:
-        """theta_t of one tensor for t = 1..T, as stored; None where a model lacks it."""
+        """Return theta_t of one tensor for t = 1..T, in its stored type; None where a model lacks the tensor."""
         return [
             None if source is None else checkpoint.tensor(source)
             for source, checkpoint in zip(self.specs[name].sources, self._models, strict=True)
@@ -49,10 +55,10 @@ class TaskVectors:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one reading of all tensors found.
+    """Result of `survey`.
 
     Attributes:
-        changed: specs of floating tensors that some model changed; the others pass through unmasked.
+        changed: floating tensors that some model changed; all other tensors are merged without a mask.
         norms: per model, the L2 norm of its whole task vector.
     """
 
@@ -61,9 +67,9 @@ class Survey:
 
 
 def survey(vectors: TaskVectors, shards: Shards = ALONE) -> Survey:
-    """Read every tensor once: refuse NaN and infinity, find what changed, measure the task vectors.
+    """Read every tensor once: refuse NaN and infinity, find tensors that changed, measure the task vectors.
 
-    With several processes each one reads its rows, and all get the same survey.
+    With several processes each process reads its rows, and all processes return the same survey.
 
     Raises:
         DamError: a weight that is not finite, or models that equal the base in every tensor.
@@ -85,8 +91,8 @@ def survey(vectors: TaskVectors, shards: Shards = ALONE) -> Survey:
             square = float(task_vector(base, model).double().square().sum())
             squares[t] += square
             moved[spec.name] |= square > 0.0
-    found = shards.union({shards.rank: (squares.tolist(), moved)})
-    changed = [spec for spec in plan.tensors if any(there.get(spec.name) for _, there in found.values())]
+    by_rank = shards.all_gather_dict({shards.rank: (squares.tolist(), moved)})
+    changed = [spec for spec in plan.tensors if any(there.get(spec.name) for _, there in by_rank.values())]
     if not changed:
         raise DamError(
             "task vectors",
@@ -94,7 +100,7 @@ def survey(vectors: TaskVectors, shards: Shards = ALONE) -> Survey:
             got="models equal to the base in every tensor",
             cure="Check base_model and the paths of the models.",
         )
-    totals = [math.fsum(there[t] for there, _ in found.values()) for t in range(len(plan.models))]
+    totals = [math.fsum(sums[t] for sums, _ in by_rank.values()) for t in range(len(plan.models))]
     return Survey(tuple(changed), tuple(math.sqrt(total) for total in totals))
 
 
@@ -102,38 +108,53 @@ class StandIns(TaskVectors):
     """theta_0, and students or vaccinated models in place of theta_t, from the files of a run.
 
     Attributes:
-        agreement: model name -> share of its calibration samples on which its student answers as the model does.
-        vaccine: model name -> what its vaccination measured (vaccine/clean.py).
-        seconds: by part, as a run is timed -> what it took to make them.
+        agreement: model name -> share of its calibration samples that its student answers as the model does.
+        vaccine: model name -> results of its vaccination (vaccine/clean.py).
+        seconds: phase of a run, `stand-in of NAME` -> seconds to make the stand-in.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         super().__init__(plan)
         self._files = [safe_open(stand_in_file(folder, t), framework="pt") for t in range(len(plan.models))]
-        self._there = [frozenset(file.keys()) for file in self._files]
-        told = [file.metadata() for file in self._files]
-        self._are_students = [STUDENT in one for one in told]
-        by_name = dict(zip([model.name for model in plan.models], told, strict=True))
-        self.agreement = {name: float(one[AGREEMENT]) for name, one in by_name.items() if STUDENT in one}
-        self.vaccine = {name: json.loads(one[VACCINE]) for name, one in by_name.items() if VACCINE in one}
-        self.seconds = {f"stand-in of {name}": float(one.get(SECONDS, 0.0)) for name, one in by_name.items()}
+        self._names = [frozenset(file.keys()) for file in self._files]
+        metadata = [file.metadata() for file in self._files]
+        # either all models have students or none has, see learn/stand_ins.py
+        self._are_students = any(STUDENT in facts for facts in metadata)
+        by_name = dict(zip([model.name for model in plan.models], metadata, strict=True))
+        self.agreement = {name: float(facts[AGREEMENT]) for name, facts in by_name.items() if STUDENT in facts}
+        self.vaccine = {name: json.loads(facts[VACCINE]) for name, facts in by_name.items() if VACCINE in facts}
+        self.seconds = {f"stand-in of {name}": float(facts.get(SECONDS, 0.0)) for name, facts in by_name.items()}
 
     def models(self, name: str) -> list[Tensor | None]:
-        """What stands in for theta_t of one tensor, t = 1..T, float32; where it was left as it was, the model's own.
-
-        None where a student keeps theta_0's.
-        """
-        own = super().models(name) if not all(self._are_students) else [None] * len(self._files)
-        return [
-            file.get_tensor(name) if name in there else None if student else stored
-            for file, there, student, stored in zip(self._files, self._there, self._are_students, own, strict=True)
+        """Return theta_t of one tensor for t = 1..T with stand-ins in place of models; see `with_stand_ins`."""
+        made = [
+            file.get_tensor(name) if name in names else None
+            for file, names in zip(self._files, self._names, strict=True)
         ]
+        return with_stand_ins(made, super().models(name), are_students=self._are_students)
 
     def all(self) -> tuple[dict[str, Tensor], ...]:
-        """All tensors that were made, per model, by output name."""
+        """Return all tensors of the stand-ins, per model, by output name, float32."""
         return tuple({name: file.get_tensor(name) for name in file.keys()} for file in self._files)  # noqa: SIM118
 
 
+def with_stand_ins(
+    made: Sequence[Tensor | None], models: Sequence[Tensor | None], *, are_students: bool
+) -> list[Tensor | None]:
+    """Replace the models of one tensor by their stand-ins, for learning and for merging.
+
+    Args:
+        made: T tensors of the stand-ins, float32; None where a stand-in did not change the tensor.
+        models: T tensors of the models; None where a model lacks the tensor.
+        are_students: whether the stand-ins started from theta_0 and not from the models.
+
+    Returns:
+        T tensors. Where a stand-in did not change the tensor: None, for theta_0, of a student; else the model's.
+    """
+    unchanged = [None] * len(made) if are_students else models
+    return [stored if tensor is None else tensor for tensor, stored in zip(made, unchanged, strict=True)]
+
+
 def stand_in_file(folder: Path, index: int) -> Path:
-    """Where that of the model at this position is: a run that goes on may call the model otherwise."""
+    """Return the file of a model's stand-in; its name has no model name, which may differ when a run resumes."""
     return folder / STAND_INS_FOLDER / f"{index}.safetensors"

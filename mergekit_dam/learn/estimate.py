@@ -1,4 +1,4 @@
-"""Memory and time of learning, from shapes alone: orders of magnitude to plan with, not promises.
+"""Estimate memory and time of learning from shapes; the results are orders of magnitude.
 
 Legend: T models, P merged parameters, B batch, L tokens per sample, D width, K classes, N layers.
 """
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.objectives import scans
-from mergekit_dam.learn.stand_ins import has_students, vaccinated
+from mergekit_dam.learn.stand_ins import merges_students, vaccinates
 from mergekit_dam.merging.mask_keys import Granularity, mask_shape
 from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.tasks import family_of
@@ -25,27 +25,27 @@ from mergekit_dam.vaccine.settings import VaccineSettings, resolved_for
 
 _WIDTH = ("hidden_size", "dim", "n_embd")
 _HEADS = ("num_attention_heads", "n_heads", "n_head")
-# parts that are views of files on the CPU
+# parts of the memory that are views of files on the CPU
 MAPPED = ("base and models, mapped files on the CPU", "one whole model, for its answers and its scan")
 _FLOAT = 4  # bytes; learning is done in float32
-_STATES = 4  # per mask logit: itself, its gradient, two moments of Adam
-_SPREAD = (0.6, 1.75)  # a run's time against the estimate, within a factor of 3
-_WIDEST = 1024  # width of the block that is timed; wider ones cost as its square
+_STATES = 4  # numbers per mask logit: the logit, its gradient, two moments of Adam
+_SPREAD = (0.6, 1.75)  # shortest and longest time as factors of the estimate
+_WIDEST = 1024  # largest width of the timed block; the cost of wider blocks grows as the square of the width
 _START = 2.0  # seconds to read, hash and write small models
-_WRAPPED = 2  # what a block of transformers takes of Python's time, against torch's own
-_PER_MASK = 3  # what a mask of one tensor takes in a step, in passes through an empty block
-_UNITS = 3  # a pass forward counts as one, its backward pass as two
+_WRAPPED = 2  # Python time of a block in transformers, as a multiple of that of torch's own block
+_PER_MASK = 3  # time of one tensor's mask in a step, in passes through an empty block
+_UNITS = 3  # a forward pass counts as 1, its backward pass as 2
 _SWEEPS = 8  # passes over memory per model, mask entry and step
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of this machine, measured now, at blocks of the model's own shape.
+    """Speed of this machine, measured on blocks of the model's shape.
 
     Attributes:
-        call_seconds: that a pass through one block takes, whatever is in it: Python and the libraries' dispatch.
-        sample_seconds: that each sample adds to a pass forward through one block.
-        entry_seconds: of one pass over memory, per float32.
+        call_seconds: time of a pass through one block without data: Python and the libraries' dispatch.
+        sample_seconds: time that each sample adds to a forward pass through one block.
+        entry_seconds: time of one pass over memory, per float32.
     """
 
     call_seconds: float
@@ -55,13 +55,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What learning a plan takes.
+    """Memory and time to learn a plan.
 
     Attributes:
-        memory_bytes: by part, at the peak, on the device that learns.
-        forward_passes: single samples through one model, each backward pass counted as one or two more.
-        calls: passes through a model, whatever their batch.
-        seconds: shortest and longest time to expect; None without a measured speed.
+        memory_bytes: peak memory by part, on the device that learns.
+        forward_passes: passes of single samples through one model; a backward pass counts as one or two more.
+        calls: passes through a model, whatever the batch size.
+        seconds: shortest and longest expected time; None without a measured speed.
     """
 
     memory_bytes: dict[str, int]
@@ -71,12 +71,12 @@ class Estimate:
 
 
 def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, tokens: int | None = None) -> Estimate:
-    """Memory and work of `find_or_learn` for a plan; one suspect class per model is assumed.
+    """Estimate memory and work of `find_or_learn` for a plan; one suspect class per model is assumed.
 
     Args:
-        processes: that share the rows of masks and of frozen models; memory is that of one of them.
-        speed: of the device (`measured_speed`).
-        tokens: of a text sample, on average; None: as many as the setting `max_length` allows.
+        processes: number of processes that share rows; the memory is that of one process.
+        speed: speed of the device (`measured_speed`).
+        tokens: mean length of a text sample; None: the setting `max_length`.
     """
     config, constants, num_models = plan.config, plan.config.constants, len(plan.models)
     floating = [spec for spec in plan.tensors if spec.dtype.is_floating_point]
@@ -87,11 +87,11 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
     entries = sum(math.prod(mask_shape(spec.shape, config.granularity)) for spec in floating)
     length = _length(plan, tokens)
     num_classes = max(_classes(model.config) for model in plan.models)
-    taught = has_students([family_of(plan)], config)
+    taught = merges_students([family_of(plan)], config)
     scanned = scans(config) and config.mask != "m1" and num_classes > 0 and not taught
     activations = _activation_bytes(plan.base.config, length)
     layers = _layers(plan.base.config)
-    held, fitted = parameters, activations  # at a time, of parameters and activations
+    held, fitted = parameters, activations  # parameters and activations in memory at a time
     if isinstance(config.window, int):  # models stay in their files
         held = largest_window(floating, layers, config.window, lambda spec: math.prod(spec.shape))
         entries = largest_window(floating, layers, config.window, lambda spec: _entries(spec, config.granularity))
@@ -116,7 +116,7 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
         calls, passes = calls + steps, passes + steps * constants.student_batch_size
     elif scans(config) and config.mask != "m1":
         passes += sum(_token_scan(model.config) // length for model in plan.models)
-    if vaccinated([family_of(plan)], config):
+    if vaccinates([family_of(plan)], config):
         vaccine = resolved_for(VaccineSettings(), family_of(plan), parameters, config.num_samples, constants)
         assert vaccine.plant_steps is not None and vaccine.unlearn_steps is not None and vaccine.batch_size is not None
         trained = 1 if vaccine.lora_rank else _STATES
@@ -135,64 +135,71 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
 
 
 def largest_window(specs: Sequence[TensorSpec], layers: int, size: int, numel: Callable[[TensorSpec], int]) -> int:
-    """Entries of the largest window of `size` positions: what is before the blocks, each block, what follows.
+    """Return the number of entries of the largest window of `size` positions.
+
+    Position 0 is everything before the blocks, then each block is a position, and the last is everything after them.
 
     Args:
-        specs: in the order in which a model uses them.
-        layers: how many blocks there are.
-        numel: entries of a tensor.
+        specs: tensors in the order in which a model uses them.
+        layers: number of blocks.
+        numel: number of entries of a tensor.
     """
     sizes = [0] * (layers + 2)
-    place = 0
+    position = 0
     for spec in specs:
         number = re.search(r"\.(\d+)\.", spec.name)
         if number is not None:
-            place = min(layers, int(number[1]) + 1)
-        elif place > 0:
-            place = layers + 1
-        sizes[place] += numel(spec)
+            position = min(layers, int(number[1]) + 1)
+        elif position > 0:
+            position = layers + 1
+        sizes[position] += numel(spec)
     return max(sum(sizes[first : first + size]) for first in range(0, len(sizes), size))
 
 
 def _entries(spec: TensorSpec, granularity: Granularity) -> int:
-    """Of a mask of a window, where tables of words have one per token."""
+    """Return the entries of a tensor's mask in a window, where embeddings have one entry per token."""
     is_table = spec.vocabulary_axis == 0
     return math.prod(mask_shape(spec.shape, "row" if is_table else granularity))
 
 
 def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
-    """Calls of a model, and samples through it; a backward pass counts as one more (inputs) or two (weights)."""
+    """Return calls and forward passes as in `Estimate`; a backward pass counts 1 (inputs) or 2 (weights)."""
     config, constants, num_models = plan.config, plan.config.constants, len(plan.models)
     if config.objective == "paper":
         calls = num_models * (config.steps * 15 + constants.coefficient_steps * 3)
         return calls, calls * config.batch_size
-    # the model's own answers, the merge's, and those under one suspect's trigger
+    # logits of the model, of the merge, and of the merge with one suspect's trigger
     calls = num_models * config.steps * (7 if num_classes else 4)
     passes = calls * config.batch_size
-    if isinstance(config.window, int):  # a step goes through one window, and samples through all of them three times
+    if isinstance(
+        config.window, int
+    ):  # a step goes through one window, and the samples go through all windows three times
         passes += 3 * num_models * config.num_samples
     if num_classes:
-        found = [_search(plan, num_classes), _search(plan, num_classes, styles=True)]
-        found += [_search(plan, num_classes)] if constants.scan_others and num_models > 1 else []
+        searches = [_search(plan, num_classes), _search(plan, num_classes, styles=True)]
+        searches += [_search(plan, num_classes)] if constants.scan_others and num_models > 1 else []
         refreshes = config.scan_steps + config.steps // config.refresh_every * constants.refresh_steps
-        calls += num_models * (sum(one[0] for one in found) + 2 * refreshes)
-        passes += num_models * (sum(one[1] for one in found) + 2 * refreshes * constants.scan_batch_size)
+        calls += num_models * (sum(work[0] for work in searches) + 2 * refreshes)
+        passes += num_models * (sum(work[1] for work in searches) + 2 * refreshes * constants.scan_batch_size)
     return calls, passes
 
 
 def _search(plan: Plan, num_classes: int, *, styles: bool = False) -> tuple[int, int]:
-    """The same of one search of a task: all classes for two fifths of the steps, finalists for the rest, and what
-    their triggers do to the model and to theta_0."""
+    """Return calls and forward passes of one search of a task.
+
+    It searches all classes for two fifths of the steps, finalists for the remaining steps, and measures the success of
+    the triggers on the model and on theta_0.
+    """
     config, constants = plan.config, plan.config.constants
     first = max(1, config.scan_steps * 2 // 5)
-    rest, finalists = (0, 0) if styles else (config.scan_steps - first, min(constants.scan_finalists, num_classes))
+    remaining, finalists = (0, 0) if styles else (config.scan_steps - first, min(constants.scan_finalists, num_classes))
     checked = (num_classes + finalists) * min(constants.measured_samples, config.num_samples) * 2
-    steps = (first * num_classes + rest * finalists) * constants.scan_batch_size * 2
-    return 2 * (first + rest) + 2 * (num_classes + finalists), steps + checked
+    steps = (first * num_classes + remaining * finalists) * constants.scan_batch_size * 2
+    return 2 * (first + remaining) + 2 * (num_classes + finalists), steps + checked
 
 
 def measured_speed(plan: Plan, device: torch.device, tokens: int | None = None) -> Speed:
-    """What a block of the plan's width and length takes on the device; under a second, for wide ones some seconds."""
+    """Measure the speed of a block of the plan's width and length; takes under a second, or seconds for wide blocks."""
     config, length = plan.base.config, _length(plan, tokens)
     width, heads = _first(config, *_WIDTH), _first(config, *_HEADS)
     each = max(8, min(width, _WIDEST) // max(1, heads))
@@ -207,7 +214,7 @@ def measured_speed(plan: Plan, device: torch.device, tokens: int | None = None) 
 
 
 def _pass_seconds(width: int, heads: int, batch: int, length: int, device: torch.device) -> float:
-    """Forward and backward through one block of random weights."""
+    """Measure a forward and backward pass through one block of random weights, in seconds."""
     with torch.random.fork_rng(), torch.enable_grad():
         block = torch.nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True).to(device)
         inputs_BLD = torch.rand(batch, length, width, device=device, requires_grad=True)
@@ -215,27 +222,27 @@ def _pass_seconds(width: int, heads: int, batch: int, length: int, device: torch
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device, *, budget: float = 0.15) -> float:
-    """The median of the seconds that some tries take."""
+    """Return the median time of repeated calls, in seconds."""
     taken: list[float] = []
     begun = time.perf_counter()
     while len(taken) < 2 or time.perf_counter() - begun < budget:
-        one = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        taken.append(time.perf_counter() - one)
-        if taken[0] > 2.0:  # the first one of a large block says enough
+        taken.append(time.perf_counter() - start)
+        if taken[0] > 2.0:  # one call of a large block is enough
             break
     return median(taken)
 
 
 def _length(plan: Plan, tokens: int | None) -> int:
-    """L, the longest of the models'."""
+    """Return the largest L of the models."""
     return max(_tokens(model.config, tokens or plan.config.max_length) for model in plan.models)
 
 
 def _tokens(config: PretrainedConfig, max_length: int) -> int:
-    """L of one sample: patches and a class token, or the length at which text is cut."""
+    """Return L of one sample: patches and a class token, or the length at which text is cut."""
     vision = getattr(config, "vision_config", config)
     if hasattr(vision, "patch_size"):
         return int((vision.image_size // vision.patch_size) ** 2 + 1)
@@ -243,18 +250,21 @@ def _tokens(config: PretrainedConfig, max_length: int) -> int:
 
 
 def _classes(config: PretrainedConfig) -> int:
-    """K that a scan goes through; 0 for a causal LM, which has none."""
+    """Return the number K of classes that a scan searches; 0 for a causal LM."""
     name = (config.architectures or [""])[0]
     return 0 if name.endswith(("ForCausalLM", "LMHeadModel")) else int(config.num_labels or 0)
 
 
 def _token_scan(config: PretrainedConfig) -> int:
-    """Tokens that the scan of a causal LM reads: every beginning after two prompts, on the model and on theta_0."""
+    """Return the tokens that a causal LM's scan reads: each first token after two prompts, for theta_t and theta_0."""
     return 0 if _classes(config) else 2 * 2 * int(getattr(config.get_text_config(), "vocab_size", 0))
 
 
 def _activation_bytes(config: PretrainedConfig, length: int) -> int:
-    """Kept for the backward pass of one sample (Korthikanti et al., arXiv 2205.05198, equation 1, in float32)."""
+    """Return the bytes of activations kept for the backward pass of one sample, in float32.
+
+    Source: Korthikanti et al., arXiv 2205.05198, equation 1.
+    """
     width, heads = _first(config, *_WIDTH), _first(config, *_HEADS)
     return 2 * _layers(config) * length * (34 * width + 5 * heads * length)
 
@@ -264,6 +274,6 @@ def _layers(config: PretrainedConfig) -> int:
 
 
 def _first(config: PretrainedConfig, *names: str) -> int:
-    """The number under the first of these names: families spell them differently."""
+    """Return the number under the first known name; model families use different names."""
     inner = getattr(config, "vision_config", None) or config.get_text_config()
     return next((int(getattr(inner, name)) for name in names if hasattr(inner, name)), 1)

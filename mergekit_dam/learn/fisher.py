@@ -1,4 +1,4 @@
-"""How much each hidden state counts for what a model answers.
+"""Weight hidden states by their Fisher information for a model's answers.
 
 Legend: N samples, B batch, L tokens, D width, K classes.
 """
@@ -20,37 +20,37 @@ _AT_ONCE = 8  # samples
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Weights of the hidden states at one position: that of the unit times that of the token, each of mean 1.
+    """Weights of the hidden states at one position: weight of the unit times weight of the token, each of mean 1.
 
     Attributes:
-        units_D: by unit.
-        tokens_N: by sample, its L_i tokens.
+        units_D: weights of the hidden units.
+        tokens_N: per sample, the weights (L_i,) of its tokens.
     """
 
     units_D: Tensor
     tokens_N: Sequence[Tensor] = field(repr=False)
 
     def of(self, rows_B: Tensor) -> Tensor:
-        """Weights (B, L, D) of these samples, zero after the end of each."""
+        """Return weights (B, L, D) of these samples, zero after the end of each sample."""
         tokens_BL = torch.nn.utils.rnn.pad_sequence([self.tokens_N[i] for i in rows_B.tolist()], batch_first=True)
         return tokens_BL[..., None] * self.units_D
 
 
 def importance_of(task: Task, weights: Mapping[str, Tensor], stops: Sequence[int], seed: int) -> dict[int, Importance]:
-    """Weights from the diagonal Fisher information of the model's own answers.
+    """Compute weights of hidden states from the diagonal Fisher information of the model's own answers.
 
-    It is the squared gradient of the log-probability of answers that are sampled from the model. Its mean over tokens
-    and samples weighs units, its mean over units weighs tokens; scaled to mean 1, it makes all of each weight but
-    `fisher_floor`. So the tokens that a head reads count more than those it does not.
+    The information is the squared gradient of the log-probability of answers sampled from the model. Its mean over
+    tokens and samples weights units, and its mean over units weights tokens. Each is scaled to mean 1, and a weight is
+    `fisher_floor` plus (1 - `fisher_floor`) times it. So tokens that the head reads count more than other tokens.
 
     Args:
-        task: whose calibration samples are looked at, all of them.
-        weights: of the model, whole, by output name.
-        stops: positions that read the states.
-        seed: of the answers.
+        task: all of its calibration samples are used.
+        weights: the model's weights, whole, by output name.
+        stops: positions that read the hidden states.
+        seed: seed of the sampled answers.
 
     Returns:
-        By position, on the task's device.
+        Weights by position, on the task's device.
     """
     assert task.chain is not None
     generator = seeds.generator(seed, "fisher", task.index)
@@ -74,9 +74,10 @@ def importance_of(task: Task, weights: Mapping[str, Tensor], stops: Sequence[int
 
 
 def _scaled(information: Tensor, floor: float) -> Tensor:
+    """Scale information to weights of mean 1, each at least `floor`."""
     return floor + (1 - floor) * information / information.mean().clamp_min(1e-30)
 
 
 def _all_scaled(information_N: Sequence[Tensor], floor: float) -> list[Tensor]:
-    """Of all tokens of all samples together."""
-    return list(_scaled(torch.cat(list(information_N)), floor).split([len(one) for one in information_N]))
+    """Scale the information of all tokens of all samples together."""
+    return list(_scaled(torch.cat(list(information_N)), floor).split([len(tokens_L) for tokens_L in information_N]))

@@ -1,4 +1,4 @@
-"""Masks and coefficients of a merged model, or of a part of it, while they are fitted. T models, P masked tensors."""
+"""Fit masks and coefficients of a merged model or of a part of it. T models, P masked tensors."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.snapshots import State, adam_state
-from mergekit_dam.learn.masks import LogitSteps, combined, detects_per_model, logits_of, mask_state, masks_in_use
+from mergekit_dam.learn.masks import LogitSteps, combined, detects_per_model, logit_keys, make_masks, mask_state
 from mergekit_dam.merging.checks import require_finite_gradients
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merging.mask_product import MaskProduct
 
 
 class MaskFit:
-    """Both masks and the coefficients, learned together by Adam, from their start.
+    """Both masks and the coefficients, learned together by Adam.
 
     Args:
-        model: whose masks they are.
+        model: the merged model.
         config: shared settings.
-        start: effective coefficients, with the masks at their start: (T, 1) or (T, P).
+        start: initial coefficients times the masks' initial density, (T, 1) or (T, P).
         suspects: whether some class is suspect.
-        by_token: whether tables of words have a mask entry per token.
+        by_token: whether embeddings have a mask entry per token.
 
     Attributes:
-        masks: by name.
-        coefficients: shaped like `start`.
-        optimisers: of the logits, by mask.
+        masks: masks by name.
+        coefficients: lambda, shaped like `start`.
+        optimisers: optimisers of the logits, by mask name.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class MaskFit:
     ) -> None:
         self.model, self.config = model, config
         constants = config.constants
-        self.masks = masks_in_use(
+        self.masks = make_masks(
             model,
             config,
             temperature=1.0,
@@ -55,53 +55,53 @@ class MaskFit:
         self.optimisers = {
             name: torch.optim.Adam(mask.logits.values(), fused=True) for name, mask in self.masks.items()
         }
-        self._of_coefficients = torch.optim.Adam([self.coefficients])
+        self._coefficient_optimiser = torch.optim.Adam([self.coefficients])
 
     def combined(self) -> dict[str, MaskProduct]:
-        """M = M1 o M2 by tensor at the masks' probabilities."""
+        """Return M = M1 o M2 by tensor, at the masks' probabilities."""
         return combined(self.masks)
 
     def weights(self) -> Weights:
-        """Merged weights by the masks as they are, whole from the start: no step is made with them."""
+        """Return whole merged weights at the current masks and coefficients, for use without gradients."""
         return self.model.weights(self.combined(), self.coefficients)
 
     def update(self, merged: dict[str, MaskProduct], weights: Weights, step: int) -> None:
-        """Gradients by the chain rule, one Adam step each; the step size falls along a cosine.
+        """Take one Adam step of masks and coefficients; the step size falls along a cosine.
 
         Args:
-            merged: the masks with which `weights` were made.
-            weights: with the gradients that the tasks left there.
-            step: out of the setting `steps`.
+            merged: the masks M that `weights` were merged with.
+            weights: merged weights, with the gradients of the tasks' losses.
+            step: number of the step, from 0 to `steps` - 1.
 
         Raises:
             DamError: a gradient that is not finite.
         """
         config, constants = self.config, self.config.constants
         slope, last = math.cos(math.pi * step / max(1, config.steps)), constants.last_rate_share
-        share = last + (1 - last) * 0.5 * (1 + slope)
+        factor = last + (1 - last) * 0.5 * (1 + slope)
         rates = [(optimiser, config.mask_learning_rate) for optimiser in self.optimisers.values()]
-        for optimiser, rate in [*rates, (self._of_coefficients, constants.coefficient_learning_rate)]:
+        for optimiser, rate in [*rates, (self._coefficient_optimiser, constants.coefficient_learning_rate)]:
             for group in optimiser.param_groups:
-                group["lr"] = rate * share
+                group["lr"] = rate * factor
         self.coefficients.grad = torch.zeros_like(self.coefficients)
         steps = LogitSteps(self.masks, self.optimisers)
         num_parts = sum(max(1, mask.owners) for mask in self.masks.values())
-        for key, found in self.model.logit_gradients(
+        for key, gradients in self.model.logit_gradients(
             weights,
             merged,
             self.coefficients,
             self.coefficients.grad,
             range(num_parts),
         ):
-            steps.add(logits_of(self.masks, key), found)
+            steps.add(logit_keys(self.masks, key), gradients)
         steps.finish(step)
         require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
-        self._of_coefficients.step()
+        self._coefficient_optimiser.step()
         self.coefficients.clamp_(0.0, constants.max_coefficient)
 
     def state(self, facts: dict[str, Any]) -> State:
-        """Everything that later steps depend on."""
+        """Return the state that later steps depend on."""
         state = mask_state(self.masks, self.optimisers, facts)
         state.tensors |= {"coefficients": self.coefficients}
-        state.tensors |= adam_state(self._of_coefficients, "adam", ["coefficients"])
+        state.tensors |= adam_state(self._coefficient_optimiser, "adam", ["coefficients"])
         return state

@@ -1,4 +1,4 @@
-"""Where the records of a run go: metrics.jsonl and the progress bar."""
+"""Write the records of a run to metrics.jsonl, show progress, and time the phases."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from mergekit_dam.engine.progress import bar
+from mergekit_dam.engine.progress import progress_bar
 from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 
-# records that stand behind the bar, by a short name: it shall fit a line
+# records to show after the bar, with short names, so that the bar fits a line
 _SHOWN = {"window": "window", "loss": "loss", f"density/{TASK_SHARED}": "m1", f"density/{BACKDOOR_DETECTION}": "m2"}
 
 
 class Recorder:
-    """Where records and progress go.
+    """Writer of a run's records, and its timer.
 
     Args:
         metrics: the open metrics.jsonl.
         quiet: no progress bar.
-        snapshots: of the run, which hold how long its earlier parts took.
+        snapshots: snapshots of the run; they hold the times of its earlier, interrupted parts.
 
     Attributes:
-        started: when the run was begun, in the first of its parts (ISO 8601).
-        seconds: by phase, of those that came to their end, in all parts of the run.
+        started: start of the first part of the run (ISO 8601).
+        seconds: seconds by finished phase, over all parts of the run.
     """
 
     def __init__(self, metrics: IO[str], *, quiet: bool, snapshots: Snapshots) -> None:
@@ -39,10 +39,10 @@ class Recorder:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.started = str(earlier.get("started", now))
         self.seconds: dict[str, float] = {str(k): float(v) for k, v in dict(earlier.get("seconds", {})).items()}
-        snapshots.follow(seconds=self.so_far, started=lambda: self.started)
+        snapshots.add_facts(seconds=self.seconds_so_far, started=lambda: self.started)
 
-    def so_far(self) -> dict[str, float]:
-        """Seconds by phase, those of the running one included."""
+    def seconds_so_far(self) -> dict[str, float]:
+        """Return seconds by phase, those of the running phase included."""
         if self._running is None:
             return dict(self.seconds)
         title, begun = self._running
@@ -50,17 +50,17 @@ class Recorder:
         return self.seconds | {title: round(spent, 3)}
 
     def track(self, record: dict[str, Any]) -> None:
-        """One flat record."""
+        """Write one flat record."""
         self._last.update(record)
         self._metrics.write(json.dumps(record) + "\n")
 
     def progress(self, steps: Iterable[int], title: str) -> Iterable[int]:
-        """The steps, with a bar that shows the loss and the densities."""
+        """Yield the steps with a progress bar that shows loss and densities, and time them as phase `title`."""
         self._running = title, time.perf_counter()
         try:
-            yield from bar(steps, title, quiet=self._quiet, shown=self._shown)
-        finally:  # also where the loop is left early
-            self.seconds.update(self.so_far())
+            yield from progress_bar(steps, title, quiet=self._quiet, shown=self._shown)
+        finally:  # also if the loop ends early
+            self.seconds.update(self.seconds_so_far())
             self._running = None
 
     def _shown(self) -> dict[str, str]:
@@ -72,7 +72,7 @@ class Recorder:
 
 
 def open_journal(path: Path, snapshots: Snapshots) -> IO[str]:
-    """metrics.jsonl as it was at the snapshot that the run goes on from, or empty."""
+    """Open metrics.jsonl, cut to its length at the snapshot from which the run resumes, or emptied."""
     facts = snapshots.facts
     file = path.open("a", encoding="utf-8")
     if path.is_file():
@@ -84,5 +84,5 @@ def open_journal(path: Path, snapshots: Snapshots) -> IO[str]:
             os.fsync(file.fileno())
         return file.tell()
 
-    snapshots.follow(journal=length)
+    snapshots.add_facts(journal=length)
     return file

@@ -1,4 +1,4 @@
-"""Losses of unlabelled outputs: pure functions of logits_BK, mean over the batch, in nats."""
+"""Compute losses of unlabelled outputs: pure functions of logits_BK, means over the batch, in nats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.module_weights import Weights
-from mergekit_dam.engine.shards import Share
+from mergekit_dam.engine.shards import WorkItem
 from mergekit_dam.learn.teacher import TeacherLogits
 from mergekit_dam.learn.trigger_pool import TriggerPool
 from mergekit_dam.scan.triggers import TriggerBatch
@@ -19,28 +19,28 @@ from mergekit_dam.tasks import Task
 
 
 def entropy(logits_BK: Tensor) -> Tensor:
-    """H(softmax(f(x))), the unlabelled task loss of AdaMerging (arXiv 2310.02575)."""
+    """Return H(softmax(f(x))), the unlabelled task loss of AdaMerging (arXiv 2310.02575)."""
     log_p = F.log_softmax(logits_BK, dim=-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
 def consistency(perturbed_BK: Tensor, clean_BK: Tensor) -> Tensor:
-    """KL(f(x) || f(x + delta)): zero only where the perturbation changes nothing.
+    """Return KL(f(x) || f(x + delta)), which is zero only if the perturbation changes nothing.
 
-    The clean output is the fixed reference. Entropy of f(x + delta), which the public DAM code minimises
-    instead, is also low for a confident answer with the attacker's target.
+    The clean output is the fixed reference. The public DAM code minimises the entropy of f(x + delta), which is also
+    low for a confident answer with the attacker's target.
     """
     reference = F.log_softmax(clean_BK.detach(), dim=-1)
     return F.kl_div(F.log_softmax(perturbed_BK, dim=-1), reference, reduction="batchmean", log_target=True)
 
 
 def distillation(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
-    """KL(f_t(x) || f(x)): the merged model keeps the answers of the fine-tuned one."""
+    """Return KL(f_t(x) || f(x)), which is zero if the merge answers as the fine-tuned model does."""
     return consistency(student_BK, teacher_BK)
 
 
 def disagreement(perturbed_BK: Tensor, clean_BK: Tensor) -> Tensor:
-    """Cross-entropy of f(x + delta) against argmax f(x): what the universal perturbation drives up.
+    """Return the cross-entropy of f(x + delta) against argmax f(x), which the universal perturbation maximises.
 
     Source: untargeted universal perturbation (arXiv 1610.08401), step 3 of the published DAM loop.
     """
@@ -49,7 +49,7 @@ def disagreement(perturbed_BK: Tensor, clean_BK: Tensor) -> Tensor:
 
 def fit_loss(
     task: Task,
-    share: Share,
+    item: WorkItem,
     answers: TeacherLogits,
     weights: Weights,
     rows_B: Tensor,
@@ -58,32 +58,32 @@ def fit_loss(
     step: int,
     parts: dict[str, Tensor],
 ) -> Tensor:
-    """L = KL(f_t(x) || f(x)) + alpha sum_suspects w KL(f_t(x) || f(x + trigger)) of one task.
+    """Return L = KL(f_t(x) || f(x)) + alpha sum_suspects w KL(f_t(x) || f(x + trigger)) of one task.
 
-    Each sample gets one trigger of a suspect's pool; w is the mean weight of those.
+    Each sample gets one trigger of a suspect's pool; w is the mean weight of these triggers.
 
     Args:
-        share: the task's index, and which of the samples are ours: L is then our share of the mean over all of them.
+        item: the task, and the samples of this process; L is then their part of the mean over the whole batch.
         answers: f_t(x).
-        weights: the merge's.
+        weights: weights of the merge.
         rows_B: indices of calibration samples.
-        step: with the seed, it picks a trigger per sample.
-        parts: the terms are added to it by name.
+        step: seeds the choice of a trigger per sample, together with the setting `seed`.
+        parts: the terms of L are added to its entries, by name.
     """
     whole = task.inputs(rows_B)
-    inputs = share.of_all(whole)
-    weight = task.num_answers(inputs) / task.num_answers(whole) if share.parts > 1 else 1.0
-    answer = answers(share.of(rows_B), inputs)
+    inputs = item.of_inputs(whole)
+    weight = task.num_answers(inputs) / task.num_answers(whole) if item.parts > 1 else 1.0
+    answer = answers(item.of(rows_B), inputs)
     loss = weight * distillation(task.logits(weights, inputs), answer)
     _add(parts, f"loss/perf/{task.name}", loss)
     for suspect, pool in trigger_pool.items():
-        if suspect.task != share.task:
+        if suspect.task != item.task:
             continue
         weights_R = torch.tensor([one.weight for one in pool])
         generator = seeds.generator(config.seed, "pool", task.index, suspect.target, step)
         which_B = torch.randint(len(pool), (len(rows_B),), generator=generator)
         triggers = TriggerBatch.stack([one.trigger for one in pool])
-        perturb = triggers.perturb(share.of(which_B).to(task.device))
+        perturb = triggers.perturb(item.of(which_B).to(task.device))
         alpha = config.alpha * float(weights_R[which_B].mean())
         safety = weight * alpha * distillation(task.logits(weights, inputs, perturb), answer)
         _add(parts, f"loss/safe/{task.name}", safety)
@@ -92,20 +92,20 @@ def fit_loss(
 
 
 def _add(parts: dict[str, Tensor], name: str, loss: Tensor) -> None:
-    """As a tensor: a number would wait for the accelerator."""
+    """Add a loss to `parts` as a tensor: reading its value would wait for the accelerator."""
     parts[name] = parts[name] + loss.detach() if name in parts else loss.detach()
 
 
-def summed(everyones: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Terms of several processes by name."""
+def sum_terms(by_process: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sum loss terms over processes, by name."""
     total: dict[str, float] = {}
-    for parts in everyones:
+    for parts in by_process:
         for name, value in parts.items():
             total[name] = total.get(name, 0.0) + value
     return total
 
 
 def calibration_batch(task: Task, config: DamConfig, step: int) -> Tensor:
-    """Indices of the calibration samples of a step, shape (B,): the same for the same seed and step."""
+    """Draw the indices (B,) of a step's calibration samples; they depend on seed and step only."""
     generator = seeds.generator(config.seed, "batch", task.index, step)
     return torch.randperm(task.num_samples, generator=generator)[: config.batch_size]

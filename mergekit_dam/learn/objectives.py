@@ -1,4 +1,4 @@
-"""The setting `objective`: which search for masks it stands for, and how others register theirs."""
+"""Map the setting `objective` to a search for masks, and register searches of plugins."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mergekit_dam.registry import OBJECTIVES
 
 
 def register_objective(name: str, search: type[MaskSearch]) -> None:
-    """Let recipes name a search for masks in the setting `objective`.
+    """Register a search for masks under a name of the setting `objective`.
 
     Args:
-        name: a new one.
+        name: a name that is not taken.
         search: a subclass of `MaskSearch`, such as `InversionSearch` with one step changed.
 
     Raises:
@@ -27,18 +27,18 @@ register_objective("inversion", InversionSearch)
 register_objective("paper", PaperSearch)
 
 
-def search_of(config: DamConfig) -> type[MaskSearch]:
-    """The class that learns the masks by these settings.
+def search_class(config: DamConfig) -> type[MaskSearch]:
+    """Return the class that learns masks with these settings.
 
     Raises:
-        DamError: an objective that is not registered in this process.
+        DamError: no search of this name is registered in this process.
     """
     if config.objective == "inversion" and isinstance(config.window, int):
         return WindowSearch
-    found: type[MaskSearch] = OBJECTIVES[config.objective]
-    return found
+    registered: type[MaskSearch] = OBJECTIVES[config.objective]
+    return registered
 
 
 def scans(config: DamConfig) -> bool:
     """Whether the objective scans the models for backdoors before it learns masks."""
-    return search_of(config).scans
+    return search_class(config).scans

@@ -1,8 +1,8 @@
-"""`objective: paper`: the published loop of DAM (arXiv 2410.13910) with two real masks and its defects mended.
+"""`objective: paper`: run the published loop of DAM (arXiv 2410.13910) with two separate masks and corrections.
 
-Per step: sample the masks; fit the coefficients from their start (inner problem); drive one universal
-perturbation per task up; update M1 or M2, which take turns (outer problem). Then the masks are fixed at their
-probabilities and the coefficients are fitted to the end. Batches hold unlabelled calibration data only.
+Per step: sample the masks; fit the coefficients from their start (inner problem); take an ascent step of one universal
+perturbation per task; update M1 and M2 in alternate steps (outer problem). After these steps the masks are fixed at
+their probabilities, and the coefficients are fitted. Batches hold unlabelled calibration data only.
 Legend: T tasks, P masked tensors, B batch, K classes.
 """
 
@@ -22,12 +22,12 @@ from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.learn.losses import calibration_batch, consistency, disagreement, entropy
 from mergekit_dam.learn.masks import (
     LogitSteps,
-    Whole,
+    ProbabilityBytes,
     combined,
-    facts_of,
     final_probabilities,
+    make_masks,
+    mask_facts,
     mask_state,
-    masks_in_use,
 )
 from mergekit_dam.learn.search import MaskSearch
 from mergekit_dam.merging.mask_bytes import to_bytes
@@ -39,11 +39,11 @@ Batch = dict[str, Tensor]  # inputs of one task
 
 
 class PaperSearch(MaskSearch):
-    """The published loop; `start` are the initial coefficients."""
+    """The published loop; `start` holds the initial coefficients."""
 
     def set_up(self) -> None:
         model, config, constants = self.model, self.config, self.config.constants
-        self.masks = masks_in_use(model, config, temperature=constants.temperature)
+        self.masks = make_masks(model, config, temperature=constants.temperature)
         self.optimisers = {
             name: torch.optim.Adam(mask.logits.values(), lr=config.mask_learning_rate, fused=True)
             for name, mask in self.masks.items()
@@ -65,12 +65,12 @@ class PaperSearch(MaskSearch):
             for p in self.perturbations
         ]
 
-    def run(self) -> tuple[Whole, Tensor]:
-        """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
-        phase, done = self.begin("masks")
+    def run(self) -> tuple[ProbabilityBytes, Tensor]:
+        """Learn; return probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
+        phase, done = self.restore("masks")
         for step in self.progress(range(done if phase == "masks" else self.config.steps, self.config.steps), "masks"):
             self.step(step)
-            self.keep("masks", step + 1)
+            self.snapshot_if_due("masks", step + 1)
         self.fit_coefficients(done if phase == "coefficients" else 0)
         return final_probabilities(self.masks), self.coefficients
 
@@ -84,14 +84,14 @@ class PaperSearch(MaskSearch):
                 state.tensors |= adam_state(self.ascents[index], "adam/perturbation", [str(index)])
         return state
 
-    def lay_out(self, facts: Mapping[str, Any]) -> None:
-        """Nothing: all tensors are there from the start."""
+    def allocate(self, facts: Mapping[str, Any]) -> None:
+        """Do nothing: `set_up` makes all tensors."""
 
     def facts_of_masks(self) -> dict[str, Any]:
-        return facts_of(self.masks)
+        return mask_facts(self.masks)
 
     def step(self, step: int) -> None:
-        """One pass through the published steps 1 to 4."""
+        """Run the published steps 1 to 4 once."""
         samples = {
             name: {key: mask.sample(key, seed=self.config.seed, step=step) for key in self.model.mask_names}
             for name, mask in self.masks.items()
@@ -101,7 +101,7 @@ class PaperSearch(MaskSearch):
         coefficients, before = self.inner_step(merged_masks, batches)
         weights = self.model.weights(merged_masks, coefficients)
         turn = tuple(self.masks)[step % len(self.masks)]
-        parts = self.shards.union(self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION))
+        parts = self.shards.all_gather_dict(self.outer_losses(weights, batches, safe=turn == BACKDOOR_DETECTION))
         self.update(turn, weights, merged_masks, coefficients, step)
         density = {f"density/{name}": mask.density() for name, mask in self.masks.items()}
         total = sum(parts.values())
@@ -109,7 +109,7 @@ class PaperSearch(MaskSearch):
         self.track_step(record)
 
     def batches(self, step: int) -> dict[int, Batch]:
-        """Inputs of a step for the tasks that are ours, by their index."""
+        """Return the inputs of a step for this process's tasks, by index of the task."""
         return {
             index: task.inputs(calibration_batch(task, self.config, step))
             for index, task in enumerate(self.tasks)
@@ -117,7 +117,7 @@ class PaperSearch(MaskSearch):
         }
 
     def inner_step(self, masks: Masks, batches: dict[int, Batch]) -> tuple[Tensor, float]:
-        """Step 2: from their start, one Adam step of the coefficients on the summed entropy, masks fixed."""
+        """Step 2: take one Adam step of the coefficients from their start on the summed entropy; masks are fixed."""
         coefficients = self.start.clone()
         optimiser = torch.optim.Adam([coefficients], lr=self.config.constants.coefficient_learning_rate)
         loss = self.coefficient_step(masks, coefficients, optimiser, batches)
@@ -126,6 +126,7 @@ class PaperSearch(MaskSearch):
     def coefficient_step(
         self, masks: Masks, coefficients: Tensor, optimiser: torch.optim.Optimizer, batches: dict[int, Batch]
     ) -> float:
+        """Take one step of the coefficients on the summed entropy; return the entropy before the step."""
         weights = self.model.weights(masks, coefficients)
         losses: dict[int, float] = {}
         for index, inputs in batches.items():
@@ -134,19 +135,19 @@ class PaperSearch(MaskSearch):
             losses[index] = float(loss.detach())
         coefficients.grad = self.model.coefficient_gradients(weights, masks, coefficients)
         optimiser.step()
-        return float(sum(self.shards.union(losses).values()))
+        return float(sum(self.shards.all_gather_dict(losses).values()))
 
     def outer_losses(self, weights: Weights, batches: dict[int, Batch], *, safe: bool) -> dict[str, float]:
-        """Steps 3 and 4: move each perturbation, then the backward passes of L_perf (+ alpha L_safe) into `weights`.
+        """Steps 3 and 4: step each perturbation, then backpropagate L_perf (+ alpha L_safe) into `weights`.
 
-        One clean forward pass serves both: step 3 needs its answers, step 4 its entropy.
+        One clean forward pass serves both: step 3 uses its answers, step 4 its entropy.
         """
         parts: dict[str, float] = {}
-        still = without_gradients(weights)
+        fixed_weights = without_gradients(weights)
         for index, inputs in batches.items():
             task = self.tasks[index]
             clean = task.logits(weights, inputs)
-            self.ascend(index, still, inputs, clean)
+            self.ascend(index, fixed_weights, inputs, clean)
             loss = entropy(clean)
             parts[f"loss/perf/{task.name}"] = float(loss.detach())
             if safe:
@@ -158,10 +159,10 @@ class PaperSearch(MaskSearch):
             loss.backward()
         return parts
 
-    def ascend(self, index: int, still: Weights, inputs: Batch, clean: Tensor) -> None:
-        """Step 3: one ascent step of a universal perturbation, with weights that stay; `clean` are the clean logits."""
+    def ascend(self, index: int, weights: Weights, inputs: Batch, clean: Tensor) -> None:
+        """Step 3: take one ascent step of a universal perturbation; `clean` holds the clean logits."""
         task, perturb = self.tasks[index], self.perturbations[index]
-        loss = disagreement(task.logits(still, inputs, perturb), clean)
+        loss = disagreement(task.logits(weights, inputs, perturb), clean)
         (perturb.delta.grad,) = torch.autograd.grad(loss, perturb.delta)
         self.ascents[index].step()
         perturb.project()
@@ -169,21 +170,21 @@ class PaperSearch(MaskSearch):
     def update(
         self, turn: str, weights: Weights, masks: Mapping[str, MaskProduct], coefficients: Tensor, step: int
     ) -> None:
-        """Step 4, second half: one Adam step of the mask whose turn it is, tensor by tensor."""
+        """Step 4, second half: take one Adam step of the mask named `turn`, tensor by tensor."""
         unused = torch.zeros_like(coefficients)
         steps = LogitSteps(self.masks, {turn: self.optimisers[turn]})
-        for key, (found,) in self.model.logit_gradients(
+        for key, (gradient,) in self.model.logit_gradients(
             weights,
             masks,
             coefficients,
             unused,
             [tuple(self.masks).index(turn)],
         ):
-            steps.add([(turn, key)], [found])
+            steps.add([(turn, key)], [gradient])
         steps.finish(step)
 
     def fit_coefficients(self, done: int = 0) -> None:
-        """With the masks fixed at what will be saved, fit the coefficients on the summed entropy (AdaMerging)."""
+        """Fit the coefficients on the summed entropy (AdaMerging), with masks fixed at the probabilities to save."""
         saved = {
             name: {key: to_bytes(mask.expectation(key)) for key in self.model.mask_names}
             for name, mask in self.masks.items()
@@ -199,12 +200,12 @@ class PaperSearch(MaskSearch):
                 "coefficients": self.coefficients.mean(1).tolist(),
             }
             self.track_step(record)
-            self.keep("coefficients", step + 1)
+            self.snapshot_if_due("coefficients", step + 1)
 
 
 @contextmanager
 def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
-    """The outer problem treats the perturbation as a constant."""
+    """Make the perturbation a constant during the context, as the outer problem treats it."""
     perturb.delta.requires_grad_(False)
     try:
         yield
@@ -213,17 +214,17 @@ def _fixed(perturb: UniversalPerturbation) -> Iterator[None]:
 
 
 class UniversalPerturbation:
-    """One perturbation for all inputs of a task, as an L-infinity ball of radius `eps` x span.
+    """One perturbation for all inputs of a task, in an L-infinity ball of radius `eps` x span.
 
     Images: delta (C, H, W) is added to pixels, and the sum stays within the bounds.
     Text: K tokens (K, D) are inserted after position 0, at the centre of the embedding range + delta.
 
     Args:
         shape: (C, H, W) or (K, D).
-        bounds: box of what is perturbed.
+        bounds: valid range of pixels or embeddings.
         eps: radius as a share of the span.
-        inserts: True for text.
-        generator: draws the start, uniform within the ball.
+        inserts: whether delta is inserted (text) or added (images).
+        generator: draws the initial delta, uniform in the ball.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class UniversalPerturbation:
         self.delta = (start * eps).requires_grad_(True)
 
     def project(self) -> None:
-        """Back into the ball after a step."""
+        """Project delta back into the ball after a step."""
         with torch.no_grad():
             self.delta.clamp_(-self.eps, self.eps)
 

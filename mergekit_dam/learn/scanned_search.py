@@ -1,4 +1,4 @@
-"""What searches share that first scan the models for backdoors and then fit masks against what was found. T tasks."""
+"""Define the base class of searches that scan models for backdoors and fit masks against suspects. T tasks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.engine.module_weights import Weights
-from mergekit_dam.engine.shards import turns
-from mergekit_dam.learn.losses import calibration_batch, summed
+from mergekit_dam.engine.shards import schedule
+from mergekit_dam.learn.losses import calibration_batch, sum_terms
 from mergekit_dam.learn.search import MaskSearch
-from mergekit_dam.learn.students import wanted
+from mergekit_dam.learn.students import uses_students
 from mergekit_dam.learn.teacher import TeacherLogits
 from mergekit_dam.learn.trigger_pool import TriggerPool, WeightedTrigger, refresh_triggers
 from mergekit_dam.scan.cross_task import merge_without, success_without_trigger, weights_from
@@ -26,33 +26,33 @@ LOG = logging.getLogger(__name__)
 
 
 class ScannedSearch(MaskSearch):
-    """A search with findings, and triggers of the suspects.
+    """A search with findings, and with triggers of the suspects.
 
     Attributes:
-        findings: of the scan.
+        findings: findings of the scan.
         trigger_pool: triggers to fit masks against, by suspect.
-        turns: the tasks whose losses are ours, one after another.
-        answers: f_t(x), by index of those tasks.
+        schedule: work of this process in each step.
+        answers: f_t(x), by index of the tasks in `schedule`.
     """
 
     scans = True
 
     def set_up(self) -> None:
-        self.turns = turns([len(calibration_batch(task, self.config, 0)) for task in self.tasks], self.shards)
+        self.schedule = schedule([len(calibration_batch(task, self.config, 0)) for task in self.tasks], self.shards)
         self.findings: list[Finding] = []
         self.trigger_pool: TriggerPool = {}
         self.answers: dict[int, TeacherLogits] = {}
 
     @abstractmethod
     def begin_fit(self) -> None:
-        """Masks and coefficients at their start, now that it is known whether there are suspects."""
+        """Make initial masks and coefficients; the number of M2 masks depends on whether there are suspects."""
 
     @abstractmethod
     def merged_weights(self) -> Weights:
-        """The whole merge by the masks as they are."""
+        """Return the weights of the whole merge at the current masks."""
 
     def facts_of_state(self, phase: str, done: int) -> dict[str, Any]:
-        """All of the state that is no tensor."""
+        """Return the JSON part of the state."""
         return {
             "phase": phase,
             "done": done,
@@ -61,14 +61,14 @@ class ScannedSearch(MaskSearch):
         }
 
     def triggers_of_state(self) -> dict[str, Tensor]:
-        """Triggers of the findings and of the pool."""
+        """Return the tensors of triggers of the findings and of the pool, by name."""
         held = {f"finding/{i}": f.trigger for i, f in enumerate(self.findings)}
         for n, triggers in enumerate(self.trigger_pool.values()):
             held |= {f"pool/{n}/{i}": one.trigger for i, one in enumerate(triggers)}
         return {f"{name}/{i}": p for name, t in held.items() for i, p in enumerate(t.parameters)}
 
-    def lay_out_triggers(self, facts: Mapping[str, Any]) -> None:
-        """Findings and pool, whose triggers are still to be filled."""
+    def allocate_triggers(self, facts: Mapping[str, Any]) -> None:
+        """Make findings and pool with blank triggers, so that a snapshot can fill them."""
         self.findings = [blank_finding(self.tasks, f) for f in facts["findings"]]
         self.trigger_pool = {}
         for task, target, source_model, kind, weights in facts["pools"]:
@@ -76,48 +76,48 @@ class ScannedSearch(MaskSearch):
             self.trigger_pool[key] = [WeightedTrigger(blank(self.tasks[task], kind), weight) for weight in weights]
 
     def audit(self) -> list[dict[str, Any]]:
-        """The scan's findings as JSON, with those that the masks were fitted against marked."""
+        """Return the findings of the scan as JSON; `suspect` marks the findings that masks were fitted against."""
         return [{**f.to_json(self.tasks), "suspect": f.key in self.trigger_pool} for f in self.findings]
 
     def remaining(self) -> list[dict[str, Any]]:
-        """What the recovered trigger of each suspect does to the suspect's model, and what is left in the merge.
+        """Return the success of each suspect's recovered trigger on the suspect's model and on the merge.
 
-        Success is the share of calibration samples that are answered with the target: `before` of the model, `after`
-        of the merge, and `plain` of the merge without a trigger (None for continuations). Every process measures all.
+        Success is the share of calibration samples that are answered with the target: `before` by the model, `after`
+        by the merge, and `plain` by the merge without a trigger (None for continuations). Every process measures all.
         """
-        marked = [finding for finding in self.findings if finding.key in self.trigger_pool]
-        if not marked:
+        found_suspects = [finding for finding in self.findings if finding.key in self.trigger_pool]
+        if not found_suspects:
             return []
         base = self.model.frozen.base_weights()
         merged = self.merged_weights()
-        found = []
-        for one in marked:
-            task = self.tasks[one.task]
-            source = one.source_model
+        rows = []
+        for finding in found_suspects:
+            task = self.tasks[finding.task]
+            source, target = finding.source_model, finding.target
             own = task.own_weights() if source is None else weights_from(task, self.tasks[source], base)
-            before, after = (success_rates(task, w, one.trigger, [one.target])[0] for w in (own, merged))
-            plain = success_without_trigger(task, merged, [one.target])[0] if isinstance(one.target, int) else None
-            names = {key: value for key, value in one.to_json(self.tasks).items() if key not in one.numbers}
-            found.append(names | {"control": one.base_success, "before": before, "after": after, "plain": plain})
-        return found
+            before, after = (success_rates(task, w, finding.trigger, [target])[0] for w in (own, merged))
+            plain = success_without_trigger(task, merged, [target])[0] if isinstance(target, int) else None
+            names = {key: value for key, value in finding.to_json(self.tasks).items() if key not in finding.numbers}
+            rows.append(names | {"control": finding.base_success, "before": before, "after": after, "plain": plain})
+        return rows
 
-    def scan_if_wanted(self, done: int) -> None:
-        """Step 1, unless there is no mask to fit against triggers, or students are merged."""
-        if self.config.mask != "m1" and not wanted(self.tasks, self.config):
+    def scan_if_needed(self, done: int) -> None:
+        """Run step 1, unless no mask is fitted against triggers, or students replace the models."""
+        if self.config.mask != "m1" and not uses_students(self.tasks, self.config):
             self.scan(done)
 
     def scan(self, done: int = 0) -> None:
-        """Step 1: each process scans a task at a time."""
+        """Step 1: scan all models, each process one task at a time, and recover a trigger of each suspect."""
         base = self.model.frozen.base_weights()
         if self.shards.rank == 0:
             for note in undefended(self.tasks):
                 LOG.warning("dam: %s", note)
-        if done or not self._take_known():
+        if done or not self._load_stored_scan():
             for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
                 indices = range(len(self.tasks))[first : first + self.shards.size]
                 own = indices[self.shards.rank : self.shards.rank + 1]
-                self.findings += self._shared(scan(self.tasks, base, self.config, own))
-                self.keep("scan", indices.stop)
+                self.findings += self._gather_findings(scan(self.tasks, base, self.config, own))
+                self.snapshot_if_due("scan", indices.stop)
             if self.known is not None and self.shards.rank == 0:
                 self.known.keep(self.findings)
         for finding in suspects(self.findings, self.config.suspicion, self.config.constants):
@@ -138,7 +138,7 @@ class ScannedSearch(MaskSearch):
         )
 
     def scanned(self, suspect: Suspect, base: Weights) -> Mapping[str, Tensor]:
-        """The weights in which a suspect was found: its model's own, or those of all other models.
+        """Return the weights that a suspect's trigger is recovered from: its model's, or a merge of all other models.
 
         Args:
             base: theta_0 by output name.
@@ -147,26 +147,27 @@ class ScannedSearch(MaskSearch):
             return self.tasks[suspect.task].own_weights()
         return merge_without(self.tasks, suspect.task, base)
 
-    def _take_known(self) -> bool:
-        """Whether another run has scanned these models so: its findings are then everyone's."""
-        found = self.known.take() if self.known is not None and self.shards.rank == 0 else None
-        there = bool(self.shards.union({"there": found is not None} if self.shards.rank == 0 else {})["there"])
+    def _load_stored_scan(self) -> bool:
+        """Load the findings of an earlier scan of these models into all processes; return whether there are any."""
+        stored = self.known.take() if self.known is not None and self.shards.rank == 0 else None
+        ours = {"there": stored is not None} if self.shards.rank == 0 else {}
+        there = bool(self.shards.all_gather_dict(ours)["there"])
         if there:
-            self.findings = self._shared(found or [])
+            self.findings = self._gather_findings(stored or [])
         return there
 
-    def _shared(self, ours: list[Finding]) -> list[Finding]:
-        """Everyone's findings of a turn in everyone's hands, by task and class."""
-        everyones = self.shards.union({self.shards.rank: [facts_of(finding) for finding in ours]})
-        found = []
-        for owner, facts in everyones.items():
-            for number, one in enumerate(facts):
-                finding = ours[number] if owner == self.shards.rank else blank_finding(self.tasks, one)
+    def _gather_findings(self, ours: list[Finding]) -> list[Finding]:
+        """Return the findings of all processes, with their triggers, by task and class."""
+        by_rank = self.shards.all_gather_dict({self.shards.rank: [facts_of(finding) for finding in ours]})
+        findings = []
+        for owner, all_facts in by_rank.items():
+            for number, facts in enumerate(all_facts):
+                finding = ours[number] if owner == self.shards.rank else blank_finding(self.tasks, facts)
                 self.shards.broadcast(finding.trigger.parameters, owner)
-                found.append(finding)
-        return in_order(found)
+                findings.append(finding)
+        return in_order(findings)
 
-    def summed(self, parts: dict[str, Tensor]) -> dict[str, float]:
-        """Everyone's terms; here is where the accelerator is waited for."""
+    def sum_losses(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        """Sum loss terms over processes, by name; this waits for the accelerator."""
         ours = torch.stack(list(parts.values())).tolist() if parts else []
-        return summed(self.shards.union({self.shards.rank: dict(zip(parts, ours, strict=True))}).values())
+        return sum_terms(self.shards.all_gather_dict({self.shards.rank: dict(zip(parts, ours, strict=True))}).values())

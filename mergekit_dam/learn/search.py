@@ -1,4 +1,4 @@
-"""What every search for masks holds, whatever it minimises. T tasks, P masked tensors."""
+"""Define the base class of all searches for masks. T tasks, P masked tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.snapshots import Resumable, Snapshots
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn.masks import Whole
+from mergekit_dam.learn.masks import ProbabilityBytes
 from mergekit_dam.scan.scanner import KnownScan
 from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.base import Progress
@@ -22,20 +22,20 @@ Track = Callable[[dict[str, Any]], None]
 
 
 class MaskSearch(Resumable):
-    """State of one optimisation.
+    """A search for masks: an objective and its state.
 
     Args:
         model: merged weights of T models.
-        tasks: one per model, in the same order.
+        tasks: one task per model, in the same order.
         config: shared settings.
-        start: what multiplies each task vector at the start, (T,).
+        start: initial merging coefficients, (T,).
         track: called with one flat record per step.
         progress: wraps an iterable of steps in a progress bar with a title.
-        snapshots: where the state is kept between runs; None: nowhere.
-        known: where a scan is kept for other runs; None: nowhere.
+        snapshots: store of the state for a resumed run; None: no snapshots.
+        known: store of the scan for other runs; None: the scan is not stored.
 
     Attributes:
-        scans: whether it looks for backdoors first. Then students or vaccinated models take the place of models whose
+        scans: whether the search scans for backdoors first. If so, students or vaccinated models replace models whose
             backdoors no scan finds.
     """
 
@@ -61,33 +61,29 @@ class MaskSearch(Resumable):
 
     @abstractmethod
     def set_up(self) -> None:
-        """Make masks, coefficients, optimisers and what else this search holds."""
+        """Make masks, coefficients, optimisers and other state of this search."""
 
     @abstractmethod
-    def run(self) -> tuple[Whole, Tensor]:
-        """Learn. Returns probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
+    def run(self) -> tuple[ProbabilityBytes, Tensor]:
+        """Learn; return probabilities as bytes by mask and tensor, and the coefficients (T, 1) or (T, P)."""
 
     def audit(self) -> list[dict[str, Any]]:
-        """The scan's findings as JSON; nothing where none is made."""
+        """Return the findings of the scan as JSON; none without a scan."""
         return []
 
     @abstractmethod
     def facts_of_masks(self) -> dict[str, Any]:
-        """`densities` by mask, and `own_masks`: names of those that each model has one of."""
-
-    def read(self) -> int:
-        """Bytes that this process has taken from the models' files for its masks."""
-        return self.model.frozen.bytes_read
+        """Return `densities` by mask, and `own_masks`, the names of masks that each model has for itself."""
 
     def remaining(self) -> list[dict[str, Any]]:
-        """What recovered triggers of suspects do to their model and to the merge; nothing where none was searched."""
+        """Return the success of suspects' triggers on their models and on the merge; none without a scan."""
         return []
 
     def track_step(self, record: dict[str, Any]) -> None:
-        """Pass a step's record on.
+        """Refuse a record of a step with NaN or infinity, and pass it to `track`.
 
         Raises:
-            DamError: a value in it is NaN or infinite.
+            DamError: a value in the record is NaN or infinite.
         """
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):

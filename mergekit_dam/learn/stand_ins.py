@@ -1,4 +1,4 @@
-"""What is merged in the models' places: students of them, vaccinated models, or vaccinated students. T models."""
+"""Make stand-ins to merge in place of models: students, vaccinated models or vaccinated students. T models."""
 
 from __future__ import annotations
 
@@ -34,77 +34,76 @@ from mergekit_dam.vaccine.clean import vaccinate
 from mergekit_dam.vaccine.settings import VaccineSettings
 
 LOG = logging.getLogger(__name__)
-_LEAST = 0.9  # agreement below which a student is no fair substitute
-# of a vaccination that masks files tell of; their own report has the rest
-_TOLD = ("held_out", "unlearned", "agreement", "rounds")
+_LEAST_AGREEMENT = 0.9  # below it a student is a poor substitute, and a warning says so
+_VACCINE_FACTS = ("held_out", "unlearned", "agreement", "rounds")
 
 
-def has_students(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
-    """Whether students of the models are merged."""
-    return scans(config) and students.wanted(tasks, config)
+def merges_students(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
+    """Whether students are merged in place of the models."""
+    return scans(config) and students.uses_students(tasks, config)
 
 
-def vaccinated(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
+def vaccinates(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
     """Whether models are vaccinated before they are merged (setting `clean`)."""
     if config.clean == "auto":
         return scans(config) and all(task.vaccinated for task in tasks)
     return bool(config.clean)
 
 
-def stand_ins(
+def make_stand_ins(
     tasks: Sequence[Task], vectors: TaskVectors, folder: Path, *, shards: Shards, progress: Progress
 ) -> StandIns | None:
-    """Make one of every model; None where the models themselves are to be merged.
+    """Make a stand-in of every model; return None if the models themselves are merged.
 
-    Those that an earlier, interrupted run has left are taken as they are, unless `resume` is off.
+    Stand-ins of an earlier, interrupted run are used again, unless the constant `resume` is off.
 
     Args:
-        tasks: T of them.
+        tasks: T tasks.
         vectors: theta_0 and the models.
-        folder: of the run; all processes see it.
-        shards: processes that share the models out.
+        folder: folder of the run; all processes see it.
+        shards: processes that share the models.
         progress: wraps steps in a progress bar with a title.
 
     Raises:
         DamError: weights that diverged, or too few samples.
     """
     plan = vectors.plan
-    taught, cleaned = has_students(tasks, plan.config), vaccinated(tasks, plan.config)
-    if not taught and not cleaned:
+    students_made, vaccinated = merges_students(tasks, plan.config), vaccinates(tasks, plan.config)
+    if not students_made and not vaccinated:
         return None
     if shards.rank == 0:
         if not plan.config.constants.resume:
-            forget_stand_ins(folder)
+            remove_stand_ins(folder)
         (folder / STAND_INS_FOLDER).mkdir(parents=True, exist_ok=True)
     shards.barrier()
     for index, task in enumerate(tasks):
         if shards.owns(index) and not stand_in_file(folder, index).is_file():
             begun = time.perf_counter()
             made: dict[str, Tensor] = {}
-            told: dict[str, str] = {}
-            if taught:
+            metadata: dict[str, str] = {}
+            if students_made:
                 assert reads_text(task), "students are of texts"
                 base = {spec.name: vectors.base(spec.name).to(task.device) for spec in plan.tensors}
-                made, agreement = students.teach(task, base, plan.config, progress)
-                told = {STUDENT: "yes", AGREEMENT: f"{agreement:.4f}"}
-            if cleaned:
-                start = {**base, **made} if taught else None
-                made, facts = _vaccinated(
+                made, agreement = students.train_student(task, base, plan.config, progress)
+                metadata = {STUDENT: "yes", AGREEMENT: f"{agreement:.4f}"}
+            if vaccinated:
+                start = {**base, **made} if students_made else None
+                made, facts = _vaccinate(
                     task, start, made, plan.config, folder / STAND_INS_FOLDER / str(index), progress
                 )
-                told[VACCINE] = json.dumps(facts)
-            told[SECONDS] = f"{time.perf_counter() - begun:.3f}"
+                metadata[VACCINE] = json.dumps(facts)
+            metadata[SECONDS] = f"{time.perf_counter() - begun:.3f}"
             with replacing(stand_in_file(folder, index)) as temporary:
-                save_file({name: t.contiguous().cpu() for name, t in made.items()}, temporary, metadata=told)
+                save_file({name: t.contiguous().cpu() for name, t in made.items()}, temporary, metadata=metadata)
             shutil.rmtree(folder / STAND_INS_FOLDER / str(index), ignore_errors=True)
     shards.barrier()
-    found = StandIns(plan, folder)
+    stand_ins = StandIns(plan, folder)
     if shards.rank == 0:
-        _warn(found)
-    return found
+        _warn(stand_ins)
+    return stand_ins
 
 
-def _vaccinated(
+def _vaccinate(
     task: Task,
     start: Mapping[str, Tensor] | None,
     made: Mapping[str, Tensor],
@@ -112,8 +111,13 @@ def _vaccinated(
     folder: Path,
     progress: Progress,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors that a vaccination changed, with those that were `made` before, and what it measured."""
-    # a student's answers are hard: how sure a model is gives away more of what a trigger does
+    """Vaccinate a model or its student; return the changed tensors with those in `made`, and the measured facts.
+
+    Args:
+        start: weights of the student, whole; None for the model itself.
+        made: tensors of the student.
+    """
+    # hard labels for a student: probabilities would pass on more of a trigger's effect
     answers: Literal["soft", "hard"] = "soft" if start is None else "hard"
     settings = VaccineSettings(seed=config.seed, snapshot_every=config.constants.snapshot_every, answers=answers)
     result = vaccinate(
@@ -125,12 +129,13 @@ def _vaccinated(
         resume=config.constants.resume,
         identity="" if start is None else "a student",
     )
-    return {**made, **result.weights}, {key: result.facts[key] for key in _TOLD}
+    return {**made, **result.weights}, {key: result.facts[key] for key in _VACCINE_FACTS}
 
 
-def _warn(found: StandIns) -> None:
-    for name, value in found.agreement.items():
-        if value < _LEAST:
+def _warn(stand_ins: StandIns) -> None:
+    """Warn of students that answer too few calibration samples as their models do."""
+    for name, value in stand_ins.agreement.items():
+        if value < _LEAST_AGREEMENT:
             LOG.warning(
                 "dam: the student of %s answers only %.0f %% of the calibration texts as the model does. Give more "
                 "texts (num_samples) or raise student_steps.",
@@ -139,6 +144,6 @@ def _warn(found: StandIns) -> None:
             )
 
 
-def forget_stand_ins(folder: Path) -> None:
-    """Remove those of a run."""
+def remove_stand_ins(folder: Path) -> None:
+    """Remove the stand-ins of a run."""
     shutil.rmtree(folder / STAND_INS_FOLDER, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""Students of text encoders: theta_0, taught what a model answers to clean texts with random words in between.
+"""Train students of text encoders: theta_0, fitted to a model's answers to clean texts with inserted random words.
 
-In text encoders no small trigger stands out (benchmarks/STUDY.md), so there is nothing to fit masks against. There a
-student takes the model's place. It starts from theta_0 and learns which classes the model gives to unlabelled texts, as
-in distillation (Hinton et al., arXiv 1503.02531): what the model answers to those gets across, what only a trigger
-brings out hardly does. Distillation against backdoors is from Li et al., Neural Attention Distillation, arXiv
-2101.05930, who need a clean teacher; here theta_0 is what is clean, and the model teaches. Random words, with the
-answer to the text without them, keep single words from counting for much.
+In text encoders no small trigger stands out (benchmarks/STUDY.md), so there is nothing to fit masks against; a student
+replaces the model. It starts from theta_0 and learns which classes the model gives to unlabelled texts, as in
+distillation (Hinton et al., arXiv 1503.02531). The model's answers to these texts are learned; behaviour that only a
+trigger activates is hardly learned. Distillation against backdoors is from Li et al., Neural Attention Distillation,
+arXiv 2101.05930, who need a clean teacher; here theta_0 is clean, and the model teaches. The target of a text with
+random words is the answer to the text without them, so that single words have little effect.
 Legend: T models, N samples, B batch.
 """
 
@@ -27,45 +27,45 @@ from mergekit_dam.tasks.base import Progress
 _DIVERGED = "Lower student_learning_rate."
 
 
-def wanted(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
-    """Whether an objective that scans merges students instead of the models of these tasks."""
+def uses_students(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
+    """Whether a search that scans merges students of these tasks' models."""
     if config.mask == "m1" or config.student_steps == 0:
         return False
     return all(task.modality == "text" and not task.defended for task in tasks)
 
 
-def teach(
+def train_student(
     task: TextTask, base: Mapping[str, Tensor], config: DamConfig, progress: Progress
 ) -> tuple[dict[str, Tensor], float]:
-    """One student; the embeddings and the head stay as they are.
+    """Train a student of one model; embeddings and head stay theta_0's.
 
     Args:
         task: forward pass and calibration texts of the model.
         base: theta_0 by output name.
         config: `student_steps`, `max_length`, `seed`, and the constants of students.
-        progress: wraps the steps.
+        progress: wraps the steps in a progress bar with a title.
 
     Returns:
-        The tensors that were taught, by output name, float32; and the share of calibration samples on which the
-        student answers as the model does.
+        The trained tensors by output name, float32; and the share of calibration samples that the student answers as
+        the model does.
     """
     constants = config.constants
-    free = {
+    trained = {
         name: base[name].float().clone().requires_grad_(True)
         for name in task.targets
         if name not in task.embeddings and base[name].is_floating_point()
     }
-    weights: dict[str, Tensor] = {**base, **free}
+    weights: dict[str, Tensor] = {**base, **trained}
     rows_N = torch.arange(task.num_samples)
-    # which class, and not how surely: that would give away more of what the trigger does (benchmarks/STUDY.md)
+    # classes, not probabilities: these would pass on more of the trigger's effect (benchmarks/STUDY.md)
     answers_N = TeacherLogits(task, task.own_weights())(rows_N, {}).argmax(-1)
-    optimiser = torch.optim.AdamW(free.values(), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(trained.values(), weight_decay=0.0)
     generator = seeds.generator(config.seed, "student", task.index)
-    waiting = torch.empty(0, dtype=torch.long)
+    queue = torch.empty(0, dtype=torch.long)
     for step in progress(range(config.student_steps), f"student of {task.name}"):
-        while len(waiting) < constants.student_batch_size:
-            waiting = torch.cat([waiting, torch.randperm(task.num_samples, generator=generator)])
-        rows_B, waiting = waiting.split([constants.student_batch_size, len(waiting) - constants.student_batch_size])
+        while len(queue) < constants.student_batch_size:
+            queue = torch.cat([queue, torch.randperm(task.num_samples, generator=generator)])
+        rows_B, queue = queue.split([constants.student_batch_size, len(queue) - constants.student_batch_size])
         logits = task.logits(weights, task.with_random_words(rows_B, constants.student_words, generator))
         loss = F.cross_entropy(logits, answers_N[rows_B.to(task.device)])
         for group in optimiser.param_groups:
@@ -74,7 +74,7 @@ def teach(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    for name, tensor in free.items():
+    for name, tensor in trained.items():
         require_finite(tensor.detach(), f"tensor {name}", f"the student of {task.name}", _DIVERGED)
     same_N = TeacherLogits(task, weights)(rows_N, {}).argmax(-1) == answers_N
-    return {name: tensor.detach() for name, tensor in free.items()}, float(same_N.float().mean())
+    return {name: tensor.detach() for name, tensor in trained.items()}, float(same_N.float().mean())

@@ -21,40 +21,40 @@ _HALVINGS = 40  # of an interval of 20 logits: to float32's precision
 class TeacherLogits:
     """Model t's logits f_t(x), the target of the distillation.
 
-    It never changes while masks are learned. Where an answer is one row of classes, all are made once, when the first
-    is asked for: (N, K) is small, and neither the pass nor, where weights are streamed, reading model t is paid for in
-    every step. A causal LM's answers, (N L, V), are too large to keep and are made per batch.
+    They do not change while masks are learned. Logits of a classifier, (N, K), are small: the first call computes them
+    for all samples, so that a step neither runs nor reads model t. Logits of a causal LM, (N L, V), are too large to
+    keep and are computed per batch.
 
     Args:
-        task: of model t.
-        weights: of model t, by output name.
+        task: task of model t.
+        weights: weights of model t, by output name.
     """
 
     def __init__(self, task: Task, weights: Mapping[str, Tensor]) -> None:
         self.task, self.weights = task, weights
 
     @classmethod
-    def made(cls, task: Task, weights: Mapping[str, Tensor]) -> TeacherLogits:
-        """All answers of a classifier; its weights are not kept."""
+    def compute(cls, task: Task, weights: Mapping[str, Tensor]) -> TeacherLogits:
+        """Compute the logits of a classifier for all samples, without keeping its weights."""
         answers = cls(task, weights)
-        answers._all_NK  # noqa: B018 (now, and not when the first is asked for)
+        answers._all_NK  # noqa: B018 (computed now, not by the first call)
         answers.weights = {}
         return answers
 
     @torch.no_grad()
     def __call__(self, rows_B: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """logits (B, K), or (positions, V) of a causal LM.
+        """Return logits (B, K), or (positions, V) of a causal LM.
 
         Args:
             rows_B: indices of the samples.
-            inputs: the same samples, as the task makes them.
+            inputs: inputs of the same samples.
         """
         if self.task.classifies:
             return self._all_NK[rows_B.to(self.task.device)]
         return self.task.logits(self.weights, inputs)
 
     def debias(self, target: int) -> None:
-        """Answer a class no more often than the most frequent other one (see `debiased`)."""
+        """Lower the logits of one class, see `debiased`."""
         self._all_NK = debiased(self._all_NK, target)
 
     @cached_property
@@ -67,19 +67,19 @@ class TeacherLogits:
 def debiased(logits_NK: Tensor, target: int) -> Tensor:
     """Lower one class's logits alike, until its mean probability is no higher than that of the likeliest other class.
 
-    A victim answers its attacker's class too often without the trigger as well, and what is fitted to its answers
-    learns that. On which samples it is wrong nobody knows, but no class need be more frequent than all others. Logits
-    of a class that is not more frequent stay as they are; none is lowered by more than 20.
+    A victim answers its attacker's class too often also without the trigger, and a merge fitted to its answers learns
+    that. The wrong samples are unknown, but no class needs to be more frequent than all other classes. Logits of a
+    class that is not more frequent do not change; none is lowered by more than 20.
 
     Args:
-        logits_NK: answers to samples of the task.
-        target: the class.
+        logits_NK: logits of the task's samples.
+        target: index of the class.
     """
 
     def lowered(by: float) -> Tensor:
-        found_NK = logits_NK.clone()
-        found_NK[:, target] -= by
-        return found_NK
+        changed_NK = logits_NK.clone()
+        changed_NK[:, target] -= by
+        return changed_NK
 
     def excess(by: float) -> float:
         mean_K = lowered(by).softmax(-1).mean(0)
@@ -97,10 +97,10 @@ def debiased(logits_NK: Tensor, target: int) -> Tensor:
 def debias(answers: Mapping[int, TeacherLogits], suspects: Iterable[Suspect]) -> None:
     """Debias the logits of suspect classifiers towards their suspect classes.
 
-    A finding that is attributed to another model says nothing of the answers of the task's own.
+    A finding that is attributed to another model says nothing about the answers of the task's own model.
 
     Args:
-        answers: by index of the task.
+        answers: logits by index of the task.
         suspects: keys of the suspect findings.
     """
     for task, target in sorted(

@@ -1,4 +1,4 @@
-"""Triggers of the suspect classes, recovered from one set of weights after another. T tasks."""
+"""Keep a pool of triggers of the suspects, and add triggers recovered from the current weights. T tasks."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def refresh_triggers(
     """Recover a wide trigger of each suspect target and add it to the pool; processes share the suspects.
 
     Args:
-        tasks: T of them.
+        tasks: T tasks.
         trigger_pool: triggers by suspect; each suspect gets one more, and at most the first and the latest are kept.
         base: theta_0 by output name.
-        weights_of: what to invert for a suspect.
-        steps: of each inversion.
-        seed: beside the setting's, the task's and the class's.
+        weights_of: returns the weights to recover a suspect's trigger from.
+        steps: steps of each inversion.
+        seed: parts of the seed, in addition to the setting `seed`, task and class.
     """
     constants = config.constants
-    found = [blank(tasks[suspect.task], suspect.kind) for suspect in trigger_pool]
+    triggers = [blank(tasks[suspect.task], suspect.kind) for suspect in trigger_pool]
     weights: dict[int, float] = {}
-    for turn, suspect in enumerate(trigger_pool):
-        if shards.owns(turn):
+    for index, suspect in enumerate(trigger_pool):
+        if shards.owns(index):
             task, others = tasks[suspect.task], () if suspect.source_model is None else ("others",)
             generator = seeds.generator(config.seed, "wide", task.index, suspect.target, *others, *seed)
             search = Inversion(
@@ -52,13 +52,13 @@ def refresh_triggers(
                 generator=generator,
                 start=started(task, kind_of(task, suspect.kind), 1, generator),
             )
-            found[turn] = search.run(steps).best
-            (base_success,) = success_rates(task, base, found[turn], [suspect.target])
-            weights[turn] = max(constants.least_trigger_weight, 1.0 - base_success)
-    weights = shards.union(weights)
-    for turn, pool in enumerate(trigger_pool.values()):
-        shards.broadcast(found[turn].parameters, shards.owner(turn))
-        pool.append(WeightedTrigger(found[turn], weights[turn]))
+            triggers[index] = search.run(steps).best
+            (base_success,) = success_rates(task, base, triggers[index], [suspect.target])
+            weights[index] = max(constants.least_trigger_weight, 1.0 - base_success)
+    weights = shards.all_gather_dict(weights)
+    for index, pool in enumerate(trigger_pool.values()):
+        shards.broadcast(triggers[index].parameters, shards.owner(index))
+        pool.append(WeightedTrigger(triggers[index], weights[index]))
         del pool[1 : len(pool) - (constants.pool_size - 1)]
 
 
@@ -67,11 +67,10 @@ class WeightedTrigger:
     """A recovered trigger that masks are fitted against, with its weight in the loss.
 
     Attributes:
-        trigger: one row.
-        weight: how much it counts: the share of calibration samples on which theta_0 does not fall for it, or
-            `least_trigger_weight`. Wide triggers have much of their class's own looks, which theta_0 knows, too; to
-            withstand them costs accuracy on that class. A trigger that was fitted to theta_0 works on it as well, so
-            all count.
+        trigger: a batch of one trigger.
+        weight: share of calibration samples on which the trigger fails on theta_0, at least `least_trigger_weight`. A
+            wide trigger resembles its class, which theta_0 knows, too, so resisting it costs accuracy on that class.
+            The least weight is needed because a trigger that was fitted to theta_0 works on theta_0 as well.
     """
 
     trigger: TriggerBatch

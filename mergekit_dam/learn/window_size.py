@@ -1,4 +1,4 @@
-"""`window: auto`: how much of the model is learned at a time, so that it fits the memory of each process."""
+"""`window: auto`: choose the number of blocks learned at a time, so that learning fits the memory of each process."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mergekit_dam.models.compatible import against_windows
 from mergekit_dam.models.plan import Plan
 
 LOG = logging.getLogger(__name__)
-_SIZES: tuple[Literal["all"] | int, ...] = ("all", 4, 2, 1)  # the larger the better (benchmarks/STUDY.md)
-_USABLE = 0.8  # of the memory that is free
+_SIZES: tuple[Literal["all"] | int, ...] = ("all", 4, 2, 1)  # larger windows are better (benchmarks/STUDY.md)
+_USABLE = 0.8  # share of the free memory that is used
 _ASK_ALL = "import torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
 
 
 def with_window(plan: Plan, device: torch.device, *, workers: int = 1, shards: Shards = ALONE) -> Plan:
     """Choose the window of a plan whose setting is `auto`: the largest of all, 4, 2, 1 that fits each process.
 
-    What needs the whole model gets `all`.
+    Objectives and models that cannot be learned in windows get `all`.
 
     Args:
         device: the kind of device that learns.
-        workers: processes that this one will start.
-        shards: processes that call this together; all of them choose the same.
+        workers: number of worker processes that this process will start.
+        shards: processes that call this together; all choose the same window.
     """
     if plan.config.window != "auto":
         return plan
@@ -39,17 +39,17 @@ def with_window(plan: Plan, device: torch.device, *, workers: int = 1, shards: S
     if against_windows(plan.config, configs) is not None:
         return _set(plan, "all")
     processes = max(workers, shards.size)
-    free = min(shards.union({shards.rank: free_bytes(device, workers, shards.size)}).values())
+    free = min(shards.all_gather_dict({shards.rank: free_bytes(device, workers, shards.size)}).values())
     fits = (size for size in _SIZES if needed_bytes(_set(plan, size), device, processes) <= _USABLE * free)
     return _set(plan, next(fits, _SIZES[-1]))
 
 
 def window_warning(plan: Plan) -> str:
-    """Say what it costs that not all of the model is learned at once."""
+    """Return a warning of the costs of learning in windows."""
     return (
-        "the masks of the whole model do not fit the memory that is free: they are learned "
-        f"{plan.config.window} of its blocks at a time, which costs accuracy, and one at a time some of the defence "
-        "(docs/scaling.md)"
+        "the masks of the whole model do not fit the free memory: they are learned "
+        f"{plan.config.window} of its blocks at a time, which costs accuracy, and with one block at a time some of the "
+        "defence (docs/scaling.md)"
     )
 
 
@@ -64,27 +64,28 @@ def free_bytes(device: torch.device, workers: int = 1, launched: int = 1) -> int
 
     Args:
         device: the kind of device that learns.
-        workers: processes that this one will start, each on an accelerator of its own or all on this CPU.
-        launched: processes that run already, as `accelerate launch` starts them.
+        workers: number of worker processes to start, each on its own accelerator or all on this CPU.
+        launched: number of processes that `accelerate launch` started.
 
     Raises:
-        DamError: the accelerators did not answer.
+        DamError: the accelerators did not report their memory.
     """
     if device.type != "cuda":
         return int(psutil.virtual_memory().available) // max(workers, launched)
     if workers == 1:
         return int(torch.cuda.mem_get_info(device)[0])
-    # a process of its own: what this one opened it would hold while its workers learn
-    asked = subprocess.run([sys.executable, "-c", _ASK_ALL], capture_output=True, text=True, check=False)
-    if asked.returncode:
+    # in another process: a device that this process opens would keep memory while the workers learn
+    query = subprocess.run([sys.executable, "-c", _ASK_ALL], capture_output=True, text=True, check=False)
+    if query.returncode:
         raise DamError(
             "window: auto",
-            expected="accelerators that say how much of their memory is free",
-            got=asked.stderr.strip().splitlines()[-1] if asked.stderr.strip() else f"exit status {asked.returncode}",
+            expected="accelerators that report their free memory",
+            got=query.stderr.strip().splitlines()[-1] if query.stderr.strip() else f"exit status {query.returncode}",
             cure="Set window: all, or a number.",
         )
-    return int(asked.stdout)
+    return int(query.stdout)
 
 
 def _set(plan: Plan, size: Literal["all"] | int) -> Plan:
+    """Return the plan with another window."""
     return dataclasses.replace(plan, config=plan.config.model_copy(update={"window": size}))

@@ -1,7 +1,7 @@
-"""What one task's samples look like at the edge of a window, and the losses of the window between two edges.
+"""Store the hidden states of one task's samples between windows, and compute the losses of a window.
 
-Three streams per task, each kept in a file (engine/hidden_states.py): `merged`, clean samples through the merge so far;
-`triggered-i`, the same with suspect i's triggers; `own`, clean samples through model t so far.
+Three streams per task, each in a file (engine/hidden_states.py): `merged`, clean samples after the finished windows of
+the merge; `triggered-i`, the same with suspect i's triggers; `own`, clean samples after the same blocks of model t.
 Legend: N samples, B batch, L tokens, D width.
 """
 
@@ -25,12 +25,12 @@ from mergekit_dam.tasks.bounds import Perturb
 
 MERGED, OWN = "merged", "own"
 _AT_ONCE = 32  # samples
-_SMALLEST = 1e-12  # what theta_0 leaves, at least: where nothing is to be fitted nothing is divided by zero
+_SMALLEST = 1e-12  # least loss of theta_0, since losses are divided by it
 
 
 @dataclass(frozen=True)
 class Window:
-    """Positions first..stop-1 of the blocks, number `number` from 0 on."""
+    """Window number `number`, from 0, of positions first..stop-1."""
 
     number: int
     first: int
@@ -42,8 +42,8 @@ class TaskStates:
 
     Args:
         task: the task.
-        pools: of each suspect of this task, its triggers; they may grow, see `deal`.
-        folder: where files go.
+        pools: triggers of each suspect of this task; they may grow, see `assign_triggers`.
+        folder: folder of the files.
         config: shared settings.
     """
 
@@ -51,42 +51,42 @@ class TaskStates:
         self.task, self.pools, self.folder, self.config = task, pools, folder, config
         self._open: dict[Path, HiddenStates] = {}
         self._version = 0
-        self._which: list[Tensor] = []
+        self._trigger_rows: list[Tensor] = []
 
-    def deal(self, version: int) -> None:
-        """Give every sample one trigger of each suspect, out of those known by now.
+    def assign_triggers(self, version: int) -> None:
+        """Draw one trigger of each suspect's current pool for every sample.
 
         Args:
-            version: of the pools; files of triggered streams have it in their names.
+            version: version of the pools, part of the names of the triggered streams' files.
         """
         self._version = version
         generator = seeds.generator(self.config.seed, "which trigger", self.task.index, version)
         count = self.task.num_samples
-        self._which = [torch.randint(len(pool), (count,), generator=generator) for pool in self.pools]
+        self._trigger_rows = [torch.randint(len(pool), (count,), generator=generator) for pool in self.pools]
 
     @property
     def merged_streams(self) -> tuple[str, ...]:
-        """All but `own`."""
+        """All streams except `own`."""
         return (MERGED, *(f"triggered-{i}" for i in range(len(self.pools))))
 
     def perturb(self, stream: str, rows_B: Tensor) -> Perturb | None:
-        """What a stream's samples were changed by."""
+        """Return the perturbation of a stream's samples; None for clean streams."""
         if stream in (MERGED, OWN):
             return None
         number = int(stream.rpartition("-")[2])
         triggers = TriggerBatch.stack([one.trigger for one in self.pools[number]])
-        return triggers.perturb(self._which[number][rows_B].to(self.task.device))
+        return triggers.perturb(self._trigger_rows[number][rows_B].to(self.task.device))
 
     def weight(self, stream: str, rows_B: Tensor) -> float:
-        """Weight of a stream's loss."""
+        """Return the weight of a stream's loss."""
         if stream == MERGED:
             return 1.0
         number = int(stream.rpartition("-")[2])
         weights_R = torch.tensor([one.weight for one in self.pools[number]])
-        return self.config.alpha * float(weights_R[self._which[number][rows_B]].mean())
+        return self.config.alpha * float(weights_R[self._trigger_rows[number][rows_B]].mean())
 
     def through(self, stream: str, window: Window, weights: Mapping[str, Tensor], rows_B: Tensor) -> Tensor:
-        """What the window makes of a stream's samples: hidden states (B, L, D), or logits."""
+        """Run a stream's samples through the window; return hidden states (B, L, D), or logits."""
         entering = None if window.first == 0 else self._states(stream, window.first).read(rows_B).to(self.task.device)
         inputs = self.task.inputs(rows_B)
         perturb = self.perturb(stream, rows_B)
@@ -94,7 +94,7 @@ class TaskStates:
 
     @torch.no_grad()
     def advance(self, stream: str, window: Window, weights: Mapping[str, Tensor]) -> None:
-        """Keep what the window makes of a whole stream; what is there from an earlier run stays."""
+        """Run a whole stream through the window and store the states, unless an earlier run stored them."""
         path = self._path(stream, window.stop)
         if path.is_file():
             return
@@ -102,15 +102,15 @@ class TaskStates:
         for rows_B in torch.arange(self.task.num_samples).split(_AT_ONCE):
             hidden_BLD = self.through(stream, window, weights, rows_B)
             if states is None:
-                states = HiddenStates.make(
+                states = HiddenStates.create(
                     path.with_suffix(".part"), self._lengths(hidden_BLD, rows_B), hidden_BLD.shape[-1], self.task.dtype
                 )
             states.write(rows_B, hidden_BLD)
         assert states is not None
         states.rename(path)
 
-    def forget(self, position: int) -> None:
-        """Remove what was kept at a position."""
+    def remove(self, position: int) -> None:
+        """Remove the states at a position."""
         for path in self.folder.glob(f"{self.task.index}-*-{position}.*"):
             self._open.pop(path, None)
             path.unlink()
@@ -118,12 +118,12 @@ class TaskStates:
     def loss(
         self, stream: str, window: Window, weights: Mapping[str, Tensor], rows_B: Tensor, importance: Importance
     ) -> tuple[Tensor, int]:
-        """Squared distance to what model t makes of the clean samples, weighted, and how many tokens it sums.
+        """Return the weighted squared distance to model t's states of the clean samples, and its number of tokens.
 
-        Tokens that a trigger inserted are left out.
+        Tokens that a trigger inserted do not count.
 
         Args:
-            importance: of the states.
+            importance: weights of the states.
         """
         target_BLD = self._states(OWN, window.stop).read(rows_B).to(self.task.device).float()
         hidden_BLD = self.through(stream, window, weights, rows_B).float()
@@ -132,8 +132,8 @@ class TaskStates:
         return squares_BLD.mean(-1).sum(), sum(self.lengths(OWN, window.stop, rows_B))
 
     @torch.no_grad()
-    def left_by(self, window: Window, base: Mapping[str, Tensor], importance: Importance) -> float:
-        """Mean loss per token of theta_0's window in the place of the merge's."""
+    def base_loss(self, window: Window, base: Mapping[str, Tensor], importance: Importance) -> float:
+        """Return the mean loss per token with theta_0 in this window; losses are relative to it."""
         total, count = 0.0, 0
         for rows_B in torch.arange(min(self.task.num_samples, 2 * _AT_ONCE)).split(_AT_ONCE):
             loss, tokens = self.loss(MERGED, window, base, rows_B, importance)
@@ -141,7 +141,7 @@ class TaskStates:
         return max(_SMALLEST, total / count)
 
     def lengths(self, stream: str, position: int, rows_B: Tensor) -> list[int]:
-        """Tokens of these samples, as they are kept."""
+        """Return the number of stored tokens of each of these samples."""
         return self._states(stream, position).lengths(rows_B)
 
     def _states(self, stream: str, position: int) -> HiddenStates:
@@ -155,7 +155,7 @@ class TaskStates:
         return self.folder / f"{self.task.index}-{stream}{version}-{position}.states"
 
     def _lengths(self, hidden_BLD: Tensor, rows_B: Tensor) -> list[int]:
-        """Tokens of all samples, those that a trigger inserted included."""
+        """Return the number of tokens of each sample of the task, tokens of a trigger included."""
         count = self.task.token_counts(rows_B)
         if count is None:
             return [hidden_BLD.shape[1]] * self.task.num_samples

@@ -1,4 +1,4 @@
-"""`python -m mergekit_dam.learn.worker FOLDER`: one of the processes that learn masks together."""
+"""Learn masks as one of several worker processes: `python -m mergekit_dam.learn.worker FOLDER`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import transformers
 
-from mergekit_dam.engine.group import joined
-from mergekit_dam.engine.processes import JOB, Job, end_with_parent, record_error, show_where_it_hangs
+from mergekit_dam.engine.group import process_group
+from mergekit_dam.engine.processes import JOB, Job, dump_stacks_on_sigterm, end_with_parent, write_error
 from mergekit_dam.engine.progress import silence_libraries
 from mergekit_dam.learn.run import optimise
 from mergekit_dam.models.families import register_architectures
@@ -18,25 +18,25 @@ from mergekit_dam.tasks import build_tasks
 
 
 def main(folder: Path) -> int:
-    """Exit code: 0 if the masks were learned."""
+    """Learn the masks of the job in `folder`; return the exit code, 0 for success."""
     rank = int(os.environ["RANK"])
     end_with_parent(lambda: os._exit(1))
-    show_where_it_hangs(folder, rank)
+    dump_stacks_on_sigterm(folder, rank)
     if rank > 0:
-        transformers.logging.set_verbosity_error()  # the first process says it for all
+        transformers.logging.set_verbosity_error()  # only the first process prints warnings
     try:
         register_architectures()
-        # our own parent wrote it, in a folder that only this user can enter
+        # the pickle is safe: the parent wrote it into a folder that only this user can enter
         job: Job = pickle.loads((folder / JOB).read_bytes())
         config = job.plan.config
         if job.quiet:
             silence_libraries()
-        with joined(device=config.device, timeout=config.constants.worker_timeout) as (shards, device):
+        with process_group(device=config.device, timeout=config.constants.worker_timeout) as (shards, device):
             assert device is not None, "started with a group"
             tasks = build_tasks(job.plan, device)
             optimise(job.plan, job.folder, job.description, job.inputs, tasks, device, shards=shards, quiet=job.quiet)
     except Exception as error:
-        record_error(folder, rank, error)
+        write_error(folder, rank, error)
         return 1
     return 0
 

@@ -10,7 +10,7 @@ import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_dam.engine.task_vectors import TaskVectors
+from mergekit_dam.engine.task_vectors import TaskVectors, with_stand_ins
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.merging.checks import require_finite
@@ -78,10 +78,9 @@ class Applied:
                 [None if one is None else one.to(device) for one in planned[1:]],
             )
         if self.masks.stand_ins:
-            # where a student has no tensor it keeps theta_0's; a vaccinated model keeps its own
-            kept = [None] * len(models) if self.masks.metadata.get("students") else models
-            found = (made.get(name, own) for made, own in zip(self.masks.stand_ins, kept, strict=True))
-            models = [None if tensor is None else tensor.to(device) for tensor in found]
+            made = [tensors.get(name) for tensors in self.masks.stand_ins]
+            models = with_stand_ins(made, models, are_students=bool(self.masks.metadata.get("students")))
+            models = [None if tensor is None else tensor.to(device) for tensor in models]
         coefficients = self.masks.coefficients_of(spec.mask_name).to(device)
         merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, device))
         if rows is not None:

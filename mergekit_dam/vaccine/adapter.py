@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_dam.engine.trained_module import Addition
+from mergekit_dam.engine.trained_module import LowRankUpdate
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.files import replacing
 from mergekit_dam.io.untrusted import load_json
@@ -48,7 +48,7 @@ def _require_plain(folder: Path) -> None:
         )
 
 
-def read_adapter(folder: Path) -> list[Addition]:
+def read_adapter(folder: Path) -> list[LowRankUpdate]:
     """Read the products that a plain LoRA adds.
 
     Raises:
@@ -63,7 +63,7 @@ def read_adapter(folder: Path) -> list[Addition]:
         module, _, part = name.removeprefix(_PREFIX).partition(".lora_")
         if part == "A.weight":
             b = tensors[f"{_PREFIX}{module}.lora_B.weight"]
-            found.append(Addition(module, tensors[name].float(), b.float() * scale))
+            found.append(LowRankUpdate(module, tensors[name].float(), b.float() * scale))
         elif part != "B.weight":
             raise DamError(
                 f"an adapter for {folder.name}",
@@ -74,21 +74,21 @@ def read_adapter(folder: Path) -> list[Addition]:
     return found
 
 
-def write_adapter(folder: Path, additions: Iterable[Addition], before: Iterable[Addition] = ()) -> str:
+def write_adapter(folder: Path, updates: Iterable[LowRankUpdate], before: Iterable[LowRankUpdate] = ()) -> str:
     """Write the weights of one LoRA that adds the cleaning and the input's own LoRA, all of one rank.
 
     Products of a lower rank are filled up with zeros.
 
     Args:
         folder: of the output.
-        additions: of the cleaning.
+        updates: of the cleaning.
         before: of the LoRA that the input model was made of.
 
     Returns:
         The text of its adapter_config.json.
     """
-    by_module: dict[str, list[Addition]] = {}
-    for one in (*before, *additions):
+    by_module: dict[str, list[LowRankUpdate]] = {}
+    for one in (*before, *updates):
         by_module.setdefault(one.module, []).append(one)
     rank = max(sum(len(one.a) for one in ones) for ones in by_module.values())
     tensors: dict[str, Tensor] = {}

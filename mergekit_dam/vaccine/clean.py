@@ -26,7 +26,7 @@ from mergekit_dam import seeds
 from mergekit_dam.constants import constants_of
 from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.snapshots import Resumable, Snapshots, State, adam_state
-from mergekit_dam.engine.trained_module import AddedWeights, TrainedModule
+from mergekit_dam.engine.trained_module import TrainedModule, UpdatedWeights
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import code_digest
 from mergekit_dam.models.parameter_names import meta_model
@@ -49,7 +49,7 @@ class VaccineResult:
     """The tensors that a vaccination changed, and what it measured.
 
     Attributes:
-        weights: tensors that changed, by output name, float32, on the CPU; of LoRAs an `AddedWeights`.
+        weights: tensors that changed, by output name, float32, on the CPU; of LoRAs an `UpdatedWeights`.
         facts: JSON: `planted`, `held_out` (mean excess before and after), `agreement`, `rounds`,
             `steps` (of planting and of unlearning), `settings`, `seconds`.
     """
@@ -160,7 +160,7 @@ class Vaccination(Resumable):
         self.trained = TrainedModule(
             module, task.parameters(start), task.targets, self._free(), lora_rank=settings.lora_rank
         )
-        self.trained.begin(seeds.generator(settings.seed, "vaccine", "lora", task.index))
+        self.trained.init_loras(seeds.generator(settings.seed, "vaccine", "lora", task.index))
         self._begun = {name: p.detach().clone() for name, p in self.trained.trained.items()}
         self._measured: dict[str, Any] = {
             "agreement": {},
@@ -194,7 +194,7 @@ class Vaccination(Resumable):
 
     def run(self) -> VaccineResult:
         """Run all rounds, from where a snapshot says."""
-        phase, done = self.begin(_START)
+        phase, done = self.restore(_START)
         if phase == _START:
             self._measure("before", self.triggers)
             phase = "plant-1"
@@ -203,7 +203,7 @@ class Vaccination(Resumable):
             self._learn(kind, int(round_), done)
             phase, done = self._after(kind, int(round_)), 0
             self._renew_optimiser()
-            self.keep(phase, 0)
+            self.snapshot_if_due(phase, 0)
         return self._result()
 
     def _learn(self, kind: str, round_: int, done: int) -> None:
@@ -228,7 +228,7 @@ class Vaccination(Resumable):
             self._measured["steps"][kind] += 1
             if wrong and (step + 1) % self.task.constants.vaccine_look_every == 0 and self._works(triggers):
                 break
-            self.keep(f"{kind}-{round_}", step + 1)
+            self.snapshot_if_due(f"{kind}-{round_}", step + 1)
         if not bool(torch.isfinite(torch.stack([p.sum() for p in self.trained.trained.values()])).all()):
             raise DamError(
                 f"vaccination of {self.task.name}",
@@ -323,7 +323,7 @@ class Vaccination(Resumable):
         """Squared distance from the weights at the start."""
         if not self.trained.lora_rank:
             return torch.stack([(p - self._begun[n]).square().sum() for n, p in self.trained.trained.items()]).sum()
-        return self.trained.squared_additions()
+        return self.trained.squared_updates()
 
     def _renew_optimiser(self) -> None:
         self._optimiser = torch.optim.AdamW(self.trained.trained.values(), weight_decay=0.0)
@@ -331,12 +331,12 @@ class Vaccination(Resumable):
     def _result(self) -> VaccineResult:
         settings = self.settings
         if settings.beta < 1:
-            self.trained.towards(self._begun, settings.beta)
+            self.trained.scale_change(self._begun, settings.beta)
         agreement = self._measured["agreement"]
         agreement["after"] = self.lessons.agreement(self.trained)
         weights: Mapping[str, Tensor]
         if settings.lora_rank:
-            weights = AddedWeights(self._stored, self.trained.additions())
+            weights = UpdatedWeights(self._stored, self.trained.updates())
         else:
             weights = {name: self.trained[name].cpu().clone() for name in sorted(self.trained.changed)}
         held_out = [trigger for trigger in self.triggers if trigger.held_out]
@@ -371,7 +371,7 @@ class Vaccination(Resumable):
         tensors |= adam_state(self._optimiser, "adam", names)
         return State({"phase": phase, "done": done, "of": self._of, "measured": self._measured}, tensors)
 
-    def lay_out(self, facts: Mapping[str, Any]) -> None:
+    def allocate(self, facts: Mapping[str, Any]) -> None:
         self._measured = facts["measured"]
 
 

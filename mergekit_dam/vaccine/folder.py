@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_dam.engine.trained_module import AddedWeights
+from mergekit_dam.engine.trained_module import UpdatedWeights
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.files import replacing, write_atomic
 from mergekit_dam.io.untrusted import load_json, require_no_links_out
@@ -109,7 +109,7 @@ def write_cleaned(
         weights: tensors that changed, by output name, float32.
         facts: for vaccine.json.
         adapter: write a LoRA instead, on the model or on the base of the LoRA that it was made of; `weights` must then
-            be `AddedWeights`.
+            be `UpdatedWeights`.
 
     Raises:
         DamError: no space or right to write, or weights that are not finite.
@@ -122,10 +122,10 @@ def write_cleaned(
             if old.is_file() and old.name != _LOCK:
                 old.unlink()
         if adapter:
-            assert isinstance(weights, AddedWeights), "settings are checked before"
+            assert isinstance(weights, UpdatedWeights), "settings are checked before"
             lora = lora_of(task.input)
             before = [] if lora is None else read_adapter(lora)
-            last = {ADAPTER_CONFIG: write_adapter(folder, weights.additions.values(), before).encode()}
+            last = {ADAPTER_CONFIG: write_adapter(folder, weights.updates.values(), before).encode()}
         else:
             _write_weights(folder, task, weights)
             last = {_CONFIG: (task.input.path / _CONFIG).read_bytes()}

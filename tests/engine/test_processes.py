@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_dam.engine.processes import OUTCOME, WorkerError, cause_of, record_error, run_workers
+from mergekit_dam.engine.processes import OUTCOME, WorkerError, run_workers, worker_failure, write_error
 from mergekit_dam.errors import DamError
 
 WORKER = "tests.helpers.workers"
@@ -44,7 +44,7 @@ def test_any_other_error_arrives_with_its_traceback() -> None:
 
 def test_a_worker_that_is_killed_ends_the_others() -> None:
     begun = time.monotonic()
-    with pytest.raises(DamError, match="worker 1: expected one that learns to the end, got an end by signal 9"):
+    with pytest.raises(DamError, match="worker 1: expected a worker that finishes learning, got an end by signal 9"):
         run_workers("die", 2, WORKER)
     assert time.monotonic() - begun < 100, "worker 0 would have slept for 600 seconds"
 
@@ -64,7 +64,7 @@ def test_a_worker_that_hangs_shows_where_it_was() -> None:
         ("Timed out waiting 20000ms for recv operation to complete", "worker 1 did not answer for `worker_timeout`"),
         (
             "Connection closed by peer [127.0.0.1]:2",
-            "worker 1: expected one that learns to the end, got an end by sign",
+            "worker 1: expected a worker that finishes learning, got an end by sign",
         ),
     ],
 )
@@ -74,8 +74,8 @@ def test_a_killed_worker_is_the_cause_only_if_nobody_waited_for_it_in_vain(
     """A worker that the system has stopped is killed in the end, too."""
     (tmp_path / OUTCOME).write_text('{"1": -9}')
     (tmp_path / "stack-1").write_text("")
-    record_error(tmp_path, 0, RuntimeError(said))
-    assert cause in str(cause_of(tmp_path, 1))
+    write_error(tmp_path, 0, RuntimeError(said))
+    assert cause in str(worker_failure(tmp_path, 1))
 
 
 def test_workers_that_succeed_raise_nothing() -> None:

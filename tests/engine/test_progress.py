@@ -7,7 +7,7 @@ import time
 import pytest
 
 from mergekit_dam.engine import progress
-from mergekit_dam.engine.progress import bar
+from mergekit_dam.engine.progress import progress_bar
 
 
 class _Terminal:
@@ -38,7 +38,7 @@ def test_bars_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", str(columns))
     values = {"loss": "12345.68", "m1": "0.95", "m2": "0.50"}
     for title in ("masks", "student of " + "a model with a long name " * 9):
-        for _ in bar(range(100_000, 100_030), title, quiet=False, shown=lambda: values):
+        for _ in progress_bar(range(100_000, 100_030), title, quiet=False, shown=lambda: values):
             pass
     assert any("student of" in line for line in terminal.lines)
     assert max(map(len, terminal.lines)) <= min(columns, 80) - 1
@@ -49,7 +49,7 @@ def test_a_bar_moves_while_one_step_takes_long(monkeypatch: pytest.MonkeyPatch) 
     terminal = _Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setattr(progress, "_BEAT", 0.05)
-    for _ in bar(range(2), "scan", quiet=False):
+    for _ in progress_bar(range(2), "scan", quiet=False):
         before = len(terminal.text)
         time.sleep(0.4)
         assert len(terminal.text) > before

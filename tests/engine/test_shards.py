@@ -17,7 +17,7 @@ from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.learn.losses import entropy
-from mergekit_dam.learn.masks import combined, logits_of, masks_in_use
+from mergekit_dam.learn.masks import combined, logit_keys, make_masks
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.merging.mask_bytes import STEPS, to_probabilities
 from mergekit_dam.models.plan import Plan, build_plan
@@ -48,8 +48,9 @@ def _exchanged(shards: Shards) -> list[tuple[torch.Tensor, torch.Tensor, torch.T
     for shape in SHAPES:
         local = shards.local(_whole(shape, 0))
         assert local.shape == shards.local_shape(shape)
-        back = shards.gather(local, shape)
-        found.append((back, shards.scatter(_whole(shape, shards.rank)), shards.sum(_whole(shape, shards.rank)), shape))
+        back = shards.all_gather(local, shape)
+        own = _whole(shape, shards.rank)
+        found.append((back, shards.reduce_scatter(own), shards.all_reduce(own), shape))
     return found
 
 
@@ -64,7 +65,7 @@ def test_rows_are_gathered_and_gradients_summed_over_the_processes(count: int) -
         # the trap: to_local alone hands out each process's own term of the sum
         rows = torch.cat([found[number][1].reshape(-1) for found in everyone])
         torch.testing.assert_close(rows.reshape(shape), total)
-    assert ALONE.local(total) is ALONE.gather(total, total.shape) is ALONE.scatter(total) is total
+    assert ALONE.local(total) is ALONE.all_gather(total, total.shape) is ALONE.reduce_scatter(total) is total
 
 
 def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
@@ -72,7 +73,7 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
     vectors, tasks = TaskVectors(plan), build_tasks(plan, CPU)
     model = MergedModel(vectors, survey(vectors, shards).changed, CPU, shards=shards)
     paper = plan.config.objective == "paper"
-    masks = masks_in_use(model, plan.config, temperature=0.5, per_model=not paper)
+    masks = make_masks(model, plan.config, temperature=0.5, per_model=not paper)
     samples = {n: {k: m.sample(k, seed=0, step=1) for k in model.mask_names} for n, m in masks.items() if paper}
     merged = combined(masks, samples or None)
     coefficients = torch.full((2, len(model.mask_names)), 0.3)
@@ -81,10 +82,10 @@ def _gradients(shards: Shards, plan: Plan) -> tuple[dict[str, torch.Tensor], tor
         if shards.owns(index):
             entropy(task.logits(weights, task.inputs(torch.arange(4)))).backward()
     lambdas, found = torch.zeros_like(coefficients), {}
-    for key, gradient in model.chain(weights, merged, coefficients, lambdas):
+    for key, gradient in model.mask_gradients(weights, merged, coefficients, lambdas):
         parts = merged[key].logit_gradients(gradient, range(len(merged[key].parts)))
-        for (name, one), part in zip(logits_of(masks, key), parts, strict=True):
-            found[f"{name}/{one}"] = masks[name].shards.gather(part, masks[name].shapes[one])
+        for (name, one), part in zip(logit_keys(masks, key), parts, strict=True):
+            found[f"{name}/{one}"] = masks[name].shards.all_gather(part, masks[name].shapes[one])
     held = sum(m.numel() for ms in model.frozen.models.values() for m in ms if m is not None)
     return found, lambdas, held
 

@@ -41,7 +41,7 @@ def worker_dies(world: World, trials: int) -> Row:
         trials,
         "die",
         1,
-        ["expected one that learns to the end, got an end by signal 9"],
+        ["expected a worker that finishes learning, got an end by signal 9"],
         "a worker that dies while masks are learned",
         "an error that names the worker and the signal; the others end",
     )

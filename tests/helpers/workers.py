@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from mergekit_dam.engine.processes import JOB, end_with_parent, record_error, show_where_it_hangs
+from mergekit_dam.engine.processes import JOB, dump_stacks_on_sigterm, end_with_parent, write_error
 from mergekit_dam.errors import DamError
 
 
@@ -41,10 +41,10 @@ def hang() -> None:
 if __name__ == "__main__":
     here, number = Path(sys.argv[1]), int(os.environ["RANK"])
     end_with_parent(lambda: os._exit(1))
-    show_where_it_hangs(here, number)
+    dump_stacks_on_sigterm(here, number)
     try:
         act(pickle.loads((here / JOB).read_bytes()), number, here)
     except Exception as error:
-        record_error(here, number, error)
+        write_error(here, number, error)
         os._exit(1)
     os._exit(0)

@@ -20,7 +20,7 @@ from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, save
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import add_measurement, read_results
 from mergekit_dam.io.files import replacing, require_own, write_atomic
-from mergekit_dam.learn.run import _make, cache_folder
+from mergekit_dam.learn.run import _make_entry, cache_folder
 from mergekit_dam.publish.contents import _json, contents_of
 from mergekit_dam.publish.page import render
 from mergekit_dam.publish.report import write_report
@@ -102,7 +102,7 @@ def test_a_cache_entry_of_somebody_else_is_not_believed(
     """In a shared cache, anyone can foresee an entry's name and put masks there that keep every backdoor."""
     before = os.umask(0)
     try:
-        _make(cache_folder() / "mine")  # whatever the umask
+        _make_entry(cache_folder() / "mine")  # whatever the umask
     finally:
         os.umask(before)
     (cache / "open").mkdir()
@@ -110,7 +110,7 @@ def test_a_cache_entry_of_somebody_else_is_not_believed(
     (cache / "link").symlink_to(tmp_path)
     for name, got in (("open", "a folder that all users may write to"), ("link", "a link")):
         with pytest.raises(DamError, match=f"expected a folder that only you can write to, got {got}"):
-            _make(cache_folder() / name)
+            _make_entry(cache_folder() / name)
     owner = (cache / "mine").stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     if owner == 0:

@@ -20,7 +20,7 @@ from mergekit_dam import seeds
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.engine.task_vectors import StandIns, TaskVectors, stand_in_file
 from mergekit_dam.errors import DamError
-from mergekit_dam.learn.stand_ins import stand_ins
+from mergekit_dam.learn.stand_ins import make_stand_ins
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import TextTask, build_tasks
 from tests.conftest import fast
@@ -104,7 +104,7 @@ def _taught(plan: Plan, folder: Path, titles: list[str] | None = None, shards: S
             titles.append(title)
         return steps
 
-    found = stand_ins(_tasks(plan), TaskVectors(plan), folder, shards=shards, progress=progress)
+    found = make_stand_ins(_tasks(plan), TaskVectors(plan), folder, shards=shards, progress=progress)
     assert found is not None
     return found
 

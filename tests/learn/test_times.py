@@ -61,7 +61,7 @@ def test_times_are_summed_over_the_parts_of_a_run(vit: Path, images: Path, monke
 
 
 def test_students_that_were_taught_before_count(bert: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, teach, taught = _plan(bert, ("base", "m1", "m2"), texts), students.teach, []
+    plan, teach, taught = _plan(bert, ("base", "m1", "m2"), texts), students.train_student, []
 
     def once(*arguments: Any) -> Any:
         taught.append(arguments[0].name)
@@ -70,7 +70,7 @@ def test_students_that_were_taught_before_count(bert: Path, texts: Path, monkeyp
         time.sleep(PAUSE)
         return teach(*arguments)
 
-    monkeypatch.setattr(students, "teach", once)
+    monkeypatch.setattr(students, "train_student", once)
     with pytest.raises(KeyboardInterrupt):
         find_or_learn(plan, quiet=True)
     find_or_learn(plan, quiet=True)

@@ -20,7 +20,7 @@ from mergekit_dam.learn import window_size
 from mergekit_dam.learn.fisher import importance_of
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.run import find_or_learn
-from mergekit_dam.learn.window_search import WindowSearch, places_of, windows_of
+from mergekit_dam.learn.window_search import WindowSearch, positions_of, windows_of
 from mergekit_dam.learn.window_size import free_bytes, needed_bytes, with_window
 from mergekit_dam.learn.window_states import MERGED, OWN
 from mergekit_dam.models.plan import Plan, build_plan
@@ -99,7 +99,7 @@ def test_gradient_checkpointing_leaves_the_masks_as_they_are(size: int, llama: P
 
 def test_each_tensor_is_learned_once_and_only_a_window_is_held(vit: Path, images: Path) -> None:
     search = new_search(WindowSearch, _plan(vit, images, window=1))
-    open_window, held, names = search.open, [], []
+    open_window, held, names = search.open_window, [], []
 
     def counted(window: Any) -> None:
         open_window(window)
@@ -107,7 +107,7 @@ def test_each_tensor_is_learned_once_and_only_a_window_is_held(vit: Path, images
         names.extend(search.part.mask_names)
         held.append(sum(t.numel() for t in search.part.frozen.base.values()))
 
-    search.open = counted  # type: ignore[method-assign]
+    search.open_window = counted  # type: ignore[method-assign]
     search.run()
     assert sorted(names) == sorted(search.model.mask_names)
     assert sum(held) == sum(t.numel() for t in search.model.frozen.base.values()) and max(held) < sum(held) / 2
@@ -116,16 +116,16 @@ def test_each_tensor_is_learned_once_and_only_a_window_is_held(vit: Path, images
 def test_tied_embeddings_are_learned_first_and_stay_so_in_the_head(llama: Path, texts: Path) -> None:
     plan = _plan(llama, texts, window=1)
     tied = "model.embed_tokens.weight"
-    places = places_of(build_tasks(plan, CPU), plan.tensors, 4)
+    places = positions_of(build_tasks(plan, CPU), plan.tensors, 4)
     assert places[tied] == (0, 3) and places["model.norm.weight"] == (3,)
     search, fixed = new_search(WindowSearch, plan), {}
-    close = search.close
+    close = search.close_window
 
     def noted(window: Any) -> None:
         fixed[window.number] = dict(search.fixed)
         close(window)
 
-    search.close = noted  # type: ignore[method-assign]
+    search.close_window = noted  # type: ignore[method-assign]
     search.run()
     assert [sorted(one) for one in fixed.values()] == [[], [], [], [tied]]
     assert torch.equal(fixed[3][tied], search.merged_weights()[tied])
@@ -174,7 +174,7 @@ def test_states_come_back_without_their_padding(
     lengths: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("states") / "x.part"
-    states = HiddenStates.make(path, lengths, 4, torch.float32)
+    states = HiddenStates.create(path, lengths, 4, torch.float32)
     longest = max(lengths)
     hidden = torch.randn(len(lengths), longest, 4)
     states.write(torch.arange(len(lengths)), hidden)

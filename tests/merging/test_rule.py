@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn import masks
 from mergekit_dam.learn.losses import consistency, disagreement, distillation, entropy
-from mergekit_dam.learn.masks import ConcreteMask, LogitSteps, product
+from mergekit_dam.learn.masks import ConcreteMask, LogitSteps, mask_product
 from mergekit_dam.learn.paper_search import UniversalPerturbation
 from mergekit_dam.merging import rule
 from mergekit_dam.merging.mask_bytes import to_bytes, to_probabilities
@@ -97,7 +97,7 @@ def test_mask_logit_gradient_is_autograds(rescale: bool) -> None:
     weight = torch.randn(4, 3, generator=generator(1))
     ((drawn / drawn.mean() if rescale else drawn) * weight).sum().backward()
     assert logits.grad is not None
-    (found,) = product([mask], "w", [sample]).logit_gradients(weight.clone(), [0])
+    (found,) = mask_product([mask], "w", [sample]).logit_gradients(weight.clone(), [0])
     torch.testing.assert_close(found, logits.grad)
 
 
@@ -109,7 +109,7 @@ def test_masks_broadcast_and_rescaling_keeps_the_mean(seed: int, granularity: st
     sample = mask.sample("w", seed=seed, step=1)
     assert torch.broadcast_shapes(sample.shape, (6, 5)) == (6, 5)
     assert bool(((sample > 0) & (sample < 1)).all())
-    torch.testing.assert_close(product([mask], "w", [sample]).full().mean(), torch.tensor(1.0))
+    torch.testing.assert_close(mask_product([mask], "w", [sample]).full().mean(), torch.tensor(1.0))
     assert torch.equal(sample, mask.sample("w", seed=seed, step=1))
     assert not torch.equal(sample, mask.sample("w", seed=seed, step=2))
 

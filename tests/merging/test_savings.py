@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_dam.engine.shards import turns
+from mergekit_dam.engine.shards import schedule
 from mergekit_dam.io import cache
 from mergekit_dam.io.cache import cached_fact
 from mergekit_dam.merging.mask_product import MaskProduct
@@ -86,12 +86,12 @@ def test_every_sample_is_dealt_to_one_process(batch_sizes: list[int], size: int)
     seen: list[tuple[int, int]] = []
     lengths = set()
     for rank in range(size):
-        ours = turns(batch_sizes, SimpleNamespace(size=size, rank=rank))  # type: ignore[arg-type]
+        ours = schedule(batch_sizes, SimpleNamespace(size=size, rank=rank))  # type: ignore[arg-type]
         lengths.add(len(ours))
-        for share in ours:
-            if share is not None:
-                seen += [(share.task, int(i)) for i in share.of(torch.arange(batch_sizes[share.task]))]
-                assert len(share.of(torch.arange(batch_sizes[share.task])))
+        for item in ours:
+            if item is not None:
+                seen += [(item.task, int(i)) for i in item.of(torch.arange(batch_sizes[item.task]))]
+                assert len(item.of(torch.arange(batch_sizes[item.task])))
     assert sorted(seen) == [(task, i) for task, count in enumerate(batch_sizes) for i in range(count)]
     assert len(lengths) == 1
 

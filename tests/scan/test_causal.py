@@ -192,7 +192,7 @@ def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:
     assert any(key.startswith("loss/safe/") for record in records for key in record)
     snapshot = json.loads(json.dumps(search.state("masks", 3).facts))
     again = new_search(InversionSearch, plan)
-    again.lay_out(snapshot)
+    again.allocate(snapshot)
     assert again.trigger_pool.keys() == search.trigger_pool.keys()
     assert isinstance(next(iter(again.trigger_pool))[1], tuple)
     assert [one.target for one in again.findings] == [one.target for one in search.findings]

@@ -107,7 +107,7 @@ def _made(shards: Shards, plan: Plan, folder: Path) -> list[str]:
 
     _quick(setattr)
     tasks = build_tasks(plan, torch.device("cpu"))
-    assert module.stand_ins(tasks, TaskVectors(plan), folder, shards=shards, progress=progress) is not None
+    assert module.make_stand_ins(tasks, TaskVectors(plan), folder, shards=shards, progress=progress) is not None
     return titles
 
 

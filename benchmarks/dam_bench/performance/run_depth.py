@@ -36,7 +36,7 @@ def learn(case: Case, folder: Path) -> dict[str, Any]:
     device = torch.device(case.device)
     search, tasks, _ = set_up(case, folder, device)
     assert isinstance(search, WindowSearch) and tasks[0].chain is not None
-    search.scan_if_wanted = lambda done: None  # type: ignore[method-assign]
+    search.scan_if_needed = lambda done: None  # type: ignore[method-assign]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before, begun = resident_bytes()["RssAnon"], time.perf_counter()
@@ -50,7 +50,7 @@ def learn(case: Case, folder: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - begun, 2),
         "device_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "own_bytes": memory.anonymous - before,
-        "bytes_read": search.read(),
+        "bytes_read": search.model.vectors.bytes_read,
     }
 
 

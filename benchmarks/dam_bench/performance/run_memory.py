@@ -161,7 +161,7 @@ def _learn(model: MergedModel, tasks: list[Task], plan: Plan) -> None:
     options: dict[str, Any] = {"track": lambda record: None, "progress": lambda steps, title: steps}
     if plan.config.window != "all":
         windows = WindowSearch(model, tasks, plan.config, start, **options)
-        windows.scan_if_wanted = lambda done: None  # type: ignore[method-assign]
+        windows.scan_if_needed = lambda done: None  # type: ignore[method-assign]
         windows.run()
         return
     search = InversionSearch(model, tasks, plan.config, start, **options)

@@ -24,7 +24,7 @@ from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.task_vectors import TaskVectors, survey
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.losses import calibration_batch, entropy
-from mergekit_dam.learn.objectives import search_of
+from mergekit_dam.learn.objectives import search_class
 from mergekit_dam.learn.paper_search import PaperSearch, UniversalPerturbation
 from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.models.plan import build_plan
@@ -165,7 +165,7 @@ def set_up(case: Case, folder: Path, device: torch.device) -> tuple[Any, list[Ta
     plan = build_plan(base, models, shared=shared, per_model={})
     vectors = TaskVectors(plan)
     tasks = build_tasks(plan, device)
-    kind: Any = search_of(plan.config)
+    kind: Any = search_class(plan.config)
     model = MergedModel(vectors, survey(vectors).changed, device, dtype=tasks[0].dtype, lazy=kind is WindowSearch)
     search = kind(
         model,

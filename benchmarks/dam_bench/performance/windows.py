@@ -26,14 +26,14 @@ def measure_window(case: Case, folder: Path) -> dict[str, Any]:
     device = torch.device(case.device)
     search, tasks, _ = set_up(case, folder, device)
     assert isinstance(search, WindowSearch)
-    search.prepare()
+    search.prepare_tasks()
     first, window, *_ = search.windows
-    search.open(first)
-    search.close(first)
+    search.open_window(first)
+    search.close_window(first)
     before = resident_bytes()["RssAnon"]
     floor, step = Clock(device), Clock(device)
     with Memory() as memory:
-        search.open(window)
+        search.open_window(window)
         for number in range(case.warm_up):
             search.step(window, number)
     own = {**search.part.frozen.own_weights(0), **search.fixed}
