@@ -133,3 +133,4 @@ OBJECTIVES: Registry[Any] = Registry("objective", ("inversion", "paper"))  # sea
 TASKS: Registry[Any] = Registry("task of model_type")  # see tasks/__init__.py
 SCANNERS: Registry[Any] = Registry("scanner")  # see scan/scanner.py
 TRIGGERS: Registry[Any] = Registry("kind of triggers")  # see scan/triggers.py
+PLANTED: Registry[Any] = Registry("kind of planted triggers")  # see vaccine/triggers.py

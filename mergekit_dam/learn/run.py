@@ -45,6 +45,7 @@ from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.content import content_key
+from mergekit_dam.vaccine.triggers import code_of_kinds
 
 LOG = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def find_or_learn(
     plan = _with_window(plan, device_kind(plan.config.device) if workers > 1 else place, workers, shards)
     tasks = build_tasks(plan, place)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
-    folder = cache_folder() / content_key(plan, tasks, digests)
+    folder = cache_folder() / content_key(plan, tasks, digests, code=code_of_kinds())
     if first:
         _make_entry(folder)
     # a second run on the same inputs waits for this lock, and then finds the masks

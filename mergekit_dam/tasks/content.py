@@ -22,13 +22,21 @@ def digests_of(plan: Plan) -> dict[str, str]:
     return {model.name: Checkpoint.open(model.path).digest() for model in models}
 
 
-def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], *, without: Collection[str] = ()) -> str:
+def content_key(
+    plan: Plan,
+    tasks: Sequence[Task],
+    digests: Mapping[str, str],
+    *,
+    without: Collection[str] = (),
+    code: Sequence[str] = (),
+) -> str:
     """Name a cache entry: runs that learn the same share it, wherever their inputs lie and whatever their names.
 
     Args:
         tasks: of the plan, in the order of its models.
         digests: as `digests_of` gives them.
         without: settings that the result does not depend on.
+        code: digests of further code that the result depends on.
 
     Returns:
         32 hex digits over settings, weights, samples, heads, configs, the plan's tensors, library versions and code.
@@ -43,7 +51,7 @@ def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], *
         [[spec.name, spec.mask_name, spec.shape, spec.base_source, spec.sources] for spec in plan.tensors],
         library_versions(),
         code_digest(),
-        _code_of_others(plan, tasks),
+        [*_code_of_others(plan, tasks), *code],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

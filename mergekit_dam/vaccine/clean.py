@@ -32,12 +32,10 @@ from mergekit_dam.io.cache import code_digest
 from mergekit_dam.models.parameter_names import meta_model
 from mergekit_dam.tasks import Task, reads_text
 from mergekit_dam.tasks.base import Progress
-from mergekit_dam.vaccine import image_kinds as _image_kinds  # noqa: F401 (fills the registry)
-from mergekit_dam.vaccine import text_kinds as _text_kinds  # noqa: F401 (likewise)
 from mergekit_dam.vaccine.behaviours import BEHAVIOURS, behaviour_of
 from mergekit_dam.vaccine.settings import NOT_LEARNED, VaccineSettings, resolved
 from mergekit_dam.vaccine.training import Lessons, PlantedTrigger, learning_rate
-from mergekit_dam.vaccine.triggers import Surroundings, in_turn, kinds_of, require_known
+from mergekit_dam.vaccine.triggers import Surroundings, code_of_kinds, in_turn, kinds_of, require_known
 
 LOG = logging.getLogger(__name__)
 _START, _END = "start", "end"
@@ -120,6 +118,7 @@ def identity_of(task: Task, settings: VaccineSettings, start: str = "") -> str:
         str(task.dtype),
         lengths,
         code_digest(),
+        code_of_kinds(),
         start,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

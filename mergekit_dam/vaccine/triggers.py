@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.errors import DamError, did_you_mean
+from mergekit_dam.registry import PLANTED, code_of
 from mergekit_dam.tasks import Task, reads_text
 from mergekit_dam.tasks.base import Modality
 
@@ -72,22 +73,28 @@ class Kind:
     draw: Draw
 
 
-PLANTED: dict[str, Kind] = {}
-
-
 def register_planted(name: str, inputs: Modality) -> Callable[[Draw], Draw]:
     """Register a function as a kind of planted triggers.
 
     Args:
-        name: in settings and reports; a kind of this name is replaced.
+        name: a new one, for settings and reports.
         inputs: what it changes.
+
+    Raises:
+        DamError: the name is taken.
     """
 
     def register(draw: Draw) -> Draw:
-        PLANTED[name] = Kind(name, inputs, draw)
+        PLANTED.add(name, Kind(name, inputs, draw))
         return draw
 
     return register
+
+
+def code_of_kinds() -> list[str]:
+    """Digests of the code of kinds that other packages register, for cache keys."""
+    found = (code_of(kind.draw) for _, kind in sorted(PLANTED.entries.items()))
+    return [digest for digest in found if digest is not None]
 
 
 def kinds_of(task: Task, leave_out: Collection[str]) -> list[Kind]:
@@ -96,7 +103,7 @@ def kinds_of(task: Task, leave_out: Collection[str]) -> list[Kind]:
     Raises:
         DamError: none is left.
     """
-    found = sorted((k for k in PLANTED.values() if k.inputs == task.modality), key=lambda kind: kind.name)
+    found = sorted((k for k in PLANTED.entries.values() if k.inputs == task.modality), key=lambda kind: kind.name)
     left = [kind for kind in found if kind.name not in leave_out]
     if not left:
         raise DamError(
@@ -114,7 +121,7 @@ def require_known(leave_out: Collection[str], behaviours: Collection[str]) -> No
     Raises:
         DamError: with the nearest known name.
     """
-    known = [*PLANTED, *behaviours]
+    known = [*PLANTED.names(), *behaviours]
     for name in leave_out:
         if name not in known:
             raise DamError(

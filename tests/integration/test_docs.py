@@ -20,8 +20,7 @@ from docs.make_reference import DOCS, PAGES, run
 from mergekit_dam import api, load_merged
 from mergekit_dam.cli.main import COMMANDS
 from mergekit_dam.evaluation import attack_text
-from mergekit_dam.registry import OBJECTIVES, SCANNERS, TASKS
-from mergekit_dam.vaccine import triggers
+from mergekit_dam.registry import OBJECTIVES, PLANTED, SCANNERS, TASKS
 from tests import walkthrough
 from tests.conftest import FAST, Merge
 from tests.helpers.merging import tensors_of
@@ -96,9 +95,8 @@ def test_the_blocks_of_extending_run(
     for name in ("DeiTModel", "DeiTForImageClassification"):
         monkeypatch.setitem(json_definitions.NAME_TO_ARCH, name, [])
     monkeypatch.setattr(attack_text, "TRIGGERS", dict(attack_text.TRIGGERS))
-    for registry in (OBJECTIVES, SCANNERS, TASKS):
+    for registry in (OBJECTIVES, PLANTED, SCANNERS, TASKS):
         monkeypatch.setattr(registry, "entries", dict(registry.entries))
-    monkeypatch.setattr(triggers, "PLANTED", dict(triggers.PLANTED))
     module = ModuleType("extending")
     monkeypatch.setitem(sys.modules, "extending", module)  # dataclasses look their module up
     names = vars(module)
@@ -108,7 +106,7 @@ def test_the_blocks_of_extending_run(
         exec(compile(block, "extending.md", "exec"), names)
     stripes = names["StripeTrigger"](2).apply(torch.zeros(1, 3, 4, 4))
     assert stripes[..., :2].eq(1).all() and stripes[..., 2:].eq(0).all()
-    assert triggers.PLANTED["shade"].draw is names["shade"]
+    assert PLANTED["shade"].draw is names["shade"]
     models = [{"model": str(vit / n), "parameters": {"calibration": str(images)}} for n in ("a", "b")]
     out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 2, "objective": "anchored"})
     assert (out / "dam" / "dam_masks.safetensors").is_file()

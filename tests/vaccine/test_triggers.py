@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergekit_dam.vaccine
+from mergekit_dam.errors import DamError
+from mergekit_dam.registry import PLANTED
 from mergekit_dam.tasks import Task
-from mergekit_dam.vaccine import clean as _clean  # noqa: F401 (fills the registry)
 from mergekit_dam.vaccine.triggers import (
-    PLANTED,
     Change,
     Frame,
     Surroundings,
+    code_of_kinds,
     frame_of,
     in_turn,
     kinds_of,
@@ -36,7 +37,7 @@ AROUND = {
 SEEDS = st.integers(0, 10_000)
 
 
-@pytest.mark.parametrize("kind", sorted(PLANTED))
+@pytest.mark.parametrize("kind", sorted(PLANTED.entries))
 @settings(max_examples=20, deadline=None)
 @given(seed=SEEDS)
 def test_a_trigger_makes_an_input_of_the_same_sort(kind: str, seed: int) -> None:
@@ -56,7 +57,7 @@ def test_a_trigger_makes_an_input_of_the_same_sort(kind: str, seed: int) -> None
     assert all(torch.equal(a, b) for a, b in zip(before, around.samples, strict=True)), "clean inputs stay"
 
 
-@pytest.mark.parametrize("kind", sorted(PLANTED))
+@pytest.mark.parametrize("kind", sorted(PLANTED.entries))
 def test_a_seed_draws_one_trigger(kind: str) -> None:
     planted = PLANTED[kind]
     around = AROUND[planted.inputs]
@@ -75,7 +76,7 @@ def test_a_seed_draws_one_trigger(kind: str) -> None:
 @settings(max_examples=30, deadline=None)
 @given(left_out=st.sets(st.sampled_from(["word", "words", "phrase", "pieces"])), count=st.integers(1, 12), seed=SEEDS)
 def test_a_kind_left_out_is_never_drawn(left_out: set[str], count: int, seed: int) -> None:
-    kinds = [kind for kind in PLANTED.values() if kind.inputs == "text" and kind.name not in left_out]
+    kinds = [kind for kind in PLANTED.entries.values() if kind.inputs == "text" and kind.name not in left_out]
     drawn = in_turn(kinds, count, torch.Generator().manual_seed(seed))
     names = [kind.name for kind in drawn]
     assert len(names) == count and not left_out & set(names)
@@ -90,15 +91,17 @@ def test_kinds_go_by_what_a_task_takes(family: str, count: int, folders: dict[st
 
 
 def test_a_kind_of_ones_own_is_planted(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_dam.vaccine.triggers.PLANTED", PLANTED)
-    with monkeypatch.context() as patch:
-        patch.setitem(PLANTED, "dark", PLANTED["tint"])  # is put back afterwards
+    monkeypatch.setattr(PLANTED, "entries", dict(PLANTED.entries))
+    before = code_of_kinds()
 
-        @register_planted("dark", "image")
-        def dark(around: Surroundings, generator: torch.Generator) -> Change:
-            return lambda pixels, own: pixels / 2
+    @register_planted("dark", "image")
+    def dark(around: Surroundings, generator: torch.Generator) -> Change:
+        return lambda pixels, own: pixels / 2
 
-        assert "dark" in [kind.name for kind in kinds_of(task_of(folders["image"]), ())]
+    assert "dark" in [kind.name for kind in kinds_of(task_of(folders["image"]), ())]
+    assert before == [] and len(code_of_kinds()) == 1, "its code goes into cache keys"
+    with pytest.raises(DamError, match="kind of planted triggers 'dark': expected a new name"):
+        register_planted("dark", "image")(lambda around, generator: lambda pixels, own: pixels)
 
 
 @settings(max_examples=50, deadline=None)
