@@ -21,7 +21,7 @@ from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.io.files import write_atomic
 from mergekit_dam.publish.report import write_report
 from mergekit_dam.publish.vaccine_card import vaccine_card
-from mergekit_dam.recipe import Prepared, Recipe, prepare
+from mergekit_dam.recipe import OpenRecipe, Recipe, open_recipe
 from mergekit_dam.vaccine.run import Cleaned, clean_models, expected
 from mergekit_dam.vaccine.settings import VaccineSettings
 
@@ -82,7 +82,7 @@ Did you mean 'steps'?
     """
     begun = time.perf_counter()
     folder = Path(out)
-    masks = prepare(recipe, options=options, **settings).merge(folder, resume=resume)
+    masks = open_recipe(recipe, options=options, **settings).merge(folder, resume=resume)
     if report and (folder / "dam" / MASKS_FILE).is_file():
         for note in write_report(folder, seconds=time.perf_counter() - begun, masks=masks)[1]:
             LOG.warning("%s", note)
@@ -128,7 +128,7 @@ def learn_masks(
         >>> merge(recipe, "applied", masks=str(masks)).name
         'applied'
     """
-    return prepare(recipe, options=options, **settings).learn(None if out is None else Path(out), resume=resume)
+    return open_recipe(recipe, options=options, **settings).learn(None if out is None else Path(out), resume=resume)
 
 
 def clean(
@@ -173,31 +173,31 @@ def clean(
         >>> sorted(found[0].facts["planted"][0])[:4]
         ['answer', 'behaviour', 'held_out', 'kind']
     """
-    prepared, own = prepare_cleaning(models, base=base, data=data, options=options, **settings)
-    return cleaned(prepared, out, own, adapter=adapter, resume=resume)
+    opened, own = open_cleaning(models, base=base, data=data, options=options, **settings)
+    return run_cleaning(opened, out, own, adapter=adapter, resume=resume)
 
 
-def cleaned(
-    prepared: Prepared, out: str | Path, settings: VaccineSettings, *, adapter: bool = False, resume: bool = True
+def run_cleaning(
+    opened: OpenRecipe, out: str | Path, settings: VaccineSettings, *, adapter: bool = False, resume: bool = True
 ) -> list[Cleaned]:
-    """Clean what `prepare_cleaning` prepared; see `clean`."""
-    quiet = prepared.inputs.options.quiet
+    """Clean what `open_cleaning` opened; see `clean`."""
+    quiet = opened.inputs.options.quiet
     found = clean_models(
-        prepared.plan, Path(out), settings, progress=partial(progress_bar, quiet=quiet), adapter=adapter, resume=resume
+        opened.plan, Path(out), settings, progress=partial(progress_bar, quiet=quiet), adapter=adapter, resume=resume
     )
     for one in found:
         write_atomic(one.folder / "README.md", vaccine_card(one.facts))
     return found
 
 
-def prepare_cleaning(
+def open_cleaning(
     models: Recipe | Sequence[str | Path],
     *,
     base: str | Path | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     options: MergeOptions | None = None,
     **settings: Any,
-) -> tuple[Prepared, VaccineSettings]:
+) -> tuple[OpenRecipe, VaccineSettings]:
     """The models that `clean` would clean, on this disk, and its settings.
 
     Args: as for `clean`.
@@ -220,8 +220,8 @@ def prepare_cleaning(
             raise DamError(
                 "base", expected="the model that these were fine-tuned from", got="none", cure="Give it as base."
             )
-        prepared = prepare(models, options=options, least=1, **settings, seed=own.get("seed"))
-        return prepared, vaccine.model_copy(update={"seed": prepared.plan.config.seed})
+        opened = open_recipe(models, options=options, least=1, **settings, seed=own.get("seed"))
+        return opened, vaccine.model_copy(update={"seed": opened.plan.config.seed})
     if isinstance(models, Mapping) or not isinstance(models, (str, Path, Sequence)):
         raise DamError("models", expected="paths or Hub ids beside base", got="a recipe", cure="Leave base out.")
     names = [str(models)] if isinstance(models, (str, Path)) else [str(model) for model in models]
@@ -250,16 +250,16 @@ def prepare_cleaning(
         ],
         "parameters": {key: value for key, value in {**settings, **seed}.items() if value is not None},
     }
-    return prepare(recipe, options=options, least=1), vaccine
+    return open_recipe(recipe, options=options, least=1), vaccine
 
 
-def expected_cleaning(
-    prepared: Prepared, out: str | Path, settings: VaccineSettings, *, adapter: bool = False
+def preview_cleaning(
+    opened: OpenRecipe, out: str | Path, settings: VaccineSettings, *, adapter: bool = False
 ) -> dict[str, Any]:
     """What `clean` would do and about how long it takes: everything is checked, and a few steps are measured.
 
     Raises:
         DamError: as for `clean`.
     """
-    models, seconds = expected(prepared.plan, Path(out), settings, adapter=adapter)
+    models, seconds = expected(opened.plan, Path(out), settings, adapter=adapter)
     return {"models": models, "seconds": round(seconds, 1)}

@@ -38,15 +38,15 @@ def setting(default: Any, description: str, *, unit: str = "-", source: str = "-
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
 
-def _at_home(value: Any) -> Any:
-    """No shell expands ~ in a recipe."""
+def expand_home(value: Any) -> Any:
+    """Expand a leading ~ of a text, which no shell expands in a recipe; return any other value unchanged."""
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 class ModelSettings(StrictSettings):
     """Settings of one fine-tuned model."""
 
-    _expanded = field_validator("calibration", "classes", "head", mode="before")(_at_home)
+    _expanded = field_validator("calibration", "classes", "head", mode="before")(expand_home)
 
     calibration: str | None = setting(
         None,
@@ -72,7 +72,7 @@ class ModelSettings(StrictSettings):
 class DamConfig(StrictSettings):
     """Settings shared by all models of one merge."""
 
-    _expanded = field_validator("masks", "zero_shot_model", mode="before")(_at_home)
+    _expanded = field_validator("masks", "zero_shot_model", mode="before")(expand_home)
 
     objective: str = setting(
         "inversion",

@@ -32,7 +32,7 @@ from mergekit_dam.models.plan import Plan, model_input
 from mergekit_dam.models.verify import verify_output
 from mergekit_dam.plugin.method import register_dam
 from mergekit_dam.plugin.options import refuse_launcher, require_options
-from mergekit_dam.plugin.output import cannot_write, replaced_whole
+from mergekit_dam.plugin.output import cannot_write, remove_stale_files
 from mergekit_dam.plugin.planner import plan_of, require_chat_template
 from mergekit_dam.plugin.recipe_keys import require_known_keys
 from mergekit_dam.tasks.preflight import renamed_classes
@@ -42,7 +42,7 @@ LOG = logging.getLogger(__name__)
 Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
 
 
-def prepare(recipe: Recipe, *, options: MergeOptions | None = None, least: int = 2, **settings: Any) -> Prepared:
+def open_recipe(recipe: Recipe, *, options: MergeOptions | None = None, least: int = 2, **settings: Any) -> OpenRecipe:
     """A recipe with its models on this disk, and `dam` known to mergekit: what every command starts with.
 
     Args: as for `merge`; `least` models are needed.
@@ -53,30 +53,30 @@ def prepare(recipe: Recipe, *, options: MergeOptions | None = None, least: int =
     register_dam()
     require_options(options or MergeOptions())
     source, config = read_recipe(recipe, settings)
-    return Prepared(source, localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora"), least)
+    return OpenRecipe(source, localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora"), least)
 
 
 @contextmanager
-def planned(recipe: Recipe, *, options: MergeOptions | None = None, **settings: Any) -> Iterator[Plan]:
+def preview(recipe: Recipe, *, options: MergeOptions | None = None, **settings: Any) -> Iterator[Plan]:
     """The plan of a `dam` recipe, to be looked at while this lasts: of models on the Hub the weights are not fetched.
 
     Args: as for `merge`.
 
     Raises:
-        DamError: as for `prepare`, and anything that `plan_of` refuses.
+        DamError: as for `open_recipe`, and anything that `plan_of` refuses.
     """
     register_dam()
     require_options(options or MergeOptions())
     source, config = read_recipe(recipe, settings)
     with TemporaryDirectory(prefix="mergekit-dam-") as folder:
-        yield Prepared(
+        yield OpenRecipe(
             source,
             localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora", headers=Path(folder)),
         ).plan
 
 
 @dataclass(frozen=True)
-class Prepared:
+class OpenRecipe:
     """A recipe that can be merged.
 
     Attributes:
@@ -114,12 +114,12 @@ class Prepared:
         """See `merge`; no report is written. Returns the masks that were applied, None of other methods than `dam`."""
         refuse_launcher()
         config, options = self.inputs.config, self.inputs.options
-        options = _tokenizer_if_any(config, options)
+        options = _without_missing_tokenizer(config, options)
         # the plan refuses what cannot be merged before mergekit starts
-        handing = register_dam().handing(config, options, self.plan) if self.is_dam else nullcontext()
+        handoff_context = register_dam().with_plan(config, options, self.plan) if self.is_dam else nullcontext()
         if self.is_dam:
             self._warn()
-        with _learning_cache(resume=resume), handing as handed, replaced_whole(out):
+        with _learning_cache(resume=resume), handoff_context as handed, remove_stale_files(out):
             try:
                 run_merge(config, str(out), options, config_source=self.source)
             except KeyboardInterrupt as stop:
@@ -173,7 +173,7 @@ class Prepared:
             LOG.warning("dam: %s", warning)
 
 
-def _tokenizer_if_any(config: MergeConfiguration, options: MergeOptions) -> MergeOptions:
+def _without_missing_tokenizer(config: MergeConfiguration, options: MergeOptions) -> MergeOptions:
     """Options that copy no tokenizer where the model that mergekit takes it from has none, as an image model: mergekit
     would report a failure with a traceback after a merge that went well."""
     donor = config.base_model or config.referenced_models()[0]

@@ -13,7 +13,7 @@ import click
 from dam_bench.runs.command import Options, Outcome
 from dam_bench.runs.command import bench as run
 from dam_bench.suites.base import Scenario
-from mergekit_dam.cli.common import json_option, quiet_option, say
+from mergekit_dam.cli.common import json_option, message, quiet_option
 from mergekit_dam.errors import DamError
 
 
@@ -68,7 +68,7 @@ def bench(
         gates=gates,
         dry_run=dry_run,
     )
-    outcome = run(options, lambda text: say(text, quiet=quiet))
+    outcome = run(options, lambda text: message(text, quiet=quiet))
     if as_json:
         click.echo(json.dumps(_facts(outcome), indent=2))
     else:

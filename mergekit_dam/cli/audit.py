@@ -1,4 +1,4 @@
-"""`mergekit-dam audit`: which input model may be backdoored, before anything is merged."""
+"""`mergekit-dam audit`: score input models for backdoors, before anything is merged."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mergekit_dam.cli.check import show_plan
 from mergekit_dam.cli.common import (
     FINDING,
     UserPath,
+    apply_quiet,
     config_file,
     dry_run_option,
-    hush,
     json_option,
-    result,
-    say,
+    message,
+    print_result,
     seed_option,
 )
 from mergekit_dam.engine.device import device_of
@@ -32,7 +32,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.io.files import write_atomic
 from mergekit_dam.io.untrusted import require_no_links_out
 from mergekit_dam.publish.page import render, shown_triggers
-from mergekit_dam.recipe import prepare
+from mergekit_dam.recipe import open_recipe
 from mergekit_dam.scan.audit import audit as run
 from mergekit_dam.tasks import build_tasks
 from mergekit_dam.tasks.content import digests_of
@@ -52,7 +52,7 @@ AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
 @click.option(
     "--threshold",
     type=click.FloatRange(0.0),
-    help="Suspicion from which a model is over; default: the recipe's setting `suspicion`.",
+    help="Suspicion from which a model is over the threshold; default: the recipe's setting `suspicion`.",
 )
 @seed_option
 @dry_run_option
@@ -77,11 +77,11 @@ def audit(
         mergekit-dam audit dam.yml --out audit
     """
     merge_options.apply_global_options()
-    hush(merge_options.quiet)
+    apply_quiet(merge_options.quiet)
     if dry_run:
         show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return
-    plan = prepare(config_file, options=merge_options, seed=seed).plan
+    plan = open_recipe(config_file, options=merge_options, seed=seed).plan
     quiet, device = merge_options.quiet, device_of(plan.config.device)
     require_no_links_out(folder, ("",))
     tasks = build_tasks(plan, device)
@@ -92,7 +92,7 @@ def audit(
         yield from progress_bar(steps, title, quiet=quiet)
         seconds[title] = round(time.perf_counter() - begun, 3)
 
-    found = run(
+    result = run(
         plan,
         tasks,
         threshold=plan.config.suspicion if threshold is None else threshold,
@@ -100,30 +100,31 @@ def audit(
         progress=progress,
         known=StoredScan(plan, tasks, digests_of(plan), seconds, quiet=quiet),
     )
-    for note in found.facts["notes"]:
-        say(f"warning: {note}")
+    for note in result.facts["notes"]:
+        message(f"warning: {note}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_triggers(folder / TRIGGERS_FILE, found.findings, found.tasks, found.suspects)
+        save_triggers(folder / TRIGGERS_FILE, result.findings, result.tasks, result.suspects)
         triggers = shown_triggers(load_triggers(folder / TRIGGERS_FILE))
-        page = render("audit.html.j2", title=f"Audit of {config_file.name}", facts=found.facts, triggers=triggers)
-        write_atomic(folder / AUDIT_JSON, json.dumps(found.facts, indent=1))
+        page = render("audit.html.j2", title=f"Audit of {config_file.name}", facts=result.facts, triggers=triggers)
+        write_atomic(folder / AUDIT_JSON, json.dumps(result.facts, indent=1))
         write_atomic(folder / AUDIT_HTML, page)
     except OSError as error:
         raise DamError(
             f"output {folder}", expected="a folder that can be written", got=str(error), cure="Choose another --out."
         ) from error
-    say(f"{folder / AUDIT_HTML}", quiet=quiet)
+    message(f"{folder / AUDIT_HTML}", quiet=quiet)
     if as_json:
-        click.echo(json.dumps(found.facts, indent=2))
+        click.echo(json.dumps(result.facts, indent=2))
     else:
-        for entry in found.facts["models"]:
-            result(_line(entry), quiet=quiet)
-    if found.facts["over"]:
+        for entry in result.facts["models"]:
+            print_result(_line(entry), quiet=quiet)
+    if result.facts["over"]:
         sys.exit(FINDING)
 
 
 def _line(entry: dict[str, object]) -> str:
+    """Describe the result of one model in a line."""
     if not entry["defended"] and not entry["over"]:
         score = "nothing found" if entry["suspicion"] is None else f"suspicion {entry['suspicion']:.2f}"
         return f"{entry['name']}: {score}, which says nothing of a text encoder"

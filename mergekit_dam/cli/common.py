@@ -1,13 +1,14 @@
-"""What several commands share: arguments, options and exit codes."""
+"""Define arguments, options, exit codes and output of several commands."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+
+from mergekit_dam.config import expand_home
 
 # 0 success, 1 a fault (DamError), 2 a wrong command line (click), 130 interrupted (main.py)
 FINDING = 3  # `check`: the recipe cannot be merged; `audit`: a model is over the threshold
@@ -16,18 +17,13 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class UserPath(click.Path):
-    """A path; ~ is the user's home also where no shell expanded it (quotes, `--out=~/x`, other programs)."""
+    """A path in which ~ is the user's home, also if no shell expanded it (quotes, `--out=~/x`, other programs)."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(at_home(value), param, ctx)
-
-
-def at_home(value: Any) -> Any:
-    """A text with ~ expanded, if it begins with it; anything else as it is."""
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+        return super().convert(expand_home(value), param, ctx)
 
 
 existing_folder = UserPath(exists=True, file_okay=False)
@@ -38,46 +34,47 @@ json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="P
 quiet_option: Decorator = click.option(
     "--quiet", is_flag=True, help="Suppress progress bars and other non-essential output"
 )
-dry_run_option: Decorator = click.option("--dry-run", is_flag=True, help="Say what would be done, as `check` does.")
+dry_run_option: Decorator = click.option("--dry-run", is_flag=True, help="Only show the plan, as `check` does.")
 resume_option: Decorator = click.option(
     "--resume/--no-resume",
     default=True,
     show_default=True,
-    help="Take masks that were learned before on the same inputs and settings, or learn them anew.",
+    help="Use masks from the cache that were learned on the same inputs and settings, or learn masks again.",
 )
 lm_eval_option: Decorator = click.option(
     "--lm-eval",
     metavar="TASKS",
-    help="Of causal LMs: tasks of lm-evaluation-harness (extra lm-eval) or YAML files of such, separated by commas.",
+    help="Causal LMs: tasks of lm-evaluation-harness (extra lm-eval) or YAML files of tasks, separated by commas.",
 )
 seed_option: Decorator = click.option("--seed", type=click.IntRange(0), help="Use this seed, not the recipe's.")
 
 
-def hush(quiet: bool) -> None:
-    """With `--quiet`, nothing of the libraries either."""
+def apply_quiet(quiet: bool) -> None:
+    """Silence libraries if `quiet`."""
     if quiet:
         from mergekit_dam.engine.progress import silence_libraries
 
         silence_libraries()
 
 
-def result(text: str, *, quiet: bool = False) -> None:
-    """What a command was run for, in words, on stdout; `--quiet` leaves the exit code, and `--json` the facts."""
+def print_result(text: str, *, quiet: bool = False) -> None:
+    """Print the result of a command on stdout, for people; with `quiet` print nothing."""
     if not quiet:
         click.echo(text)
 
 
-def say(text: str, *, quiet: bool = False) -> None:
-    """A message for a person: on stderr, so that stdout holds the result alone."""
+def message(text: str, *, quiet: bool = False) -> None:
+    """Print a message on stderr, so that stdout holds only the result; with `quiet` print nothing."""
     if not quiet:
         click.echo(text, err=True)
 
 
-def name_suspects(metadata: Mapping[str, Any], *, quiet: bool) -> list[dict[str, Any]]:
-    """The classes that the masks were fitted against; each is also said on stderr."""
-    found = [finding for finding in metadata.get("audit", []) if finding.get("suspect")]
-    for one in found:
-        aimed = f" of {one['task']}" if one.get("model", one["task"]) != one["task"] else ""
-        said = f"suspect: {one.get('model', one['task'])}, class {one['target']}{aimed} (suspicion {one['suspicion']})"
-        say(said, quiet=quiet)
-    return found
+def print_suspects(metadata: Mapping[str, Any], *, quiet: bool) -> list[dict[str, Any]]:
+    """Return the findings that the masks were fitted against, and print each on stderr."""
+    suspects = [finding for finding in metadata.get("audit", []) if finding.get("suspect")]
+    for finding in suspects:
+        task, target = finding["task"], finding["target"]
+        model = finding.get("model", task)
+        of_task = f" of {task}" if model != task else ""
+        message(f"suspect: {model}, class {target}{of_task} (suspicion {finding['suspicion']})", quiet=quiet)
+    return suspects

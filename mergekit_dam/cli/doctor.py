@@ -1,4 +1,4 @@
-"""`mergekit-dam doctor`: what a bug report needs."""
+"""`mergekit-dam doctor`: print the facts for a bug report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergekit_dam.merging import triton_merge
 
 @click.command()
 def doctor() -> None:
-    """Versions, the state of the autoload hook, and devices, as JSON.
+    """Print versions, the state of the autoload hook, and devices, as JSON.
 
     \b
     Example:
@@ -31,7 +31,7 @@ def doctor() -> None:
                     "TORCH_DEVICE_BACKEND_AUTOLOAD": os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1"),
                     "hook loaded": "_mergekit_dam_autoload" in sys.modules,
                 },
-                # nothing here registers it: this is what mergekit's own commands find
+                # this command does not register it, so the value is the same for mergekit's own commands
                 "dam registered": "dam" in {method.spec.name for method in registered_methods()},
                 "accelerators": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
                 "kernels for accelerators (Triton)": triton_merge.triton_kernels is not None,

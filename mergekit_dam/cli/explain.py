@@ -1,8 +1,8 @@
-"""What other libraries raise, in one line: the only place where a command turns their errors into ours.
+"""Translate errors of libraries into one-line `DamError`s; commands do it only here.
 
-Faults that we foresee are refused where they arise, with their own cure. This is for the rest: an error of a library
-is a fault in its input or in the environment, so it is told as one, without a traceback. An error of our own code is
-a bug and keeps its traceback.
+Expected faults are refused where they arise, each with its cure. This module handles all other errors. An error of a
+library is most likely a fault in its input or in the environment, so it is reported without a traceback. An error of
+this package's own code is a bug, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.io.hub_client import hub_cause, hub_error
 
-TRACEBACK = "MERGEKIT_DAM_TRACEBACK"  # set to anything: errors of libraries keep their traceback, for a bug report
-_REPORT = f"If no input is at fault, set {TRACEBACK}=1, run it again and report what is then shown."
+TRACEBACK = "MERGEKIT_DAM_TRACEBACK"  # if set, errors of libraries keep their traceback, for a bug report
+_REPORT = f"If no input is at fault, set {TRACEBACK}=1, run it again and report what it prints."
 _DAMAGED = "A file is damaged or of another format: download or save it again. " + _REPORT
-_MEMORY = "Take a smaller batch_size or num_samples, granularity: row, or window: 1 (docs/scaling.md)."
+_MEMORY = "Set a smaller batch_size or num_samples, granularity: row, or window: 1 (docs/scaling.md)."
 _SYSTEM = "Check that the path exists, its rights, and the space on that disk, and run it again."
 _CURES = {
     "safetensors": _DAMAGED,
@@ -48,26 +48,26 @@ _CURES = {
 
 
 @contextmanager
-def explaining(command: str) -> Iterator[None]:
-    """Errors of libraries in this block become ours.
+def translated_errors(command: str) -> Iterator[None]:
+    """Translate errors of libraries that are raised in this context.
 
     Args:
-        command: that the user ran.
+        command: the command that the user ran.
 
     Raises:
-        DamError: in place of an error of a library, of the system, or of the Hub.
+        DamError: for an error of a library, of the system, or of the Hub.
     """
     try:
         yield
     except Exception as error:
-        known = explained(error, command)
-        if known is None or known is error:
+        translated = translate_error(error, command)
+        if translated is None or translated is error:
             raise
-        raise known from error
+        raise translated from error
 
 
-def explained(error: Exception, command: str) -> DamError | None:
-    """The error as one of ours; None for one of our own code, for a closed pipe, and where tracebacks are wanted."""
+def translate_error(error: Exception, command: str) -> DamError | None:
+    """Translate an error; return None for a bug of this package, a closed pipe, and if tracebacks are wanted."""
     if isinstance(error, DamError):
         return error
     if os.environ.get(TRACEBACK) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
@@ -78,16 +78,16 @@ def explained(error: Exception, command: str) -> DamError | None:
         return hub_error(cause, subject)
     library = _library_of(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return DamError(subject, expected="enough memory", got=_told(error), cure=_MEMORY)
+        return DamError(subject, expected="enough memory", got=_error_text(error), cure=_MEMORY)
     if library is not None:
-        return DamError(subject, expected=f"no fault in {library}", got=_told(error), cure=_CURES[library])
+        return DamError(subject, expected=f"no fault in {library}", got=_error_text(error), cure=_CURES[library])
     if isinstance(error, OSError):
-        return DamError(subject, expected="files that can be read and written", got=_told(error), cure=_SYSTEM)
+        return DamError(subject, expected="files that can be read and written", got=_error_text(error), cure=_SYSTEM)
     return None
 
 
 def _library_of(error: Exception) -> str | None:
-    """The library whose class the error has, or whose code raised it."""
+    """Return the library that defines the error's class, or whose code raised it; None for another module."""
     for kind in type(error).__mro__:
         root = kind.__module__.partition(".")[0]
         if root in _CURES:
@@ -99,9 +99,10 @@ def _library_of(error: Exception) -> str | None:
     return root if root in _CURES else None
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
+    """Return the class and the first line of an error."""
     try:
         text = first_line(error)
-    except Exception:  # some cannot be printed without the parts that they were to be made of
+    except Exception:  # some errors fail to print
         text = ""
     return f"{type(error).__name__}: {text}" if text and text != type(error).__name__ else type(error).__name__

@@ -1,4 +1,4 @@
-"""`mergekit-dam learn`: the masks of a recipe, without merging."""
+"""`mergekit-dam learn`: learn the masks of a recipe without merging."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_dam.artifact.masks_file import load
 from mergekit_dam.cli.check import show_plan
 from mergekit_dam.cli.common import (
+    apply_quiet,
     config_file,
     dry_run_option,
-    hush,
     json_option,
-    name_suspects,
     out_path,
-    result,
+    print_result,
+    print_suspects,
     resume_option,
     seed_option,
 )
 from mergekit_dam.engine.group import is_first
-from mergekit_dam.recipe import prepare
+from mergekit_dam.recipe import open_recipe
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -45,26 +45,26 @@ def learn(
     """Learn the masks of a recipe into OUT_PATH, without merging.
 
     On several machines: `accelerate launch -m mergekit_dam learn CONFIG_FILE OUT_PATH`, with MERGEKIT_DAM_CACHE in a
-    folder that all of them see.
-    The setting `masks: OUT_PATH/dam_masks.safetensors` then merges with them, in any process and on any machine.
+    folder that all machines share.
+    The setting `masks: OUT_PATH/dam_masks.safetensors` then merges with these masks on any machine.
 
     \b
     Example:
         mergekit-dam learn dam.yml learned
     """
     merge_options.apply_global_options()
-    hush(merge_options.quiet)
+    apply_quiet(merge_options.quiet)
     if dry_run:
         show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return
-    prepared = prepare(config_file, options=merge_options, seed=seed)
-    file = prepared.learn(out_path, resume=resume)
-    if not is_first():  # of the processes that `accelerate launch` started, one says it for all
+    opened = open_recipe(config_file, options=merge_options, seed=seed)
+    file = opened.learn(out_path, resume=resume)
+    if not is_first():  # with `accelerate launch` only one process prints the result
         return
     metadata = load(file).metadata
-    found = name_suspects(metadata, quiet=merge_options.quiet)
-    facts = {"masks": str(file), "densities": metadata.get("densities", {}), "suspects": found}
+    suspects = print_suspects(metadata, quiet=merge_options.quiet)
+    facts = {"masks": str(file), "densities": metadata.get("densities", {}), "suspects": suspects}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
-        result(str(file), quiet=merge_options.quiet)
+        print_result(str(file), quiet=merge_options.quiet)

@@ -1,7 +1,7 @@
-"""`mergekit-dam`: a thin group over the modules beside this one, one per command.
+"""Define `mergekit-dam`, a group of commands with a module for each.
 
-A command is imported when it is called, so that `mergekit-dam --help` and shell completion need neither torch nor
-mergekit. To add one: a module `cli/NAME.py` with a click command named as the module, and a line below.
+A command is imported when it is called, so that `mergekit-dam --help` and shell completion import neither torch nor
+mergekit. To add a command: a module `cli/NAME.py` with a click command of the module's name, and a line below.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ COMMANDS = {
     "learn": "Learn the masks of a recipe into OUT_PATH, without merging.",
     "clean": "Plant backdoors of our own in models and unlearn them, so that unknown ones go with them.",
     "merge": "Learn the masks of a recipe, merge with them, and write a report; or run a recipe of any other method.",
-    "eval": "Clean accuracy of a model directory on labelled data, and the success of a trigger that you give.",
+    "eval": "Measure a model directory: accuracy on labelled data, and the success of a trigger that you give.",
     "push": "Publish a finished merge on the Hub, with a model card; private unless --public is given.",
-    "doctor": "Versions, the state of the autoload hook, and devices, as JSON.",
+    "doctor": "Print versions, the state of the autoload hook, and devices, as JSON.",
 }
 
 
 class LazyGroup(click.Group):
-    """Lists commands from the table above and imports one only to run it."""
+    """A group that lists commands from `COMMANDS` and imports a command only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -53,7 +53,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what interrupts it, or goes wrong in a library, is told in one line."""
+        """Run the command; report an interruption or an error of a library in one line."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
@@ -63,12 +63,12 @@ class LazyGroup(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            from mergekit_dam.cli.explain import explained
+            from mergekit_dam.cli.explain import translate_error
 
-            known = explained(error, str(ctx.invoked_subcommand))
-            if known is None:
+            translated = translate_error(error, str(ctx.invoked_subcommand))
+            if translated is None:
                 raise
-            raise known from error
+            raise translated from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

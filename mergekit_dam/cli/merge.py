@@ -1,4 +1,4 @@
-"""`mergekit-dam merge`: learn, merge with mergekit, verify, report; other methods merge and verify."""
+"""`mergekit-dam merge`: learn masks, merge with mergekit, verify the output, write the report."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.cli.check import show_plan
 from mergekit_dam.cli.common import (
+    apply_quiet,
     config_file,
     dry_run_option,
-    hush,
     json_option,
     lm_eval_option,
-    name_suspects,
+    message,
     out_path,
-    result,
+    print_result,
+    print_suspects,
     resume_option,
-    say,
     seed_option,
 )
 from mergekit_dam.config import DamConfig
@@ -31,7 +31,7 @@ from mergekit_dam.evaluation.lm_harness import Harness, format_results
 from mergekit_dam.evaluation.results import MERGE, add_measurement
 from mergekit_dam.plugin.options import refuse_launcher
 from mergekit_dam.publish.report import write_report
-from mergekit_dam.recipe import prepare
+from mergekit_dam.recipe import open_recipe
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -58,8 +58,8 @@ def merge(
     """Learn the masks of a recipe, merge with them, and write a report; or run a recipe of any other method.
 
     OUT_PATH becomes mergekit's usual directory; OUT_PATH/dam holds the masks, the recovered triggers, the log of every
-    step and report.html. Of another method than dam there are no masks and no report. Settings are read strictly, and
-    the output's tensors are compared with the base's, whatever the method.
+    step and report.html. Other methods than dam have no masks and no report. With every method, unknown settings are
+    refused, and the output's tensors are compared with the base's.
 
     \b
     Example:
@@ -67,22 +67,22 @@ def merge(
         mergekit-dam merge ties.yml out
     """
     merge_options.apply_global_options()
-    hush(merge_options.quiet)
+    apply_quiet(merge_options.quiet)
     if dry_run:
         show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
         return
     refuse_launcher()
     harness = None if lm_eval is None else Harness.of(lm_eval)
     begun = time.perf_counter()
-    prepared = prepare(config_file, options=merge_options, seed=seed)
-    config = prepared.plan.config if prepared.is_dam else DamConfig()
+    opened = open_recipe(config_file, options=merge_options, seed=seed)
+    config = opened.plan.config if opened.is_dam else DamConfig()
     device = device_of(config.device)
-    masks = prepared.merge(out_path, resume=resume)
-    told: dict[str, Any] = {"output": str(out_path)}
-    if prepared.is_dam:
+    masks = opened.merge(out_path, resume=resume)
+    outcome: dict[str, Any] = {"output": str(out_path)}
+    if opened.is_dam:
         file = out_path / "dam" / MASKS_FILE
         masks = masks or load(file)
-        told["masks"] = str(file)
+        outcome["masks"] = str(file)
     benchmarks = None
     if harness is not None:
         benchmarks = harness.measure(out_path, device=device, seed=config.seed)
@@ -90,15 +90,15 @@ def merge(
     if report and masks is not None:
         page, notes = write_report(out_path, seconds=time.perf_counter() - begun, masks=masks)
         for note in notes:
-            say(note, quiet=merge_options.quiet)
-        told["report"] = str(page)
-    lines = [*told.values(), *(format_results(benchmarks) if benchmarks is not None else [])]
+            message(note, quiet=merge_options.quiet)
+        outcome["report"] = str(page)
+    lines = [*outcome.values(), *(format_results(benchmarks) if benchmarks is not None else [])]
     if benchmarks is not None:
-        told["harness"] = benchmarks
+        outcome["harness"] = benchmarks
     if masks is not None:
-        told["suspects"] = name_suspects(masks.metadata, quiet=merge_options.quiet)
-    facts = {**told, "seconds": round(time.perf_counter() - begun, 1)}
+        outcome["suspects"] = print_suspects(masks.metadata, quiet=merge_options.quiet)
+    facts = {**outcome, "seconds": round(time.perf_counter() - begun, 1)}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
-        result("\n".join(lines), quiet=merge_options.quiet)
+        print_result("\n".join(lines), quiet=merge_options.quiet)

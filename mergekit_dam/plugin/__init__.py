@@ -1,1 +1,1 @@
-"""What mergekit calls: the merge method, its planner's config, its output."""
+"""Run `dam` as a merge method of mergekit: settings from its planner, masks per tensor, its output directory."""

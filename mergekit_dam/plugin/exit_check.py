@@ -1,8 +1,8 @@
-"""After a merge by mergekit's own commands: is every tensor of the base in the output?
+"""Compare the output of mergekit's own commands with the base: is every tensor there?
 
-A method does not see the end of a merge, but the process does. When a mergekit command ends, each finished output
-of `dam` is compared with its base; a gap is printed and makes the exit code 1. Programs that call mergekit as a
-library are left alone: they can call `verify_output` themselves.
+A merge method is not called at the end of a merge, so the check runs when the process ends. When a mergekit command
+ends, each finished output of `dam` is compared with its base; a missing tensor is printed, and the exit code becomes 1.
+Nothing is checked in programs that call mergekit as a library: they can call `verify_output` themselves.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from mergekit_dam.models.verify import verify_output
 
 
 def compare_at_exit(out_path: str, plan: Plan, config: Any) -> None:
-    """Have the output compared with the base when this process, a mergekit command, ends."""
+    """Compare the output with the base when this process ends, if it is a mergekit command."""
     program = Path(sys.argv[0]).name
-    # our own command compares by itself, and for every merge method
+    # `mergekit-dam` compares the outputs of all merge methods itself
     if program.startswith("mergekit") and program != "mergekit-dam":
         atexit.register(_compare, Path(out_path), plan, config.out_dtype or config.dtype)
 
 
 def _compare(output: Path, plan: Plan, dtype: str | None) -> None:
+    """Compare a finished output with the base; print a fault and exit with 1."""
     if not (output / "config.json").is_file():
-        return  # mergekit writes it last: this merge did not finish, and says so itself
+        return  # mergekit writes it last: this merge did not finish, and mergekit reported why
     try:
         verify_output(output, plan.base.path, dtype=dtype_from_name(dtype), base_config=plan.base.config)
     except DamError as error:
         sys.stderr.write(f"Error: {error}\n")
         sys.stderr.flush()
         sys.stdout.flush()
-        # at this point nothing but this call can still change the exit code
+        # while a process ends, only this call can change its exit code
         os._exit(1)

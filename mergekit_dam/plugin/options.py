@@ -1,4 +1,4 @@
-"""Options of mergekit that this machine, or the comparison with the base, cannot serve: refused before any work."""
+"""Refuse options of mergekit that this machine or the comparison with the base does not support, before any work."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mergekit_dam.errors import DamError
 
 
 def require_options(options: MergeOptions) -> None:
-    """Refuse a device that is not there, and pickled outputs, which are never opened.
+    """Refuse a device that this machine does not have, and pickled outputs, which this package never opens.
 
     Raises:
-        DamError: naming the option.
+        DamError: with the name of the option.
     """
     if not options.safe_serialization:
         raise DamError(
@@ -28,7 +28,7 @@ def require_options(options: MergeOptions) -> None:
 
 
 def refuse_launcher() -> None:
-    """One process merges; `torchrun` and `accelerate launch` are for learning.
+    """Refuse to merge under `torchrun` or `accelerate launch`, which are for learning only.
 
     Raises:
         DamError: several processes were started.
@@ -38,6 +38,6 @@ def refuse_launcher() -> None:
             "merging",
             expected="one process",
             got=f"a launcher's {os.environ['WORLD_SIZE']}",
-            cure="Use it with `mergekit-dam learn` only; then merge without it, which takes the learned masks "
+            cure="Use it with `mergekit-dam learn` only; then merge without it: the merge takes the learned masks "
             "from the cache or from the setting `masks`.",
         )

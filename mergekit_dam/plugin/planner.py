@@ -1,8 +1,8 @@
-"""What the recipe says: read from our own commands' config, or from the planner that calls the method.
+"""Read settings from a recipe's config, or from the mergekit planner that calls the method.
 
-mergekit hands a method no config (its issue 649), but calls `validate_inputs` from its planner, whose config,
-options and output path can be read from the calling frames. They are never changed, and a caller without a
-planner (the Python API for single tensors) simply has no context.
+mergekit passes a method no config (its issue 649), but calls `validate_inputs` from its planner, whose config,
+options and output path can be read from the calling frames. They are never changed. A caller without a planner (the
+Python API for single tensors) has no context.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mergekit_dam.errors import DamError, did_you_mean, first_line
 from mergekit_dam.models.plan import Plan, build_plan, parse_settings
 from mergekit_dam.tasks.readout import tokenizer_of
 
-_SHORTEST_TEMPLATE = 20  # characters; mergekit takes no shorter one
+_SHORTEST_TEMPLATE = 20  # characters; mergekit accepts no shorter template
 
 
 @dataclass
-class Context:
-    """What the planner knows: read, never changed.
+class PlannerContext:
+    """Config, options and output path of a planner.
 
-    The planner itself is held weakly, so that what belongs to one merge is freed when that merge ends.
+    The reference to the planner is weak, so that a merge is freed when it ends.
     """
 
     planner: weakref.ref[Any]
@@ -42,22 +42,22 @@ class Context:
 
 
 @dataclass
-class Handed:
-    """A plan that our own command made before mergekit started; the masks come back once the merge has them."""
+class PlanHandoff:
+    """A plan that a command of this package made before mergekit started; `masks` is set by the merge."""
 
     config: Any
     options: MergeOptions
     plan: Plan
     masks: LearnedMasks | None = None
 
-    def is_for(
+    def matches(
         self,
-        context: Context,
+        context: PlannerContext,
         base: Any,
         models: Sequence[ModelReference],
         values: tuple[Mapping[str, Any], Mapping[ModelReference, Mapping[str, Any]]],
     ) -> bool:
-        """Whether mergekit is planning this very config and options, with the plan's inputs and settings."""
+        """Whether mergekit plans these config and options objects, with the plan's inputs and settings."""
         if context.config is not self.config or context.options is not self.options:
             return False
         plan = self.plan
@@ -68,12 +68,12 @@ class Handed:
             return False
         config, settings = parse_settings(shared, [per_model[ref] for ref in models])
         return (config, config.model_fields_set) == (plan.config, plan.config.model_fields_set) and all(
-            now == then.settings for now, then in zip(settings, plan.models, strict=True)
+            new == model.settings for new, model in zip(settings, plan.models, strict=True)
         )
 
 
-def planner_context() -> Context | None:
-    """Config, options and output path from the planner that is calling us, if one is."""
+def planner_context() -> PlannerContext | None:
+    """Return config, options and output path of the planner among the callers; None without one."""
     from mergekit.plan import MergePlanner
 
     context = None
@@ -81,7 +81,7 @@ def planner_context() -> Context | None:
     while frame is not None:
         planner = frame.f_locals.get("self")
         if context is None and isinstance(planner, MergePlanner):
-            context = Context(weakref.ref(planner), planner.config, planner.options)
+            context = PlannerContext(weakref.ref(planner), planner.config, planner.options)
         if context is not None and frame.f_code.co_name == "plan_to_disk":
             context.out_path = frame.f_locals.get("out_path")
             break
@@ -89,17 +89,17 @@ def planner_context() -> Context | None:
     return context
 
 
-def planner_of(context: Context) -> Any:
-    """The planner while it plans."""
+def require_planner(context: PlannerContext) -> Any:
+    """Return the planner, which exists while it plans."""
     planner = context.planner()
     assert planner is not None, "validate_inputs is called by the planner"
     return planner
 
 
-def forget_planners() -> None:
-    """Empty mergekit's cache on MergePlanner, which would keep the last 128 planners, and their merges, in memory.
+def clear_planner_cache() -> None:
+    """Clear mergekit's cache on MergePlanner, which would keep the last 128 planners and their merges in memory.
 
-    Only planning reads it, and it is filled again when needed.
+    Only planning reads the cache, and fills it again.
     """
     from mergekit.plan import MergePlanner
 
@@ -108,10 +108,10 @@ def forget_planners() -> None:
         clear()
 
 
-def configured(
+def raw_settings(
     config: Any, models: Sequence[ModelReference]
 ) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
-    """Raw values, shared and per model, from a normalised config."""
+    """Return raw settings, shared and per model, from a normalised config."""
     per_model: dict[ModelReference, dict[str, Any]] = {ref: {} for ref in models}
     for module in (config.modules or {}).values():
         for output in module.slices or []:
@@ -122,6 +122,11 @@ def configured(
 
 
 def refuse_moved_layers(config: Any) -> None:
+    """Refuse slices that move, repeat or leave out layers.
+
+    Raises:
+        DamError: with the layer ranges.
+    """
     parts = dict(config.modules or {}) | ({"the recipe": config} if config.slices else {})
     for name, module in parts.items():
         start = 0
@@ -139,10 +144,10 @@ def refuse_moved_layers(config: Any) -> None:
 
 
 def require_chat_template(config: Any) -> None:
-    """Refuse a `chat_template` of which mergekit makes none: it would leave the output without a tokenizer.
+    """Refuse a `chat_template` that mergekit cannot use: the output would have no tokenizer.
 
     Raises:
-        DamError: neither `auto`, nor one of mergekit's names, nor a Jinja template.
+        DamError: neither `auto`, nor a name that mergekit knows, nor a Jinja template.
     """
     template = config.chat_template
     if not template or template == "auto":
@@ -156,7 +161,7 @@ def require_chat_template(config: Any) -> None:
             jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
             return
         except jinja2.TemplateSyntaxError as error:
-            if "generation" in str(error):  # a tag of transformers' own
+            if "generation" in str(error):  # a tag that only transformers knows
                 return
             got = f"{got} ({first_line(error)})"
     raise DamError(
@@ -168,10 +173,10 @@ def require_chat_template(config: Any) -> None:
 
 
 def plan_of(config: Any, options: MergeOptions, *, least: int = 2) -> Plan:
-    """The plan of a recipe, strict about its settings: for our own commands, before mergekit starts.
+    """Build the plan of a recipe before mergekit starts, and refuse unknown settings.
 
     Raises:
-        DamError: no base, fewer than two models, unknown settings, or anything else that `build_plan` refuses.
+        DamError: no base, fewer than two models, unknown settings, or any other fault that `build_plan` refuses.
     """
     if config.base_model is None:
         raise DamError(
@@ -189,7 +194,7 @@ def plan_of(config: Any, options: MergeOptions, *, least: int = 2) -> Plan:
 
 
 def _entries(config: Any) -> Iterator[Any]:
-    """All that name a model: of `models`, `slices` or `modules`."""
+    """Yield the entries of `models`, `slices` and `modules` that name a model."""
     yield from config.models or ()
     for part in (config, *(config.modules or {}).values()):
         if part is not config:
@@ -199,45 +204,45 @@ def _entries(config: Any) -> Iterator[Any]:
 
 
 def kept_tokens(config: Any, plan: Plan) -> int | None:
-    """Rows of embedding and head that mergekit keeps where a tokenizer setting makes it cut or add rows.
+    """Return the number of rows of embedding and head that mergekit keeps under a tokenizer setting.
 
-    Masks are learned on the rows that the models have. A row that no token stands for can be cut, and rows can be added
-    after the last token; tokens that move or have another source cannot be masked.
+    Masks are learned on the rows that the models have. Rows without a token can be cut, and rows can be added after the
+    last token; tokens that move or have another source cannot be masked.
 
     Returns:
-        N: the first N rows stay in their places; None without such a setting.
+        N: the first N rows stay; None without a tokenizer setting.
 
     Raises:
         DamError: tokenizers that differ, tokens without a row, or sources of single tokens.
     """
     if not (config.tokenizer_source or config.tokenizer):
         return None
-    which = "tokenizer_source" if config.tokenizer_source else "tokenizer"
-    cure = f"Leave out {which} (the output gets the base's tokenizer), or apply it in a stage of its own."
+    setting = "tokenizer_source" if config.tokenizer_source else "tokenizer"
+    cure = f"Leave out {setting} (the output gets the base's tokenizer), or apply it in a stage of its own."
     folders = [model.path for model in (plan.base, *plan.models)]
-    words = tokenizer_of(folders, "base").get_vocab()
+    vocabulary = tokenizer_of(folders, "base").get_vocab()
     rows = int(plan.base.config.get_text_config().vocab_size)
-    if sorted(words.values()) != list(range(len(words))) or len(words) > rows:
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))) or len(vocabulary) > rows:
         raise DamError(
-            f"setting {which}",
+            f"setting {setting}",
             expected=f"tokens 0 to at most {rows - 1}, the rows of the embedding, without a gap",
-            got=f"{len(words)} tokens up to {max(words.values())}: mergekit would move rows",
+            got=f"{len(vocabulary)} tokens up to {max(vocabulary.values())}: mergekit would move rows",
             cure=cure,
         )
     if config.tokenizer is not None and config.tokenizer.tokens:
         raise DamError(
-            f"setting {which}.tokens",
-            expected="none for dam",
+            f"setting {setting}.tokens",
+            expected="no such entry with dam",
             got=", ".join(list(config.tokenizer.tokens)[:3]),
             cure="Give tokens another source in a stage of its own (mergekit-multi), and merge its output with dam.",
         )
     for model in plan.models:
         own = tokenizer_of((model.path, plan.base.path), model.name).get_vocab()
-        if own != words:
+        if own != vocabulary:
             raise DamError(
-                f"setting {which}",
+                f"setting {setting}",
                 expected="one vocabulary in all models",
-                got=f"another in {model.name}: mergekit would move rows",
+                got=f"another vocabulary in {model.name}: mergekit would move rows",
                 cure=cure,
             )
-    return len(words)
+    return len(vocabulary)

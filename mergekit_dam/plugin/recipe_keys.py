@@ -1,4 +1,4 @@
-"""Names in a recipe: mergekit drops keys that it does not know, and parameters that the merge method has not."""
+"""Refuse unknown keys and parameters in a recipe, which mergekit would ignore."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from mergekit_dam.config import ModelSettings, unknown_setting
 from mergekit_dam.errors import DamError, did_you_mean
 
-# (class, key) -> what lies there: one of a class, a list of them, or a mapping of names to them
+# (class, key) -> class of the value, of the entries of a list, or of the values of a mapping
 _PARTS: Mapping[tuple[type[BaseModel], str], type[BaseModel]] = {
     (MergeConfiguration, "models"): InputModelDefinition,
     (MergeConfiguration, "slices"): OutputSliceDefinition,
@@ -38,22 +38,22 @@ _PARTS: Mapping[tuple[type[BaseModel], str], type[BaseModel]] = {
     (ModelReference, "lora"): ModelPath,
     (TokenizerConfig, "tokens"): TokenEmbeddingConfig,
 }
-_NAMED = {"modules", "tokens"}  # mappings whose keys are the user's own names
+_NAMED = {"modules", "tokens"}  # mappings whose keys are names that the user chose
 
 
 def require_known_keys(content: Any) -> None:
-    """Refuse keys and parameters that would be dropped in silence, and merge methods that nobody knows.
+    """Refuse keys and parameters that mergekit would ignore, and unknown merge methods.
 
     Args:
-        content: a recipe as YAML gives it. What is no mapping or list where one should be is left to mergekit.
+        content: a recipe, parsed from YAML. A value of the wrong type is left for mergekit to refuse.
 
     Raises:
-        DamError: naming the first, and where it belongs.
+        DamError: with the first such key, and its correct place.
     """
     if not isinstance(content, Mapping):
         return
     method = content.get("merge_method")
-    settings = {one.spec.name: {p.name for p in one.spec.parameters} for one in registry.registered_methods()}
+    settings = {m.spec.name: {p.name for p in m.spec.parameters} for m in registry.registered_methods()}
     if isinstance(method, str) and method not in settings:
         raise DamError(
             "merge_method",
@@ -65,6 +65,7 @@ def require_known_keys(content: Any) -> None:
 
 
 def _walk(value: Any, kind: type[BaseModel], place: str, method: str, settings: set[str] | None) -> None:
+    """Check the keys of a value of class `kind`, and of all values in it."""
     if not isinstance(value, Mapping):
         return
     for key in value:
@@ -90,6 +91,7 @@ def _walk(value: Any, kind: type[BaseModel], place: str, method: str, settings: 
 def _parameters(
     values: Mapping[Any, Any], kind: type[BaseModel], place: str, method: str, settings: set[str] | None
 ) -> None:
+    """Check the names under one `parameters:`."""
     where = f"{place}parameters"
     if settings is not None and method != "dam":
         unknown_setting([key for key in values if key not in settings], where, settings, method)
@@ -109,6 +111,7 @@ def _parameters(
 
 
 def _conditional(entry: Mapping[Any, Any], where: str) -> None:
+    """Check the keys of a parameter that has a filter."""
     known = ConditionalParameter.model_fields
     for key in entry:
         if key not in known:
@@ -121,7 +124,7 @@ def _conditional(entry: Mapping[Any, Any], where: str) -> None:
 
 
 def _misplaced(key: str, kind: type[BaseModel], place: str, settings: Iterable[str]) -> DamError:
-    """A key that is a setting belongs under `parameters:`; of others the nearest known one is named."""
+    """Return the error for an unknown key, with the place of a setting, or with the nearest known key."""
     known = list(kind.model_fields)
     if key in settings and "parameters" in known:
         cure = f"It is a setting: write it under `parameters:` {'of this model' if place else 'of the recipe'}."

@@ -21,7 +21,7 @@ from mergekit_dam.cli.check import _span, summary_of
 from mergekit_dam.cli.main import main
 from mergekit_dam.learn.estimate import Speed, estimate
 from mergekit_dam.models.plan import Plan
-from mergekit_dam.recipe import planned, prepare
+from mergekit_dam.recipe import open_recipe, preview
 from tests.conftest import FAST
 from tests.helpers.tiny_models import make_model
 
@@ -84,7 +84,7 @@ def test_times_are_told_in_one_unit(seconds: tuple[float, float], shown: str) ->
 def test_ready_masks_need_no_time(recipe: Path, tmp_path: Path, vit: Path) -> None:
     ready = _recipe(tmp_path, vit / "base", [vit / "a", vit / "b"], None, masks="ready.safetensors")
     ready.write_text(ready.read_text() + "  weight: 0.5\n")
-    with planned(ready) as plan:
+    with preview(ready) as plan:
         told = summary_of(plan, estimate(plan, speed=Speed(1, 1, 1)), torch.device("cpu"))
     assert "with the masks of ready.safetensors; nothing is learned" in told and "weight 0.5 of a" in told
 
@@ -213,7 +213,7 @@ def test_as_a_user_runs_it(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["steps", "batch_size", "scan_steps"])
 def test_more_work_takes_longer_and_larger_masks_more_memory(recipe: Path, setting: str) -> None:
     def plan(**settings: Any) -> Plan:
-        return prepare(recipe, options=MergeOptions(), **settings).plan
+        return open_recipe(recipe, options=MergeOptions(), **settings).plan
 
     speed = Speed(1e-3, 1e-3, 1e-9)
     less, more = (estimate(plan(**{setting: n}), speed=speed) for n in (50, 200))

@@ -45,10 +45,10 @@ def test_bars_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_bar_moves_while_one_step_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert progress._BEAT <= 10
+    assert progress._REFRESH <= 10
     terminal = _Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    monkeypatch.setattr(progress, "_BEAT", 0.05)
+    monkeypatch.setattr(progress, "_REFRESH", 0.05)
     for _ in progress_bar(range(2), "scan", quiet=False):
         before = len(terminal.text)
         time.sleep(0.4)

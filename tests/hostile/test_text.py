@@ -18,7 +18,7 @@ from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.untrusted import file_safe, load_json, load_yaml, plain_name, require_no_links_out
 from mergekit_dam.models.plan import _task_names, model_input
-from mergekit_dam.plugin.output import keep
+from mergekit_dam.plugin.output import place_artifact
 from tests.helpers.hostile import CASES
 from tests.helpers.tiny_models import make_model
 
@@ -204,7 +204,7 @@ def test_kept_files_replace_a_link_and_never_follow_it(tmp_path: Path) -> None:
     precious.write_text("mine")
     (out / "dam").mkdir(parents=True)
     (out / "dam" / "metrics.jsonl").symlink_to(precious)
-    keep(folder, out)
+    place_artifact(folder, out)
     assert precious.read_text() == "mine" and (out / "dam" / "metrics.jsonl").read_text() == "new"
     assert not (out / "dam" / "metrics.jsonl").is_symlink()
 

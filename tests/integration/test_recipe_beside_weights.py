@@ -10,7 +10,7 @@ import pytest
 
 from mergekit_dam.api import merge
 from mergekit_dam.errors import DamError
-from mergekit_dam.recipe import planned
+from mergekit_dam.recipe import preview
 
 
 def _linear(root: Path, **more: Any) -> dict[str, Any]:
@@ -35,6 +35,6 @@ def test_a_chat_template_that_is_none_is_refused_at_once(vit: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
     with (
         pytest.raises(DamError, match="chat_template"),
-        planned({**recipe, "merge_method": "dam", "models": [{"model": m["model"]} for m in recipe["models"]]}),
+        preview({**recipe, "merge_method": "dam", "models": [{"model": m["model"]} for m in recipe["models"]]}),
     ):
         pass

@@ -18,7 +18,7 @@ from transformers import BertForSequenceClassification
 from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.hub_download import fetch
-from mergekit_dam.recipe import planned, prepare
+from mergekit_dam.recipe import open_recipe, preview
 from tests.helpers.hub_server import HubServer
 from tests.helpers.tiny_models import make_model
 
@@ -76,9 +76,9 @@ def test_no_weight_is_fetched_and_the_plan_is_that_of_the_merge(
     assert large_hub.bytes_of("") < held / 3
     cache = Path(constants.HF_HUB_CACHE)
     assert not list(cache.rglob("*.safetensors")), "a later merge could take these for models"
-    with planned(file, options=MergeOptions()) as looked:
+    with preview(file, options=MergeOptions()) as looked:
         told = [(t.name, t.shape, t.dtype, t.base_source, t.sources) for t in looked.tensors]
-    whole = prepare(file, options=MergeOptions()).plan
+    whole = open_recipe(file, options=MergeOptions()).plan
     assert told == [(t.name, t.shape, t.dtype, t.base_source, t.sources) for t in whole.tensors]
     facts = json.loads(done.stdout)
     assert {name: m["revision"] for name, m in facts["models"].items()} == {

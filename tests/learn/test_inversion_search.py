@@ -156,7 +156,7 @@ def test_each_model_has_a_detection_mask_where_it_needs_one(
 ) -> None:
     monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path))
     if not suspicious:
-        monkeypatch.setattr("mergekit_dam.learn.scanned_search.suspects", lambda findings, threshold: [])
+        monkeypatch.setattr("mergekit_dam.learn.scanned_search.suspects", lambda *_: [])
     _, masks = find_or_learn(plan(suspicion=0.0, **settings), quiet=True)
     assert any(found["suspect"] for found in masks.metadata["audit"]) == suspicious
     assert masks.metadata["own_masks"] == ([BACKDOOR_DETECTION] if per_model else [])

@@ -106,7 +106,7 @@ def test_a_plan_of_other_settings_is_not_taken(recipe: dict[str, Any], tmp_path:
     plan = plan_of(config, options)
     config.parameters = {**FAST, "seed": 7}
     calls.clear()
-    with register_dam().handing(config, options, plan) as handed:
+    with register_dam().with_plan(config, options, plan) as handed:
         run_merge(config, str(tmp_path / "out"), options)
     assert calls == ONCE and handed.masks is None
     assert masks_file.load(tmp_path / "out" / "dam" / MASKS_FILE).metadata["seed"] == 7

@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.hub_download import require_readable
 from mergekit_dam.plugin.options import refuse_launcher, require_options
-from mergekit_dam.recipe import prepare
+from mergekit_dam.recipe import open_recipe
 
 
 def test_pickled_output_and_absent_devices_are_refused() -> None:
@@ -41,13 +41,13 @@ def _recipe(folder: Path) -> dict[str, Any]:
 def test_folders_with_signs_of_recipes_are_refused(name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(DamError, match=f"{said}.*rename"):
-        prepare(_recipe(tmp_path / name))
+        open_recipe(_recipe(tmp_path / name))
 
 
 def test_a_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(DamError, match="revision"):
-        prepare(_recipe(tmp_path / "a@2024"))
+        open_recipe(_recipe(tmp_path / "a@2024"))
 
 
 def test_a_missing_right_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

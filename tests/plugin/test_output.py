@@ -12,7 +12,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.plugin.output import OutputLocks, keep, replaced_whole
+from mergekit_dam.plugin.output import OutputLocks, place_artifact, remove_stale_files
 from tests.conftest import FAST, Merge
 
 RECIPE = {**FAST, "scan_steps": 2, "steps": 1}
@@ -120,7 +120,7 @@ def test_files_that_are_not_weights_stay(tmp_path: Path) -> None:
     ]
     for name in (*stay, *go):
         (out / name).touch()
-    keep(folder, out)
+    place_artifact(folder, out)
     assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == set(stay)
 
 
@@ -128,7 +128,7 @@ def test_a_merge_replaces_read_only_files_and_leaves_none_of_an_older_model(tmp_
     for name in ("tokenizer.json", "chat_template.jinja", "adapter_config.json", "notes.txt"):
         (tmp_path / name).write_text("old")
         (tmp_path / name).chmod(0o444)
-    with replaced_whole(tmp_path):
+    with remove_stale_files(tmp_path):
         assert (tmp_path / "tokenizer.json").stat().st_mode & 0o200
         (tmp_path / "tokenizer.json").write_text("newer")
     assert {p.name for p in tmp_path.iterdir()} == {"tokenizer.json", "notes.txt"}

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.recipe import planned
+from mergekit_dam.recipe import preview
 from mergekit_dam.tasks.encoding import encoded
 from mergekit_dam.tasks.preflight import preflight
 from tests.helpers.tiny_models import make_model, save_tokenizer
@@ -34,7 +34,7 @@ def test_models_that_sample_their_own_text_need_no_tokenizer(tmp_path: Path) -> 
     recipe = _three(tmp_path, "LlamaForCausalLM")
     for file in tmp_path.glob("*/tokenizer*"):
         file.unlink()
-    with planned(recipe) as plan:
+    with preview(recipe) as plan:
         assert [entry["vocabulary"] for entry in preflight(plan)[0].values()] == [None, None]
 
 
@@ -42,7 +42,7 @@ def test_models_that_sample_their_own_text_need_no_tokenizer(tmp_path: Path) -> 
 def test_classes_that_mergekit_cannot_merge_are_refused(tmp_path: Path, classes: list[str] | None) -> None:
     recipe = _three(tmp_path, "LlamaForCausalLM")
     _edit(tmp_path / "a", architectures=classes)
-    with pytest.raises(DamError, match="class"), planned(recipe):
+    with pytest.raises(DamError, match="class"), preview(recipe):
         pass
 
 
@@ -50,7 +50,7 @@ def test_other_names_for_the_rows_of_a_merged_head_are_told(tmp_path: Path, text
     recipe = _three(tmp_path, "BertForSequenceClassification") | {"parameters": {"calibration": str(texts)}}
     for name, labels in {"base": ["no", "yes", "so"], "a": ["no", "yes", "so"], "b": ["yes", "no", "so"]}.items():
         _edit(tmp_path / name, id2label=dict(enumerate(labels)), label2id={v: i for i, v in enumerate(labels)})
-    with planned(recipe) as plan:
+    with preview(recipe) as plan:
         (told,) = [line for line in preflight(plan)[1] if "id2label" in line]
     assert told.startswith("b: its classes are yes, no, so, the base's are no, yes, so")
 
