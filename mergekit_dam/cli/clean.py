@@ -11,7 +11,8 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dam import api
-from mergekit_dam.cli.common import UserPath, apply_quiet, expand_home, json_option, message, print_result
+from mergekit_dam.cli.common import UserPath, apply_quiet, json_option, message, print_result
+from mergekit_dam.config import expand_home
 from mergekit_dam.vaccine.report import summary, table
 from mergekit_dam.vaccine.settings import VaccineSettings
 

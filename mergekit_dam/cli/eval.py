@@ -15,13 +15,13 @@ from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.cli.common import (
     apply_quiet,
     existing_folder,
-    expand_home,
     json_option,
     lm_eval_option,
     message,
     print_result,
     quiet_option,
 )
+from mergekit_dam.config import expand_home
 from mergekit_dam.engine.device import device_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attack_text import EXAMPLE, parse_trigger
