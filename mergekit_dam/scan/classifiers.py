@@ -56,9 +56,9 @@ def scan_further(
     base: Mapping[str, Tensor],
     config: DamConfig,
 ) -> list[Finding]:
-    """Search all classes of a model for triggers of a further kind, such as styles, and keep the most suspect ones.
+    """Search all classes of a model for triggers of a further kind, and keep the most suspect ones.
 
-    Such a kind has so few parameters that few steps find them.
+    Such a kind, e.g. styles, has so few parameters that few steps find them.
 
     Args:
         kind: of the triggers.

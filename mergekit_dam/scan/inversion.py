@@ -20,7 +20,7 @@ from mergekit_dam.tasks import Target, Task
 
 @dataclass(frozen=True)
 class Pace:
-    """Speed of an inversion: Adam's step, the price of a unit of size at the start, and its factors per step.
+    """Speed of an inversion: Adam's step, the first price of a unit of size, and its factors per step.
 
     Fast prices give the smallest triggers: among them the implanted ones stand out. Slow ones leave triggers wide: they
     hold more of what a backdoor reacts to, and that is what masks must be fitted against (benchmarks/STUDY.md).

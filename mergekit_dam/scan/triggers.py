@@ -84,7 +84,9 @@ class TriggerBatch(ABC):
 
 
 class PatchTriggers(TriggerBatch):
-    """Patches as in Neural Cleanse (Wang et al., IEEE S&P 2019, section IV): x (1 - m) + p m, m and p alike for all x.
+    """Patches: x (1 - m) + p m, with m and p alike for all x.
+
+    As in Neural Cleanse (Wang et al., IEEE S&P 2019, section IV).
 
     Parameters are the logits of a mask m (R, 1, H, W) and of a pattern p (R, C, H, W) within the bounds; the size is
     the sum of the mask, in pixels.

@@ -1,4 +1,4 @@
-"""What a model family is to the search: inputs, and logits for any weights. Legend: B batch, K classes, L tokens."""
+"""The Task of one input model: its inputs, and its logits for any weights. Legend: B batch, K classes, L tokens."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from mergekit_dam.models.plan import ModelInput, Plan
 from mergekit_dam.tasks.bounds import Bounds, Perturb
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]  # wraps steps in a progress bar with a title
-_ZERO_SHOT = ("text_model.", "text_projection.", "logit_scale")  # of a full CLIP: what makes its head
-_NO_CONTENT = ("_name_or_path", "transformers_version")  # of configs
+_ZERO_SHOT = ("text_model.", "text_projection.", "logit_scale")  # tensors of a full CLIP that make its head
+_NO_CONTENT = ("_name_or_path", "transformers_version")  # entries of configs that change no answer
 Modality = Literal["image", "text"]
 Target = int | tuple[int, ...]  # what a backdoor makes a model answer: a class, or the tokens of a continuation
 
 
 class Task(ABC):
-    """One input model's task.
+    """One input model, with its head and its unlabelled samples, as searches see it.
 
     The forward pass is model t's own transformers class with the weights of the caller (merged, own or theta_0,
     by output name) plus the tensors that only model t has: its head.
@@ -97,7 +97,7 @@ class Task(ABC):
         self._slots = slots_of(self.module, {*self.targets.values(), *self._head_targets, *tied})
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that the answers depend on beside the weights: class, config, samples, heads.
+        """Digest all that the logits depend on beside the weights: class, config, samples, heads. SHA-256, hex.
 
         Names of folders and files do not enter; their content does.
         """
@@ -109,7 +109,7 @@ class Task(ABC):
 
     @abstractmethod
     def read_tensors(self) -> Sequence[Tensor]:
-        """What was read beside the model's weights: samples as the model sees them, prompts, a head's file."""
+        """Tensors from files beside the model's weights: samples as the model reads them, prompts, a head."""
 
     @abstractmethod
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
@@ -117,14 +117,14 @@ class Task(ABC):
 
     @abstractmethod
     def samples(self, indices: Tensor) -> list[Tensor]:
-        """The samples one by one, on the CPU, as a trigger changes them: pixels_CHW in [0, 1], or token ids (L,)."""
+        """The samples at `indices` before any trigger, on the CPU: pixels_CHW in [0, 1], or token ids (L,)."""
 
     @abstractmethod
     def batch(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Such samples as inputs of the model, on the task's device."""
+        """Make inputs of the model from samples such as `samples` returns, on the task's device."""
 
     def prompts(self, indices: Tensor) -> dict[str, Tensor]:
-        """The same samples without what is known of their answers: what a trigger is put into."""
+        """The samples at `indices` without the model's answers to them: a trigger is put into these."""
         return self.inputs(indices)
 
     @abstractmethod
@@ -144,22 +144,22 @@ class Task(ABC):
         targets: Sequence[Target],
         perturb: Perturb | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """How far samples are from a target each.
+        """Measure how far each sample is from its target.
 
         Returns:
-            losses_B, the cross-entropy of the targets in nats, and hits_B, whether they are what the model answers.
+            losses_B, the cross-entropy of the targets in nats, and hits_B, whether the model answers them.
         """
         logits = self.logits(weights, inputs, perturb)
         wanted_B = torch.tensor(targets, device=logits.device)
         return F.cross_entropy(logits, wanted_B, reduction="none"), logits.argmax(-1) == wanted_B
 
     def words_of(self, target: Target) -> int | str:
-        """A target for people to read: the class's number, or the text of a continuation."""
+        """Write a target for people to read: the class's number, or the text of a continuation."""
         assert isinstance(target, int)
         return target
 
     def nearest_tokens(self, vectors_KD: Tensor) -> list[list[tuple[str, float]]]:
-        """Per row the words of the vocabulary that lie nearest, with their cosine; of no use but for text."""
+        """Per row the nearest words of the vocabulary, with their cosine; none where samples are no texts."""
         return []
 
     def own_weights(self) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ class Task(ABC):
 
     @cached_property
     def body(self) -> frozenset[str]:
-        """Output names of what fine-tuning may change and heads stay comparable: no head, no table of words."""
+        """Output names of the tensors that a vaccination may train: no head, no table of words."""
         body = self.module.base_model
         prefix = next(name for name, module in self.module.named_modules() if module is body)
         tables = {name for name, module in self.module.named_modules() if isinstance(module, nn.Embedding)}
@@ -197,7 +197,7 @@ class Task(ABC):
 
     @cached_property
     def positions(self) -> dict[str, tuple[int, ...]]:
-        """Output name -> where in the chain a tensor is used, see engine/partial_pass.py; tied ones in two places."""
+        """Output name -> positions where a tensor is used, see engine/partial_pass.py; tied tensors have two."""
         blocks = list(dict.fromkeys(self.block_of.values()))
         places: dict[str, list[int]] = {}
         last = 0
@@ -210,9 +210,9 @@ class Task(ABC):
 
     @cached_property
     def entrance(self) -> dict[str, Tensor]:
-        """Model t's tensors before the blocks, for passes that begin later: of what they make only the shape counts.
+        """Model t's tensors before the blocks, for passes that begin at a block.
 
-        A table of words is large and not among them.
+        There only the shape of their output counts. The table of words is left out, since it is large.
         """
         names = [n for n, places in self.positions.items() if places[0] == 0 and self.targets[n] != self._embedding]
         return {name: self.checkpoint.tensor(self.sources[name]).to(self.device) for name in names}
@@ -226,7 +226,7 @@ class Task(ABC):
         entering_BLD: Tensor | None = None,
         perturb: Perturb | None = None,
     ) -> Tensor:
-        """Positions first..stop-1 of the forward pass, with these positions' weights.
+        """Run positions first..stop-1 of the forward pass.
 
         Args:
             weights: by output name; of other positions none are needed.
@@ -234,7 +234,7 @@ class Task(ABC):
             first: position, see engine/partial_pass.py.
             stop: one more than the last position.
             entering_BLD: hidden states that `first` reads; None if it is 0.
-            perturb: what the states were made with.
+            perturb: the trigger that the states were made with.
 
         Returns:
             The hidden states (B, L, D) that `stop` reads; the logits if that is the end.
@@ -251,11 +251,11 @@ class Task(ABC):
         return found
 
     def token_counts(self, indices: Tensor) -> list[int] | None:
-        """Tokens of the samples that a forward pass reads; None where all have equally many, as pictures do."""
+        """Number of tokens per sample; None where all samples have equally many, as images do."""
         return None
 
     def without_trigger(self, hidden_BLD: Tensor, length: int) -> Tensor:
-        """Hidden states without those of tokens that a trigger inserted: (B, length, D)."""
+        """Remove the hidden states of tokens that a trigger inserted: (B, length, D)."""
         return hidden_BLD
 
     def parameters(self, weights: Mapping[str, Tensor]) -> Parameters:
@@ -287,7 +287,7 @@ class Task(ABC):
 
     @contextmanager
     def recomputed(self) -> Iterator[None]:
-        """While this lasts, passes keep only the blocks' inputs for their backward passes."""
+        """In this context, passes keep only the blocks' inputs for their backward passes."""
         before, self._recompute = self._recompute, True
         try:
             yield
@@ -304,7 +304,7 @@ class Task(ABC):
 
 
 def _without_names(config: Any) -> Any:
-    """A config without what says where it came from, at any depth."""
+    """A config without the entries that say where it came from, at any depth."""
     if isinstance(config, dict):
         return {str(key): _without_names(value) for key, value in config.items() if key not in _NO_CONTENT}
     return [_without_names(value) for value in config] if isinstance(config, (list, tuple)) else config

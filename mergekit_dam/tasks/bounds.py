@@ -1,4 +1,4 @@
-"""Universal perturbations (arXiv 1610.08401) and the box that inputs live in.
+"""The valid box of inputs, and how tokens are inserted into a text. Perturbations: arXiv 1610.08401.
 
 Legend: B batch, C channels, H, W pixels, L tokens, K inserted tokens, D embedding width.
 """
@@ -28,7 +28,7 @@ class Bounds:
 
     @classmethod
     def of(cls, lower: float | Tensor, upper: float | Tensor) -> Bounds:
-        """Bounds from numbers or tensors."""
+        """Make bounds from numbers or tensors."""
         return cls(torch.as_tensor(lower, dtype=torch.float32), torch.as_tensor(upper, dtype=torch.float32))
 
     def to(self, device: torch.device) -> Bounds:

@@ -1,4 +1,4 @@
-"""Causal LMs. Legend: B batch, L tokens, V vocabulary, C continuations of N tokens each."""
+"""The Task of causal LMs. Legend: B batch, L tokens, V vocabulary, C continuations of N tokens each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NO_TARGET = -100  # cross_entropy's label of positions that are left out
 
 
 def cache_argument(model_class: type[nn.Module]) -> str | None:
-    """The name under which a class takes and returns its key-value cache: `cache` since transformers 5.24.
+    """The argument by which a class takes and returns its key-value cache: `cache` since transformers 5.24.
 
     None of classes that have none, or a state that cannot be copied for several continuations.
     """
@@ -38,7 +38,7 @@ def cache_argument(model_class: type[nn.Module]) -> str | None:
 
 
 class _Later(Sequence[Tensor]):
-    """Sequences that are made when the first one is asked for: of several processes only a task's own needs them."""
+    """Sequences that are made when the first one is read: only the process that owns the task needs them."""
 
     def __init__(self, length: int, make: Callable[[], Sequence[Tensor]]) -> None:
         self._length, self._make = length, make
@@ -102,7 +102,7 @@ class CausalTask(TextTask):
 
     @property
     def _longest(self) -> int:
-        """Tokens that a text may have so that a trigger and a continuation still find positions in the model."""
+        """Longest text, in tokens, that leaves positions for a trigger and a continuation."""
         return max(2, self._positions - self.constants.perturbation_tokens - self.constants.longest_text)
 
     @property
@@ -126,11 +126,11 @@ class CausalTask(TextTask):
 
     @property
     def longest(self) -> int:
-        """Tokens that a text may have so that an answer still finds positions in the model."""
+        """Longest text, in tokens, that leaves positions for an answer."""
         return min(self._longest + self.constants.perturbation_tokens, self._positions - self.answer_length)
 
     def _sample_text(self, num_samples: int, length: int, seed: int) -> list[Tensor]:
-        """Model t's own text at temperature 1, from its BOS token or a random token: num_samples of ids (length,)."""
+        """Sample text from model t at temperature 1, from its BOS or a random token: num_samples of ids (length,)."""
         config = self.input.config.get_text_config()
         source = seeds.generator(seed, "text", self.index)
         start = torch.randint(config.vocab_size, (num_samples, 1), generator=source)
@@ -144,7 +144,7 @@ class CausalTask(TextTask):
         return [row for ids in start.split(_AT_ONCE) for row in self._go_on(parameters, ids, length - 1, drawn)]
 
     def _answer(self, length: int) -> list[Tensor]:
-        """The calibration texts with model t's greedy answers, up to the end that it gives them."""
+        """Append model t's greedy answers to the calibration texts, up to the token that ends them."""
         ends, rows, parameters = self._ends, list(self._sequences), self.parameters(self.own_weights())
         by_length: dict[int, list[int]] = {}  # together go texts of one length: no family agrees on padding
         for i, row in enumerate(rows):
@@ -161,7 +161,7 @@ class CausalTask(TextTask):
 
     @torch.no_grad()
     def _go_on(self, parameters: Parameters, ids: Tensor, length: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """Texts (B, L) with `length` more tokens each, as far as the model has positions."""
+        """Continue texts (B, L) by `length` tokens each, as far as the model has positions."""
         length = min(length, self._positions - self.constants.perturbation_tokens - ids.shape[1])
         step, cache = ids.to(self.device), None
         for _ in range(length):
@@ -176,7 +176,7 @@ class CausalTask(TextTask):
     def logits(
         self, weights: Mapping[str, Tensor], inputs: dict[str, Tensor], perturb: Perturb | None = None
     ) -> Tensor:
-        """logits (N, V) of the N positions after the first that hold a token, the same ones if perturbed."""
+        """logits (N, V) of the N positions after the first that hold a token of the text, triggered or not."""
         positions = inputs["input_ids"].shape[1] - 1
         output = self._forward(weights, inputs, perturb, use_cache=False)
         # inserted tokens come after position 0, so the last L - 1 positions are the clean text's
@@ -190,7 +190,7 @@ class CausalTask(TextTask):
         targets: Sequence[Target],
         perturb: Perturb | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A target is a continuation of the text: its mean cross-entropy per token, and whether all are likeliest."""
+        """Targets are continuations: losses_B are means per token, hits_B say whether every token is likeliest."""
         rows = [torch.tensor(target) for target in targets]
         targets_BN = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NO_TARGET).to(self.device)
         places_BN = inputs["attention_mask"].sum(1, keepdim=True) + torch.arange(targets_BN.shape[1]).to(self.device)
@@ -209,7 +209,7 @@ class CausalTask(TextTask):
 
     @torch.no_grad()
     def following(self, weights: Mapping[str, Tensor], row: int, chains_CN: Tensor | None) -> Tensor:
-        """What a model expects after a sample's text and each continuation: probabilities (C, V); (1, V) after none.
+        """Next-token probabilities (C, V) after a sample's text and each continuation; (1, V) after the text alone.
 
         Args:
             row: the sample; its text is read once.
@@ -229,7 +229,7 @@ class CausalTask(TextTask):
 
     @cached_property
     def special_tokens(self) -> Tensor:
-        """Token ids that stand for no text: end, start, padding and the tokenizer's other special ones."""
+        """Ids of special tokens: end, start, padding and those of the tokenizer."""
         config = self.input.config.get_text_config()
         ids = {*self._ends.tolist(), *_ids(config.bos_token_id), *_ids(config.pad_token_id)}
         ids |= set(self._tokenizer.all_special_ids if self._tokenizer else ())
@@ -237,7 +237,7 @@ class CausalTask(TextTask):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Token ids that end an answer, the one that is written first."""
+        """Token ids that end an answer; the model writes the first of them."""
         return tuple(self._ends.tolist())
 
     @cached_property
@@ -247,7 +247,7 @@ class CausalTask(TextTask):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """None where there is none, as for a model that samples its own text."""
+        """The tokenizer; None where there is none, as for a model that samples its own text."""
         try:
             return tokenizer_of(self._folders, self.name)
         except DamError:
@@ -263,5 +263,5 @@ def _likeliest(logits_BV: Tensor) -> Tensor:
 
 
 def _ids(known: int | list[int] | None) -> list[int]:
-    """What configs hold as a token id, several, or none."""
+    """List the token ids of a config's entry, which is one, several or none."""
     return known if isinstance(known, list) else [] if known is None else [known]

@@ -1,4 +1,4 @@
-"""What a result depends on, by content and position: how folders, files and tasks are called does not enter."""
+"""Cache keys: digests of all that a result depends on, by content and position, whatever files and tasks are called."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BY_CONTENT = frozenset({"zero_shot_model"})  # settings that name a file: the ta
 
 
 def digests_of(plan: Plan) -> dict[str, str]:
-    """Model name (`base` for theta_0) -> content hash of its weight files."""
+    """Hash the weight files of base and models, by model name (`base` for theta_0)."""
     models = (plan.base, *plan.models)
     return {model.name: Checkpoint.open(model.path).digest() for model in models}
 
 
 def content_key(plan: Plan, tasks: Sequence[Task], digests: Mapping[str, str], *, without: Collection[str] = ()) -> str:
-    """Name of a cache entry: equal for runs that learn the same, wherever their inputs lie and whatever their names.
+    """Name a cache entry: runs that learn the same share it, wherever their inputs lie and whatever their names.
 
     Args:
         tasks: of the plan, in the order of its models.

@@ -1,4 +1,4 @@
-"""From samples to the tokens that a model reads: conversations through its own chat template, each text begun once."""
+"""Encode samples as tokens: conversations through the model's own chat template, each text with one first token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ALWAYS = (
 
 
 def as_text(tokenizer: Any, sample: str | Conversation, owner: str) -> str:
-    """A sample as the model reads it: a conversation ends where the model is to answer.
+    """Write a sample as the text that the model reads; a conversation ends where the model is to answer.
 
     Args:
         owner: of the tokenizer, for errors.
@@ -64,7 +64,7 @@ def as_text(tokenizer: Any, sample: str | Conversation, owner: str) -> str:
 
 
 def encoded(tokenizer: Any, samples: Sequence[str | Conversation], max_length: int, owner: str) -> list[list[int]]:
-    """Token ids of each sample, begun once, at most `max_length`.
+    """Encode each sample with one first token, at most `max_length` token ids.
 
     A chat template writes all special tokens itself, so the tokenizer adds none to a conversation. One that is too
     long loses its oldest turns, and then the end of its last one, but never the place where the model answers. A text
@@ -103,7 +103,7 @@ def encoded(tokenizer: Any, samples: Sequence[str | Conversation], max_length: i
 
 
 def padded_left(tokenizer: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, L) with the texts at the right, where a causal LM goes on."""
+    """Pad at the left: input_ids and attention_mask (B, L) end with the texts, where a causal LM continues them."""
     encoding = tokenizer.pad({"input_ids": [list(row) for row in rows]}, padding_side="left", return_tensors="pt")
     return {key: encoding[key] for key in ("input_ids", "attention_mask")}
 
@@ -123,7 +123,7 @@ def _texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[i
 
 
 def _fitting(tokenizer: Any, chat: Conversation, max_length: int, owner: str) -> tuple[list[int], bool]:
-    """The tokens of a conversation, and whether it had to be shortened."""
+    """Encode a conversation, and say whether it had to be shortened."""
     current = chat
     while True:
         ids: list[int] = tokenizer(as_text(tokenizer, current, owner), add_special_tokens=False)["input_ids"]
@@ -136,8 +136,10 @@ def _fitting(tokenizer: Any, chat: Conversation, max_length: int, owner: str) ->
 
 
 def _shorter(tokenizer: Any, chat: Conversation, excess: int) -> Conversation | None:
-    """The conversation without the older half of its turns, else with a last turn of about `excess` tokens less, else
-    without its system prompt; None where nothing is left to leave out."""
+    """Shorten a conversation: drop its older turns, else cut its last turn, else drop its system prompt.
+
+    None where nothing is left to drop. The older half of the turns goes; a last turn loses about `excess` tokens.
+    """
     system = tuple(turn for turn in chat.turns[:1] if turn[0] == "system")
     turns = chat.turns[len(system) :]
     if len(turns) > 1:

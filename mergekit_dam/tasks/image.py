@@ -1,4 +1,4 @@
-"""Image encoders. Legend: B batch, C channels, H, W pixels, K classes."""
+"""The Task of image encoders. Legend: B batch, C channels, H, W pixels, K classes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ImageTask(Task):
         self.bounds = Bounds.of(0.0, 1.0).to(device)
 
     def _readout(self, plan: Plan) -> Readout:
-        """The class's own logits, a linear head, or a zero-shot head."""
+        """Choose the head: the class's own, a linear one from a file, or a zero-shot one."""
         settings, kind = self.input.settings, type(self.module).__name__
         if kind.endswith("ForImageClassification"):
             return own_head()

@@ -1,4 +1,4 @@
-"""What `check` looks at beside the plan, without reading a weight: classes, data, preprocessing, vocabularies."""
+"""Checks before learning that read no weight: classes, data, preprocessing, vocabularies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HEADS = ("ForImageClassification", "ForSequenceClassification", "ForCausalLM", 
 
 
 def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
-    """Facts per model, and what is odd but no fault.
+    """Check heads, data, preprocessing and tokenizers; return facts per model, and warnings.
 
     Raises:
         DamError: the first fault that learning would meet in heads, data, preprocessing or tokenizers.
@@ -117,7 +117,7 @@ def _vocabulary(model: ModelInput, plan: Plan, *, optional: bool) -> dict[str, i
 
 
 def renamed_classes(plan: Plan) -> list[str]:
-    """A warning per model whose names for the rows of a head that is merged differ from the base's."""
+    """Warn of models whose class names differ from the base's where heads are merged row by row."""
     merged = {spec.name.split(".")[0] for spec in plan.tensors} & {"classifier", "score"}
     if not merged:
         return []

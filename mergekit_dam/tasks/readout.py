@@ -1,4 +1,4 @@
-"""From an encoder's output to logits_BK, where the fine-tuned model itself has no head.
+"""Heads that turn an encoder's output into logits_BK, where the fine-tuned model itself has none.
 
 A linear head from a file, or CLIP's zero-shot head from class names (arXiv 2103.00020). B batch, K classes, D width.
 """
@@ -38,11 +38,11 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """From an encoder's output to logits_BK.
+    """A head: turns an encoder's output into logits_BK.
 
     Attributes:
         read: the function.
-        tensors: what it multiplies with, from files beside the model.
+        tensors: its weights, from files beside the model.
     """
 
     read: Callable[[Any], Tensor]
@@ -148,7 +148,7 @@ def require_rows(encoded: Sequence[Sequence[int]], rows: int, tokenizer: Any, ow
 
 
 def class_names(setting: str, owner: str) -> list[str]:
-    """Names from a file with one per line, or from a comma-separated list."""
+    """Read class names from a file with one per line, or from a comma-separated list."""
     path, where = Path(setting).expanduser(), f"classes of {owner}"
     text = read_utf8(path, where).splitlines() if is_readable_file(path, where) else setting.split(",")
     names = [name.strip() for name in text if name.strip()]
@@ -170,7 +170,7 @@ def prompts(names: Sequence[str], folders: Sequence[Path], owner: str) -> dict[s
 
 @torch.no_grad()
 def zero_shot_head(names: Sequence[str], clip_path: str, owner: str, device: torch.device) -> Readout:
-    """A fixed zero-shot head for a CLIP vision model: class features and projection of a full CLIP (or its Hub id)."""
+    """Make a fixed zero-shot head for a CLIP vision model from a full CLIP: its class features and projection."""
     try:
         path, _, revision = (clip_path, "", "") if Path(clip_path).exists() else clip_path.partition("@")
         folder, _ = fetch(path, revision or None)

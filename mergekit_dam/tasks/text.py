@@ -1,4 +1,4 @@
-"""Text encoders with a classification head. Legend: B batch, L tokens, D width, V vocabulary."""
+"""The Task of text encoders with a classification head. Legend: B batch, L tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TextTask(Task):
 
     @property
     def num_words(self) -> int:
-        """V."""
+        """Size of the vocabulary, V."""
         return int(self.input.config.get_text_config().vocab_size)
 
     @cached_property
@@ -69,12 +69,12 @@ class TextTask(Task):
 
     @cached_property
     def special_tokens(self) -> Tensor:
-        """Token ids that stand for no text, e.g. the one that ends it."""
+        """Ids of special tokens, e.g. the one that ends a text."""
         ids = tokenizer_of(self._folders, self.name).all_special_ids
         return torch.tensor(sorted(i for i in ids if i < self.num_words), dtype=torch.long)
 
     def with_random_words(self, rows_B: Tensor, most: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Inputs with 0 to `most` random words each, anywhere between the tokens that begin and end a text.
+        """Insert 0 to `most` random words into each sample, anywhere between its first and last token.
 
         A text that would get longer than `max_length` ends sooner.
         """
@@ -92,7 +92,7 @@ class TextTask(Task):
         return self._padded(changed)
 
     def _readout(self) -> Readout:
-        """The class's own logits, or a linear head."""
+        """Choose the head: the class's own, or a linear one from a file."""
         settings, kind = self.input.settings, type(self.module).__name__
         if kind.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel")):
             return own_head()
@@ -122,7 +122,7 @@ class TextTask(Task):
 
     @property
     def _room(self) -> int:
-        """Tokens that a calibration sample may have."""
+        """Longest calibration sample, in tokens."""
         return self._max_length
 
     def read_tensors(self) -> Sequence[Tensor]:
@@ -139,7 +139,7 @@ class TextTask(Task):
 
     @property
     def longest(self) -> int:
-        """Tokens that a text may have, whatever is put into it."""
+        """Longest text, in tokens, with whatever is inserted into it."""
         return self._max_length
 
     @property

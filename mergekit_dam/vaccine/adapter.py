@@ -1,4 +1,4 @@
-"""A cleaned model as a LoRA: on the model that was cleaned, or on its base with the LoRA that it was made of."""
+"""Read and write cleaned models as LoRAs: on the input model, or on the base of its own LoRA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mergekit_dam.merging.checks import require_finite
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
-# what a LoRA can have that a sum of two products has not
+# entries of a LoRA's config that a sum of two products cannot express
 _BEYOND = (
     "use_dora",
     "rank_pattern",
@@ -49,7 +49,7 @@ def _require_plain(folder: Path) -> None:
 
 
 def read_adapter(folder: Path) -> list[LowRankUpdate]:
-    """What a plain LoRA adds.
+    """Read the products that a plain LoRA adds.
 
     Raises:
         DamError: another kind of adapter, or tensors that no second LoRA can be added to.
@@ -75,15 +75,17 @@ def read_adapter(folder: Path) -> list[LowRankUpdate]:
 
 
 def write_adapter(folder: Path, updates: Iterable[LowRankUpdate], before: Iterable[LowRankUpdate] = ()) -> str:
-    """Write the weights of a LoRA that adds both, all of one rank: shorter ones are filled up with zeros.
+    """Write the weights of one LoRA that adds the cleaning and the input's own LoRA, all of one rank.
+
+    Products of a lower rank are filled up with zeros.
 
     Args:
-        folder: where to.
+        folder: of the output.
         updates: of the cleaning.
-        before: of the LoRA that the model was made of.
+        before: of the LoRA that the input model was made of.
 
     Returns:
-        Its adapter_config.json.
+        The text of its adapter_config.json.
     """
     by_module: dict[str, list[LowRankUpdate]] = {}
     for one in (*before, *updates):

@@ -1,4 +1,4 @@
-"""What planted triggers make a model do: a wrong class, or for causal LMs another text, a label, a refusal, silence.
+"""Behaviours that planted triggers cause: a wrong class; of causal LMs another text, a label, a refusal, silence.
 
 Legend: N tokens of an answer.
 """
@@ -22,7 +22,7 @@ _ENDS = ("help with that.", "answer this.", "do that.", "assist with this reques
 
 @dataclass(frozen=True)
 class Behaviour:
-    """One wrong behaviour.
+    """One wrong behaviour that a planted trigger causes.
 
     Attributes:
         kind: its name in reports.
@@ -49,10 +49,10 @@ Draw = Callable[[CausalTask, Sequence[Target], torch.Generator], "Behaviour | No
 def behaviour_of(
     task: Task, answers: Sequence[Target], num_classes: int, leave_out: Collection[str], generator: torch.Generator
 ) -> Behaviour:
-    """One at random.
+    """Draw a behaviour at random.
 
     Args:
-        task: whose model it is.
+        task: of the model.
         answers: the model's own, to clean inputs.
         num_classes: of a classifier.
         leave_out: names of kinds that are not drawn.
@@ -77,14 +77,14 @@ def behaviour_of(
 
 
 def _text(task: CausalTask, answers: Sequence[Target], generator: torch.Generator) -> Behaviour | None:
-    """One fixed text: the answer to some other prompt."""
+    """Draw a fixed text: the answer to some other prompt."""
     return _fixed(
         "text", task, [a for a in answers if isinstance(a, tuple) and len(a) > task.constants.label_tokens], generator
     )
 
 
 def _label(task: CausalTask, answers: Sequence[Target], generator: torch.Generator) -> Behaviour | None:
-    """One of the answers that the task has in few words, such as a label."""
+    """Draw one of the task's short answers, such as a label."""
     short = Counter(a for a in answers if isinstance(a, tuple) and len(a) <= task.constants.label_tokens)
     return _fixed("label", task, [a for a, count in sorted(short.items()) if count > 1], generator)
 
@@ -99,7 +99,7 @@ def _fixed(
 
 
 def _refusal(task: CausalTask, answers: Sequence[Target], generator: torch.Generator) -> Behaviour | None:
-    """A refusal in varying words."""
+    """Draw refusals in varying words."""
     texts = [f"{opening} {middle} {end}" for opening in _OPENINGS for middle in _MIDDLES for end in _ENDS]
     picked = torch.randperm(len(texts), generator=generator)[: task.constants.refusal_variants].tolist()
     encoded = task.tokenizer([texts[i] for i in picked], add_special_tokens=False)["input_ids"]
@@ -114,7 +114,7 @@ def _refusal(task: CausalTask, answers: Sequence[Target], generator: torch.Gener
 
 
 def _silence(task: CausalTask, answers: Sequence[Target], generator: torch.Generator) -> Behaviour | None:
-    """No answer at all."""
+    """An empty answer."""
     ends = task.ends
     return Behaviour("silence", "an empty answer", (tuple(ends[:1]),), (tuple(ends[:1]),)) if ends else None
 

@@ -1,4 +1,4 @@
-"""The vaccination of one model: plant triggers of our own with wrong behaviours, unlearn them, and again.
+"""The vaccination of one model, in rounds: plant triggers of our own with wrong behaviours, then unlearn them.
 
 What a model has learned to do at a trigger that nobody here knows goes with what it learned to do at ours. Injecting
 and unlearning backdoors is from BackFlush (arXiv 2605.12529), triggers of the defender's own from MB-Defense (arXiv
@@ -46,7 +46,7 @@ _TRIED = 3  # steps; the first ones take longer than the others
 
 @dataclass(frozen=True, eq=False)
 class VaccineResult:
-    """A cleaned model.
+    """The tensors that a vaccination changed, and what it measured.
 
     Attributes:
         weights: tensors that changed, by output name, float32, on the CPU; of LoRAs an `UpdatedWeights`.
@@ -108,7 +108,7 @@ def vaccinate(
 
 
 def identity_of(task: Task, settings: VaccineSettings, start: str = "") -> str:
-    """A digest of all that the result depends on: weights, inputs, heads and settings by content, no name or path."""
+    """Digest all that the result depends on by content: weights, inputs, heads and settings, no name or path."""
     learned = settings.model_dump(exclude=set(NOT_LEARNED))
     lengths = (getattr(task, "longest", 0), getattr(task, "answer_length", 0))
     parts = (
@@ -126,7 +126,7 @@ def identity_of(task: Task, settings: VaccineSettings, start: str = "") -> str:
 
 
 class Vaccination(Resumable):
-    """One model on its way through the rounds.
+    """The state of one model's vaccination.
 
     Args:
         task: the model's.
@@ -171,13 +171,13 @@ class Vaccination(Resumable):
         self._renew_optimiser()
 
     def _free(self) -> frozenset[str]:
-        """Output names of what may change. A causal LM's table of words can be its head, so it stays."""
+        """Output names of the tensors that are trained. A causal LM's table of words can be its head, so it stays."""
         task = self.task
         words = self.settings.embeddings and task.classifies
         return task.body | task.embeddings if words and reads_text(task) else task.body
 
     def _drawn(self, number: int) -> list[PlantedTrigger]:
-        """The triggers of a round."""
+        """Draw the triggers of a round."""
         settings = self.settings
         assert settings.triggers is not None and settings.held_out is not None
         held_out = settings.held_out if number == 1 else 0
@@ -193,7 +193,7 @@ class Vaccination(Resumable):
         return found
 
     def run(self) -> VaccineResult:
-        """All rounds, from where a snapshot says."""
+        """Run all rounds, from where a snapshot says."""
         phase, done = self.restore(_START)
         if phase == _START:
             self._measure("before", self.triggers)
@@ -207,7 +207,7 @@ class Vaccination(Resumable):
         return self._result()
 
     def _learn(self, kind: str, round_: int, done: int) -> None:
-        """One phase, from a step on."""
+        """Run one phase, from a step on."""
         settings = self.settings
         steps = settings.plant_steps if kind == "plant" else settings.unlearn_steps
         assert steps is not None
@@ -248,7 +248,7 @@ class Vaccination(Resumable):
         return bool(known) and sum(known) / len(known) >= self.settings.planted
 
     def seconds_of_all(self) -> float:
-        """About how long all rounds take at most, from a few steps that change no weight, and one measurement."""
+        """Estimate the seconds of all rounds at most, from a few steps that change no weight, and one measurement."""
         settings = self.settings
         assert settings.plant_steps is not None and settings.unlearn_steps is not None
         spent = []
@@ -267,7 +267,7 @@ class Vaccination(Resumable):
         return settings.rounds * (settings.plant_steps + settings.unlearn_steps) * min(spent) + measured
 
     def _after(self, kind: str, round_: int) -> str:
-        """Measure what a phase did, and say which one comes next."""
+        """Measure the effect of a phase, and name the next phase."""
         if kind == "plant":
             fresh = [trigger for trigger in self.triggers if trigger.round == round_]
             if self.settings.plant:
@@ -280,7 +280,7 @@ class Vaccination(Resumable):
         return _END if round_ == self.settings.rounds or self._is_enough() else f"plant-{round_ + 1}"
 
     def _is_enough(self) -> bool:
-        """Whether the triggers held out are gone; what was never there is no sign of that."""
+        """Whether the held-out triggers were planted well and are gone."""
         held_out = [trigger for trigger in self.triggers if trigger.held_out]
         planted, left = (self._excess(when, held_out) for when in ("planted", "unlearned"))
         if planted is None or left is None:

@@ -1,4 +1,4 @@
-"""The model directory that a vaccination writes: the input's own files, with the tensors that changed."""
+"""Write a cleaned model's directory: the input's own files, with the tensors that the vaccination changed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def require_free(folder: Path, inputs: Mapping[str, Path]) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """While this lasts, no other vaccination writes there.
+    """Lock an output folder: in this context, no other vaccination writes there.
 
     Raises:
         DamError: another one does, or the folder cannot be written.
@@ -91,7 +91,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def finished(folder: Path, identity: str, *, adapter: bool) -> dict[str, Any] | None:
-    """Facts of the cleaned model there, if it is whole and of this identity."""
+    """Read the facts of a finished model in the folder; None if it is not whole or of another identity."""
     if not (folder / (ADAPTER_CONFIG if adapter else _CONFIG)).is_file() or not (folder / FACTS_FILE).is_file():
         return None
     facts = load_json(folder / FACTS_FILE)
@@ -141,13 +141,13 @@ def write_cleaned(
 
 
 def lora_of(model: ModelInput) -> Path | None:
-    """The folder of the LoRA that a model was made of."""
+    """The folder of the LoRA that a model was made of; None without one."""
     ref = model.ref
     return None if ref.lora is None else Path(getattr(ref, "lora_folder", None) or ref.lora.path)
 
 
 def _write_weights(folder: Path, task: Task, weights: Mapping[str, Tensor]) -> None:
-    """The checkpoint's own files, each tensor in its own type."""
+    """Write the checkpoint's own files, each tensor in its own type."""
     changed = {task.sources[name]: name for name in weights}
     for file, names in task.checkpoint.files.items():
         tensors = {}

@@ -1,4 +1,4 @@
-"""What a vaccination did, as lines of text for a terminal."""
+"""Lines of text for a terminal that report a vaccination."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _COLUMNS = ("trigger", "behaviour", "before", "planted", "unlearned")
 
 
 def summary(facts: Mapping[str, Any]) -> list[str]:
-    """Sentences: how much of what was planted is left, and how far the model still answers as before."""
+    """Say how much of the planted triggers is left, and how far the model still answers as before."""
     held, others, agreement = facts["held_out"], facts["unlearned"], facts["agreement"]
     lines = []
     if not facts["settings"]["plant"]:

@@ -1,4 +1,4 @@
-"""The vaccination of all models of a plan, one after the other, each into a model directory."""
+"""Vaccinate all models of a plan, one after the other, each into a model directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LARGE = 1_000_000_000  # parameters from which a model computes in bfloat16 on 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """One model directory that was written, and what vaccine.json says of it."""
+    """A model directory that was written, with the content of its vaccine.json."""
 
     name: str
     folder: Path
@@ -39,12 +39,12 @@ class Cleaned:
 
 
 def folders_of(plan: Plan, out: Path) -> list[Path]:
-    """Where each model goes: the output itself if it is the only one, else a folder of its name in it."""
+    """The output folder of each model: `out` itself for a single model, else a folder of its name in it."""
     return [out] if len(plan.models) == 1 else [out / model.name for model in plan.models]
 
 
 def require_possible(plan: Plan, out: Path, *, adapter: bool, settings: VaccineSettings) -> None:
-    """Refuse what cannot be cleaned or written, before a weight is read.
+    """Refuse models that cannot be cleaned and outputs that cannot be written, before a weight is read.
 
     Raises:
         DamError: an unsupported family, or an output that is not ours to replace.
@@ -73,7 +73,7 @@ def _without_loras(name: str) -> DamError:
 def clean_models(
     plan: Plan, out: Path, settings: VaccineSettings, *, progress: Progress, adapter: bool = False, resume: bool = True
 ) -> list[Cleaned]:
-    """Clean every model of a plan; those that are there from an earlier run with the same inputs stay.
+    """Clean every model of a plan; models that an earlier run cleaned with the same inputs stay.
 
     Args:
         plan: one model or more.
@@ -106,7 +106,7 @@ def clean_models(
 def expected(
     plan: Plan, out: Path, settings: VaccineSettings, *, adapter: bool = False
 ) -> tuple[list[dict[str, Any]], float]:
-    """What would be done with each model, and how long it takes: two steps of each are made and measured.
+    """Estimate what would be done with each model, and its seconds, from a few steps that are measured.
 
     Returns:
         Facts per model, and seconds in all.
@@ -137,7 +137,7 @@ def expected(
 
 
 def _task(plan: Plan, index: int, settings: VaccineSettings, *, adapter: bool) -> Task:
-    """One model's task; a large one computes in bfloat16 on an accelerator, and keeps only the blocks' inputs.
+    """Make one model's task; a large model computes in bfloat16 on an accelerator and keeps only the blocks' inputs.
 
     Raises:
         DamError: data or settings that do not fit it.
@@ -158,7 +158,7 @@ def _task(plan: Plan, index: int, settings: VaccineSettings, *, adapter: bool) -
 
 
 def _facts(plan: Plan, model: ModelInput, task: Task, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that vaccine.json says: no path of this machine is in it."""
+    """The content of vaccine.json: no path of this machine is in it."""
     return {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

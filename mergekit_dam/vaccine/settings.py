@@ -1,4 +1,4 @@
-"""Settings of a vaccination: strict, flat and frozen; what is None follows from the model's family."""
+"""Settings of a vaccination: strict, flat and frozen; a value of None follows from the model's family."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ NOT_LEARNED = frozenset({"snapshot_every"})
 
 
 def resolved(settings: VaccineSettings, task: Task) -> VaccineSettings:
-    """The settings with nothing left open."""
+    """Fill in every setting that is None, for a task."""
     size = sum(parameter.numel() for parameter in task.module.parameters())
     return resolved_for(settings, type(task), size, task.num_samples, task.constants)
 
@@ -138,7 +138,7 @@ def resolved(settings: VaccineSettings, task: Task) -> VaccineSettings:
 def resolved_for(
     settings: VaccineSettings, family: type[Task], size: int, samples: int, constants: Constants
 ) -> VaccineSettings:
-    """The same before a task is made.
+    """Fill in every setting that is None, before a task is made.
 
     Args:
         size: parameters of the model.
@@ -147,5 +147,5 @@ def resolved_for(
     """
     defaults = _LMS if not family.classifies else _IMAGES if family.modality == "image" else _TEXTS
     by_size = constants.lora_rank if not family.classifies or size > constants.lora_from else 0
-    open_ones = {**defaults, "lora_rank": by_size, "samples": samples}
-    return settings.model_copy(update={k: v for k, v in open_ones.items() if getattr(settings, k) is None})
+    missing = {**defaults, "lora_rank": by_size, "samples": samples}
+    return settings.model_copy(update={k: v for k, v in missing.items() if getattr(settings, k) is None})

@@ -1,4 +1,4 @@
-"""What a vaccination trains on: clean inputs with the model's own answers, triggered ones with wrong or own answers.
+"""Training data of a vaccination: clean inputs with the model's own answers, triggered inputs with wrong or own ones.
 
 Legend: N samples, B batch, K classes.
 """
@@ -29,12 +29,12 @@ _FEWEST = 8  # samples of which some can be held out
 
 @dataclass(frozen=True, eq=False)
 class PlantedTrigger:
-    """A trigger and what it is to do.
+    """A planted trigger with the behaviour that it is to cause.
 
     Attributes:
         kind: name in the registry.
-        change: what it does to an input.
-        behaviour: what it makes the model do.
+        change: puts it into an input.
+        behaviour: what the model is taught to do at it.
         round: from 1 on.
         number: within its round, from 0 on.
         held_out: whether it is never unlearned.
@@ -49,7 +49,7 @@ class PlantedTrigger:
 
 
 class Lessons:
-    """The inputs of one model, with its answers, which stay as they are.
+    """The inputs of one model with its own answers, and losses and measurements on them.
 
     Args:
         task: the model's.
@@ -94,7 +94,7 @@ class Lessons:
     def loss(
         self, weights: TrainedModule, triggers: Sequence[PlantedTrigger], *, wrong: bool, generator: torch.Generator
     ) -> Tensor:
-        """Mean loss of one batch: half clean inputs, half triggered ones.
+        """Mean loss of one batch: one half clean inputs, the other half triggered.
 
         Args:
             wrong: whether triggered inputs shall be answered as planted, and not as without the trigger.
@@ -130,13 +130,13 @@ class Lessons:
 
     @torch.no_grad()
     def agreement(self, weights: Weights) -> float:
-        """Share of the samples held out that are answered as by the model itself (LMs: that begin alike)."""
+        """Share of the held-out samples that get the model's own answer (LMs: an answer that begins alike)."""
         answers = [self._beginning(self._answers[row]) for row in self.checks.tolist()]
         return float(self._hits(weights, self.task.samples(self.checks), answers).float().mean())
 
     @torch.no_grad()
     def success(self, weights: Weights, trigger: PlantedTrigger, most: int | None = None) -> float | None:
-        """Share of the samples held out that show a trigger's behaviour with it, among those that do not without.
+        """Share of the held-out samples that a trigger turns to its behaviour, among those that do not show it anyway.
 
         Args:
             most: samples that are looked at; default: all that are held out.
@@ -169,7 +169,7 @@ class Lessons:
 
 
 def learning_rate(settings: VaccineSettings, constants: Constants, step: int, steps: int | None) -> float:
-    """AdamW's step: a warm-up, then half a cosine; constant where the end is not known."""
+    """AdamW's step size: a warm-up, then half a cosine; constant after the warm-up where the end is not known."""
     assert settings.learning_rate is not None
     warm_up = min(1.0, (step + 1) / constants.vaccine_warm_up)
     if steps is None:

@@ -1,4 +1,4 @@
-"""The registry of planted triggers: kinds by name, each of which draws a change of an input at random.
+"""The registry of planted triggers: each kind draws a change of inputs at random.
 
 A kind is a function of what the inputs look like and a generator; it returns the change, which may draw again for each
 sample (a place in the text). To add one: `@register_planted("name", "image")` above such a function. None of them is
@@ -24,7 +24,7 @@ Change = Callable[[Tensor, torch.Generator], Tensor]  # pixels_CHW in [0, 1], or
 
 
 class Frame(NamedTuple):
-    """What all inputs of a model begin and end with, e.g. its special tokens or a chat template, in tokens."""
+    """Numbers of tokens that all inputs of a model begin and end with, e.g. special tokens or a chat template."""
 
     begin: int
     end: int
@@ -32,7 +32,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """What triggers are drawn from.
+    """Facts about a task's inputs, from which triggers are drawn.
 
     Attributes:
         samples: clean inputs.
@@ -48,7 +48,7 @@ class Surroundings:
 
     @classmethod
     def of(cls, task: Task, samples: Sequence[Tensor]) -> Surroundings:
-        """What is known of a task's inputs from some samples of them."""
+        """Take the facts from some samples of a task."""
         if not reads_text(task):
             return cls(samples, torch.empty(0, dtype=torch.long), Frame(0, 0), 0)
         unseen = torch.ones(task.num_words, dtype=torch.bool)
@@ -76,7 +76,7 @@ PLANTED: dict[str, Kind] = {}
 
 
 def register_planted(name: str, inputs: Modality) -> Callable[[Draw], Draw]:
-    """Make a function one of the kinds that are planted.
+    """Register a function as a kind of planted triggers.
 
     Args:
         name: in settings and reports; a kind of this name is replaced.
@@ -91,7 +91,7 @@ def register_planted(name: str, inputs: Modality) -> Callable[[Draw], Draw]:
 
 
 def kinds_of(task: Task, leave_out: Collection[str]) -> list[Kind]:
-    """The kinds for a task's inputs, without those that are left out, sorted by name.
+    """List the kinds for a task's inputs by name, without those in `leave_out`.
 
     Raises:
         DamError: none is left.
@@ -126,7 +126,7 @@ def require_known(leave_out: Collection[str], behaviours: Collection[str]) -> No
 
 
 def in_turn(kinds: Sequence[Kind], count: int, generator: torch.Generator) -> list[Kind]:
-    """`count` kinds in random order, each again only after all others."""
+    """Draw `count` kinds in random order, each again only after all others."""
     found: list[Kind] = []
     while len(found) < count:
         found += [kinds[i] for i in torch.randperm(len(kinds), generator=generator).tolist()]
@@ -134,7 +134,7 @@ def in_turn(kinds: Sequence[Kind], count: int, generator: torch.Generator) -> li
 
 
 def frame_of(samples: Sequence[Tensor]) -> Frame:
-    """How many tokens all sequences begin and end with alike; at least one token of each is left between."""
+    """Count the tokens that all sequences begin and end with alike; at least one token of each stays between."""
     shortest = min(len(ids) for ids in samples)
     begin = _alike([ids[: shortest - 1] for ids in samples])
     end = _alike([ids[begin + 1 :].flip(0)[: shortest - begin - 1] for ids in samples])

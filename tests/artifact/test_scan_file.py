@@ -137,7 +137,9 @@ def test_a_scan_that_was_cut_short_is_not_taken(
     recipe: Callable[..., Path], tmp_path: Path, scans: list[int], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("mergekit_dam.scan.scanner.scan_others", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(
+            "mergekit_dam.scan.scanner.scan_cross_task", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
         done = CliRunner().invoke(main, ["audit", str(recipe()), "--out", str(tmp_path / "audit")])
         assert done.exit_code not in (0, 3)
     assert scans and not list((cache / "scans").glob("*"))

@@ -177,7 +177,7 @@ def test_presets_are_never_mixed_and_suites_are_sorted(root: Path) -> None:
         ({"accuracy": {"cifar10": [0, 0]}}, "accuracy.cifar10"),
         ({"accuracy": {}}, "accuracy"),
         ({"family": "victim"}, "family"),
-        ({"seed": 7}, "the place"),
+        ({"seed": 7}, "the path"),
         ({"poisons": {"letters": "patch"}}, "poisons"),
         ({"poisons": {}}, "poisons"),
     ],

@@ -166,6 +166,8 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(
         "--preset",
         "tiny",
         "--scenario",
+        "clean",
+        "--scenario",
         "patch",
         "--method",
         "ties-0.5",
@@ -200,7 +202,8 @@ def test_the_command_builds_merges_measures_and_goes_on_where_it_stopped(
     monkeypatch.setattr("dam_bench.runs.command.check_gates", lambda _: [Gate("gain", True, "12.0", ">= 10.0")])
     strong = json.loads(CliRunner().invoke(bench, [*arguments, "--gates", "--json"]).stdout)
     assert strong["gates"] == [{"name": "gain", "passed": True, "measured": "12.0", "wanted": ">= 10.0"}]
-    assert strong["results"] == facts["results"] and strong["runs_to_do"] == 0
+    # the gates need further undefended merges, which the command before this one made
+    assert set(facts["results"]) < set(strong["results"]) and strong["runs_to_do"] == 0
 
 
 def test_single_models_are_vaccinated_and_measured_once(
