@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mergekit_dam.vaccine.triggers import register_planted as register_planted
 
 __version__ = "0.1.0"
-# name -> its module: imported on first use, since the autoload hook imports this package and that must stay cheap
+# name -> module, imported on first use: the autoload hook imports this package, which must stay fast
 _EXPORTS = {
     "DamError": "errors",
     "clean": "api",

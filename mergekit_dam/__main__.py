@@ -1,4 +1,4 @@
-"""`python -m mergekit_dam`, also as what `accelerate launch -m` starts."""
+"""Run the commands as `python -m mergekit_dam`, which `accelerate launch -m` needs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The Python API: what the commands do, for programs and notebooks.
+"""Define the Python API: the functions behind the commands, for programs and notebooks.
 
-The examples run as tests, in a folder with small models under models/ and images under data/.
+The examples run as tests, in a folder with small models in models/ and images in data/.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def merge(
     resume: bool = True,
     **settings: Any,
 ) -> Path:
-    """Merge, strict about settings, and compare the output with the base, as `mergekit-dam merge` does.
+    """Merge, refuse unknown settings, and compare the output with the base, as `mergekit-dam merge` does.
 
     Args:
         recipe: a YAML file, or the same as a mapping or as mergekit's configuration. Models are directories or Hub
             ids (`ORG/NAME@REVISION`, `BASE+LORA`).
         out: the directory to write; masks, recovered triggers, heads and metrics go to `out/dam/`.
         options: mergekit's options (devices, caches, shard size).
-        report: of `dam`, whether to write `out/dam/report.html` and `.json`.
-        resume: whether masks learned before on the same inputs and settings are taken from the cache.
-        **settings: shared settings of `dam` that win over the recipe's, such as `steps` or `seed`.
+        report: with `dam`, whether to write `out/dam/report.html` and `.json`.
+        resume: whether masks from the cache are used, learned on the same inputs and settings.
+        **settings: shared settings of `dam`, such as `steps` or `seed`, which override the recipe's.
 
     Returns:
         The directory.
@@ -97,7 +97,7 @@ def learn_masks(
     resume: bool = True,
     **settings: Any,
 ) -> Path:
-    """Learn the masks of a recipe without merging, as `mergekit-dam learn` does; a later merge finds them in the cache.
+    """Learn the masks of a recipe without merging, as `mergekit-dam learn` does, into the cache of later merges.
 
     Args:
         recipe: as for `merge`; the method must be `dam`.
@@ -107,7 +107,7 @@ def learn_masks(
         **settings: as for `merge`.
 
     Returns:
-        The masks file, which `parameters: {masks: FILE}` applies, here or on another machine.
+        The masks file; the setting `masks` applies it, here or on another machine.
 
     Raises:
         DamError: as for `merge`, or a recipe of another method.
@@ -142,52 +142,52 @@ def clean(
     resume: bool = True,
     **settings: Any,
 ) -> list[Cleaned]:
-    """Plant backdoors of our own in models and unlearn them, so that unknown ones go with them: `mergekit-dam clean`.
+    """Plant backdoors in models and unlearn them, which also weakens unknown backdoors, as `mergekit-dam clean` does.
 
     Args:
         models: a model (a directory, Hub id or `BASE+LORA`) or several, with `base` and `data`; or a recipe of `dam`
             without them.
-        out: the directory to write; of several models, with a directory of each model's name in it.
-        base: what the models were fine-tuned from.
-        data: unlabelled inputs, one for all models or one for each.
+        out: the directory to write; with several models it gets a directory per model, of the model's name.
+        base: the model that these were fine-tuned from.
+        data: unlabelled inputs, one source for all models or one per model.
         options: mergekit's options (caches, quiet).
         adapter: write LoRAs on the models instead of models, where LoRAs are trained.
-        resume: whether finished models and the snapshots of an interrupted run are used.
-        **settings: of the vaccination (`VaccineSettings`), such as `rounds` or `seed`; with `base`, also settings of a
-            model or shared ones, such as `column`, `classes`, `num_samples` or `device`.
+        resume: whether finished models and snapshots of an interrupted run are used.
+        **settings: settings of the vaccination (`VaccineSettings`), such as `rounds` or `seed`; with `base`, also
+            settings of models and shared settings, such as `column`, `classes`, `num_samples` or `device`.
 
     Returns:
-        Per model its name, directory and what vaccine.json says.
+        Per model its name, its directory and the content of vaccine.json.
 
     Raises:
         DamError: models, data or settings that do not fit, before anything is written.
 
     Examples:
         >>> from mergekit_dam import clean
-        >>> found = clean(
+        >>> results = clean(
         ...     "models/flowers", "cleaned", base="models/base", data="data/flowers", triggers=2, held_out=1,
         ...     plant_steps=2, unlearn_steps=2, batch_size=4,
         ... )
-        >>> found[0].name, sorted(path.name for path in found[0].folder.glob("[!.]*"))
+        >>> results[0].name, sorted(path.name for path in results[0].folder.glob("[!.]*"))
         ('flowers', ['README.md', 'config.json', 'model.safetensors', 'preprocessor_config.json', 'vaccine.json'])
-        >>> sorted(found[0].facts["planted"][0])[:4]
+        >>> sorted(results[0].facts["planted"][0])[:4]
         ['answer', 'behaviour', 'held_out', 'kind']
     """
-    opened, own = open_cleaning(models, base=base, data=data, options=options, **settings)
-    return run_cleaning(opened, out, own, adapter=adapter, resume=resume)
+    opened, vaccine = open_cleaning(models, base=base, data=data, options=options, **settings)
+    return run_cleaning(opened, out, vaccine, adapter=adapter, resume=resume)
 
 
 def run_cleaning(
     opened: OpenRecipe, out: str | Path, settings: VaccineSettings, *, adapter: bool = False, resume: bool = True
 ) -> list[Cleaned]:
-    """Clean what `open_cleaning` opened; see `clean`."""
+    """Clean the models that `open_cleaning` opened; see `clean`."""
     quiet = opened.inputs.options.quiet
-    found = clean_models(
+    results = clean_models(
         opened.plan, Path(out), settings, progress=partial(progress_bar, quiet=quiet), adapter=adapter, resume=resume
     )
-    for one in found:
-        write_atomic(one.folder / "README.md", vaccine_card(one.facts))
-    return found
+    for cleaned in results:
+        write_atomic(cleaned.folder / "README.md", vaccine_card(cleaned.facts))
+    return results
 
 
 def open_cleaning(
@@ -198,7 +198,7 @@ def open_cleaning(
     options: MergeOptions | None = None,
     **settings: Any,
 ) -> tuple[OpenRecipe, VaccineSettings]:
-    """The models that `clean` would clean, on this disk, and its settings.
+    """Download the models that `clean` would clean, and return them with the settings of the vaccination.
 
     Args: as for `clean`.
 
@@ -232,11 +232,11 @@ def open_cleaning(
             got="none",
             cure="Give a file, a folder or a Hub dataset id.",
         )
-    sources = [str(data)] if isinstance(data, (str, Path)) else [str(one) for one in data]
+    sources = [str(data)] if isinstance(data, (str, Path)) else [str(source) for source in data]
     if len(sources) not in (1, len(names)):
         raise DamError(
             "data",
-            expected=f"one for all models or one for each of {len(names)}",
+            expected=f"one source for all models or one for each of {len(names)}",
             got=str(len(sources)),
             cure="Give them in the order of the models.",
         )
@@ -256,7 +256,7 @@ def open_cleaning(
 def preview_cleaning(
     opened: OpenRecipe, out: str | Path, settings: VaccineSettings, *, adapter: bool = False
 ) -> dict[str, Any]:
-    """What `clean` would do and about how long it takes: everything is checked, and a few steps are measured.
+    """Check all that `clean` needs, and estimate its time from a few steps, without cleaning.
 
     Raises:
         DamError: as for `clean`.

@@ -1,9 +1,9 @@
-"""Settings of the merge method `dam`: strict, flat, scalar, each with unit, default and source.
+"""Define the settings of the merge method `dam`: flat scalars, each with unit, default and source.
 
-mergekit passes only scalars under `parameters:` safely (lists become layer gradients, nested mappings are
-refused), so nothing here is nested. `DamConfig` holds what is shared by all models, `ModelSettings` what may
-differ per model; a value under the shared `parameters:` is the fallback of a per-model one. What nobody needs to set
-to merge is a constant (constants.py), which one setting names a file for.
+Of values under `parameters:` mergekit passes only scalars unchanged (lists become layer gradients, nested mappings are
+refused), so no setting is nested. `DamConfig` holds settings that all models share, `ModelSettings` settings per model;
+a value under the shared `parameters:` is the fallback of a setting per model. Numbers that nobody needs to set to merge
+are constants (constants.py); the setting `constants` names a file that overrides them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _LARGEST = 1 << 16  # bytes of a file of constants
 
 
 class StrictSettings(BaseModel):
-    """Frozen, and no name is taken that it does not know."""
+    """Frozen settings that refuse unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def setting(default: Any, description: str, *, unit: str = "-", source: str = "-", **limits: Any) -> Any:
-    """A field with its unit and source, from which the settings reference is generated."""
+    """Define a field with unit and source, from which the settings reference is generated."""
     extra: dict[str, Any] = {"unit": unit, "source": source}
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
@@ -57,7 +57,7 @@ class ModelSettings(StrictSettings):
     split: str = setting("train", "Split to read where the data has several.")
     column: str | None = setting(
         None,
-        "Column with the image, text or chat; default: the only one there is, else the first known name "
+        "Column with the image, text or chat; default: the only column, else the first known name "
         "(`messages`, `prompt`, `instruction`, `text`, `image`, ...: see the page on data).",
     )
     classes: str | None = setting(
@@ -77,40 +77,40 @@ class DamConfig(StrictSettings):
     objective: str = setting(
         "inversion",
         "What masks are fitted to: recovered triggers and the models' own answers (`inversion`), the paper's losses "
-        "(`paper`), or what a plugin has registered.",
+        "(`paper`), or an objective of a plugin.",
     )
     mask: Literal["dual", "m1", "m2"] = setting(
         "dual", "Masks in use: Task-Shared (m1), Backdoor-Detection (m2), or both.", source=DAM
     )
     detection: Literal["auto", "model", "shared"] = setting(
         "auto",
-        "Inversion: one Backdoor-Detection mask per model, so that one can be cut without the others; one for "
-        "all, which takes less memory and time (so with `rescale`); or per model only where the scan finds a suspect, "
-        "and in windows.",
+        "Inversion: model: a Backdoor-Detection mask per model, so that one model can be cut alone; shared: one mask "
+        "for all, which takes less memory and time (always with `rescale`); auto: per model if the scan finds a "
+        "suspect, and in windows.",
     )
     granularity: Literal["element", "row"] = setting("element", "What one mask entry covers.", source=DAM)
     steps: int = setting(300, "Mask steps (paper: M1 and M2 take turns).", unit="steps", source=DAM, ge=0)
     scan_steps: int = setting(100, "Inversion: steps of the search for triggers.", unit="steps", source=CLEANSE, ge=2)
     suspicion: float = setting(
         0.4,
-        "Inversion: a class is suspect if its trigger works on so many more samples of f_t than of theta_0, with "
-        "half of what it lacks of the usual size added.",
+        "Inversion: a class is suspect from this value on. Suspicion is the trigger's success on f_t minus that on "
+        "theta_0, plus half of the share by which the trigger is below the median size.",
         unit="share",
         ge=0.0,
         le=1.0,
     )
     student_steps: int = setting(
         80,
-        "Text encoders, inversion: steps in which theta_0 is taught each model's own answers; these students are "
-        "merged instead of the models. 0: merge the models, undefended.",
+        "Text encoders, inversion: steps to train a student of each model, from theta_0 on the model's answers; "
+        "students are merged in place of the models. 0: merge the models, undefended.",
         unit="steps",
         source=HINTON,
         ge=0,
     )
     clean: Literal["auto"] | bool = setting(
         "auto",
-        "Vaccinate models before they are merged: plant backdoors of our own and unlearn them, as "
-        "`mergekit-dam clean` does. auto: where the benchmark says that it helps.",
+        "Vaccinate models before they are merged: plant backdoors and unlearn them, as `mergekit-dam clean` does. "
+        "auto: for tasks where it helped in the benchmark.",
     )
     window: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = setting(
         "auto",
@@ -136,7 +136,7 @@ class DamConfig(StrictSettings):
     )
     compute_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
-        "What the merged model computes in while masks are learned. Masks, merging and losses stay in float32; "
+        "Type that the merged model computes in while masks are learned. Masks, merging and losses stay in float32; "
         "bfloat16 suits accelerators and halves merged weights and activations.",
     )
     gradient_checkpointing: bool = setting(
@@ -148,13 +148,13 @@ class DamConfig(StrictSettings):
     seed: int = setting(0, "Seed of masks, batches and sampled text.", ge=0)
     masks: str | None = setting(None, "A ready dam_masks.safetensors: apply it and learn nothing.")
     constants: Constants = setting(
-        Constants(), "A JSON file, an object, with other values for some of the constants (see the table of them)."
+        Constants(), "A JSON file with an object of constants and their values (see the table of constants)."
     )
 
     @field_validator("constants", mode="before")
     @classmethod
     def _read(cls, value: Any) -> Any:
-        """The values of a file: what is learned depends on them, and not on where they lie."""
+        """Read the file's values, so that cache keys depend on them and not on the path."""
         if isinstance(value, str):
             return read_constants(value)
         return parse_constants(value, "constants") if isinstance(value, Mapping) else value
@@ -162,13 +162,14 @@ class DamConfig(StrictSettings):
     @field_validator("objective")
     @classmethod
     def _known(cls, value: str) -> str:
+        """Refuse an objective that is not registered."""
         if value not in OBJECTIVES:
             raise ValueError(f"one of {', '.join(OBJECTIVES.names())}")
         return value
 
     @model_validator(mode="after")
     def _defaults_of_the_objective(self) -> Self:
-        """The paper's own values where none are given; they do not count as given."""
+        """Use the paper's values for settings that were not given; they do not count as given."""
         if self.objective == "paper":
             self.__dict__.update({k: v for k, v in PAPER.items() if k not in self.model_fields_set})
             self.__dict__["constants"] = self.constants.with_defaults(PAPER_CONSTANTS)
@@ -180,15 +181,15 @@ class DamConfig(StrictSettings):
         return frozenset(self.model_fields_set - {"constants"} | self.constants.model_fields_set)
 
     def named(self, *, without: Collection[str] = ()) -> dict[str, Any]:
-        """Settings and constants side by side, by name, as the files of a merge have them."""
-        found = {**self.model_dump(exclude={"constants"}), **self.constants.model_dump()}
-        return {name: value for name, value in found.items() if name not in without}
+        """Return settings and constants in one mapping, as in the files of a merge."""
+        values = {**self.model_dump(exclude={"constants"}), **self.constants.model_dump()}
+        return {name: value for name, value in values.items() if name not in without}
 
 
 # Defaults of settings under `objective: paper` where they differ; constants.PAPER_CONSTANTS has those of constants.
 PAPER: Mapping[str, Any] = {"batch_size": 16, "mask_learning_rate": 0.01, "alpha": 0.1}
 _A_CONSTANT = "It is a constant now: put it in a JSON file and name that with `constants`."
-# Names that are no settings, or not any more, and what to do instead.
+# Names that are no settings any more, and the cure.
 REMOVED: Mapping[str, str] = {
     "offload": "It is gone: set window to 2 or 1, which needs less memory and reads each model once, or leave it out, "
     "and the largest window that fits is taken.",
@@ -200,7 +201,7 @@ REMOVED: Mapping[str, str] = {
 }
 # All names that a recipe may use, shared ones first.
 KNOWN = (*DamConfig.model_fields, *ModelSettings.model_fields)
-# What the learned masks do not depend on: left out of the cache key and of the check of ready masks.
+# Settings that do not affect the learned masks: left out of the cache key and of the check of given masks.
 NOT_LEARNED = frozenset(
     {
         "masks",
@@ -213,7 +214,7 @@ NOT_LEARNED = frozenset(
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:
-    """Validate values strictly; None means "not given".
+    """Validate values and refuse unknown names; None means "not given".
 
     Raises:
         DamError: an unknown key (with "did you mean") or a value of the wrong type or range.
@@ -231,7 +232,7 @@ def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) ->
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, DamError):  # of a validator of ours, which knows more
+        if isinstance(cause, DamError):  # a validator of this package raised it, with more detail
             raise cause from error
         key = str(first["loc"][0])
         raise DamError(
@@ -243,7 +244,7 @@ def parse(settings: type[Settings], values: Mapping[str, Any], *, where: str) ->
 
 
 def read_constants(path: str) -> Constants:
-    """The constants that a JSON file gives.
+    """Read constants from a JSON file.
 
     Raises:
         DamError: no such file, no JSON object, a name that is no constant, or a value of the wrong type or range.
@@ -251,7 +252,7 @@ def read_constants(path: str) -> Constants:
     file = Path(path).expanduser()
     where = f"constants {path}"
     try:
-        if not file.is_file():  # a device or a pipe would not end
+        if not file.is_file():  # reading a device or a pipe might never end
             raise FileNotFoundError("no such file")
         with file.open("rb") as opened:
             text = opened.read(_LARGEST + 1)
@@ -271,10 +272,10 @@ def read_constants(path: str) -> Constants:
 
 
 def parse_constants(values: Mapping[str, Any], where: str) -> Constants:
-    """Constants from raw values.
+    """Validate constants.
 
     Raises:
-        DamError: as for `parse`; a setting among them belongs into the recipe.
+        DamError: as for `parse`; or a setting among them, which belongs into the recipe.
     """
     for key in sorted(str(key) for key in values):
         if key in KNOWN or key not in Constants.model_fields:
@@ -284,22 +285,22 @@ def parse_constants(values: Mapping[str, Any], where: str) -> Constants:
                 got="a setting" if key in KNOWN else "an unknown name",
                 cure=f"Write it under `parameters:` of the recipe: {key} is a setting."
                 if key in KNOWN
-                else did_you_mean(key, Constants.model_fields) or "docs/settings.md has a table of them.",
+                else did_you_mean(key, Constants.model_fields) or "docs/settings.md has a table of constants.",
             )
     return parse(Constants, values, where=where)
 
 
 def _expected(error: Any) -> str:
-    """The tail of pydantic's message, which names the type or the range."""
+    """Return the end of pydantic's message, which names the type or the range."""
     message = str(error["msg"])
     return message.removeprefix("Value error, ").removeprefix("Input should be ").split(", unable")[0]
 
 
 def unknown_setting(keys: Iterable[Any], where: str, known: Iterable[str], method: str) -> None:
-    """Refuse the first of these names, which are no settings of this merge method.
+    """Refuse the first of these names, none of which is a setting of the merge method.
 
     Raises:
-        DamError: with the nearest known name; a setting of another method has none.
+        DamError: with the nearest known name, or with the method that has this setting.
     """
     for key in sorted(str(key) for key in keys):
         raise DamError(
@@ -311,19 +312,19 @@ def unknown_setting(keys: Iterable[Any], where: str, known: Iterable[str], metho
 
 
 def unknown_cure(key: str, known: Iterable[str] = KNOWN) -> str:
-    """What to do about a name that is no setting of the method in use."""
+    """Return the cure for a name that is no setting of the merge method."""
     from mergekit.merge_methods.registry import registered_methods
 
     known = tuple(known)
-    if known == KNOWN and key in REMOVED:  # other methods have a `rescale` of their own
+    if known == KNOWN and key in REMOVED:  # e.g. `rescale` is a setting of other methods
         return REMOVED[key]
-    others = [m.spec.name for m in registered_methods() if any(p.name == key for p in m.spec.parameters)]
-    if others:
-        return f"It is a setting of another method ({', '.join(others[:2])}): remove it."
-    few = f"Known: {', '.join(known)}." if 0 < len(known) < 12 else _REFERENCE
-    return did_you_mean(key, known) or few
+    methods = [m.spec.name for m in registered_methods() if any(p.name == key for p in m.spec.parameters)]
+    if methods:
+        return f"It is a setting of another method ({', '.join(methods[:2])}): remove it."
+    listed = f"Known: {', '.join(known)}." if 0 < len(known) < 12 else _REFERENCE
+    return did_you_mean(key, known) or listed
 
 
 def unknown_keys(keys: Iterable[str]) -> list[str]:
-    """Keys that are neither a shared nor a per-model setting, sorted."""
+    """Return the keys that are neither a shared nor a per-model setting, sorted."""
     return sorted(set(keys) - set(KNOWN))

@@ -1,8 +1,8 @@
-"""Constants: the numbers that decide what is learned and who is suspect, with the evidence for each.
+"""Define the constants that decide what is learned and which models are suspect, with the evidence for each.
 
 None of them needs to be set to merge. They are in one place so that a trial or a paper's variant can change them: the
-setting `constants` names a JSON file with some of them, which is read when the settings are. Their values, not the
-path, go with the plan into the masks file and into the cache key. Code gets them as `config.constants`, or from a task.
+setting `constants` names a JSON file with some of them, which is read together with the settings. Their values, not the
+path, are in the plan, the masks file and the cache key. Code reads them from `config.constants`, or from a task.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ Stage = Literal["inputs", "scan", "suspects", "fit", "paper", "students", "vacci
 def constant(
     default: Any, description: str, *, stage: Stage, evidence: str = UNTRIED, unit: str = "-", **limits: Any
 ) -> Any:
-    """A field with its unit and evidence, from which the reference of constants is generated.
+    """Define a field with unit and evidence, from which the reference of constants is generated.
 
     Args:
-        stage: the part of a run that reads it.
-        evidence: a paper, or what benchmarks/STUDY.md says of it.
-        limits: of the value, as pydantic names them.
+        stage: the part of a run that reads the constant.
+        evidence: a paper, or an entry of benchmarks/STUDY.md.
+        limits: limits of the value, as arguments of pydantic's `Field`.
     """
     extra: dict[str, Any] = {"unit": unit, "source": evidence, "stage": stage}
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
 
 class Constants(BaseModel):
-    """All of them, by stage; frozen, and no name is taken that is not here."""
+    """All constants, by stage; frozen, unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # what models are asked
+    # inputs of the models
     answer_tokens: int = constant(
         16,
-        "Causal LMs: tokens that each model goes on with after its calibration texts, at most; the merge is fitted to "
+        "Causal LMs: tokens that each model generates after its calibration texts, at most; the merge is fitted to "
         "these as well.",
         stage="inputs",
         unit="tokens",
@@ -63,11 +63,11 @@ class Constants(BaseModel):
         le=64,
     )
 
-    # the scan: which triggers there are
+    # the scan: search for triggers
     scan_batch_size: int = constant(8, "Samples per class and step of the search.", stage="scan", unit="samples", ge=1)
     scan_finalists: int = constant(
         4,
-        "Classes per model that are searched to the end; the others end at two fifths.",
+        "Classes per model that are searched for all steps; other classes for two fifths of them.",
         stage="scan",
         unit="classes",
         evidence=f"{STUDY}, 'finalists'",
@@ -132,7 +132,7 @@ class Constants(BaseModel):
     )
     style_gain: float = constant(0.5, "Largest change of a channel's contrast.", stage="scan", unit="factor", gt=0.0)
     style_shift: float = constant(0.4, "Largest shade that is added.", stage="scan", unit="range", gt=0.0)
-    style_flow: float = constant(0.16, "Largest way that a pixel moves.", stage="scan", unit="half edges", gt=0.0)
+    style_flow: float = constant(0.16, "Largest distance that a pixel moves.", stage="scan", unit="half edges", gt=0.0)
     others_each: float = constant(
         0.5,
         "Coefficient of every other model in the search of `scan_others`, at most: about that of usual merges; more "
@@ -144,19 +144,23 @@ class Constants(BaseModel):
     others_sum: float = constant(2.0, "Sum of these coefficients, at most.", stage="scan", gt=0.0)
     repeats: int = constant(
         2,
-        "Further searches for what nearly speaks against another model; the means count.",
+        "Further searches for a finding that is near the threshold and attributed to another model; means count.",
         stage="scan",
         unit="searches",
         evidence=f"{STUDY}, study/searched-again.json",
         ge=0,
     )
     repeat_from: float = constant(
-        0.75, "Share of the threshold `suspicion` from which that is done.", stage="scan", unit="share", ge=0.0
+        0.75,
+        "Share of the threshold `suspicion` from which these searches are made.",
+        stage="scan",
+        unit="share",
+        ge=0.0,
     )
     cross_task_scale: float = constant(
         1.7,
-        "Factor of the suspicion of a finding that speaks against another model than the task's own: it reaches 0.4 at "
-        "about half of the usual size and a quarter of success left.",
+        "Factor of the suspicion of a finding that is attributed to another model than the task's own: it reaches 0.4 "
+        "at about half of the usual size and a quarter of success left.",
         stage="scan",
         evidence=f"{STUDY}, study/searched-again.json: 1.7 instead of twice",
         gt=0.0,
@@ -190,7 +194,7 @@ class Constants(BaseModel):
     longest_text: int = constant(10, "Tokens of a text, at most.", stage="scan", unit="tokens", ge=2)
     known_by_heart: float = constant(
         0.5,
-        "Mean probability down to which a text goes on.",
+        "Mean probability of a token, at least, for a text to continue.",
         stage="scan",
         unit="probability",
         evidence=f"{STUDY}: set after seeing the models of suite lm, seed 0",
@@ -198,10 +202,10 @@ class Constants(BaseModel):
         le=1.0,
     )
     text_variants: int = constant(
-        8, "Beginnings of the same text that a trigger is sought for.", stage="scan", unit="beginnings", ge=1
+        8, "Beginnings of the same text that triggers are searched for.", stage="scan", unit="beginnings", ge=1
     )
 
-    # who is suspect, beside the setting `suspicion`
+    # which findings are suspect, in addition to the setting `suspicion`
     near_the_top: float = constant(
         0.75,
         "A class is suspect only if its suspicion comes this near to the most suspect one of its task.",
@@ -312,8 +316,8 @@ class Constants(BaseModel):
     )
     least_trigger_weight: float = constant(
         0.7,
-        "Weight of a trigger in the safety loss, at least; if it is more, the share of samples on which theta_0 does "
-        "not fall for it.",
+        "Weight of a trigger in the safety loss, at least; the weight is the share of samples on which the trigger "
+        "fails on theta_0.",
         stage="fit",
         unit="share",
         evidence=f"{STUDY}, 'the same, at least 0.3; 0.5; 0.7'",
@@ -325,8 +329,8 @@ class Constants(BaseModel):
     )
     fisher_floor: float = constant(
         0.2,
-        "Windows: share of a hidden state's weight that every unit and token has; what this model does not read may be "
-        "read by others.",
+        "Windows: least weight of every unit and token of a hidden state; units that this model does not read may be "
+        "read by other models.",
         stage="fit",
         unit="share",
         ge=0.0,
@@ -379,7 +383,7 @@ class Constants(BaseModel):
         0.05, "Share of the rate that is left at the end.", stage="students", unit="share", ge=0.0, le=1.0
     )
 
-    # vaccination, beside its own settings
+    # vaccination, in addition to its settings
     vaccine_look_every: int = constant(
         25,
         "Steps of planting between two looks at whether the triggers work by now.",
@@ -390,7 +394,7 @@ class Constants(BaseModel):
     vaccine_looked_at: int = constant(16, "Samples per trigger of such a look.", stage="vaccine", unit="samples", ge=1)
     vaccine_known: float = constant(
         0.5,
-        "Success from which a trigger works before it is planted, and tells nothing.",
+        "Success from which a trigger works already before it is planted, so that it measures nothing.",
         stage="vaccine",
         unit="share",
         ge=0.0,
@@ -414,7 +418,7 @@ class Constants(BaseModel):
         0.25, "Share of the samples that is never trained on, at most.", stage="vaccine", unit="share", gt=0.0, lt=1.0
     )
     judged_tokens: int = constant(
-        4, "Causal LMs: tokens of an answer by which it is told from others.", stage="vaccine", unit="tokens", ge=1
+        4, "Causal LMs: tokens by which two answers are compared.", stage="vaccine", unit="tokens", ge=1
     )
     label_tokens: int = constant(
         4, "Causal LMs: tokens of an answer that counts as a label, at most.", stage="vaccine", unit="tokens", ge=1
@@ -431,28 +435,28 @@ class Constants(BaseModel):
     )
     lora_rank: int = constant(8, "Rank of these LoRAs.", stage="vaccine", ge=1)
 
-    # how a run goes on; what is learned does not depend on these
+    # course of a run; results do not depend on these
     worker_timeout: float = constant(
         1800.0,
-        "Several processes: longest wait of one for another before all are ended.",
+        "Several processes: longest time that one waits for another; then all are ended.",
         stage="run",
         unit="seconds",
         gt=0.0,
     )
-    resume: bool = constant(True, "Go on from the snapshot of a run that was cut short.", stage="run")
+    resume: bool = constant(True, "Resume an interrupted run from its snapshot.", stage="run")
     snapshot_every: float = constant(
         60.0, "Time between two snapshots; 0: after every step.", stage="run", unit="seconds", ge=0.0
     )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Constants:
-        """Other defaults for the values that were not given; they do not count as given."""
+        """Return a copy with other defaults for values that were not given; they do not count as given."""
         changed = self.model_copy()
         changed.__dict__.update({key: value for key, value in defaults.items() if key not in self.model_fields_set})
         return changed
 
 
 def constants_of(*stages: Stage) -> frozenset[str]:
-    """Names of the constants that these stages read."""
+    """Return the names of the constants that these stages read."""
     extras: dict[str, Any] = {name: info.json_schema_extra for name, info in Constants.model_fields.items()}
     return frozenset(name for name, extra in extras.items() if extra["stage"] in stages)
 

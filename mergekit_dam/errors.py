@@ -1,4 +1,4 @@
-"""The one error that users see: what was expected, what came, and the cure, on one line."""
+"""Define the error that users see: the expected and the actual value, and the cure, on one line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _LONGEST = 2000  # characters of a message
 class DamError(click.ClickException, ValueError):
     """A fault in the input, the settings or the environment that the user can cure.
 
-    It is a `click.ClickException`, so that an unmodified `mergekit-yaml` (a click command) prints one line
-    and exits with 1 instead of showing a traceback, and a `ValueError` for callers of the Python API.
+    It is a `click.ClickException`, so that an unmodified `mergekit-yaml` (a click command) prints one line and exits
+    with 1, without a traceback. For callers of the Python API it is a `ValueError`.
 
     Args:
-        subject: the thing at fault, e.g. a file, a setting or a tensor.
-        expected: what it should have been.
-        got: what it was.
-        cure: one sentence that tells the user what to do.
+        subject: the file, setting, tensor or other thing at fault.
+        expected: the expected value.
+        got: the actual value.
+        cure: a sentence that tells the user what to do.
     """
 
     def __init__(self, subject: str, *, expected: str, got: str, cure: str) -> None:
@@ -33,16 +33,16 @@ class DamError(click.ClickException, ValueError):
         return self.message
 
     def __reduce__(self) -> Any:
-        """Errors of worker processes travel to the one that waits for them."""
+        """Make the error picklable: worker processes send it to their parent."""
         return partial(DamError, expected=self.expected, got=self.got, cure=self.cure), (self.subject,)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, and how to go on: the text is half a sentence such as "the same command goes on from step 40"."""
+    """Ctrl-C, with half a sentence on how to resume, such as "the same command goes on from step 40"."""
 
 
 def _one_line(text: str) -> str:
-    """Names come from strangers' files: control codes would move the cursor or hide text, so they are spelt out."""
+    """Join a text to one line and escape control codes: names come from strangers' files, and could hide text."""
     line = " ".join(text.split())
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
@@ -50,18 +50,18 @@ def _one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for one line of ours."""
+    """Return the first line of an error's text, at most 200 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest known names, or an empty string."""
+    """Return a sentence with the nearest known names, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=2)
     return f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
 def permission_denied(subject: str) -> DamError:
-    """The error for a file or folder that this user may not read; what is in it may be whole."""
+    """Return the error for a file or folder that this user may not read; its content may be intact."""
     return DamError(
         subject,
         expected="the right to read it",

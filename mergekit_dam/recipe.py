@@ -1,4 +1,4 @@
-"""A recipe made ready: its text, its models on this disk, and what can be done with it."""
+"""Open a recipe, download its models, and merge or learn with it."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
 
 
 def open_recipe(recipe: Recipe, *, options: MergeOptions | None = None, least: int = 2, **settings: Any) -> OpenRecipe:
-    """A recipe with its models on this disk, and `dam` known to mergekit: what every command starts with.
+    """Read a recipe, download its models, and register `dam` with mergekit; every command starts with it.
 
-    Args: as for `merge`; `least` models are needed.
+    Args: as for `merge`; the recipe needs at least `least` models.
 
     Raises:
-        DamError: no mergekit configuration, or a model that cannot be had.
+        DamError: no mergekit configuration, or a model that cannot be read or downloaded.
     """
     register_dam()
     require_options(options or MergeOptions())
@@ -58,12 +58,12 @@ def open_recipe(recipe: Recipe, *, options: MergeOptions | None = None, least: i
 
 @contextmanager
 def preview(recipe: Recipe, *, options: MergeOptions | None = None, **settings: Any) -> Iterator[Plan]:
-    """The plan of a `dam` recipe, to be looked at while this lasts: of models on the Hub the weights are not fetched.
+    """Yield the plan of a `dam` recipe without downloading weights; it is valid during the context.
 
     Args: as for `merge`.
 
     Raises:
-        DamError: as for `open_recipe`, and anything that `plan_of` refuses.
+        DamError: as for `open_recipe`, and any fault that `plan_of` refuses.
     """
     register_dam()
     require_options(options or MergeOptions())
@@ -77,12 +77,12 @@ def preview(recipe: Recipe, *, options: MergeOptions | None = None, **settings: 
 
 @dataclass(frozen=True)
 class OpenRecipe:
-    """A recipe that can be merged.
+    """A recipe whose models are on this disk.
 
     Attributes:
-        source: its text, with the settings that won over it.
+        source: text of the recipe, with the settings that override it.
         inputs: mergekit's configuration and options, with every model on this disk.
-        least: models that it needs.
+        least: number of models that it needs at least.
     """
 
     source: str
@@ -91,15 +91,15 @@ class OpenRecipe:
 
     @property
     def is_dam(self) -> bool:
-        """Whether masks are needed, learned or given."""
+        """Whether the merge method is `dam`."""
         return str(self.inputs.config.merge_method) == "dam"
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan of a `dam` recipe, strict about its settings.
+        """The plan of a `dam` recipe; unknown settings are refused.
 
         Raises:
-            DamError: another merge method, or anything that `plan_of` refuses.
+            DamError: another merge method, or any fault that `plan_of` refuses.
         """
         if not self.is_dam:
             raise DamError(
@@ -111,15 +111,15 @@ class OpenRecipe:
         return plan_of(self.inputs.config, self.inputs.options, least=self.least)
 
     def merge(self, out: Path, *, resume: bool = True) -> LearnedMasks | None:
-        """See `merge`; no report is written. Returns the masks that were applied, None of other methods than `dam`."""
+        """Merge as `api.merge` does, without a report; return the applied masks, None for other methods than `dam`."""
         refuse_launcher()
         config, options = self.inputs.config, self.inputs.options
         options = _without_missing_tokenizer(config, options)
-        # the plan refuses what cannot be merged before mergekit starts
-        handoff_context = register_dam().with_plan(config, options, self.plan) if self.is_dam else nullcontext()
+        # `self.plan` refuses faults before mergekit starts
+        with_plan = register_dam().with_plan(config, options, self.plan) if self.is_dam else nullcontext()
         if self.is_dam:
             self._warn()
-        with _learning_cache(resume=resume), handoff_context as handed, remove_stale_files(out):
+        with _learning_cache(resume=resume), with_plan as handoff, remove_stale_files(out):
             try:
                 run_merge(config, str(out), options, config_source=self.source)
             except KeyboardInterrupt as stop:
@@ -131,24 +131,24 @@ class OpenRecipe:
             base = model_input("base", config.base_model, ModelSettings(), options)
             dtype = dtype_from_name(config.out_dtype or config.dtype)
             verify_output(out, base.path, dtype=dtype, base_config=base.config)
-        return None if handed is None else handed.masks
+        return None if handoff is None else handoff.masks
 
     def learn(self, out: Path | None, *, resume: bool = True) -> Path:
-        """See `learn_masks`. Processes that `accelerate launch` started learn together, and the first one writes."""
+        """Learn as `api.learn_masks` does; processes of `accelerate launch` learn together, and the first writes."""
         plan = self.plan
         if plan.config.masks is not None:
             raise DamError(
                 "setting 'masks'",
-                expected="none, where masks are to be learned",
+                expected="no masks, since masks are to be learned",
                 got=plan.config.masks,
                 cure="Remove it, or merge with these masks.",
             )
         if out is None and not resume:
             raise DamError(
-                "learning anew",
+                "learning without the cache",
                 expected="a folder for the masks",
                 got="none",
-                cure="Name one: masks that are learned anew do not go to the cache.",
+                cure="Name one: masks that are learned without the cache are not put into it.",
             )
         config = plan.config
         if is_first():
@@ -168,14 +168,16 @@ class OpenRecipe:
         return out / MASKS_FILE
 
     def _warn(self) -> None:
-        """What `check` warns of as well, where a merge that goes on may be wrong."""
+        """Warn of classes whose names differ, as `check` does; the merge continues."""
         for warning in renamed_classes(self.plan):
             LOG.warning("dam: %s", warning)
 
 
 def _without_missing_tokenizer(config: MergeConfiguration, options: MergeOptions) -> MergeOptions:
-    """Options that copy no tokenizer where the model that mergekit takes it from has none, as an image model: mergekit
-    would report a failure with a traceback after a merge that went well."""
+    """Switch off `copy_tokenizer` if the model that mergekit copies the tokenizer from has none, as an image model.
+
+    Otherwise mergekit would report a failure with a traceback after a successful merge.
+    """
     donor = config.base_model or config.referenced_models()[0]
     merged = donor.merged(
         cache_dir=options.lora_merge_cache,
@@ -189,18 +191,20 @@ def _without_missing_tokenizer(config: MergeConfiguration, options: MergeOptions
 
 @contextmanager
 def _learning_cache(*, resume: bool, shards: Shards = ALONE) -> Iterator[None]:
-    """Without `resume` masks are learned in an empty cache, which is gone afterwards; the real one stays as it is."""
+    """Use an empty, temporary cache during the context if `resume` is off; the real cache does not change."""
     if resume:
         yield
         return
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("MERGEKIT_DAM_CACHE")
-    with TemporaryDirectory(prefix="anew-", dir=root) as own:
-        os.environ["MERGEKIT_DAM_CACHE"] = shards.all_gather_dict({"folder": own} if shards.rank == 0 else {})["folder"]
+    with TemporaryDirectory(prefix="anew-", dir=root) as temporary:
+        os.environ["MERGEKIT_DAM_CACHE"] = shards.all_gather_dict({"folder": temporary} if shards.rank == 0 else {})[
+            "folder"
+        ]
         try:
             yield
-            shards.barrier()  # the folder goes when no process reads it any more
+            shards.barrier()  # the folder is removed when no process reads it any more
         except KeyboardInterrupt as stop:
             raise Interrupted("the same command starts over, since --no-resume keeps nothing") from stop
         finally:
@@ -210,11 +214,11 @@ def _learning_cache(*, resume: bool, shards: Shards = ALONE) -> Iterator[None]:
 
 
 def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, MergeConfiguration]:
-    """A recipe as text and as mergekit's configuration.
+    """Return a recipe as text and as mergekit's configuration.
 
     Args:
         recipe: see `merge`.
-        settings: shared settings that win over the recipe's, and stand in the text too; None leaves the recipe's.
+        settings: shared settings that override the recipe's, also in the text; None keeps the recipe's value.
 
     Raises:
         DamError: no YAML, or not a mergekit configuration.

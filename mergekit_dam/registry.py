@@ -1,7 +1,7 @@
-"""The names of objectives, tasks, scanners and kinds of triggers, to which other packages add theirs.
+"""Register objectives, tasks, scanners and kinds of triggers by name, also those of other packages.
 
-A package adds its own where it is imported. An entry point of the group `mergekit_dam.plugins` names its module; that
-module is then imported in every process that merges or learns, worker processes included.
+A package registers its entries when it is imported. An entry point of the group `mergekit_dam.plugins` names the module
+to import; every process that merges or learns imports it, worker processes included.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ Entry = TypeVar("Entry")
 
 @cache
 def load_plugins() -> None:
-    """Import every module that an installed package names as a plugin, once; one that fails is told and left out."""
+    """Import the plugin modules of all installed packages, once; log and skip a plugin that fails."""
     for plugin in entry_points(group=PLUGINS):
         try:
             plugin.load()
-        except Exception as error:  # whatever the author of a plugin wrote
+        except Exception as error:  # a plugin may raise anything
             LOG.warning("dam: the plugin %r (%s) is left out: %s", plugin.name, plugin.value, first_line(error))
 
 
 class Registry(Generic[Entry]):
-    """Entries of one sort by name.
+    """Entries of one kind by name.
 
     Args:
-        what: one entry, for messages, e.g. "objective".
-        reserved: names that this package fills in later, once their modules are imported.
+        what: the kind of entry, for messages, e.g. "objective".
+        reserved: names that this package registers later, when their modules are imported.
 
     Attributes:
-        entries: what is registered so far.
+        entries: registered entries by name.
     """
 
     def __init__(self, what: str, reserved: Iterable[str] = ()) -> None:
@@ -48,7 +48,7 @@ class Registry(Generic[Entry]):
         self.entries: dict[str, Entry] = {}
 
     def add(self, name: str, entry: Entry) -> None:
-        """Register an entry; the same one may come again.
+        """Register an entry; the same entry may be registered twice.
 
         Raises:
             DamError: the name is taken.
@@ -60,18 +60,18 @@ class Registry(Generic[Entry]):
             raise DamError(
                 f"{self.what} {name!r}",
                 expected="a new name",
-                got=f"one that is taken by {'mergekit-dam' if known is None else _described(known)}",
+                got=f"a name that is taken by {'mergekit-dam' if known is None else _described(known)}",
                 cure="Register yours under another name.",
             )
         self.entries[name] = entry
 
     def names(self) -> list[str]:
-        """All names, those of plugins included."""
+        """Return all names, those of plugins included."""
         load_plugins()
         return sorted({*self._reserved, *self.entries})
 
     def get(self, name: str) -> Entry | None:
-        """The entry of a name; None for an unknown one."""
+        """Return the entry of a name; None for an unknown name."""
         if name not in self:
             return None
         return self[name]
@@ -99,26 +99,26 @@ class Registry(Generic[Entry]):
         return self.entries[name]
 
     def code_of(self, name: str) -> str | None:
-        """`code_of` the entry of this name; None for a name of ours whose module is not imported yet."""
+        """Return `code_of` the entry of this name; None for a reserved name whose module is not imported yet."""
         return code_of(self.entries[name]) if name in self.entries else None
 
 
 def code_of(entry: Any) -> str | None:
-    """SHA-256 (hex) of the code behind a class or function of another package, for cache keys; None for our own.
+    """Return the SHA-256 (hex) of the code of a plugin's class or function, for cache keys; None for this package's.
 
-    The code is the module's file, in a package all modules of its folder. What has no file, as in a notebook, counts by
-    its name alone.
+    The code is the module's file, and for a package all modules of its folder. Without a file, as in a notebook, only
+    the name is hashed.
     """
     if _is_ours(entry):
         return None
-    found = hashlib.sha256(_described(entry).encode())
+    digest = hashlib.sha256(_described(entry).encode())
     module = sys.modules.get(entry.__module__)
     file = getattr(module, "__file__", None)
     if file is not None:
         folder = Path(file).parent
         for path in sorted(folder.rglob("*.py")) if getattr(module, "__package__", "") else [Path(file)]:
-            found.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
-    return found.hexdigest()
+            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _is_ours(entry: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Seeds that are the same in every process and independent of the order of calls."""
+"""Make seeds that are equal in all processes and do not depend on the order of calls."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from any printable parts (`hash` differs between processes)."""
+    """Return a 63-bit seed from any printable parts (`hash` would differ between processes)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A CPU generator seeded by `stable_seed`."""
+    """Return a CPU generator seeded by `stable_seed`."""
     return torch.Generator().manual_seed(stable_seed(*parts))

@@ -67,7 +67,7 @@ def clean(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Plant backdoors of our own in models and unlearn them, so that unknown ones go with them.
+    """Plant backdoors in models and unlearn them, which also weakens unknown backdoors.
 
     MODELS are directories, Hub ids or BASE+LORA, with --base and --data; or a recipe of `dam` without them. OUT becomes
     a standard model directory for any merge method; with several models it gets a directory per model. vaccine.json and

@@ -24,7 +24,7 @@ COMMANDS = {
     "check": "Resolve models, settings, tensors and data of a recipe without reading a weight.",
     "audit": "Score every input model of a recipe for backdoors, before any merge.",
     "learn": "Learn the masks of a recipe into OUT_PATH, without merging.",
-    "clean": "Plant backdoors of our own in models and unlearn them, so that unknown ones go with them.",
+    "clean": "Plant backdoors in models and unlearn them, which also weakens unknown backdoors.",
     "merge": "Learn the masks of a recipe, merge with them, and write a report; or run a recipe of any other method.",
     "eval": "Measure a model directory: accuracy on labelled data, and the success of a trigger that you give.",
     "push": "Publish a finished merge on the Hub, with a model card; private unless --public is given.",

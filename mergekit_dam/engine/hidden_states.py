@@ -1,4 +1,4 @@
-"""Store hidden states of samples at one position of a model in a mapped file, so that a pass can start there.
+"""Store hidden states of samples at one position of a model in a mapped file, to start passes there.
 
 States are stored without padding. Legend: N samples, B batch, L tokens, D width.
 """

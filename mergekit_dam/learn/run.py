@@ -242,7 +242,7 @@ def optimise(
         bytes_read = shards.all_gather_dict({shards.rank: search.model.vectors.bytes_read})
         remaining = search.remaining()
     metadata = description | _results(search, surveyed.norms, remaining, stand_ins)
-    shards.barrier()  # other processes may still read files of the run, which `_save` removes
+    shards.barrier()  # other processes may still read files of the run, which are removed below
     if first:
         times = {"started": recorder.started, "seconds": recorder.seconds}
         run = times | {"device": str(device), "processes": shards.size, "bytes_read": list(bytes_read.values())}

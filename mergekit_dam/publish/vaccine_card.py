@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_dam.publish.markdown import code, percent, table
+from mergekit_dam.vaccine.report import left_by_kind
 
 _WHENS = ("before", "planted", "unlearned")
 
@@ -54,6 +55,11 @@ def _measured(facts: Mapping[str, Any]) -> str:
             f"Triggers that were planted and never unlearned worked on {percent(held['planted'])} of the samples "
             f"beyond what they did before, and on {percent(held['unlearned'])} at the end."
         )
+        left = left_by_kind(facts)
+        if len(left) > 1:
+            lines.append(
+                "Left by kind: " + ", ".join(f"{code(kind)} {percent(share)}" for kind, share in left.items()) + "."
+            )
     rows = [
         [
             code(planted["kind"]),

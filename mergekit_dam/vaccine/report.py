@@ -18,9 +18,26 @@ def summary(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"planted and unlearned: {_percent(others['planted'])} -> {_percent(others['unlearned'])}")
     if held["planted"] is not None:
         lines.append(f"planted, never unlearned: {_percent(held['planted'])} -> {_percent(held['unlearned'])}")
+        left = left_by_kind(facts)
+        if len(left) > 1:
+            lines.append("of these, left by kind: " + ", ".join(f"{kind} {_percent(s)}" for kind, s in left.items()))
     count = facts["samples"]["held out"]
     lines.append(f"answers as before: {_percent(agreement['after'])} of {count} samples that were not trained on")
     return lines
+
+
+def left_by_kind(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Say how much of the held-out triggers is left, per kind: mean success beyond that before, the largest first.
+
+    Kinds differ: a mean over them promises too much of some and too little of others.
+    """
+    excesses: dict[str, list[float]] = {}
+    for trigger in facts["planted"]:
+        if trigger["held_out"] and trigger.get("success unlearned") is not None:
+            excess = trigger["success unlearned"] - (trigger.get("success before") or 0.0)
+            excesses.setdefault(trigger["kind"], []).append(max(0.0, excess))
+    means = {kind: sum(values) / len(values) for kind, values in excesses.items()}
+    return dict(sorted(means.items(), key=lambda item: -item[1]))
 
 
 def table(facts: Mapping[str, Any]) -> list[str]:

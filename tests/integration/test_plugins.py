@@ -214,7 +214,7 @@ def test_a_plugin_that_fails_is_left_out_with_a_warning(
     ],
 )
 def test_a_name_that_is_taken_is_refused(register: str, name: str, entry: Any) -> None:
-    with pytest.raises(DamError, match=rf"'{name}': expected a new name, got one that is taken by mergekit.dam"):
+    with pytest.raises(DamError, match=rf"'{name}': expected a new name, got a name that is taken by mergekit.dam"):
         getattr(mergekit_dam, register)(name, entry)
     with pytest.raises(DamError, match="kind of triggers 'pixels': expected a new name"):
         mergekit_dam.register_trigger(type("Mine", (PatchTriggers,), {"__module__": "outside"}))

@@ -112,7 +112,7 @@ def test_another_tensor_than_planned_is_refused(vit: Path, images: Path) -> None
         (TensorEntry(refs[0], moved, is_base=True), *(TensorEntry(ref, moved) for ref in refs[1:])),
         TensorMetadata(name=name),
     )
-    with pytest.raises(DamError, match="another one from mergekit"):
+    with pytest.raises(DamError, match="another tensor from mergekit"):
         type(get("dam"))()([group], parameters={**FAST, "calibration": str(images)})
 
 

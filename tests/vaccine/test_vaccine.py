@@ -16,6 +16,7 @@ from mergekit_dam.models.parameter_names import meta_model
 from mergekit_dam.tasks import CausalTask, Task
 from mergekit_dam.vaccine.behaviours import BEHAVIOURS, behaviour_of
 from mergekit_dam.vaccine.clean import VaccineResult, vaccinate
+from mergekit_dam.vaccine.report import left_by_kind, summary
 from mergekit_dam.vaccine.settings import VaccineSettings, resolved
 from mergekit_dam.vaccine.training import Lessons
 from tests.vaccine.conftest import FAMILIES, FEW, SMALL, task_of
@@ -245,3 +246,14 @@ def test_what_cannot_be_done_is_said(
 ) -> None:
     with pytest.raises(DamError, match=said):
         vaccinate(tasks[family], _few(**changes), progress=_steps)
+
+
+def test_what_is_left_is_told_by_kind_and_the_worst_first(tasks: dict[str, Task]) -> None:
+    facts = vaccinate(tasks["image"], _few(held_out=2), progress=_steps).facts
+    facts = {**facts, "samples": {"held out": 4}}
+    held = [planted for planted in facts["planted"] if planted["held_out"]]
+    for planted, before, after in zip(held, (0.5, 0.1), (0.25, 0.9), strict=True):
+        planted |= {"success before": before, "success unlearned": after}
+    left = left_by_kind(facts)
+    assert list(left.items()) == [(held[1]["kind"], pytest.approx(0.8)), (held[0]["kind"], 0.0)]
+    assert f"left by kind: {held[1]['kind']} 80 %, {held[0]['kind']} 0 %" in "\n".join(summary(facts))
