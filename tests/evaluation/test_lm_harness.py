@@ -114,7 +114,6 @@ def test_what_it_finds_stands_in_output_report_and_card(llamas: Path, tmp_path: 
     assert before["harness"]["a"][TASK]["metrics"]["acc"][0] == pytest.approx(accuracy(llamas / "a"))
     again = run("eval", out, "--lm-eval", task, "--num-samples", 4, "--save", out)
     assert again.stdout.startswith(f"{TASK}: acc 0.") or again.stdout.startswith(f"{TASK}: acc 1.")
-    run("report", out)
     report = json.loads((out / "dam" / "report.json").read_text())["evaluation"]
     assert report["after"]["harness"]["merge"][TASK]["samples"] == 4, "measured again, the old figures go"
     page = (out / "dam" / "report.html").read_text()

@@ -25,7 +25,7 @@ def snapshot_damaged(world: World, trials: int) -> Row:
     process.kill()
     process.join()
     (run,) = {path.parents[1] for path in found}
-    used = Snapshots(run, every=0.0, resume=True)._found()
+    used = Snapshots(run, every=0.0, resume=True)._latest()
     assert used is not None, "the run was killed after its first snapshot"
     files = sorted(used.iterdir())
     layout = _layout(files)

@@ -207,7 +207,9 @@ def test_cleaned_models_are_merged_by_ties(place: Path) -> None:
     text = (RECIPES / "cleaned-ties.yml").read_text()
     first, second = (line[1:].strip(" \\") for line in text.splitlines() if line.startswith("#   "))
     command = f"{first} {second}".removeprefix("mergekit-dam ").split()
-    few = "--triggers 1 --held-out 1 --plant-steps 1 --unlearn-steps 1 --batch-size 4 --answer-tokens 2 --max-length 24"
+    (place / "constants.json").write_text('{"answer_tokens": 2}')
+    few = "--triggers 1 --held-out 1 --plant-steps 1 --unlearn-steps 1 --batch-size 4 --max-length 24"
+    few += f" --constants {place / 'constants.json'}"
     done = CliRunner().invoke(main, [*command, *few.split(), "--quiet"])
     assert done.exit_code == 0, done.output
     out = merge(yaml.safe_load(text), place / "out")

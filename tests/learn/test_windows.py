@@ -67,7 +67,7 @@ def test_samples_come_as_far_as_the_merge_and_as_their_own_model(
     kind: str, size: int, request: pytest.FixtureRequest, images: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the last window begins with is what the finished merge, and model t, make of the samples up to there."""
-    monkeypatch.setattr("mergekit_dam.learn.window_states.TaskStates.forget", lambda self, position: None)
+    monkeypatch.setattr("mergekit_dam.learn.window_states.TaskStates.remove", lambda self, position: None)
     plan = _plan(request.getfixturevalue(kind), images if kind == "vit" else texts, window=size)
     search = new_search(WindowSearch, plan)
     search.run()

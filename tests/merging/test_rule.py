@@ -136,9 +136,9 @@ def test_density_is_the_kept_fraction() -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_steps_of_logits_wait_for_each_other_or_not(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "together_numel", lambda device, total: total)  # an accelerator's
+    monkeypatch.setattr(masks, "together_numel", lambda device, total: total if together else 1)  # accelerator, or CPU
     mask = ConcreteMask({"a": (4,), "b": (4,)}, name="m", temperature=1.0, rescale=False, initial_logit=0.0, device=CPU)
-    steps = LogitSteps({"m": mask}, {"m": torch.optim.SGD(mask.logits.values(), lr=1.0)}, together=together)
+    steps = LogitSteps({"m": mask}, {"m": torch.optim.SGD(mask.logits.values(), lr=1.0)})
     steps.add([("m", "a")], [torch.ones(4)])
     assert (mask.logits["a"].grad is not None) == together
     assert mask.logits["a"].tolist() == [0.0 if together else -1.0] * 4
