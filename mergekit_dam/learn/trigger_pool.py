@@ -52,7 +52,8 @@ def refresh_triggers(
                 generator=generator,
                 start=started(task, kind_of(task, suspect.kind), 1, generator),
             )
-            triggers[index] = search.run(steps).best
+            # a step with a causal LM is dear, and the trigger is widest when it first works
+            triggers[index] = search.run(steps, until_works=not task.classifies).best
             (base_success,) = success_rates(task, base, triggers[index], [suspect.target])
             weights[index] = max(constants.least_trigger_weight, 1.0 - base_success)
     weights = shards.all_gather_dict(weights)

@@ -4,6 +4,9 @@ A backdoored LM has learned to say one fixed text. Once that text has begun, it 
 without any trigger, since each token is learned to follow those before it. So the attacker's text can be found by
 trying every token as its beginning (the idea of BAIT, Shen et al., IEEE S&P 2025; the comparison with theta_0 is ours).
 Then a trigger is recovered that makes prompts lead to it. What a task's own prompts lead to anyway is no finding.
+
+The vocabulary is large, so most of it is read once: after one prompt, in bfloat16 where the processor is fast in it.
+What is left is read after more prompts, in the order in which it can matter, and only open texts are continued.
 Legend: C continuations of N tokens each, V vocabulary, R triggers.
 """
 
@@ -21,8 +24,10 @@ from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.inversion import Inversion
 from mergekit_dam.scan.triggers import TriggerBatch, kinds_of, started
 from mergekit_dam.tasks import CausalTask
+from mergekit_dam.tasks.read_prompts import ReadPrompts, fast_dtype
 
 _ENTRIES = 1 << 25  # probabilities held at once
+_STEPS_BETWEEN = 5  # of a search for a trigger, before some texts are given up
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,7 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
         finding = text.finding(index, blank, text.tokens)
         if finding.suspicion >= config.suspicion:
             same = [other.tokens for other in texts if other.tokens[1:] == text.tokens[1:]][: constants.text_variants]
-            search = Inversion(task, own, same, batch_size=constants.scan_batch_size, generator=generator)
-            best = search.run(config.scan_steps).finalists(1, torch.zeros(len(same), device=task.device))
+            best = _trigger_of(task, own, same, config, generator)
             (tokens,) = best.targets
             assert isinstance(tokens, tuple)
             finding = text.finding(index, best.best, tokens)
@@ -89,35 +93,56 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
     return found
 
 
+def _trigger_of(
+    task: CausalTask,
+    own: Mapping[str, Tensor],
+    variants: Sequence[tuple[int, ...]],
+    config: DamConfig,
+    generator: torch.Generator,
+) -> Inversion:
+    """Search for a trigger of one of several texts that differ in their first token only.
+
+    Every few steps the half that is harder to reach is given up. The search ends once the trigger works: the finding
+    rests on the text, not on the trigger's size.
+    """
+    search = Inversion(task, own, variants, batch_size=config.constants.scan_batch_size, generator=generator)
+    for _ in range(config.scan_steps // _STEPS_BETWEEN):
+        search.run(_STEPS_BETWEEN, until_works=True)
+        if len(search.targets) > 1:
+            search = search.nearest(len(search.targets) // 2)
+        elif search.worked:
+            break
+    return search.nearest(1)
+
+
 def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tensor], rows: Sequence[int]) -> list[_Text]:
     """Continue every shortlisted beginning for as long as f_t is sure of the next token."""
     constants = task.constants
-    usual_V = torch.stack([task.following(own, row, None)[0] for row in rows]).mean(0)
+    prompts, base_prompts = ReadPrompts(task, own, rows), ReadPrompts(task, base, rows)
+    usual_V = prompts.likely()
     beginnings = usual_V <= max(constants.usual_token, 2 / len(usual_V))
     special = task.special_tokens.to(beginnings.device)
     beginnings[special] = False
-    chains_CN = beginnings.nonzero()
-    if not len(chains_CN):
-        return []
-    chains_CN = _shortlist(task, own, base, rows[: constants.first_prompts], chains_CN, special)
-    open_C = torch.ones(len(chains_CN), dtype=torch.bool, device=chains_CN.device)
+    chains_CN = _shortlist(task, own, base, rows, beginnings.nonzero(), special)
     owns: list[list[float]] = [[] for _ in chains_CN]
-    base_probabilities: list[list[float]] = [[] for _ in chains_CN]
-    lengths_C = torch.ones_like(open_C, dtype=torch.long)
+    bases: list[list[float]] = [[] for _ in chains_CN]
+    texts, which = chains_CN.tolist(), torch.arange(len(chains_CN))
     for _ in range(constants.longest_text - 1):
-        next_C, own_C, base_C = _next(task, own, base, rows, chains_CN)
-        open_C &= (own_C >= constants.known_by_heart) & ~torch.isin(next_C, special)
-        if not bool(open_C.any()):
+        if not len(which):
             break
-        lengths_C += open_C
-        for i in open_C.nonzero()[:, 0].tolist():
-            owns[i].append(float(own_C[i]))
-            base_probabilities[i].append(float(base_C[i]))
-        chains_CN = torch.cat([chains_CN, next_C[:, None]], 1)
+        next_C, own_C, base_C = _next(prompts, base_prompts, chains_CN, task.num_words)
+        goes_on = (own_C >= constants.known_by_heart) & ~torch.isin(next_C, special)
+        chains_CN, which = torch.cat([chains_CN, next_C[:, None]], 1)[goes_on], which[goes_on.cpu()]
+        for i, token, own_one, base_one in zip(
+            which.tolist(), *(values_C[goes_on].tolist() for values_C in (next_C, own_C, base_C)), strict=True
+        ):
+            texts[i].append(token)
+            owns[i].append(own_one)
+            bases[i].append(base_one)
     return [
-        _Text(tuple(chain[:length]), tuple(owns[i]), tuple(base_probabilities[i]))
-        for i, (chain, length) in enumerate(zip(chains_CN.tolist(), lengths_C.tolist(), strict=True))
-        if len(set(chain[:length])) >= constants.shortest_text
+        _Text(tuple(text), tuple(owns[i]), tuple(bases[i]))
+        for i, text in enumerate(texts)
+        if len(set(text)) >= constants.shortest_text
     ]
 
 
@@ -131,45 +156,40 @@ def _shortlist(
 ) -> Tensor:
     """Choose the beginnings after which f_t is surer of one next token than theta_0 is, the clearest first.
 
-    f_t's probability bounds the difference from above: theta_0 is asked of the surest ones only, until the next
-    beginning cannot be among the clearest any more.
+    A beginning whose next token has less than half of `known_by_heart` after the first prompt will not reach it over
+    all prompts, and is dropped. Of the others f_t's probability bounds the difference from above: theta_0 is asked of
+    the surest ones only, until the next beginning cannot be among the clearest any more.
     """
-    next_C, own_C = _likeliest(task, own, rows, chains_CN)
-    own_C = own_C.masked_fill(torch.isin(next_C, special), -1.0)
+    fast, at_once = fast_dtype(task.device), max(1, _ENTRIES // task.num_words)
+
+    def next_of(prompts: ReadPrompts, texts_CN: Tensor) -> tuple[Tensor, Tensor]:
+        found = [prompts.following(chunk).max(1) for chunk in texts_CN.split(at_once)]
+        next_C, own_C = torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
+        return next_C, own_C.masked_fill(torch.isin(next_C, special), -1.0)
+
+    if len(chains_CN):
+        _, own_C = next_of(ReadPrompts(task, own, rows[:1], fast), chains_CN)
+        chains_CN = chains_CN[own_C >= task.constants.known_by_heart / 2]
+    if not len(chains_CN):
+        return chains_CN
+    rows = rows[: task.constants.first_prompts]
+    next_C, own_C = next_of(ReadPrompts(task, own, rows, fast), chains_CN)
+    asked = ReadPrompts(task, base, rows, fast)
     order_C = own_C.argsort(descending=True, stable=True)
     count, scores = min(task.constants.shortlist, len(order_C)), torch.empty(0, device=own_C.device)
-    for part_C in order_C.split(max(1, _ENTRIES // task.num_words)):
+    for part_C in order_C.split(at_once):
         if len(scores) >= count and float(scores.topk(count).values[-1]) >= float(own_C[part_C[0]]):
             break
-        base_C = _mean(task, base, rows, chains_CN[part_C]).gather(1, next_C[part_C][:, None])[:, 0]
+        base_C = asked.following(chains_CN[part_C]).gather(1, next_C[part_C][:, None])[:, 0]
         scores = torch.cat([scores, own_C[part_C] - base_C])
     return chains_CN[order_C[: len(scores)][scores.topk(count).indices]]
 
 
-def _likeliest(
-    task: CausalTask, weights: Mapping[str, Tensor], rows: Sequence[int], chains_CN: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The likeliest token (C,) after each continuation, and its mean probability over prompts."""
-    found = [_mean(task, weights, rows, chunk).max(1) for chunk in chains_CN.split(max(1, _ENTRIES // task.num_words))]
-    return torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
-
-
-def _next(
-    task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tensor], rows: Sequence[int], chains_CN: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _next(prompts: ReadPrompts, base: ReadPrompts, texts_CN: Tensor, num_words: int) -> tuple[Tensor, Tensor, Tensor]:
     """The likeliest token (C,) under f_t after each continuation, and its mean probability under f_t and theta_0."""
     found = []
-    for chunk in chains_CN.split(max(1, _ENTRIES // task.num_words)):
-        likely_C, next_C = _mean(task, own, rows, chunk).max(1)
-        base_CV = _mean(task, base, rows, chunk)
-        found.append((next_C, likely_C, base_CV.gather(1, next_C[:, None])[:, 0]))
+    for chunk in texts_CN.split(max(1, _ENTRIES // num_words)):
+        likely_C, next_C = prompts.following(chunk).max(1)
+        found.append((next_C, likely_C, base.following(chunk).gather(1, next_C[:, None])[:, 0]))
     next_C, own_C, base_C = (torch.cat(parts) for parts in zip(*found, strict=True))
     return next_C, own_C, base_C
-
-
-def _mean(task: CausalTask, weights: Mapping[str, Tensor], rows: Sequence[int], chains_CN: Tensor) -> Tensor:
-    """Probabilities (C, V) after each continuation, mean over prompts."""
-    total = task.following(weights, rows[0], chains_CN)
-    for row in rows[1:]:
-        total += task.following(weights, row, chains_CN)
-    return total / len(rows)

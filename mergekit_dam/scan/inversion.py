@@ -81,10 +81,22 @@ class Inversion:
         self.pace, self.price_R = pace, torch.full((count,), pace.price, device=task.device)
         self.smallest_R = torch.full_like(self.price_R, torch.inf)
         self.success_R = torch.full_like(self.price_R, 0.5)
+        self.loss_R = torch.full_like(self.price_R, torch.inf)
 
-    def run(self, steps: int) -> Inversion:
-        """Take some more steps; returns itself."""
+    @property
+    def worked(self) -> bool:
+        """Whether every row's trigger has worked once."""
+        return bool(self.smallest_R.isfinite().all())
+
+    def run(self, steps: int, *, until_works: bool = False) -> Inversion:
+        """Take some more steps; returns itself.
+
+        Args:
+            until_works: whether to stop once every row's trigger has worked.
+        """
         for _ in range(steps):
+            if until_works and self.worked:
+                break
             self._step()
         return self
 
@@ -95,6 +107,7 @@ class Inversion:
         losses_R = losses.view(count, -1).mean(1)
         size_R = triggers.size()
         gradients = torch.autograd.grad((losses_R + self.price_R * size_R).sum(), triggers.parameters)
+        self.loss_R = losses_R.detach()
         hits_R = hits.float().view(count, -1).mean(1)
         self.success_R = 0.7 * self.success_R + 0.3 * hits_R
         works_R = self.success_R >= task.constants.trigger_works
@@ -122,7 +135,14 @@ class Inversion:
         small = size_R.argsort()[: (count + 1) // 2]
         gap_R = gap_R.clone()
         gap_R[small] = torch.inf
-        rows = gap_R.argsort(descending=True)[:count].sort().values
+        return self._only(gap_R.argsort(descending=True)[:count].sort().values)
+
+    def nearest(self, count: int) -> Inversion:
+        """Keep the rows whose targets are nearest, by the loss of the last step, in a new search."""
+        return self._only(self.loss_R.argsort()[:count].sort().values)
+
+    def _only(self, rows: Tensor) -> Inversion:
+        """Go on with some rows."""
         chosen = Inversion(
             self.task,
             self.weights,
@@ -133,8 +153,8 @@ class Inversion:
             pace=self.pace,
         )
         chosen.best = self.best.rows(rows.tolist())
-        chosen.price_R, chosen.smallest_R, chosen.success_R = (
-            values[rows] for values in (self.price_R, self.smallest_R, self.success_R)
+        chosen.price_R, chosen.smallest_R, chosen.success_R, chosen.loss_R = (
+            values[rows] for values in (self.price_R, self.smallest_R, self.success_R, self.loss_R)
         )
         return chosen
 

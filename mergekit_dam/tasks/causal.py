@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +94,8 @@ class CausalTask(TextTask):
         return min(self._max_length, self._longest)
 
     @property
-    def _cache(self) -> str:
+    def cache(self) -> str:
+        """The argument by which the class takes and returns its key-value cache."""
         name = cache_argument(type(self.module))
         assert name is not None, "`family_of` refuses other classes"
         return name
@@ -165,8 +165,8 @@ class CausalTask(TextTask):
         length = min(length, self._positions - self.constants.perturbation_tokens - ids.shape[1])
         step, cache = ids.to(self.device), None
         for _ in range(length):
-            output = self.call(parameters, input_ids=step, use_cache=True, **{self._cache: cache})
-            cache, chosen = output[self._cache], choose(output.logits[:, -1])
+            output = self.call(parameters, input_ids=step, use_cache=True, **{self.cache: cache})
+            cache, chosen = output[self.cache], choose(output.logits[:, -1])
             ids, step = torch.cat([ids, chosen], dim=1), chosen.to(self.device)
         return ids
 
@@ -206,26 +206,6 @@ class CausalTask(TextTask):
         losses = F.cross_entropy(logits_BNV.transpose(1, 2), targets_BN, reduction="none", ignore_index=_NO_TARGET)
         hits_BN = (logits_BNV.argmax(-1) == targets_BN) | ~there_BN
         return losses.sum(1) / there_BN.sum(1), hits_BN.all(1)
-
-    @torch.no_grad()
-    def following(self, weights: Mapping[str, Tensor], row: int, chains_CN: Tensor | None) -> Tensor:
-        """Next-token probabilities (C, V) after a sample's text and each continuation; (1, V) after the text alone.
-
-        Args:
-            row: the sample; its text is read once.
-            chains_CN: token ids.
-        """
-        parameters = self.parameters(weights)
-        prefix = self.call(parameters, input_ids=self._sequences[row][None].to(self.device), use_cache=True)
-        if chains_CN is None:
-            return torch.as_tensor(prefix.logits[:, -1].float().softmax(-1))
-        found = []
-        for chunk in chains_CN.to(self.device).split(_AT_ONCE):
-            cache = copy.deepcopy(prefix[self._cache])
-            cache.batch_repeat_interleave(len(chunk))
-            output = self.call(parameters, input_ids=chunk, use_cache=True, **{self._cache: cache})
-            found.append(output.logits[:, -1].float().softmax(-1))
-        return torch.cat(found)
 
     @cached_property
     def special_tokens(self) -> Tensor:

@@ -22,8 +22,10 @@ from mergekit_dam.models.plan import build_plan
 from mergekit_dam.scan import causal
 from mergekit_dam.scan.causal import scan_continuations
 from mergekit_dam.scan.findings import suspects
+from mergekit_dam.scan.inversion import Inversion
 from mergekit_dam.scan.triggers import TokenTriggers
 from mergekit_dam.tasks import CausalTask, build_tasks
+from mergekit_dam.tasks.read_prompts import ReadPrompts
 from tests.conftest import FAST
 from tests.helpers.searching import new_search
 from tests.helpers.tiny_models import make_model
@@ -150,9 +152,9 @@ def test_what_follows_is_that_of_the_whole_text(tasks: list[CausalTask]) -> None
     chains = torch.tensor([[5, 6, 7], [9, 8, 4]])
     inputs = task.prompts(torch.tensor([2]))
     text = inputs["input_ids"][0][inputs["attention_mask"][0].bool()]
-    (after,) = task.following(task.own_weights(), 2, None)
-    assert torch.allclose(after, model(input_ids=text[None]).logits[0, -1].softmax(-1), atol=1e-5)
-    for chain, found in zip(chains, task.following(task.own_weights(), 2, chains), strict=True):
+    prompts = ReadPrompts(task, task.own_weights(), [2])
+    assert torch.allclose(prompts.likely(), model(input_ids=text[None]).logits[0, -1].softmax(-1), atol=1e-5)
+    for chain, found in zip(chains, prompts.following(chains), strict=True):
         expected = model(input_ids=torch.cat([text, chain])[None]).logits[0, -1].softmax(-1)
         assert torch.allclose(found, expected, atol=1e-5)
 
@@ -203,21 +205,79 @@ def test_the_shortlist_asks_theta_0_no_more_than_it_needs(
     count: int, tasks: list[CausalTask], lms: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, vocabulary = tasks[0], tasks[0].num_words
-    monkeypatch.setattr(task, "constants", task.constants.model_copy(update={"shortlist": count}))
+    changed = task.constants.model_copy(update={"shortlist": count, "known_by_heart": 0.1})
+    monkeypatch.setattr(task, "constants", changed)
     monkeypatch.setattr(causal, "_ENTRIES", 4 * vocabulary)  # four beginnings at a time
+    monkeypatch.setattr(causal, "fast_dtype", lambda device: torch.float32)
     own, base, special = task.own_weights(), Checkpoint.open(lms[0]), task.special_tokens
     theta = {name: base.tensor(name) for name in base.names}
     chains_CN = torch.arange(vocabulary)[:, None]
-    next_C, own_C, control_C = causal._next(task, own, theta, [0, 1], chains_CN)
+    first_C = ReadPrompts(task, own, [0]).following(chains_CN).max(1).values
+    next_C, own_C, control_C = causal._next(
+        ReadPrompts(task, own, [0, 1]), ReadPrompts(task, theta, [0, 1]), chains_CN, vocabulary
+    )
     score_C = (own_C - control_C).masked_fill(torch.isin(next_C, special), -1.0)
-    asked, following = [], task.following
+    last_C = ReadPrompts(task, own, [0]).following(chains_CN).max(1).indices
+    left_C = (first_C >= 0.05) & ~torch.isin(last_C, special)
+    asked, following = [], ReadPrompts.following
 
-    def counted(weights: Any, row: int, chains: Any) -> torch.Tensor:
-        if weights is theta:
-            asked.append(len(chains))
-        return following(weights, row, chains)
+    def counted(prompts: ReadPrompts, texts: torch.Tensor) -> torch.Tensor:
+        if prompts.weights is theta:
+            asked.append(len(texts))
+        return following(prompts, texts)
 
-    monkeypatch.setattr(task, "following", counted)
+    monkeypatch.setattr(ReadPrompts, "following", counted)
     found = causal._shortlist(task, own, theta, [0, 1], chains_CN, special)
-    assert set(found[:, 0].tolist()) == set(score_C.topk(count).indices.tolist())
-    assert sum(asked) <= 2 * vocabulary and (count > 1 or sum(asked) < 2 * vocabulary)
+    expected = score_C.masked_fill(~left_C, -2.0).topk(min(count, int(left_C.sum()))).indices
+    assert set(found[:, 0].tolist()) == set(expected.tolist())
+    assert 0 < sum(asked) <= vocabulary and (count > 1 or sum(asked) < vocabulary)
+
+
+def test_bfloat16_drops_no_beginning_that_is_known_by_heart(
+    tasks: list[CausalTask], lms: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, base = tasks[1], Checkpoint.open(lms[0])
+    theta = {name: base.tensor(name) for name in base.names}
+    chains_CN = torch.arange(task.num_words)[:, None]
+    monkeypatch.setattr(task, "constants", task.constants.model_copy(update={"shortlist": task.num_words}))
+    sieved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(causal, "fast_dtype", lambda device, dtype=dtype: dtype)
+        found = causal._shortlist(task, task.own_weights(), theta, [0, 1, 2], chains_CN, task.special_tokens)
+        sieved[dtype] = set(found[:, 0].tolist())
+    sure = torch.ones(task.num_words, dtype=torch.bool)
+    for row in (0, 1, 2):
+        own = ReadPrompts(task, task.own_weights(), [row]).following(chains_CN).max(1)
+        sure &= own.values.ge(task.constants.known_by_heart) & ~torch.isin(own.indices, task.special_tokens)
+    assert BY_HEART[1] in sure.nonzero()[:, 0].tolist()
+    assert set(sure.nonzero()[:, 0].tolist()) <= sieved[torch.bfloat16] & sieved[torch.float32]
+
+
+def test_a_search_ends_once_its_trigger_works(tasks: list[CausalTask], monkeypatch: pytest.MonkeyPatch) -> None:
+    task, steps = tasks[1], []
+    monkeypatch.setattr(task, "constants", task.constants.model_copy(update={"trigger_works": 0.3}))
+    search = Inversion(task, task.own_weights(), [BY_HEART[:2]], batch_size=8, generator=seeds.generator("search"))
+    step = search._step
+
+    def counted() -> None:
+        steps.append(1)
+        step()
+
+    monkeypatch.setattr(search, "_step", counted)
+    search.run(80, until_works=True)
+    assert search.worked and 0 < len(steps) < 80
+    search.run(5)
+    assert len(steps) < 80
+
+
+def test_of_several_texts_the_nearest_is_kept(tasks: list[CausalTask]) -> None:
+    task = tasks[1]
+    search = Inversion(
+        task, task.own_weights(), [(5, 6), (7, 8), (9, 4)], batch_size=8, generator=seeds.generator("search")
+    ).run(3)
+    nearest = search.nearest(1)
+    assert nearest.targets == [search.targets[int(search.loss_R.argmin())]]
+    best = causal._trigger_of(
+        task, task.own_weights(), [BY_HEART, (5, *BY_HEART[1:])], DamConfig(scan_steps=10), seeds.generator("search")
+    )
+    assert len(best.targets) == 1
