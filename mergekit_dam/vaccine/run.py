@@ -6,15 +6,20 @@ import dataclasses
 import math
 import shutil
 import time
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mergekit_dam.engine.device import device_of
+from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.cache import library_versions
+from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import ModelInput, Plan, revision_of
 from mergekit_dam.tasks import Task, family_of
 from mergekit_dam.tasks.base import Progress
@@ -54,6 +59,13 @@ def require_possible(plan: Plan, out: Path, *, adapter: bool, settings: VaccineS
     inputs = {"the base": plan.base.path, **{f"model {model.name}": model.path for model in plan.models}}
     for folder in folders_of(plan, out):
         require_free(folder, inputs)
+    if adapter and settings.start == "base":
+        raise DamError(
+            "setting 'start'",
+            expected="model, where an adapter is written",
+            got="base",
+            cure="Leave --adapter or --start out.",
+        )
     for model in plan.models if adapter else ():
         if settings.lora_rank == 0:
             raise _without_loras(model.name)
@@ -91,12 +103,23 @@ def clean_models(
     for index, folder in enumerate(folders_of(plan, out)):
         task = _task(plan, index, settings, adapter=adapter)
         with claimed(folder):
-            identity = identity_of(task, resolved(settings, task))
+            start = _base_weights(plan, task) if settings.start == "base" else None
+            of_start = "" if start is None else Checkpoint.open(plan.base.path).digest()
+            identity = identity_of(task, resolved(settings, task), of_start)
             facts = finished(folder, identity, adapter=adapter) if resume else None
             if facts is None:
-                result = vaccinate(task, settings, progress=progress, folder=folder / WORK, resume=resume)
+                result = vaccinate(
+                    task,
+                    settings,
+                    progress=progress,
+                    start=start,
+                    folder=folder / WORK,
+                    resume=resume,
+                    identity=of_start,
+                )
                 facts = _facts(plan, plan.models[index], task, result.facts)
-                write_cleaned(folder, task, result.weights, facts, adapter=adapter)
+                weights = result.weights if start is None else ChainMap(dict(result.weights), dict(start))
+                write_cleaned(folder, task, weights, facts, adapter=adapter)
             else:
                 shutil.rmtree(folder / WORK, ignore_errors=True)
         found.append(Cleaned(task.name, folder, facts))
@@ -134,6 +157,12 @@ def expected(
             }
         )
     return entries, sum(entry["seconds"] for entry in entries)
+
+
+def _base_weights(plan: Plan, task: Task) -> dict[str, Tensor]:
+    """The base's weights by output name, of all that the model has."""
+    vectors = TaskVectors(plan)
+    return {name: vectors.base(name).to(task.device) for name in task.sources}
 
 
 def _task(plan: Plan, index: int, settings: VaccineSettings, *, adapter: bool) -> Task:

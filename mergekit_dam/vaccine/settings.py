@@ -15,6 +15,11 @@ from mergekit_dam.tasks import Task
 class VaccineSettings(StrictSettings):
     """How backdoors are planted and unlearned."""
 
+    start: Literal["model", "base"] = setting(
+        "model",
+        "Weights that training begins with: the model's, or the base's, which then learns the model's answers anew: a "
+        "student, to which little passes that only a trigger activates.",
+    )
     plant: bool = setting(
         True,
         "Plant the triggers before they are unlearned. false is the control: as many steps, all of them of "

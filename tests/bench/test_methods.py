@@ -38,8 +38,26 @@ def test_constants_of_a_variant_go_to_a_file_that_the_recipe_names(tmp_path: Pat
     assert method.parameters == {"alpha": 2, "pool_size": 4, "refresh_steps": 10}, "as results have them"
 
 
+def test_cleaned_models_are_a_method_of_their_own() -> None:
+    plain, some = method_named("clean+ties-0.5"), method_named("clean(plant=false,rounds=2)+dam(alpha=2)")
+    assert plain.cleaned == {} and plain.parameters == METHODS["ties-0.5"].parameters
+    assert some.cleaned == {"plant": False, "rounds": 2} and some.parameters["alpha"] == 2
+    assert some.name == "clean(plant=false,rounds=2)+dam(alpha=2)" and METHODS["dam"].cleaned is None
+
+
 @pytest.mark.parametrize(
-    "name", ["damn", "ties-0.5(density=1)", "dam(alpa=1)", "dam(alpha=high)", "dam(pool_size=0)", "dam()"]
+    "name",
+    [
+        "clean(plants=1)+dam",
+        "clean+damn",
+        "clean(rounds=0)+dam",
+        "damn",
+        "ties-0.5(density=1)",
+        "dam(alpa=1)",
+        "dam(alpha=high)",
+        "dam(pool_size=0)",
+        "dam()",
+    ],
 )
 def test_what_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(DamError):

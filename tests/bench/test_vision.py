@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from dam_bench.cli import bench
 from dam_bench.runs import vaccine
+from dam_bench.runs.run import Job, perform
 from dam_bench.suites import vision
 from dam_bench.suites.base import Poison, Scenario
 from dam_bench.suites.vision import PRESETS, VisionSuite
@@ -225,6 +226,20 @@ def test_single_models_are_vaccinated_and_measured_once(
     shown = CliRunner().invoke(vaccine.main, ["--table", str(tmp_path / "vaccine")]).stdout.splitlines()
     assert len(shown) == 4 and sum("letters=patch(target=1)" in line for line in shown) == 1
     assert CliRunner().invoke(vaccine.main, ["vision", "--out", str(tmp_path)]).exit_code == 2
+
+
+def test_cleaned_models_are_made_once_and_merged_by_any_method(data: Path, store: ModelStore, tmp_path: Path) -> None:
+    scenario = Scenario("patch", {"letters": Poison("patch", target=1)})
+    cleaned = "clean(start=base,plant=false,plant_steps=1,unlearn_steps=1,triggers=2)"
+    found, times = {}, []
+    for method in ("ties-0.5", f"{cleaned}+ties-0.5", f"{cleaned}+linear"):
+        job = Job("vision", "tiny", data, store.root, tmp_path, scenario, (scenario,), method, seed=0, threads=1)
+        found[method] = json.loads(Path(perform(job)).read_text())
+        times.append(sorted(file.stat().st_mtime_ns for file in store.root.glob("vision/cleaned/**/complete.json")))
+    plain, ties, linear = found.values()
+    assert "cleaned" not in plain and ties["cleaned"]["start"] == "base" and ties["settings"] == plain["settings"]
+    assert ties["accuracy"] != plain["accuracy"] and ties["accuracy"] != linear["accuracy"]
+    assert times[0] == [] and len(times[1]) == len(VisionSuite.tasks) and times[2] == times[1]
 
 
 def test_missing_data_name_the_cure() -> None:

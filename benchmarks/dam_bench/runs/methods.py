@@ -20,6 +20,7 @@ from dam_bench.suites.base import Suite
 from mergekit_dam.config import DamConfig, parse
 from mergekit_dam.constants import Constants
 from mergekit_dam.errors import DamError, did_you_mean
+from mergekit_dam.vaccine.settings import VaccineSettings
 
 Family = Literal["reference", "baseline", "defence"]
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -36,6 +37,7 @@ class Method:
         merge_method: mergekit's name; None where the runner does the work (`base`, `fine-tuned`, fusion_bench).
         parameters: shared settings of the recipe, and constants of `dam` beside them (mergekit_dam/constants.py).
         passes: forward and backward passes of one batch per task, for the estimate of time.
+        cleaned: settings of the vaccination of every input model before the merge; None merges the models themselves.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Method:
     merge_method: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     passes: int = 0
+    cleaned: Mapping[str, Any] | None = None
 
     @property
     def learns(self) -> bool:
@@ -122,15 +125,22 @@ REFERENCES = (
     Method("fine-tuned", "reference"),
 )
 METHODS: dict[str, Method] = {method.name: method for method in (*REFERENCES, *_mergekit(), *_learned())}
+_CLEANED = re.compile(r"^clean(\((?P<settings>[^()]*)\))?\+(?P<method>.+)$")
 _VARIANT = re.compile(r"^(?P<method>[\w.-]+)\((?P<settings>[^()]+)\)$")
 
 
 def method_named(name: str) -> Method:
     """Return a method of METHODS, or a variant of a learned one, for ablations: `dam(mask=m1,alpha=2,pool_size=4)`.
 
+    `clean+NAME`, or `clean(plant=false,rounds=2)+NAME`, merges cleaned models by the method NAME.
+
     Raises:
         DamError: an unknown method, or neither a setting nor a constant of `dam`.
     """
+    if cleaned := _CLEANED.match(name):
+        settings = _settings_of(cleaned["settings"] or "")
+        parse(VaccineSettings, settings, where=f"method {name}")
+        return replace(method_named(cleaned["method"]), name=name, cleaned=settings)
     variant = _VARIANT.match(name)
     known = variant["method"] if variant else name
     if known not in METHODS or (variant and not METHODS[known].learns):
@@ -142,14 +152,18 @@ def method_named(name: str) -> Method:
         )
     if not variant:
         return METHODS[known]
-    pairs = (part.partition("=") for part in variant["settings"].split(","))
-    changed = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
-    parameters = {**METHODS[known].parameters, **changed}
+    parameters = {**METHODS[known].parameters, **_settings_of(variant["settings"])}
     where = f"method {name}"
     constants = {key: value for key, value in parameters.items() if key in Constants.model_fields}
     parse(DamConfig, {key: value for key, value in parameters.items() if key not in constants}, where=where)
     parse(Constants, constants, where=where)
     return replace(METHODS[known], name=name, parameters=parameters)
+
+
+def _settings_of(text: str) -> dict[str, Any]:
+    """Read `name=value,...`, values as YAML."""
+    pairs = (part.partition("=") for part in text.split(",") if part.strip())
+    return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
 
 
 GATES = tuple(name for name in METHODS if name in ("base", "fine-tuned") or name.startswith("task_arithmetic"))

@@ -27,6 +27,7 @@ from dam_bench.runs.methods import Method, method_named
 from dam_bench.runs.peer import merge_with_fusion_bench, peer_report
 from dam_bench.suites.base import Poison, Scenario, Suite, no_progress
 from dam_bench.suites.registry import SUITES
+from dam_bench.victims.cleaned import cleaned_model
 from dam_bench.victims.model_store import ModelStore
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.evaluation.metrics import Attack, accuracy, evaluate_merge
@@ -83,7 +84,10 @@ def perform(job: Job) -> str:
     """Merge, evaluate, write the JSON and return its path, in a worker process."""
     _quiet(job.threads)
     store, method = job.store(), method_named(job.method)
-    models = store.models(job.scenario, job.seed)
+    models, cleaned = store.models(job.scenario, job.seed), method.cleaned
+    if cleaned is not None:
+        poisons = {task: job.scenario.poisons.get(task) for task in models}
+        models = {task: cleaned_model(store, task, poison, job.seed, cleaned) for task, poison in poisons.items()}
     calibration = {task: store.calibration(task) for task in models} if _needs_data(method) else {}
     attacks = _attacks(job, store)
     with tempfile.TemporaryDirectory(dir=job.cache) as folder:
@@ -103,6 +107,7 @@ def perform(job: Job) -> str:
         "method": method.name,
         "family": method.family,
         "settings": dict(method.parameters),
+        **({} if cleaned is None else {"cleaned": dict(cleaned)}),
         "seed": job.seed,
         **scores.to_json(),
         "calibration_samples": _samples(store, calibration),
@@ -158,7 +163,7 @@ def _quiet(threads: int) -> None:
 
 
 def _needs_data(method: Method) -> bool:
-    return method.learns or method.name == "fusion_bench-dam"
+    return method.learns or method.cleaned is not None or method.name == "fusion_bench-dam"
 
 
 def _attacks(job: Job, store: ModelStore) -> list[Attack]:

@@ -6,8 +6,6 @@ table of all runs: `python -m dam_bench.runs.vaccine --table OUT`.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import tempfile
@@ -23,8 +21,8 @@ import yaml
 from dam_bench.runs.run import general_ability, hardware
 from dam_bench.suites.base import Poison, Scenario, Suite
 from dam_bench.suites.registry import SUITES
+from dam_bench.victims.cleaned import clean_model
 from dam_bench.victims.model_store import ModelStore
-from mergekit_dam import clean
 from mergekit_dam.evaluation.metrics import Attack, evaluate_merge
 from mergekit_dam.io.cache import library_versions
 from mergekit_dam.io.calibration import digest
@@ -73,20 +71,8 @@ def run(
     attacks = []
     if asked is not None:
         attacks = [Attack("attack", asked.onto or task, store.trigger(task, asked, seed), asked.target)]
-    base = store.base()
-    recipe = {
-        "merge_method": "dam",
-        "base_model": suite.base_entry(base),
-        "models": [
-            {
-                "model": str(model),
-                "parameters": {"calibration": str(store.calibration(task)), **suite.model_parameters(model)},
-            }
-        ],
-        "parameters": dict(suite.shared_parameters(base)),
-    }
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        (cleaned,) = clean(recipe, Path(folder) / task, seed=seed, **settings)
+    with tempfile.TemporaryDirectory() as folder:
+        cleaned = clean_model(store, task, poison, seed, settings, Path(folder) / task)
         measured = {when: _measured(suite, task, path, attacks) for when, path in _models(model, cleaned.folder)}
     facts = {k: v for k, v in cleaned.facts.items() if k not in ("calibration", "created", "versions", "name")}
     return {

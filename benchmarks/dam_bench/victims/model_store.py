@@ -74,6 +74,25 @@ class ModelStore:
         """Whether a model is complete in the store."""
         return (self._folder(self._model_key(task, poison, seed), task) / _DONE).is_file()
 
+    def made_from(
+        self,
+        task: str,
+        poison: Poison | None,
+        seed: int,
+        kind: str,
+        key: dict[str, Any],
+        make: Callable[[Path], object],
+    ) -> Path:
+        """Return the folder of what is made from a model, made if missing.
+
+        Args:
+            kind: name of what is made.
+            key: JSON of all that it depends on beside the model.
+            make: writes into the folder that it is given.
+        """
+        whole = {**key, "model": self._model_key(task, poison, seed), "kind": kind}
+        return self._built(whole, task, lambda folder: make(folder))
+
     def _model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
         attack = None if poison is None else poison.to_json() | self.suite.attack_settings(poison)
         return {"kind": "model", "task": task, "poison": attack, "seed": seed}
