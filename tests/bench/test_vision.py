@@ -232,14 +232,15 @@ def test_cleaned_models_are_made_once_and_merged_by_any_method(data: Path, store
     scenario = Scenario("patch", {"letters": Poison("patch", target=1)})
     cleaned = "clean(start=base,plant=false,plant_steps=1,unlearn_steps=1,triggers=2)"
     found, times = {}, []
-    for method in ("ties-0.5", f"{cleaned}+ties-0.5", f"{cleaned}+linear"):
+    for method in ("ties-0.5", f"{cleaned}+ties-0.5", f"{cleaned}+linear", f"{cleaned}+fine-tuned"):
         job = Job("vision", "tiny", data, store.root, tmp_path, scenario, (scenario,), method, seed=0, threads=1)
         found[method] = json.loads(Path(perform(job)).read_text())
         times.append(sorted(file.stat().st_mtime_ns for file in store.root.glob("vision/cleaned/**/complete.json")))
-    plain, ties, linear = found.values()
+    plain, ties, linear, alone = found.values()
+    assert alone["wall_s"] is None and alone["accuracy"] != ties["accuracy"]
     assert "cleaned" not in plain and ties["cleaned"]["start"] == "base" and ties["settings"] == plain["settings"]
     assert ties["accuracy"] != plain["accuracy"] and ties["accuracy"] != linear["accuracy"]
-    assert times[0] == [] and len(times[1]) == len(VisionSuite.tasks) and times[2] == times[1]
+    assert times[0] == [] and len(times[1]) == len(VisionSuite.tasks) and times[2] == times[3] == times[1]
 
 
 def test_missing_data_name_the_cure() -> None:

@@ -194,7 +194,7 @@ def _merged(
     seed: int,
     folder: Path,
 ) -> _Merge:
-    if method.name == "fine-tuned":
+    if method.merge_method is None and method.family == "reference":  # each task keeps its model, cleaned or not
         return _Merge(None)
     base, out = store.base(), folder / "out"
     if method.merge_method is None:
