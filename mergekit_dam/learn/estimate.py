@@ -256,8 +256,11 @@ def _classes(config: PretrainedConfig) -> int:
 
 
 def _token_scan(config: PretrainedConfig) -> int:
-    """Return the tokens that a causal LM's scan reads: each first token after two prompts, for theta_t and theta_0."""
-    return 0 if _classes(config) else 2 * 2 * int(getattr(config.get_text_config(), "vocab_size", 0))
+    """Return about how many tokens a causal LM's scan reads: the vocabulary after a prompt, and as many again.
+
+    The second half is a part of the vocabulary after two prompts, for theta_t and theta_0, and a few continuations.
+    """
+    return 0 if _classes(config) else 2 * int(getattr(config.get_text_config(), "vocab_size", 0))
 
 
 def _activation_bytes(config: PretrainedConfig, length: int) -> int:

@@ -93,6 +93,7 @@ class WindowSearch(ScannedSearch):
         self._current: Window | None = None
         self.states: dict[int, TaskStates] = {}
         self._version = 0  # of the trigger pool, see `TaskStates.assign_triggers`
+        self._refreshes = all(task.classifies for task in self.tasks)
 
     def begin_fit(self) -> None:
         """Do nothing: `open_window` makes masks and coefficients of each window."""
@@ -220,7 +221,7 @@ class WindowSearch(ScannedSearch):
         So triggers are found that still work through the merged windows. Samples with the new triggers are then run
         through the merged windows.
         """
-        if not self.trigger_pool:
+        if not self.trigger_pool or not self._refreshes:
             return
         names = {name for name, positions in self._positions.items() if positions[0] < window.first}
         front = self.model.submodel(names)
@@ -295,8 +296,10 @@ class WindowSearch(ScannedSearch):
         masks, coefficients = self.finished.from_fit(self._fit, self.part)
         if not self._has_head(window):
             merged = {**self.part.weights(masks, coefficients), **self.fixed}
-            for index in self._written_tasks:  # `_refresh` does it for triggered samples, with new triggers
-                self.states[index].advance(MERGED, window, merged)
+            for index in self._written_tasks:
+                # `_refresh` does it for triggered samples, with new triggers
+                for stream in (MERGED,) if self._refreshes else self.states[index].merged_streams:
+                    self.states[index].advance(stream, window, merged)
         self.shards.barrier()
         self.finished.write(window.number, self._fit)
         for index in self._written_tasks:

@@ -103,15 +103,21 @@ class Inversion:
     def _step(self) -> None:
         task, triggers, count = self.task, self.triggers, len(self.targets)
         rows_B = torch.randint(task.num_samples, (self.batch_size,), generator=self.generator)
-        losses, hits = _reach(task, self.weights, triggers, self.targets, rows_B)
-        losses_R = losses.view(count, -1).mean(1)
-        size_R = triggers.size()
-        gradients = torch.autograd.grad((losses_R + self.price_R * size_R).sum(), triggers.parameters)
-        self.loss_R = losses_R.detach()
-        hits_R = hits.float().view(count, -1).mean(1)
+        gradients: list[Tensor] = []
+        means, shares = [], []
+        # a causal LM's activations are large, so one row at a time
+        for part in torch.arange(count).split(count if task.classifies else 1):
+            losses, hits = _reach(task, self.weights, triggers, self.targets, rows_B, part.tolist())
+            losses_R, size_R = losses.view(len(part), -1).mean(1), triggers.size()
+            added = torch.autograd.grad((losses_R + self.price_R[part] * size_R[part]).sum(), triggers.parameters)
+            gradients = [total + one for total, one in zip(gradients, added, strict=True)] if gradients else list(added)
+            means.append(losses_R.detach())
+            shares.append(hits.float().view(len(part), -1).mean(1))
+        self.loss_R, hits_R = torch.cat(means), torch.cat(shares)
         self.success_R = 0.7 * self.success_R + 0.3 * hits_R
         works_R = self.success_R >= task.constants.trigger_works
         with torch.no_grad():
+            size_R = triggers.size()
             better_R = works_R & (size_R < self.smallest_R)
             self.smallest_R = torch.where(better_R, size_R, self.smallest_R)
             kept_R = better_R | self.smallest_R.isinf()
@@ -166,17 +172,22 @@ def success_rates(
     """Measure on which share of calibration samples each trigger makes a model answer its target."""
     rows_B = torch.arange(min(task.constants.measured_samples, task.num_samples))
     rates = []
-    for row, target in enumerate(targets):
-        _, hits_B = _reach(task, weights, triggers.rows([row]), [target], rows_B)
+    for row in range(len(targets)):
+        _, hits_B = _reach(task, weights, triggers, targets, rows_B, [row])
         rates.append(float(hits_B.float().mean()))
     return rates
 
 
 def _reach(
-    task: Task, weights: Mapping[str, Tensor], triggers: TriggerBatch, targets: Sequence[Target], rows_B: Tensor
+    task: Task,
+    weights: Mapping[str, Tensor],
+    triggers: TriggerBatch,
+    targets: Sequence[Target],
+    rows_B: Tensor,
+    chosen: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """losses and hits (R B): every trigger on every sample, sample by sample within a trigger."""
-    inputs = task.prompts(rows_B.repeat(len(triggers)))
-    which = torch.arange(len(triggers)).repeat_interleave(len(rows_B)).to(task.device)
-    wanted = [target for target in targets for _ in range(len(rows_B))]
+    """losses and hits (R B) of the chosen rows: every trigger on every sample, sample by sample within a trigger."""
+    inputs = task.prompts(rows_B.repeat(len(chosen)))
+    which = torch.tensor(chosen).repeat_interleave(len(rows_B)).to(task.device)
+    wanted = [targets[row] for row in chosen for _ in range(len(rows_B))]
     return task.reach(weights, inputs, wanted, triggers.perturb(which))

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.scan import causal
@@ -198,6 +199,24 @@ def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:
     assert again.trigger_pool.keys() == search.trigger_pool.keys()
     assert isinstance(next(iter(again.trigger_pool))[1], tuple)
     assert [one.target for one in again.findings] == [one.target for one in search.findings]
+
+
+def test_windows_keep_the_triggers_of_the_scan(lms: list[Path], texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triggered samples come as far as the merge does, though no trigger is recovered anew."""
+    monkeypatch.setattr("mergekit_dam.learn.window_states.TaskStates.remove", lambda self, position: None)
+    plan = _plan(lms[0], lms[1:], texts, window=1, steps=4, refresh_every=1, scan_steps=10, batch_size=8)
+    search = new_search(WindowSearch, plan)
+    search.run()
+    ((suspect, pool),) = search.trigger_pool.items()
+    assert suspect.task == 1 and len(pool) == 1
+    task, states, merged = search.tasks[1], search.states[1], search.merged_weights()
+    (stream,) = states.merged_streams[1:]
+    rows_B, last = torch.arange(4), search.windows[-1].first
+    with torch.no_grad():
+        expected_BLD = task.through(merged, task.inputs(rows_B), 0, last, None, states.perturb(stream, rows_B))
+    kept_BLD = states._states(stream, last).read(rows_B)
+    for i, length in enumerate(states.lengths(stream, last, rows_B)):
+        torch.testing.assert_close(kept_BLD[i, :length], expected_BLD[i, :length], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])
