@@ -21,6 +21,7 @@ from mergekit_dam.scan.cross_task import merge_without, success_without_trigger,
 from mergekit_dam.scan.findings import Finding, Suspect, blank, blank_finding, facts_of, in_order, suspects, target_of
 from mergekit_dam.scan.inversion import success_rates
 from mergekit_dam.scan.scanner import scan, undefended
+from mergekit_dam.scan.triggers import TriggerBatch
 
 LOG = logging.getLogger(__name__)
 
@@ -120,8 +121,11 @@ class ScannedSearch(MaskSearch):
                 self.snapshot_if_due("scan", indices.stop)
             if self.known is not None and self.shards.rank == 0:
                 self.known.keep(self.findings)
+        known: dict[Suspect, TriggerBatch] = {}
         for finding in suspects(self.findings, self.config.suspicion, self.config.constants):
             self.trigger_pool[finding.key] = []
+            if not self.tasks[finding.task].classifies:  # the scan's search ends when the trigger is widest
+                known[finding.key] = finding.trigger
             self.track({"phase": "scan", **finding.to_json(self.tasks)})
         if self.trigger_pool:
             self.begin_fit()
@@ -135,6 +139,7 @@ class ScannedSearch(MaskSearch):
             lambda suspect: self.scanned(suspect, base),
             self.config.scan_steps,
             "model",
+            known=known,
         )
 
     def scanned(self, suspect: Suspect, base: Weights) -> Mapping[str, Tensor]:

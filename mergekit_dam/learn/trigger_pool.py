@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ def refresh_triggers(
     weights_of: Callable[[Suspect], Mapping[str, Tensor]],
     steps: int,
     *seed: object,
+    known: Mapping[Suspect, TriggerBatch] = MappingProxyType({}),
 ) -> None:
     """Recover a wide trigger of each suspect target and add it to the pool; processes share the suspects.
 
@@ -35,6 +37,7 @@ def refresh_triggers(
         weights_of: returns the weights to recover a suspect's trigger from.
         steps: steps of each inversion.
         seed: parts of the seed, in addition to the setting `seed`, task and class.
+        known: triggers to add as they are, without a search.
     """
     constants = config.constants
     triggers = [blank(tasks[suspect.task], suspect.kind) for suspect in trigger_pool]
@@ -42,18 +45,21 @@ def refresh_triggers(
     for index, suspect in enumerate(trigger_pool):
         if shards.owns(index):
             task, others = tasks[suspect.task], () if suspect.source_model is None else ("others",)
-            generator = seeds.generator(config.seed, "wide", task.index, suspect.target, *others, *seed)
-            search = Inversion(
-                task,
-                weights_of(suspect),
-                [suspect.target],
-                batch_size=constants.wide_batch_size,
-                pace=Pace.wide(constants),
-                generator=generator,
-                start=started(task, kind_of(task, suspect.kind), 1, generator),
-            )
-            # a step with a causal LM is dear, and the trigger is widest when it first works
-            triggers[index] = search.run(steps, until_works=not task.classifies).best
+            if suspect in known:
+                triggers[index] = known[suspect]
+            else:
+                generator = seeds.generator(config.seed, "wide", task.index, suspect.target, *others, *seed)
+                search = Inversion(
+                    task,
+                    weights_of(suspect),
+                    [suspect.target],
+                    batch_size=constants.wide_batch_size,
+                    pace=Pace.wide(constants),
+                    generator=generator,
+                    start=started(task, kind_of(task, suspect.kind), 1, generator),
+                )
+                # a step with a causal LM is dear, and the trigger is widest when it first works
+                triggers[index] = search.run(steps, until_works=not task.classifies).best
             (base_success,) = success_rates(task, base, triggers[index], [suspect.target])
             weights[index] = max(constants.least_trigger_weight, 1.0 - base_success)
     weights = shards.all_gather_dict(weights)

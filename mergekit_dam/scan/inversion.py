@@ -17,6 +17,8 @@ from mergekit_dam.engine.module_weights import without_gradients
 from mergekit_dam.scan.triggers import TriggerBatch, kinds_of, started
 from mergekit_dam.tasks import Target, Task
 
+_AT_ONCE = 8  # texts of a causal LM, whose logits are large
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -171,10 +173,11 @@ def success_rates(
 ) -> list[float]:
     """Measure on which share of calibration samples each trigger makes a model answer its target."""
     rows_B = torch.arange(min(task.constants.measured_samples, task.num_samples))
+    at_once = len(rows_B) if task.classifies else _AT_ONCE
     rates = []
     for row in range(len(targets)):
-        _, hits_B = _reach(task, weights, triggers, targets, rows_B, [row])
-        rates.append(float(hits_B.float().mean()))
+        hits = [_reach(task, weights, triggers, targets, part, [row])[1] for part in rows_B.split(at_once)]
+        rates.append(float(torch.cat(hits).float().mean()))
     return rates
 
 

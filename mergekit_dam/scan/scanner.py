@@ -16,9 +16,10 @@ from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.triggers import kinds_of
 from mergekit_dam.tasks import Task, generates
 
-_UNDEFENDED = (
-    "{}: text encoders, whose backdoors the scan does not find: a low score says nothing. What protects is to merge "
-    "students of such models, as `dam` does unless student_steps is 0 (docs/threat-model.md)."
+_UNDEFENDED = "{}: the scan does not find the backdoors of {}: a low score says nothing."
+_STUDENTS = (
+    " What protects is to merge students of such models, as `dam` does unless student_steps is 0 "
+    "(docs/threat-model.md)."
 )
 
 
@@ -33,9 +34,14 @@ class KnownScan(Protocol):
 
 
 def undefended(tasks: Sequence[Task]) -> list[str]:
-    """Warn that the scan cannot find the backdoors of these models: one sentence, or none."""
-    names = [task.name for task in tasks if not task.defended]
-    return [_UNDEFENDED.format(", ".join(names))] if names else []
+    """Warn that the scan cannot find the backdoors of these models: a sentence or two per modality, or none."""
+    notes = []
+    for modality, what in (("text", "text encoders"), ("image", "such image models")):
+        names = [task.name for task in tasks if not task.defended and task.modality == modality]
+        if names:
+            cure = _STUDENTS if modality == "text" else ""
+            notes.append(_UNDEFENDED.format(", ".join(names), what) + cure)
+    return notes
 
 
 Scanner = Callable[[int, Sequence[Task], Mapping[str, Tensor], DamConfig], list[Finding]]
