@@ -174,7 +174,9 @@ class Constants(BaseModel):
         ge=0.0,
         le=1.0,
     )
-    first_prompts: int = constant(2, "Prompts that all beginnings are tried on.", stage="scan", unit="prompts", ge=1)
+    first_prompts: int = constant(
+        2, "Prompts that beginnings are tried on which the first prompt leaves.", stage="scan", unit="prompts", ge=1
+    )
     shortlist: int = constant(
         64,
         "Beginnings that are tried on all prompts and continued.",

@@ -106,7 +106,7 @@ def _trigger_of(
     rests on the text, not on the trigger's size.
     """
     search = Inversion(task, own, variants, batch_size=config.constants.scan_batch_size, generator=generator)
-    for _ in range(config.scan_steps // _STEPS_BETWEEN):
+    for _ in range(max(1, config.scan_steps // _STEPS_BETWEEN)):
         search.run(_STEPS_BETWEEN, until_works=True)
         if len(search.targets) > 1:
             search = search.nearest(len(search.targets) // 2)
@@ -156,7 +156,7 @@ def _shortlist(
 ) -> Tensor:
     """Choose the beginnings after which f_t is surer of one next token than theta_0 is, the clearest first.
 
-    A beginning whose next token has less than half of `known_by_heart` after the first prompt will not reach it over
+    A beginning whose next token has less than half of `known_by_heart` after the first prompt hardly reaches it over
     all prompts, and is dropped. Of the others f_t's probability bounds the difference from above: theta_0 is asked of
     the surest ones only, until the next beginning cannot be among the clearest any more.
     """
