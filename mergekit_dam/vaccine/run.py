@@ -103,11 +103,11 @@ def clean_models(
     for index, folder in enumerate(folders_of(plan, out)):
         task = _task(plan, index, settings, adapter=adapter)
         with claimed(folder):
-            start = _base_weights(plan, task) if settings.start == "base" else None
-            of_start = "" if start is None else Checkpoint.open(plan.base.path).digest()
+            of_start = Checkpoint.open(plan.base.path).digest() if settings.start == "base" else ""
             identity = identity_of(task, resolved(settings, task), of_start)
             facts = finished(folder, identity, adapter=adapter) if resume else None
             if facts is None:
+                start = _base_weights(plan, task) if of_start else None
                 result = vaccinate(
                     task,
                     settings,
@@ -118,7 +118,8 @@ def clean_models(
                     identity=of_start,
                 )
                 facts = _facts(plan, plan.models[index], task, result.facts)
-                weights = result.weights if start is None else ChainMap(dict(result.weights), dict(start))
+                # read only, and one tensor at a time: those of LoRAs are computed on access
+                weights = result.weights if start is None else ChainMap(result.weights, start)  # type: ignore[arg-type]
                 write_cleaned(folder, task, weights, facts, adapter=adapter)
             else:
                 shutil.rmtree(folder / WORK, ignore_errors=True)

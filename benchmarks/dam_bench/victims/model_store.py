@@ -91,7 +91,7 @@ class ModelStore:
             make: writes into the folder that it is given.
         """
         whole = {**key, "model": self._model_key(task, poison, seed), "kind": kind}
-        return self._built(whole, task, lambda folder: make(folder))
+        return self._built(whole, task, make)
 
     def _model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
         attack = None if poison is None else poison.to_json() | self.suite.attack_settings(poison)
