@@ -54,11 +54,7 @@ class ModelStore:
             pattern = self.suite.optimise_pattern(self.base(), task, poison, seed)
             save_file({} if pattern is None else {"pattern": pattern.contiguous()}, folder / "pattern.safetensors")
 
-        # neither the rate of poisoned samples nor the scale of the finished task vector changes a trigger
-        later = ("rate", "rescale", "amplify", "density", "partner")
-        what = {k: v for k, v in self._attack_key(poison).items() if k not in later}
-        key = {"kind": "trigger", "task": task, "poison": what, "seed": seed}
-        folder = self._built(key, "trigger", build)
+        folder = self._built(self.trigger_key(task, poison, seed), "trigger", build)
         return self.suite.trigger(poison, load_file(folder / "pattern.safetensors").get("pattern"))
 
     def attacks(self, name: str, task: str, poison: Poison, seed: int) -> list[Attack]:
@@ -83,8 +79,8 @@ class ModelStore:
             self.suite.save_pair(self.base(), attacked, half, trigger, seed, folder, self.progress)
 
         if poison is not None and poison.partner:
-            return self._built(self._model_key(task, poison, seed), "pair", build_pair) / task
-        return self._built(self._model_key(task, poison, seed), task, build)
+            return self._built(self.model_key(task, poison, seed), "pair", build_pair) / task
+        return self._built(self.model_key(task, poison, seed), task, build)
 
     def models(self, scenario: Scenario, seed: int) -> dict[str, Path]:
         """Return task -> folder of the input model, for all tasks of a scenario."""
@@ -93,7 +89,7 @@ class ModelStore:
     def has_model(self, task: str, poison: Poison | None, seed: int) -> bool:
         """Whether a model is complete in the store."""
         name = "pair" if poison is not None and poison.partner else task
-        return (self._folder(self._model_key(task, poison, seed), name) / _DONE).is_file()
+        return (self._folder(self.model_key(task, poison, seed), name) / _DONE).is_file()
 
     def made_from(
         self,
@@ -111,10 +107,17 @@ class ModelStore:
             key: JSON of all that it depends on beside the model.
             make: writes into the folder that it is given.
         """
-        whole = {**key, "model": self._model_key(task, poison, seed), "kind": kind}
+        whole = {**key, "model": self.model_key(task, poison, seed), "kind": kind}
         return self._built(whole, task, make)
 
-    def _model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
+    def trigger_key(self, task: str, poison: Poison, seed: int) -> dict[str, Any]:
+        """JSON that determines a trigger: neither the rate of poisoned samples nor the finished task vector's scale."""
+        later = ("rate", "rescale", "amplify", "density", "partner")
+        what = {k: v for k, v in self._attack_key(poison).items() if k not in later}
+        return {"kind": "trigger", "task": task, "poison": what, "seed": seed}
+
+    def model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
+        """JSON that determines a model beside the suite; the halves of a pair have the same."""
         if poison is None:
             return {"kind": "model", "task": task, "poison": None, "seed": seed}
         task, poison = attacked_half(task, poison)
