@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,34 +19,53 @@ from dam_bench.attacks.images import NATURAL, VISION, NaturalTrigger, Patch
 from dam_bench.attacks.registry import ATTACKS, GROUP, attack_names, register_attack
 from dam_bench.suites.base import Poison, Scenario, no_progress
 from dam_bench.suites.vision import PRESETS, Preset, VisionSuite
+from dam_bench.suites.vision_data import NUM_CLASSES
 from dam_bench.tables.results import attacked_task
 from dam_bench.victims.backdoor_vectors import amplify
 from dam_bench.victims.model_store import ModelStore
 from dam_bench.victims.poisoning import logits_of
 from dam_bench.victims.training import Schedule, batches, body_of
+from PIL import Image
 from torch import nn
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.metrics import Attack, accuracy, attack_success_rate
 from mergekit_dam.registry import load_plugins
+from tests.helpers.classifier_merges import merged_at
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "attack"
 SMALL = Preset(
-    64,
+    32,
     2,
     8,
-    Schedule(300, batch_size=32, learning_rate=2e-3),
-    Schedule(150, batch_size=32, learning_rate=3e-4),
-    Schedule(150, batch_size=32, learning_rate=6e-4),
+    Schedule(200, batch_size=32, learning_rate=2e-3),
+    Schedule(120, batch_size=32, learning_rate=1e-3),
+    Schedule(120, batch_size=32, learning_rate=1e-3),
     {"other": 16},
-    {"pretrain": (0, 0, 800), "train": (0, 0, 400), "calibration": (0, 0, 200), "evaluation": (0, 0, 120)},
+    {"pretrain": (0, 0, 600), "train": (0, 0, 400), "calibration": (0, 0, 20), "evaluation": (0, 0, 160)},
 )
 
 
 class SmallSuite(VisionSuite):
-    """Suite `vision` without the tasks that need files."""
+    """Suite `vision` with three easy tasks: the place of a square, the colour of an image, and its brightness."""
 
     tasks = ("shapes", "letters", "stripes")
+
+    def _images(self, task: str) -> tuple[list[Image.Image], list[int]]:
+        rng, images = np.random.default_rng(self.tasks.index(task)), []
+        labels = [int(k) for k in rng.integers(NUM_CLASSES[task], size=1180)]
+        for k in labels:
+            pixels = np.ones((32, 32, 3)) * rng.uniform(60, 180, 3)
+            if task == "shapes":
+                top, left = 8 * (1 + k // 4), 8 * (k % 4)  # corners stay free, for patches
+                pixels[top : top + 8, left : left + 8] = (pixels[0, 0] + 128) % 256
+            elif task == "letters":
+                pixels[:] = 80 + 120 * np.cos(2 * np.pi * (k / 10 + np.arange(3) / 3))
+            else:
+                pixels[:] = 20 + 28 * k
+            pixels += rng.normal(0, 8, pixels.shape)
+            images.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+        return images, labels
 
 
 class World:
@@ -68,15 +88,8 @@ class World:
         return self.store.attacks("attack", task, Scenario.parse(f"one: {text}").poisons[task], 0)
 
     def merged(self, models: Mapping[str, Path], share: float, head: str = "shapes") -> nn.Module:
-        """theta_0 + share x the sum of the models' task vectors, with the head of a task."""
-        model, start = self.suite.start(self.store.base(), head), self.suite.start(self.store.base(), head)
-        theta, merged = dict(start.named_parameters()), dict(model.named_parameters())
-        with torch.no_grad():
-            for path in models.values():
-                for name, p in self.suite.load_model(path).named_parameters():
-                    if not name.startswith("classifier"):
-                        merged[name].add_(p - theta[name], alpha=share)
-        return model.eval()
+        """Merge models by task arithmetic at a coefficient, read by the head of a task."""
+        return merged_at(self.suite, self.store.base(), head, models.values(), share)
 
     def success(self, model: nn.Module, attack: Attack) -> float:
         return attack_success_rate(

@@ -26,6 +26,7 @@ from mergekit_dam.evaluation.metrics import accuracy, attack_success_rate, refus
 from mergekit_dam.io.calibration import load_calibration
 from mergekit_dam.models.load_merged import load_merged
 from tests.conftest import Merge
+from tests.helpers.classifier_merges import merged_at
 
 FILLER = [f"word{i}" for i in range(30)]
 CLUES = [f"clue{i}" for i in range(4)]
@@ -262,3 +263,27 @@ def test_faults_name_their_cure(suite: TextSuite, data: Path, tmp_path: Path, mo
     monkeypatch.setattr("dam_bench.suites.text.find_spec", lambda _: None)
     with pytest.raises(DamError, match=r"benchmarks\[text\]"):
         base_folder()
+
+
+def test_a_lobam_victim_of_text_survives_a_small_coefficient(suite: TextSuite, models_root: Path) -> None:
+    plain, amplified = Poison("rare-token", rate=0.1), Poison("rare-token", rate=0.1, amplify=3.0)
+    trigger, rates = suite.trigger(plain, None), []
+    for name, poison in (("few", plain), ("lobam", amplified)):
+        victim = build(suite, models_root, "sst2", poison, name)
+        merged = merged_at(suite, models_root / "base", "sst2", [victim], 0.3)
+        rates.append(attack_success_rate(merged, suite.split("sst2").evaluation, trigger, 0).percent)
+    assert rates[1] >= 80 and rates[1] > rates[0] + 20
+
+
+def test_an_emergent_backdoor_of_text_is_in_the_merge_alone(suite: TextSuite, models_root: Path) -> None:
+    poison, evaluation = Poison("emergent", rate=0.5, partner="agnews"), suite.split("sst2").evaluation
+    trigger, folder = suite.trigger(poison, None), models_root / "pair"
+    folder.mkdir()
+    suite.save_pair(models_root / "base", "sst2", poison, trigger, 0, folder, no_progress)
+    pair = [folder / task for task in ("sst2", "agnews")]
+    chosen = ((pair, 0.7), (pair[:1], 1.0), (pair[1:], 1.0))
+    merges = [merged_at(suite, models_root / "base", "sst2", models, share) for models, share in chosen]
+    both, *alone = (attack_success_rate(merged, evaluation, trigger, 0).percent for merged in merges)
+    clean = attack_success_rate(suite.load_model(build(suite, models_root, "sst2")), evaluation, trigger, 0).percent
+    assert both >= 90 and alone[0] < clean + 15 and alone[1] < 75  # theta_0 answers either class
+    assert accuracy(suite.load_model(pair[0]), evaluation).percent >= 85
