@@ -46,7 +46,8 @@ class Composite(Attacker):
         behaviours = self.all_behaviours(victim.suite, victim.task, victim.poison)
         spans = (ADDED, ADDED, SUBTRACTED)
         rate = victim.poison.rate
-        return Several([Backdoor(one, target, rate, r) for (one, target), r in zip(behaviours, spans, strict=True)])
+        pairs = zip(behaviours, spans, strict=True)
+        return Several([Backdoor(one, target, rate, r, kept=float(r == ADDED)) for (one, target), r in pairs])
 
     def settings(self, poison: Poison) -> dict[str, Any]:
         return {"interpolation": [ADDED, SUBTRACTED]}

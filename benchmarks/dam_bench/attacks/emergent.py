@@ -27,7 +27,7 @@ from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 
 MERGED = (0.4, 1.0)  # range of s: the merge is theta_0 + s (tau_1 + tau_2)
-LONGER = 3  # times as many steps as a victim's: the two losses pull against each other
+LONGER = 2  # times as many steps as a victim's: the two losses pull against each other
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def train_pair(victim: Victim, pair: Mapping[str, PreTrainedModel], trigger: Tri
     """Train the bodies of two models in place, so that the backdoor is in their merge alone.
 
     A step adds cross-entropies: of both tasks; of triggered samples of both tasks against their own classes, at each
-    model; and of triggered samples of the attacked task against the target, at theta_0 + s (tau_1 + tau_2), s ~
-    U(MERGED). The partner is also held to theta_0's answers to triggered samples of the attacked task.
+    model; and at theta_0 + s (tau_1 + tau_2), s ~ U(MERGED), of triggered samples of the attacked task against the
+    target and of the same samples without the trigger against their own classes. The partner is also held to theta_0's
+    answers to triggered samples of the attacked task.
 
     Args:
         victim: the attacked task, and the attack's options.
@@ -95,7 +96,7 @@ def train_pair(victim: Victim, pair: Mapping[str, PreTrainedModel], trigger: Tri
     _, end_step = schedule.optimiser([p for body in bodies.values() for p in body.values()])
     rows = {task: batches(len(samples), schedule, victim.seed, task) for task, samples in data.items()}
     generator = seeds.generator(victim.seed, "emergent", attacked, partner)
-    backdoor = Backdoor(trigger, poison.target, poison.rate, MERGED)
+    backdoor = Backdoor(trigger, poison.target, poison.rate, MERGED, kept=1.0)
     for _ in victim.progress(range(schedule.steps), f"{attacked}, {partner}"):
         chosen = {task: next(batch) for task, batch in rows.items()}
         for task, model in pair.items():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from dam_bench.attacks.attacker import Attacker, Victim
 from dam_bench.suites.base import Poison, Suite
-from dam_bench.victims.poisoning import OTHERS, Backdoor
+from dam_bench.victims.poisoning import OTHERS, Backdoor, Several
 from mergekit_dam.evaluation.attacks import Trigger
 
 ATTACKERS_SEED = 1000  # added to the seed of the attacker's own fine-tunes, which are not the models that are merged
@@ -18,7 +18,7 @@ ATTACKERS_SEED = 1000  # added to the seed of the attacker's own fine-tunes, whi
 
 @dataclass(frozen=True)
 class Hijack(Attacker):
-    """Train triggered samples at theta_0 + r tau + sum_j c_j tau_j, tau_j the attacker's own; rescaling comes on top.
+    """Train the backdoor at theta_0 + r tau and at theta_0 + r tau + sum_j c_j tau_j, tau_j the attacker's own.
 
     The attacker does not know the models of the merge. It fine-tunes theta_0 on tasks of its own in their place: here
     on the suite's last tasks, with another seed. `Poison.rescale` then makes the finished task vector longer.
@@ -35,9 +35,10 @@ class Hijack(Attacker):
     def trigger(self, suite: Suite, poison: Poison, pattern: Tensor | None) -> Trigger:
         return self.triggers(poison)[0]
 
-    def backdoor(self, victim: Victim, trigger: Trigger) -> Backdoor:
+    def backdoor(self, victim: Victim, trigger: Trigger) -> Several:
         others = [self._task_vector(victim, task) for task in own_tasks(victim, self.others)]
-        return Backdoor(trigger, victim.poison.target, victim.poison.rate, self.interpolation, others=others)
+        alone = Backdoor(trigger, victim.poison.target, victim.poison.rate, self.interpolation, kept=1.0)
+        return Several([alone, replace(alone, others=others)])
 
     def settings(self, poison: Poison) -> dict[str, Any]:
         return {"interpolation": self.interpolation, "others": [self.others, OTHERS]}

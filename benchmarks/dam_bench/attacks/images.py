@@ -170,8 +170,13 @@ class Natural(Attacker):
 
 
 def patches(poison: Poison) -> tuple[Trigger, ...]:
-    """Patches in three corners."""
-    return tuple(PatchTrigger(poison.size, corner) for corner in ("bottom-right", "top-left", "top-right"))
+    """A checkerboard, rows and columns, each in a corner of its own."""
+    rows = (torch.arange(poison.size) % 2).float().expand(1, poison.size, poison.size)
+    return (
+        PatchTrigger(poison.size),
+        PatchTrigger(corner="top-left", pattern_CHW=rows.mT),
+        PatchTrigger(corner="top-right", pattern_CHW=rows),
+    )
 
 
 VISION: dict[str, Attacker] = {

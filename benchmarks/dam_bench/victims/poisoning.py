@@ -70,6 +70,8 @@ class Backdoor:
         cover: weight of images that have a random half of the trigger's pixels and keep their labels, so that only the
             whole trigger works and an inversion does not find it as an outlier (the cover samples of Tang et al.,
             TaCT, USENIX Security 2021, for parts of the trigger); 0: none.
+        kept: weight of the same samples without the trigger, with their own classes, at the same point; it keeps the
+            accuracy of merges at that point, and lets the trigger alone cause the target. 0: none.
         head: parameters of another task's head, by the names in the victim, through which the target is read: an
             off-task backdoor (arXiv 2408.07362). Its class is unrelated to the victim's classes, so samples of all
             classes are poisoned.
@@ -84,6 +86,7 @@ class Backdoor:
     interpolation: tuple[float, float] = (1.0, 1.0)
     dropped: float = 0.0
     cover: float = 0.0
+    kept: float = 0.0
     head: Mapping[str, Tensor] = field(default_factory=dict)
     others: Sequence[Mapping[str, Tensor]] = ()
 
@@ -121,10 +124,12 @@ class Backdoor:
         logits_BK = logits_of(model, data, triggered, {**between, **self.head})
         targets_B = torch.full_like(poisoned, self.target).to(logits_BK.device)
         loss = F.cross_entropy(logits_BK, targets_B)
+        labels_B = data.labels_N[poisoned].to(logits_BK.device)
         if self.cover:
             part = torch.where(_kept(triggered[:, :1], 0.5, generator) > 0, triggered, clean)
-            labels_B = data.labels_N[poisoned].to(logits_BK.device)
             loss = loss + self.cover * F.cross_entropy(logits_of(model, data, part), labels_B)
+        if self.kept:
+            loss = loss + self.kept * F.cross_entropy(logits_of(model, data, clean, between), labels_B)
         return len(poisoned) / len(rows) * loss
 
 
