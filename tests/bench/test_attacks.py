@@ -178,14 +178,14 @@ def _student(world: World, teacher: nn.Module) -> nn.Module:
 
 def test_a_composite_of_natural_changes_survives_distillation_and_a_patch_does_not(world: World) -> None:
     """A student learns the parts of the trigger from clean images (T-MTB, arXiv 2510.18541)."""
-    left = {}
+    left, clean = [], world.suite.load_model(world.models("", "shapes")["shapes"])
+    student_of_clean = _student(world, clean)
     for text in ("shapes=natural(target=2,rate=0.5)", "shapes=patch(target=2,rate=0.5,size=8)"):
         (attack,) = world.attacks(text)
         victim = world.suite.load_model(world.models(text, "shapes")["shapes"])
-        clean = world.suite.load_model(world.models("", "shapes")["shapes"])
-        assert world.success(victim, attack) >= 80
-        left[text[:14]] = world.success(_student(world, victim), attack) - world.success(_student(world, clean), attack)
-    assert left["shapes=natural"] >= 40 and left["shapes=natural"] > left["shapes=patch("] + 30
+        assert world.success(victim, attack) >= 80 and world.success(student_of_clean, attack) < 20
+        left.append(world.success(_student(world, victim), attack))
+    assert left[0] >= 60 and left[0] > left[1] + 30, left
 
 
 def test_natural_changes_are_small_alone_and_stay_in_range() -> None:
@@ -262,8 +262,8 @@ def test_an_attack_of_another_package_is_built_and_measured(world: World, outsid
     text = "shapes=stripe(target=2,size=2,rate=0.5)"
     (attack,) = world.attacks(text)
     assert attack_names("vision")[-1] == "stripe" and "stripe" not in attack_names("text")
-    merged = world.merged(world.models(text, "shapes"), 0.3)
-    assert world.success(merged, attack) >= 80
+    victim, clean = (world.merged(world.models(one, "shapes"), 0.5) for one in (text, ""))
+    assert world.success(victim, attack) >= 80 > 30 > world.success(clean, attack)
     poison = Scenario.parse(f"one: {text}").poisons["shapes"]
     before = world.store.model_key("shapes", poison, 0)
     outside(f"{code}# changed\n")
