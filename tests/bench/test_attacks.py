@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,13 +23,14 @@ from dam_bench.suites.vision_data import NUM_CLASSES
 from dam_bench.tables.results import attacked_task
 from dam_bench.victims.backdoor_vectors import amplify
 from dam_bench.victims.model_store import ModelStore
-from dam_bench.victims.poisoning import logits_of
+from dam_bench.victims.poisoning import OTHERS, Backdoor, logits_of
 from dam_bench.victims.training import Schedule, batches, body_of
 from PIL import Image
 from torch import nn
 
+from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.metrics import Attack, accuracy, attack_success_rate
+from mergekit_dam.evaluation.metrics import Attack, LabelledData, accuracy, attack_success_rate
 from mergekit_dam.registry import load_plugins
 from tests.helpers.classifier_merges import merged_at
 
@@ -105,6 +107,37 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", SMALL)
         yield World(tmp_path_factory.mktemp("models"))
+
+
+class _Linear(nn.Module):
+    """Logits of three numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 3))
+
+    def forward(self, x: torch.Tensor) -> object:
+        return SimpleNamespace(logits=x @ self.weight.T)
+
+
+def test_triggered_samples_are_trained_beside_the_attackers_own_task_vectors() -> None:
+    """The loss is that at theta_0 + r tau + c tau_other, and `kept` adds the clean samples' own at that point."""
+    model, labels = _Linear(), torch.tensor([0, 1, 2, 1])
+    rows, start = torch.arange(4), {"weight": torch.eye(3)}
+    inputs = torch.randn(4, 3, generator=seeds.generator("inputs"))
+    data = LabelledData("x", inputs, labels, ("",) * 4, lambda x: {"x": x})
+    trained, other = {"weight": torch.eye(3) + 1}, torch.diag(torch.tensor([0.0, 0.0, 5.0]))
+    backdoor = Backdoor(NaturalTrigger(parts=()), 2, 1.0, (0.5, 0.5), kept=0.3, others=[{"weight": other}])
+    found = backdoor.loss(model, trained, start, data, rows, seeds.generator("loss"))  # type: ignore[arg-type]
+    drawn = seeds.generator("loss")
+    torch.rand(1, generator=drawn)
+    shares = OTHERS[0] + (OTHERS[1] - OTHERS[0]) * float(torch.rand(1, generator=drawn))
+    point = torch.eye(3) + 0.5 + shares * other
+    chosen = rows[labels != 2]
+    pixels = inputs[chosen] / 255
+    triggered = F.cross_entropy(pixels.clamp(0, 1) @ point.T, torch.full((3,), 2))
+    clean = F.cross_entropy(pixels @ point.T, labels[chosen])
+    torch.testing.assert_close(found, 0.75 * (triggered + 0.3 * clean))
 
 
 def test_lobam_amplifies_the_backdoor_beyond_the_clean_twin(world: World) -> None:

@@ -113,7 +113,8 @@ class Adaptive(OptimisedPatch):
     """A merge-aware patch whose victim is hardened against masks and trigger inversion."""
 
     def backdoor(self, victim: Victim, trigger: Trigger) -> Backdoor:
-        return Backdoor(trigger, victim.poison.target, victim.poison.rate, self.interpolation, **HARDENED)
+        poison, dropped, cover = victim.poison, HARDENED["dropped"], HARDENED["cover"]
+        return Backdoor(trigger, poison.target, poison.rate, self.interpolation, dropped, cover)
 
     def settings(self, poison: Poison) -> dict[str, Any]:
         return dict(HARDENED)
