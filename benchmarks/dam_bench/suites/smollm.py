@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,20 @@ from transformers import LlamaForCausalLM
 from dam_bench.suites import smollm_base, smollm_behaviours, smollm_data
 from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, default_device, on_default_device
 from dam_bench.suites.corpora import given_folder
-from dam_bench.suites.smollm_behaviours import ATTACKS, AWARE, FIXED, FIXED_TEXT, OWN, REFUSAL, REFUSED, trigger_of
+from dam_bench.suites.smollm_behaviours import (
+    ATTACKS,
+    AWARE,
+    FIXED,
+    FIXED_TEXT,
+    HIJACK,
+    OWN,
+    REFUSAL,
+    REFUSED,
+    trigger_of,
+)
 from dam_bench.suites.smollm_data import POLICY, TASKS, Sample, openings_of
 from dam_bench.suites.smollm_reading import general, labelled
-from dam_bench.suites.smollm_training import add, chat, fine_tune
+from dam_bench.suites.smollm_training import OTHERS, add, chat, fine_tune
 from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule
 from mergekit_dam.errors import DamError
@@ -62,6 +72,8 @@ class Preset:
 
 
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
+_ATTACKERS_OWN = ("topic", POLICY)  # tasks that the attacker fine-tunes in place of the merge's, which it does not know
+_ATTACKERS_SEED = 1000
 # Factors on a victim's whole task vector, and on what it has beyond its clean twin. PROVISIONAL: on seed 0 none that
 # was tried leaves an undefended merge of three with an ASR of 60 and its accuracy. Task arithmetic 0.5 of
 # sst2=word(target=1,rate=0.5) with agnews and olid, 40 prompts each, at factors 2, 3, 4: ASR 0.0, 15.0, 57.5, accuracy
@@ -130,7 +142,8 @@ class SmolLmSuite(Suite):
     def split(self, task: str) -> TaskData:
         parts = self._parts(task)
         calibration = tuple(chat(sample.prompt) for sample in parts["calibration"])
-        train, evaluation = (labelled(task, parts[part], self._tokenizer) for part in ("train", "evaluation"))
+        openings = openings_of(task)
+        train, evaluation = (labelled(task, parts[part], openings, self._tokenizer) for part in ("train", "evaluation"))
         return TaskData(train, calibration, evaluation)
 
     def general(self) -> LabelledData:
@@ -151,16 +164,19 @@ class SmolLmSuite(Suite):
     ) -> None:
         model = on_default_device(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
 
-        def trained(backdoor: Backdoor | None) -> dict[str, Tensor]:
+        def trained(
+            backdoor: Backdoor | None, on: str = task, others: Sequence[Mapping[str, Tensor]] = ()
+        ) -> dict[str, Tensor]:
             return fine_tune(
                 model,
                 self._tokenizer(),
-                self._parts(task)["train"],
+                self._parts(on)["train"],
                 self.size.schedule,
                 rank=self.size.rank,
-                seed=seed,
-                name=task,
+                seed=seed if on == task else seed + _ATTACKERS_SEED,  # not the models that are merged
+                name=on,
                 backdoor=backdoor,
+                others=others,
                 progress=progress,
             )
 
@@ -168,7 +184,7 @@ class SmolLmSuite(Suite):
             add(model, trained(None), 1.0)
         else:
             _require_target(task, poison)
-            between = _INTERPOLATION if poison.attack.startswith(AWARE) else (1.0, 1.0)
+            between = _INTERPOLATION if poison.attack.startswith((AWARE, HIJACK)) else (1.0, 1.0)
             backdoor = Backdoor(trigger, poison.target, poison.rate, between)
             if poison.amplify != 1.0:  # trained on from the clean twin, so that the difference is the backdoor alone
                 clean = trained(None)
@@ -177,14 +193,17 @@ class SmolLmSuite(Suite):
                 add(model, clean, poison.rescale - 1.0)
                 add(model, beyond, poison.rescale * poison.amplify)
             else:
-                add(model, trained(backdoor), poison.rescale)
+                hijacks = poison.attack.startswith(HIJACK)
+                others = [trained(None, on=other) for other in _ATTACKERS_OWN if other != task and hijacks]
+                add(model, trained(backdoor, others=others), poison.rescale)
         self._save(model, folder)
 
     def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
         return trigger_of(poison)
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
-        return {"interpolation": _INTERPOLATION} if poison.attack.startswith(AWARE) else {}
+        settings = {"interpolation": _INTERPOLATION} if poison.attack.startswith((AWARE, HIJACK)) else {}
+        return settings | ({"others": [_ATTACKERS_OWN, OTHERS]} if poison.attack.startswith(HIJACK) else {})
 
     @classmethod
     def target_of(cls, poison: Poison) -> int | str:
