@@ -1,0 +1,96 @@
+"""Say what to do after an audit: sentences with the next command, for the terminal, the JSON and the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+REACTS = 0.5  # share of the merge's success from which an input model counts as reacting to the same trigger
+
+
+def next_steps(facts: Mapping[str, Any], source: str) -> list[str]:
+    """Return what to do next, in the order in which to try it; empty where nothing is left to do.
+
+    Args:
+        facts: of an audit (`over`, `merge`, `models`).
+        source: the recipe, or the directory of the merge, as the user named it.
+    """
+    if facts["merge"] is not None:
+        return _after_merge(facts, source) if facts["over"] else []
+    if not facts["over"]:
+        return [
+            f"Merge with `mergekit-dam merge {source} OUT`, then scan the merge with `mergekit-dam audit OUT`: models "
+            "that look clean one by one can be bad together."
+        ]
+    return [
+        f"If you can do without {_list(facts['over'])}, take it out of {source} or put another model in its place.",
+        f"If not, merge with `mergekit-dam merge {source} OUT`, which fits the masks against what was found, and not "
+        "with another method.",
+        "Then scan the merge with `mergekit-dam audit OUT`.",
+    ]
+
+
+def _after_merge(facts: Mapping[str, Any], source: str) -> list[str]:
+    recipe = f"{source}/mergekit_config.yml"
+    blamed = reacting(facts)
+    steps = ["Do not use or publish this merge as it is."]
+    if blamed:
+        steps.append(
+            f"The trigger works on {_list(blamed)} alone, too: take it out of the recipe ({recipe}) or put another "
+            "model in its place, merge again with `mergekit-dam merge RECIPE OUT`, and scan that merge with "
+            "`mergekit-dam audit OUT`."
+        )
+    else:
+        steps.append(
+            "No input model reacts to the trigger alone, so the models look clean and only their merge is suspect. "
+            f"Leave out one model after the other in the recipe ({recipe}), each time with "
+            "`mergekit-dam merge RECIPE OUT` and `mergekit-dam audit OUT`, until the finding is gone."
+        )
+    steps.append(
+        f"If you need all of them, `mergekit-dam clean {recipe} -o cleaned` weakens unknown backdoors in every input "
+        "model (experimental); merge the cleaned models, and scan that merge."
+    )
+    return steps
+
+
+def reacting(facts: Mapping[str, Any]) -> list[str]:
+    """Name the input models that react to the trigger of a suspect finding of the merge when they are alone."""
+    found: dict[str, None] = {}
+    for entry in facts["models"]:
+        for one in entry["classes"]:
+            rows = one.get("evidence", [])
+            of_merge = max((reaction(row) for row in rows if row["role"] == "merge"), default=0.0)
+            for row in rows:
+                if row["role"] == "other" and reaction(row) >= REACTS * of_merge > 0.0:
+                    found[row["name"]] = None
+    return list(found)
+
+
+def reaction(row: Mapping[str, Any]) -> float:
+    """Success of a trigger beyond what is answered with its target anyhow; of a row of evidence."""
+    return float(row["success"]) - float(row["plain"] or 0.0)
+
+
+def suspect_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Describe the suspect findings of a merge and what to do next, a line each; none if it is not over."""
+    if not facts["over"]:
+        return []
+    found = [one for entry in facts["models"] for one in entry["classes"] if one["suspect"]]
+    lines = [f"the merge, {what_is(one)} (suspicion {one['suspicion']})" for one in found]
+    return [f"suspect: {line}" for line in (*lines, *facts["next"])]
+
+
+def what_is(finding: Mapping[str, Any]) -> str:
+    """Name the target of a finding: `class 1 of digits`, or the text of a continuation."""
+    target = finding["target"]
+    return f"class {target} of {finding['task']}" if isinstance(target, int) else f"{target!r} of {finding['task']}"
+
+
+def not_scanned(output: object) -> str:
+    """Say how to scan a finished merge that was not scanned."""
+    return f"the merge itself was not scanned for backdoors: `mergekit-dam audit {output}` does it"
+
+
+def _list(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
