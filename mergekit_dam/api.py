@@ -138,7 +138,7 @@ def audit(
         >>> facts["over"], [model["name"] for model in facts["models"]]
         ([], ['flowers', 'cars'])
         >>> facts = audit(merge(recipe, "merged"), threshold=2.0)
-        >>> facts["over"], facts["merge"]["path"]
+        >>> facts["over"], facts["merge"]["name"]
         ([], 'merged')
     """
     opened, merged = open_audit(source, options=options, **settings)

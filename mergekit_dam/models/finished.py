@@ -47,7 +47,7 @@ def finished_merge(plan: Plan, output: Path) -> FinishedMerge:
     for spec in plan.tensors:
         if spec.name in written:
             tensors[spec.name] = _with_rows(spec, written.tensor(spec.name), base, output)
-        elif spec.mask_name == spec.name:  # a tied tensor need not be written twice
+        elif spec.mask_name == spec.name and spec.dtype.is_floating_point:  # tied tensors may be written once
             raise DamError(
                 f"output {output}",
                 expected=f"the tensor {spec.name} of its recipe",

@@ -13,10 +13,10 @@ def next_steps(facts: Mapping[str, Any], source: str) -> list[str]:
 
     Args:
         facts: of an audit (`over`, `merge`, `models`).
-        source: the recipe, or the directory of the merge, as the user named it.
+        source: the recipe, as the user named it; of a merge, whose files are published, only its directory is named.
     """
     if facts["merge"] is not None:
-        return _after_merge(facts, source) if facts["over"] else []
+        return _after_merge(facts) if facts["over"] else []
     if not facts["over"]:
         return [
             f"Merge with `mergekit-dam merge {source} OUT`, then scan the merge with `mergekit-dam audit OUT`: models "
@@ -30,8 +30,8 @@ def next_steps(facts: Mapping[str, Any], source: str) -> list[str]:
     ]
 
 
-def _after_merge(facts: Mapping[str, Any], source: str) -> list[str]:
-    recipe = f"{source}/mergekit_config.yml"
+def _after_merge(facts: Mapping[str, Any]) -> list[str]:
+    recipe = f"{facts['merge']['name']}/mergekit_config.yml"
     blamed = reacting(facts)
     steps = ["Do not use or publish this merge as it is."]
     if blamed:

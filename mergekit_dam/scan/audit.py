@@ -1,9 +1,9 @@
 """The audit: score every input model for backdoors before anything is merged, or a finished merge as one more model.
 
 Models can be clean one by one and bad together (MergeBackdoor, USENIX Security 2025), so the merge is scanned, too: per
-task, with that task's head and calibration data. The scan sees unlabelled calibration data only (inversion.py). A score is a rank within the
-models at hand, not a proof: a clean model can have a class that is easy to reach, and a trigger of another kind than
-those searched is not found.
+task, with that task's head and calibration data. The scan sees unlabelled calibration data only (inversion.py). A score
+is a rank within the models at hand, not a proof: a clean model can have a class that is easy to reach, and a trigger of
+another kind than those searched is not found.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Audit:
     Attributes:
         facts: JSON, schema 1: `models` with scores and ranks, `over` (names), `notes` (sentences that belong beside
             the scores), `next` (what to do), threshold, settings, versions, time. In an audit of a merge, `merge` is
-            its directory and SHA-256, and `models` has the merge once per task, under the task's name.
+            its directory's name and its SHA-256, and `models` has the merge once per task, under the task's name.
         findings: of the scan, for the pictures.
         suspects: keys of those over the threshold.
         tasks: as the findings number them.
@@ -71,7 +71,7 @@ def audit(
     Args:
         tasks: of the plan.
         threshold: suspicion from which a model counts as over, 0 or more.
-        source: the recipe, or the directory of the merge, as the user named it.
+        source: the recipe as the user named it; read without a merge.
         device: where the models run.
         progress: wraps the models' indices in a progress bar with a title.
         known: where a scan is kept for other runs; None: nowhere.
@@ -100,7 +100,7 @@ def audit(
         if merge is None:
             entry |= {"model": str(model.ref), "revision": revision_of(model)}
         else:  # one model with one norm, which has no others to be compared with
-            entry |= {"model": str(merge.path), "revision": None, "norm_ratio": None}
+            entry |= {"model": merge.path.resolve().name, "revision": None, "norm_ratio": None}
         entry["defended"] = task.defended
         for one in entry["classes"]:
             key = one.pop("key")
@@ -111,7 +111,7 @@ def audit(
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {"model": str(plan.base.ref), "revision": revision_of(plan.base)},
-        "merge": None if merge is None else {"path": str(merge.path), "sha256": merge.sha256},
+        "merge": None if merge is None else {"name": merge.path.resolve().name, "sha256": merge.sha256},
         "threshold": threshold,
         "models": models,
         "over": [entry["name"] for entry in models if entry["over"]],

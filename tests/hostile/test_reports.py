@@ -169,7 +169,7 @@ def _merge_audit(first: str, second: str) -> dict[str, Any]:
     entry = {"name": first, "suspicion": 0.9, "over": True, "defended": True, "classes": [_scanned(first, second)]}
     return {
         "created": first,
-        "merge": {"path": second, "sha256": first},
+        "merge": {"name": second, "sha256": first},
         "threshold": 0.4,
         "models": [entry],
         "over": [first],

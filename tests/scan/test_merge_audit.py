@@ -1,4 +1,4 @@
-"""The scan of a finished merge: it names a backdoor that no input model has, and says what to do; a clean one passes."""
+"""The scan of a finished merge names a backdoor that no input model has, says what to do, and lets a clean one pass."""
 
 from __future__ import annotations
 
@@ -71,8 +71,7 @@ def test_a_backdoor_of_the_merge_alone_is_named(trained: Path, tmp_path: Path) -
     clean = read_merge_audit(out)
     assert clean is not None and clean["suspects"] == [] and clean["scored"] >= 8
     again = _run("audit", out)
-    assert again.exit_code == 0 and "the scan from the cache" in "".join(again.output) or again.exit_code == 0
-    assert again.stdout.count("below the threshold") == 2
+    assert again.exit_code == 0 and again.stdout.count("below the threshold") == 2, again.output
 
     shutil.copytree(out, bad)
     theta, victim, stripes = (tensors_of(trained / name) for name in ("base", "victim", "stripes"))
@@ -113,8 +112,9 @@ def test_a_backdoor_of_the_merge_alone_is_named(trained: Path, tmp_path: Path) -
     assert "The merge is suspect" in (bad / "dam" / "report.html").read_text()
     told = plan_push(bad, "org/name")
     assert "**The finished merge is suspect.**" in told.card
-    sent = told.paths.shortened_file(bad / "dam" / "audit.json")
-    assert sent is not None and str(tmp_path) not in sent and str(trained) not in sent
+    file = bad / "dam" / "audit.json"
+    sent = told.paths.shortened_file(file) or file.read_text()
+    assert str(tmp_path) not in sent and str(trained) not in sent
 
 
 def _facts(success: dict[str, float], plain: float = 0.0, **more: Any) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _facts(success: dict[str, float], plain: float = 0.0, **more: Any) -> dict[s
         for n, s in success.items()
     ]
     one = {"task": "a", "target": 1, "suspicion": 0.9, "suspect": True, "evidence": rows}
-    return {"merge": {"path": "out"}, "over": ["a"], "models": [{"name": "a", "classes": [one]}], **more}
+    return {"merge": {"name": "out"}, "over": ["a"], "models": [{"name": "a", "classes": [one]}], **more}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_causal_lm_is_scanned_at_the_end_of_its_merge(llama: Path, texts: Path
     done = _run("merge", recipe, out)
     assert done.exit_code == 0 and "was not scanned" not in done.stderr, done.output
     facts = json.loads((out / "dam" / "audit.json").read_text())
-    assert [entry["name"] for entry in facts["models"]] == ["a", "b"] and facts["merge"]["path"] == str(out)
+    assert [entry["name"] for entry in facts["models"]] == ["a", "b"] and facts["merge"]["name"] == "out"
     assert json.loads((out / "dam" / "report.json").read_text())["merge_audit"]["created"] == facts["created"]
     asked_not = _run("merge", recipe, out, "--no-scan")
     assert asked_not.exit_code == 0 and "was not scanned" not in asked_not.stderr
