@@ -23,8 +23,8 @@ def next_steps(facts: Mapping[str, Any], source: str) -> list[str]:
             "that look clean one by one can be bad together."
         ]
     return [
-        f"If you can do without {_list(facts['over'])}, take it out of {source} or put another model in its place.",
-        f"If not, merge with `mergekit-dam merge {source} OUT`, which fits the masks against what was found, and not "
+        f"If you can, leave {_list(facts['over'])} out of {source}, or put a model from elsewhere in the place.",
+        f"If you cannot, merge with `mergekit-dam merge {source} OUT`, which fits the masks against what was found, and not "
         "with another method.",
         "Then scan the merge with `mergekit-dam audit OUT`.",
     ]
@@ -36,8 +36,8 @@ def _after_merge(facts: Mapping[str, Any]) -> list[str]:
     steps = ["Do not use or publish this merge as it is."]
     if blamed:
         steps.append(
-            f"The trigger works on {_list(blamed)} alone, too: take it out of the recipe ({recipe}) or put another "
-            "model in its place, merge again with `mergekit-dam merge RECIPE OUT`, and scan that merge with "
+            f"The trigger works on {_list(blamed)} alone, too: leave that out of the recipe ({recipe}) or put a model "
+            "from elsewhere in the place, merge again with `mergekit-dam merge RECIPE OUT`, and scan that merge with "
             "`mergekit-dam audit OUT`."
         )
     else:

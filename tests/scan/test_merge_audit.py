@@ -32,7 +32,9 @@ from tests.helpers.small_vits import TASKS, trained_base
 from tests.helpers.tiny_models import edit
 
 TARGET = 1
-SCAN = {"scan_steps": 60, "mask": "m1", "steps": 2, "batch_size": 4, "weight": 0.5}  # m1 alone: inputs are not scanned
+# m1 alone: learning does not scan the inputs. Clean models as small and briefly trained as these are over the default
+# threshold of 0.4 (0.66 when this test was written), so it is raised here, for inputs and merges alike.
+SCAN = {"scan_steps": 60, "suspicion": 0.8, "mask": "m1", "steps": 2, "batch_size": 4, "weight": 0.5}
 
 
 def _run(*arguments: Any) -> Any:
