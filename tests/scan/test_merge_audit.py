@@ -88,16 +88,6 @@ def test_a_backdoor_of_the_merge_alone_is_named(trained: Path, tmp_path: Path) -
     assert read_merge_audit(bad) is None, "the scan is of other weights"
     found = _run("audit", bad, "--json")
     facts = json.loads(found.stdout)
-    print(
-        [
-            (
-                m["name"],
-                m["suspicion"],
-                [(c["target"], c["kind"], c["suspicion"], c.get("evidence")) for c in m["classes"][:3]],
-            )
-            for m in facts["models"]
-        ]
-    )
     assert found.exit_code == 3 and facts["over"] == ["shapes"], [(m["name"], m["suspicion"]) for m in facts["models"]]
     worst = facts["models"][0]["classes"][0]
     assert worst["target"] == TARGET and worst["suspect"]
