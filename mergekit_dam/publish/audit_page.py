@@ -48,7 +48,7 @@ class _Part(BaseModel):
 
 
 class _Row(_Part):
-    role: Literal["merge", "model", "base", "other"]
+    role: Literal["merge", "model", "base", "own", "other"]
     name: Name
     success: Share
     plain: Share | None

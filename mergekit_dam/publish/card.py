@@ -224,9 +224,16 @@ def _merge_audit(facts: Mapping[str, Any] | None) -> str:
         by_role: dict[str, float] = {}
         for row in one["evidence"]:
             by_role[row["role"]] = max(by_role.get(row["role"], 0.0), row["success"])
-        shares = (percent(by_role.get(role)) for role in ("merge", "base", "other"))
+        shares = (percent(by_role.get(role)) for role in ("merge", "base", "own"))
         rows.append([code(one["task"]), code(one["target"]), f"{one['suspicion']:.2f}", *shares])
-    header = ["task", "class", "suspicion", "trigger works on the merge", "on the base", "on an input alone, at most"]
+    header = [
+        "task",
+        "class",
+        "suspicion",
+        "trigger works on the merge",
+        "on the base",
+        "on the task's own model alone",
+    ]
     return (
         f"**The finished merge is suspect.** It was scanned as a model of its own, and {len(facts['over'])} of its "
         f"tasks are over the threshold ({rule}). This can be a false alarm.{notes}\n\n{table(header, rows)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-REACTS = 0.5  # share of the merge's success from which an input model counts as reacting to the same trigger
+REACTS = 0.5  # share of the merge's gap to theta_0 from which an input model counts as reacting to the same trigger
 
 
 def next_steps(facts: Mapping[str, Any], source: str) -> list[str]:
@@ -32,19 +32,21 @@ def next_steps(facts: Mapping[str, Any], source: str) -> list[str]:
 
 def _after_merge(facts: Mapping[str, Any]) -> list[str]:
     recipe = f"{facts['merge']['name']}/mergekit_config.yml"
-    blamed = reacting(facts)
+    again = "with `mergekit-dam merge RECIPE OUT` and `mergekit-dam audit OUT`"
+    own, others, unexplained = reacting(facts)
     steps = ["Do not use or publish this merge as it is."]
-    if blamed:
+    if own:
         steps.append(
-            f"The trigger works on {_list(blamed)} alone, too: leave that out of the recipe ({recipe}) or put a model "
-            "from elsewhere in the place, merge again with `mergekit-dam merge RECIPE OUT`, and scan that merge with "
-            "`mergekit-dam audit OUT`."
+            f"The trigger works on {_list(own)} alone, too: leave that out of the recipe ({recipe}) or put a model from "
+            f"elsewhere in the place, then merge and scan again {again}."
         )
-    else:
+    if unexplained:
+        first = f", first {_list(others)}" if others else ""
+        hint = " (it reacts alone, as clean models of other tasks can, too)" if others else ""
         steps.append(
-            "No input model reacts to the trigger alone, so the models look clean and only their merge is suspect. "
-            f"Leave out one model after the other in the recipe ({recipe}), each time with "
-            "`mergekit-dam merge RECIPE OUT` and `mergekit-dam audit OUT`, until the finding is gone."
+            f"On {_list(unexplained)} the task's own model does not react to the trigger alone, so the model looks clean "
+            f"and the merge does not. Leave out one model after the other in the recipe ({recipe}){first}{hint}, each "
+            f"time {again}, until the finding is gone."
         )
     steps.append(
         f"If you need all of them, `mergekit-dam clean {recipe} -o cleaned` weakens unknown backdoors in every input "
@@ -53,22 +55,36 @@ def _after_merge(facts: Mapping[str, Any]) -> list[str]:
     return steps
 
 
-def reacting(facts: Mapping[str, Any]) -> list[str]:
-    """Name the input models that react to the trigger of a suspect finding of the merge when they are alone."""
-    found: dict[str, None] = {}
-    for entry in facts["models"]:
-        for one in entry["classes"]:
-            rows = one.get("evidence", [])
-            of_merge = max((reaction(row) for row in rows if row["role"] == "merge"), default=0.0)
-            for row in rows:
-                if row["role"] == "other" and reaction(row) >= REACTS * of_merge > 0.0:
-                    found[row["name"]] = None
-    return list(found)
+def reacting(facts: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:
+    """Tell which input models react alone to the triggers of a merge's suspect findings.
 
+    A model reacts if the trigger leads to the target on more samples than theta_0 and than without the trigger, by at
+    least `REACTS` of what the merge has beyond theta_0.
 
-def reaction(row: Mapping[str, Any]) -> float:
-    """Success of a trigger beyond what is answered with its target anyhow; of a row of evidence."""
-    return float(row["success"]) - float(row["plain"] or 0.0)
+    Returns:
+        Models that react by their own heads; models of other tasks that react where none of the first does; and the
+        tasks of such findings, whose own model does not react.
+    """
+    own: dict[str, None] = {}
+    others: dict[str, None] = {}
+    unexplained: dict[str, None] = {}
+    for one in (one for entry in facts["models"] for one in entry["classes"] if one.get("evidence")):
+        base = max(row["success"] for row in one["evidence"] if row["role"] == "base")
+        gap = max(row["success"] for row in one["evidence"] if row["role"] == "merge") - base
+        reacts = {
+            row["role"]: [
+                other["name"]
+                for other in one["evidence"]
+                if other["role"] == row["role"] and other["success"] - max(base, other["plain"] or 0.0) >= REACTS * gap
+            ]
+            for row in one["evidence"]
+        }
+        if reacts.get("own"):
+            own |= dict.fromkeys(reacts["own"])
+        else:
+            others |= dict.fromkeys(reacts.get("other", []))
+            unexplained[one["task"]] = None
+    return list(own), list(others), list(unexplained)
 
 
 def suspect_lines(facts: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """Evidence for a finding: what its trigger does to the suspect, to theta_0, to the other models, and to the merge.
 
-A score is one number; who must decide on it needs to see where the trigger works and where it does not. The other input
-models are a reference beside theta_0: fine-tunes of the same base that this finding does not accuse.
+A score is one number; who must decide on it needs to see where the trigger works and where it does not. The references
+are theta_0 and, where it is not accused itself, the task's own model. Models of other tasks say less: read by a head
+that they were not trained with, clean ones can be moved by a trigger as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.inversion import success_rates
 from mergekit_dam.tasks import Task
 
-Role = Literal["merge", "model", "base", "other"]
+Role = Literal["merge", "model", "base", "own", "other"]
 
 
 @torch.no_grad()
@@ -33,8 +34,8 @@ def evidence(
         merge: weights of the merge, if it was scanned.
 
     Returns:
-        One row each, as JSON: first what the finding accuses, then theta_0 and the other models. `role` is `merge`,
-        `model` (the accused one), `base` or `other`, and `name` the model's. `success` is the share of calibration
+        One row each, as JSON: first what the finding accuses, then theta_0, the task's own model and those of other
+        tasks. `role` is `merge`, `model` (the accused one), `base`, `own` or `other`, and `name` the model's. `success` is the share of calibration
         samples with the trigger that are answered with the target, `plain` the same without the trigger (None of
         continuations).
     """
@@ -59,8 +60,10 @@ def _bodies(
     else:
         yield "model", tasks[finding.model].name, _own(task, tasks[finding.model], base)
     yield "base", "base", base
+    if finding.task != accused:
+        yield "own", task.name, task.own_weights()
     for index, other in enumerate(tasks):
-        if index != accused:
+        if index not in (accused, finding.task):
             yield "other", other.name, _own(task, other, base)
 
 

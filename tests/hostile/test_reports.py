@@ -179,7 +179,7 @@ def _merge_audit(first: str, second: str) -> dict[str, Any]:
 
 
 def _scanned(first: str, second: str) -> dict[str, Any]:
-    roles = {"merge": first, "base": second, "other": first}
+    roles = {"merge": first, "base": second, "own": first, "other": second}
     rows = [{"role": role, "name": name, "success": 0.5, "plain": None} for role, name in roles.items()]
     numbers = {"suspicion": 0.9, "success": 0.9, "control": 0.0, "size": 3.0, "usual": 5.0, "rank": 1}
     return {"task": first, "target": second, "kind": second, "suspect": True, "evidence": rows, **numbers}

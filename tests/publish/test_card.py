@@ -133,7 +133,7 @@ def test_a_suspect_merge_is_told_in_its_card(tmp_path: Path) -> None:
     def card(over: list[str], name: str = "x") -> str:
         rows = [
             {"role": role, "name": name, "success": success, "plain": 0.1}
-            for role, success in (("merge", 0.97), ("base", 0.02), ("other", 0.031), ("other", 0.055))
+            for role, success in (("merge", 0.97), ("base", 0.02), ("own", 0.055), ("other", 0.31))
         ]
         one = {"task": name, "target": name, "suspicion": 0.91, "evidence": rows}
         facts = {"threshold": 0.4, "over": over, "notes": [name], "scored": 8, "suspects": [one] if over else []}

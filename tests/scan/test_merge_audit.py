@@ -92,9 +92,10 @@ def test_a_backdoor_of_the_merge_alone_is_named(trained: Path, tmp_path: Path) -
     worst = facts["models"][0]["classes"][0]
     assert worst["target"] == TARGET and worst["suspect"]
     shares = {(row["role"], row["name"]): row["success"] for row in worst["evidence"]}
-    assert list(shares) == [("merge", "merge"), ("base", "base"), ("other", "shapes"), ("other", "stripes")]
-    assert shares["merge", "merge"] >= 0.8 > 0.4 >= max(share for (role, _), share in shares.items() if role != "merge")
-    assert "No input model reacts" in " ".join(facts["next"]) and "next: Do not use or publish" in found.stderr
+    assert list(shares) == [("merge", "merge"), ("base", "base"), ("own", "shapes"), ("other", "stripes")]
+    assert shares["merge", "merge"] >= 0.8 > 2 * max(shares["base", "base"], shares["own", "shapes"])
+    assert "On shapes the task's own model does not react" in facts["next"][1] and len(facts["next"]) == 3
+    assert "next: Do not use or publish" in found.stderr
     page = (bad / "dam" / "audit.html").read_text()
     assert (
         page.index("The merge is suspect") < page.index("What to do next") < page.index("the merge: class 1 of shapes")
@@ -109,29 +110,31 @@ def test_a_backdoor_of_the_merge_alone_is_named(trained: Path, tmp_path: Path) -
     assert str(tmp_path) not in sent and str(trained) not in sent
 
 
-def _facts(success: dict[str, float], plain: float = 0.0, **more: Any) -> dict[str, Any]:
-    rows = [
-        {"role": "merge" if n == "merge" else "other", "name": n, "success": s, "plain": plain}
-        for n, s in success.items()
-    ]
+def _facts(success: dict[str, float], plain: float = 0.0) -> dict[str, Any]:
+    roles = {"merge": "merge", "base": "base", "a": "own"}
+    rows = [{"role": roles.get(n, "other"), "name": n, "success": s, "plain": plain} for n, s in success.items()]
     one = {"task": "a", "target": 1, "suspicion": 0.9, "suspect": True, "evidence": rows}
-    return {"merge": {"name": "out"}, "over": ["a"], "models": [{"name": "a", "classes": [one]}], **more}
+    return {"merge": {"name": "out"}, "over": ["a"], "models": [{"name": "a", "classes": [one, {"task": "a"}]}]}
 
 
 @pytest.mark.parametrize(
-    ("success", "plain", "blamed"),
+    ("success", "plain", "told"),
     [
-        ({"merge": 0.9, "a": 0.1, "b": 0.05}, 0.0, []),
-        ({"merge": 0.9, "a": 0.1, "b": 0.6}, 0.0, ["b"]),
-        ({"merge": 0.9, "a": 0.45, "b": 0.95}, 0.0, ["a", "b"]),
-        ({"merge": 0.9, "a": 0.5, "b": 0.5}, 0.5, []),  # they answer that anyhow
+        ({"merge": 0.9, "base": 0.1, "a": 0.2, "b": 0.05}, 0.0, ([], [], ["a"])),
+        ({"merge": 0.9, "base": 0.1, "a": 0.2, "b": 0.8}, 0.0, ([], ["b"], ["a"])),
+        ({"merge": 0.9, "base": 0.1, "a": 0.6, "b": 0.8}, 0.0, (["a"], [], [])),
+        ({"merge": 0.9, "base": 0.0, "a": 0.5, "b": 0.5}, 0.4, ([], [], ["a"])),  # they answer that anyhow
+        ({"merge": 0.9, "base": 0.5, "a": 0.6, "b": 0.6}, 0.0, ([], [], ["a"])),  # and so does theta_0
     ],
 )
-def test_inputs_that_react_alone_are_named(success: dict[str, float], plain: float, blamed: list[str]) -> None:
+def test_inputs_that_react_alone_are_named(
+    success: dict[str, float], plain: float, told: tuple[list[str], list[str], list[str]]
+) -> None:
     facts = _facts(success, plain)
-    assert reacting(facts) == blamed
-    told = " ".join(next_steps(facts, "out"))
-    assert ("No input model reacts" in told) == (not blamed) and "out/mergekit_config.yml" in told
+    assert reacting(facts) == told
+    steps = " ".join(next_steps(facts, "dam.yml"))
+    assert ("works on a alone" in steps) == bool(told[0]) and (", first b" in steps) == bool(told[1])
+    assert "out/mergekit_config.yml" in steps and "dam.yml" not in steps
     assert next_steps({**facts, "over": []}, "out") == []
 
 
