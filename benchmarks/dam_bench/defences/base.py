@@ -70,11 +70,14 @@ class DefenceInputs:
         """One task per model: its forward pass with any weights, its own head, its unlabelled samples."""
         return build_tasks(self.plan, device_of(self.plan.config.device))
 
+    @cached_property
+    def _vectors(self) -> TaskVectors:
+        return TaskVectors(self.plan)
+
     def input_weights(self, name: str) -> list[Tensor]:
         """The tensor of every input model by output name, float32; theta_0's where a model lacks it."""
-        vectors = TaskVectors(self.plan)
-        base = vectors.base(name)
-        return [(base if tensor is None else tensor).float() for tensor in vectors.models(name)]
+        base = self._vectors.base(name)
+        return [(base if tensor is None else tensor).float() for tensor in self._vectors.models(name)]
 
     def start_weights(self) -> dict[str, Tensor]:
         """The tensors of the undefended merge by output name, float32 where they are floats.
@@ -115,7 +118,12 @@ class DefenceInputs:
                     cure="Return tensors by output name.",
                 )
             require_finite(tensor, f"tensor {name}", "the defended merge", "Lower learning_rate.")
-        shutil.copytree(self.start, self.out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+        shutil.copytree(
+            self.start,
+            self.out,
+            ignore=lambda folder, names: set(checkpoint.files) if Path(folder) == self.start else set(),
+            dirs_exist_ok=True,
+        )
         for file, names in checkpoint.files.items():
             tensors = {name: checkpoint.tensor(name) for name in names}
             tensors |= {

@@ -66,7 +66,7 @@ class FinePruning(Tuned):
     share: float = setting(..., "Share of the units that is pruned, the most dormant ones.", ge=0, lt=1)
     last_blocks: int = setting(..., "Number of blocks that are pruned, from the last on.", ge=1)
 
-    def kept(self, given: DefenceInputs, lessons: Sequence[Lesson], start: Weights) -> dict[str, Tensor]:
+    def kept(self, given: DefenceInputs, start: Weights) -> dict[str, Tensor]:
         """1 for units that stay, 0 for dormant ones, by output name of the matrix that reads them, in its shape."""
         task = given.tasks[0]
         first = len(blocks_in_order(task)) - self.last_blocks
@@ -77,7 +77,7 @@ class FinePruning(Tuned):
             for name in names
             if start[name].ndim == 2
         ]
-        found = [activations(lesson.task, start, layers, lesson.rows) for lesson in lessons]
+        found = [activations(one, start, layers, torch.arange(one.num_samples)) for one in given.tasks]
         masks = {}
         for name in layers:
             mean_U = torch.stack([one[name] / one[name].mean() for one in found]).mean(0)
@@ -89,8 +89,7 @@ class FinePruning(Tuned):
 
     def trainable(self, given: DefenceInputs) -> Trained:
         trained = super().trainable(given)
-        masks = self.kept(given, [Lesson(task) for task in given.tasks], trained.start)
-        return _Pruned(trained, masks)
+        return _Pruned(trained, self.kept(given, trained.start))
 
     def loss_of(self, trained: Trained, lessons: Sequence[Lesson], seed: int) -> Loss:
         return lambda lesson, rows, step: lesson.loss(trained.weights(), rows)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dam_bench.defences.base import Defence, DefenceInputs
-from dam_bench.victims.training import Schedule
 from mergekit_dam import seeds
 from mergekit_dam.config import setting
 from mergekit_dam.engine.module_weights import Weights
@@ -126,7 +125,10 @@ Loss = Callable[[Lesson, Tensor, int], Tensor]  # lesson, rows of the batch, ste
 
 
 class Tuned(Defence):
-    """A defence that trains the merge for some steps, with a batch of every task in each."""
+    """A defence that trains the merge for some steps of AdamW, with a batch of every task in each.
+
+    The rate warms up over the first tenth of the steps, then falls by a cosine; gradients are clipped to norm 1.
+    """
 
     steps: int = setting(..., "Steps of training.", unit="steps", ge=0)
     batch_size: int = setting(..., "Samples per task and step.", unit="samples", ge=1)
@@ -148,12 +150,17 @@ class Tuned(Defence):
         lessons, trained = [Lesson(task) for task in given.tasks], self.trainable(given)
         loss = self.loss_of(trained, lessons, given.seed)
         generator = seeds.generator(given.seed, "defence", "batches")
-        _, end_step = Schedule(self.steps, learning_rate=self.learning_rate).optimiser(trained.parameters)
+        optimiser = torch.optim.AdamW(trained.parameters, lr=self.learning_rate, weight_decay=0.0)
+        rate = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, self.learning_rate, max(2, self.steps), pct_start=0.1, cycle_momentum=False
+        )
         for step in range(self.steps):
             for lesson in lessons:
                 (loss(lesson, lesson.draw(self.batch_size, generator), step) / len(lessons)).backward()
             nn.utils.clip_grad_norm_(trained.parameters, 1.0)
-            end_step()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            rate.step()
             trained.project()
         return trained
 

@@ -157,8 +157,16 @@ def method_named(name: str) -> Method:
     variant = _VARIANT.match(name)
     known = variant["method"] if variant else name
     if known in DEFENCES and (variant or known not in METHODS):
-        settings = _settings_of(variant["settings"]) if variant else {}
-        return replace(_defended(known, settings), name=name)
+        method = replace(_defended(known, _settings_of(variant["settings"]) if variant else {}), name=name)
+        start = method_named(str(method.parameters["start"]))
+        if start.merge_method is None:
+            raise DamError(
+                f"setting 'start' in defence {known}",
+                expected="a method that is a recipe of mergekit",
+                got=start.name,
+                cure="Start from, for example, task_arithmetic-0.3.",
+            )
+        return method
     if known not in METHODS or (variant and not METHODS[known].learns):
         raise DamError(
             "method",

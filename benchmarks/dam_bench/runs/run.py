@@ -32,7 +32,6 @@ from dam_bench.suites.registry import SUITES
 from dam_bench.victims.cleaned import cleaned_model
 from dam_bench.victims.model_store import ModelStore
 from mergekit_dam.artifact.masks_file import MASKS_FILE
-from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.metrics import Attack, accuracy, evaluate_merge
 from mergekit_dam.io.cache import library_versions
 from mergekit_dam.io.calibration import digest
@@ -227,13 +226,6 @@ def _defended(
     """Merge by the method that the defence starts from, then defend; both count."""
     assert method.defence is not None
     start = method_named(str(method.parameters["start"]))
-    if start.merge_method is None:
-        raise DamError(
-            f"setting 'start' of defence {method.defence}",
-            expected="a method that is a recipe of mergekit",
-            got=start.name,
-            cure="Start from, for example, task_arithmetic-0.3.",
-        )
     base, suite, out = store.base(), store.suite, folder / "out"
     recipe = start.recipe(suite, base, models, calibration, seed, folder)
     data = calibration if DEFENCES[method.defence].needs_data else {}
