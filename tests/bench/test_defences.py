@@ -86,7 +86,7 @@ def test_weight_averaging_is_the_mean_by_hand_and_needs_no_data(image: DefenceIn
 
 
 def test_module_switching_takes_each_part_whole_from_one_model(image: DefenceInputs) -> None:
-    defence_of("msd", {"generations": 20}).defend(image)
+    defence_of("msd", {"generations": 60, "candidates": 1}).defend(image)
     merged, (a, b) = tensors_of(image.out), (tensors_of(path) for path in image.models.values())
     parts, sources = parts_of(image.tasks[0]), {}
     assert len(parts) == 2 * len(PARTS), "two blocks"
@@ -198,6 +198,7 @@ def test_the_worst_perturbation_raises_the_loss_within_its_bound(image: DefenceI
 
 def test_shared_unlearning_takes_the_shared_wrong_answers_away(image: DefenceInputs) -> None:
     before, after = tuned("sau", image, eps=0.3, inner_steps=3, weight=5.0)
+    _, control = tuned("sau", image, eps=0.3, inner_steps=3, weight=0.0)
     wrong = []
     for task in image.tasks:
         lesson, inputs = Lesson(task), task.inputs(torch.arange(task.num_samples))
@@ -211,12 +212,13 @@ def test_shared_unlearning_takes_the_shared_wrong_answers_away(image: DefenceInp
         shared_B = task.logits(before, inputs, perturb).argmax(-1)
         rows = (shared_B != own_B).nonzero()[:, 0]
         shares = [
-            task.logits(weights, inputs, perturb).softmax(-1)[rows, shared_B[rows]] for weights in (before, after)
+            task.logits(weights, inputs, perturb).softmax(-1)[rows, shared_B[rows]]
+            for weights in (before, after, control)
         ]
         wrong.append(torch.stack([share.sum() for share in shares]))
         assert len(rows), "the search finds wrong answers"
     total = torch.stack(wrong).sum(0)
-    assert total[1] < 0.7 * total[0]
+    assert total[1] < 0.8 * total[0] and total[1] < 0.9 * total[2], total
 
 
 def test_jensen_shannon_is_symmetric_bounded_and_zero_for_equals() -> None:
@@ -288,11 +290,14 @@ def test_inconsistency_is_the_mean_jump_by_hand_without_padding(causal: DefenceI
 
 
 def test_beear_keeps_answers_under_the_worst_shift_of_hidden_states(causal: DefenceInputs) -> None:
-    before, after = tuned("beear", causal, steps=60, depth=0.5, inner_steps=3, learning_rate=1e-2)
-    losses: dict[str, list[float]] = {"before": [], "after": []}
+    before, after = tuned("beear", causal, steps=60, depth=0.5, inner_steps=3, lora_rank=0, learning_rate=1e-2)
+    _, control = tuned(
+        "beear", causal, steps=60, depth=0.5, inner_steps=1, radius=1e-6, lora_rank=0, learning_rate=1e-2
+    )
+    losses: dict[str, list[float]] = {"before": [], "after": [], "control": []}
     for task in causal.tasks:
         lesson = Lesson(task)
-        for name, weights in (("before", before), ("after", after)):
+        for name, weights in (("before", before), ("after", after), ("control", control)):
             options: Any = {"stop": 2, "radius": 0.5, "generator": generator("test")}
             delta = worst_shift(lesson, weights, lesson.rows, steps=6, **options)
             assert delta.norm() == pytest.approx(0.5, abs=1e-5)
@@ -300,7 +305,8 @@ def test_beear_keeps_answers_under_the_worst_shift_of_hidden_states(causal: Defe
                 attacked = lesson.loss(weights, lesson.rows)
             losses[name].append(float(attacked))
             assert attacked > lesson.loss(weights, lesson.rows), "and the hook is gone"
-    assert sum(losses["after"]) < 0.9 * sum(losses["before"])
+    totals = {name: sum(each) for name, each in losses.items()}
+    assert totals["after"] < 0.97 * min(totals["before"], totals["control"]), totals
 
 
 def test_backflush_plants_and_then_unlearns(causal: DefenceInputs, monkeypatch: pytest.MonkeyPatch) -> None:
