@@ -159,13 +159,16 @@ def test_fine_pruning_silences_a_unit_that_only_a_trigger_uses(image: DefenceInp
 def test_weight_masking_keeps_answers_under_the_worst_perturbation(image: DefenceInputs) -> None:
     settings = {"learning_rate": 0.05, "eps": 0.2, "inner_steps": 3, "gamma": 0.1}
     before, after = tuned("awm", image, **settings)
+    _, control = tuned("awm", image, **settings, beta=0)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(changed) > 10
     for name in changed:
         assert before[name].ndim == 2
         share = torch.where(before[name] == 0, 1.0, after[name] / before[name])
         assert share.min() >= -1e-6 and share.max() <= 1 + 1e-6
-    assert max(float(attacked(image, weights)) for weights in [after]) < float(attacked(image, before))
+    losses = {"before": before, "after": after, "control": control}
+    totals = {name: float(attacked(image, weights)) for name, weights in losses.items()}
+    assert totals["after"] < 0.9 * min(totals["before"], totals["control"]), totals
     mask = MaskedWeights({"w": torch.ones(2, 2)}, ["w"])
     mask.masks["w"].data = torch.tensor([[2.0, -1.0], [0.5, 1.0]])
     mask.project()
@@ -256,17 +259,20 @@ def test_lfpm_takes_perturbed_features_back_along_the_whole_path(image: DefenceI
 
 
 def test_crow_lowers_the_inconsistency_of_layers_under_its_attack(causal: DefenceInputs) -> None:
-    before, after = tuned("crow", causal, eps=0.005, lora_rank=4, learning_rate=1e-2)
-    losses: dict[str, list[float]] = {"before": [], "after": []}
+    settings = {"eps": 0.005, "lora_rank": 4, "learning_rate": 1e-2}
+    before, after = tuned("crow", causal, **settings)
+    _, control = tuned("crow", causal, **settings, alpha=0)
+    losses: dict[str, list[float]] = {"before": [], "after": [], "control": []}
     for task in causal.tasks:
         inputs = task.inputs(torch.arange(task.num_samples))
-        for name, weights in (("before", before), ("after", after)):
+        for name, weights in (("before", before), ("after", after), ("control", control)):
             delta = against_consistency(task, weights, inputs, 0.005)
             assert delta.abs().max() == pytest.approx(0.005)
             attacked, clean = inconsistency(task, weights, inputs, delta), inconsistency(task, weights, inputs)
             assert attacked > clean
             losses[name].append(float(attacked))
-    assert sum(losses["after"]) < 0.9 * sum(losses["before"])
+    totals = {name: sum(each) for name, each in losses.items()}
+    assert totals["after"] < 0.8 * min(totals["before"], totals["control"]), totals
     table = next(name for name in before if "embed_tokens" in name)
     assert torch.equal(before[table], after[table]), "the table of words can be the head"
 
@@ -291,13 +297,10 @@ def test_inconsistency_is_the_mean_jump_by_hand_without_padding(causal: DefenceI
 
 def test_beear_keeps_answers_under_the_worst_shift_of_hidden_states(causal: DefenceInputs) -> None:
     before, after = tuned("beear", causal, steps=60, depth=0.5, inner_steps=3, lora_rank=0, learning_rate=1e-2)
-    _, control = tuned(
-        "beear", causal, steps=60, depth=0.5, inner_steps=1, radius=1e-6, lora_rank=0, learning_rate=1e-2
-    )
-    losses: dict[str, list[float]] = {"before": [], "after": [], "control": []}
+    losses: dict[str, list[float]] = {"before": [], "after": []}
     for task in causal.tasks:
         lesson = Lesson(task)
-        for name, weights in (("before", before), ("after", after), ("control", control)):
+        for name, weights in (("before", before), ("after", after)):
             options: Any = {"stop": 2, "radius": 0.5, "generator": generator("test")}
             delta = worst_shift(lesson, weights, lesson.rows, steps=6, **options)
             assert delta.norm() == pytest.approx(0.5, abs=1e-5)
@@ -305,8 +308,21 @@ def test_beear_keeps_answers_under_the_worst_shift_of_hidden_states(causal: Defe
                 attacked = lesson.loss(weights, lesson.rows)
             losses[name].append(float(attacked))
             assert attacked > lesson.loss(weights, lesson.rows), "and the hook is gone"
-    totals = {name: sum(each) for name, each in losses.items()}
-    assert totals["after"] < 0.97 * min(totals["before"], totals["control"]), totals
+    assert sum(losses["after"]) < 0.93 * sum(losses["before"])
+
+
+def test_the_loss_of_beear_is_clean_and_under_the_worst_shift(causal: DefenceInputs) -> None:
+    defence = defence_of("beear", {**FAST, "depth": 0.5, "radius": 1.0, "inner_steps": 4})
+    assert isinstance(defence, Tuned)
+    trained, lesson, task = defence.trainable(causal), Lesson(causal.tasks[0]), causal.tasks[0]
+    rows, weights = lesson.rows[:5], causal.start_weights()
+    source = generator(0, "defence", "latent")
+    delta = worst_shift(lesson, weights, rows, stop=2, radius=1.0, steps=4, generator=source)
+    clean = lesson.loss(weights, rows)
+    with shifted(chain_of(task), 2, delta):
+        attacked = lesson.loss(weights, rows)
+    assert attacked > 1.01 * clean
+    torch.testing.assert_close(defence.loss_of(trained, [lesson], 0)(lesson, rows, 0), clean + attacked)
 
 
 def test_backflush_plants_and_then_unlearns(causal: DefenceInputs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def worst_shift(
         steps: of projected gradient ascent, each of half a radius.
     """
     task = lesson.task
-    delta_D = torch.randn(task.perturbation_shape[-1], generator=generator).to(task.device)
+    delta_D: Tensor = torch.randn(task.perturbation_shape[-1], generator=generator).to(task.device)
     delta_D = radius * delta_D / delta_D.norm()
     for _ in range(steps):
         delta_D = delta_D.detach().requires_grad_()

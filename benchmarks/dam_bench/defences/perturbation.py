@@ -73,7 +73,8 @@ def shifted(chain: BlockChain, stop: int, delta_D: Tensor) -> Iterator[None]:
     """
 
     def shift(_: object, __: object, hidden_BLD: Tensor) -> Tensor:
-        return hidden_BLD + delta_D * hidden_BLD.detach().norm(dim=-1).mean()
+        size: Tensor = hidden_BLD.detach().norm(dim=-1).mean()
+        return hidden_BLD + delta_D * size
 
     handle = chain.blocks[stop - 2].register_forward_hook(shift)
     try:
