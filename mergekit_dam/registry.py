@@ -1,7 +1,7 @@
 """Register objectives, tasks, scanners and kinds of triggers by name, also those of other packages.
 
 A package registers its entries when it is imported. An entry point of the group `mergekit_dam.plugins` names the module
-to import; every process that merges or learns imports it, worker processes included. The benchmark has its own group.
+to import; every process that merges or learns imports it, worker processes included.
 """
 
 from __future__ import annotations
@@ -23,12 +23,8 @@ Entry = TypeVar("Entry")
 
 
 @cache
-def load_plugins(group: str = PLUGINS) -> None:
-    """Import the plugin modules of all installed packages, once; log and skip a plugin that fails.
-
-    Args:
-        group: of the entry points that name them.
-    """
+def load_plugins(group: str) -> None:
+    """Import the plugin modules of a group of all installed packages, once; log and skip a plugin that fails."""
     for plugin in entry_points(group=group):
         try:
             plugin.load()
@@ -42,14 +38,14 @@ class Registry(Generic[Entry]):
     Args:
         what: the kind of entry, for messages, e.g. "objective".
         reserved: names that this package registers later, when their modules are imported.
-        plugins: group of the entry points whose modules register further entries.
+        group: group of the entry points whose modules register further entries.
 
     Attributes:
         entries: registered entries by name.
     """
 
-    def __init__(self, what: str, reserved: Iterable[str] = (), plugins: str = PLUGINS) -> None:
-        self.what, self._reserved, self._plugins = what, tuple(reserved), plugins
+    def __init__(self, what: str, reserved: Iterable[str] = (), *, group: str = PLUGINS) -> None:
+        self.what, self._reserved, self._group = what, tuple(reserved), group
         self.entries: dict[str, Entry] = {}
 
     def add(self, name: str, entry: Entry) -> None:
@@ -72,7 +68,7 @@ class Registry(Generic[Entry]):
 
     def names(self) -> list[str]:
         """Return all names, those of plugins included."""
-        load_plugins(self._plugins)
+        load_plugins(self._group)
         return sorted({*self._reserved, *self.entries})
 
     def get(self, name: str) -> Entry | None:

@@ -22,7 +22,7 @@ from dam_bench.defences.latent import worst_shift
 from dam_bench.defences.masking import MaskedWeights
 from dam_bench.defences.perturbation import added, chain_of, random_start, shifted, worst
 from dam_bench.defences.pruning import FinePruning, activations
-from dam_bench.defences.registry import DEFENCES, PLUGINS, SETTINGS, defence_of, require_suited
+from dam_bench.defences.registry import DEFENCES, GROUP, SETTINGS, defence_of, require_suited
 from dam_bench.defences.switching import ModuleSwitching, fitness, pairs_of
 from dam_bench.defences.training import Lesson, Tuned
 from dam_bench.defences.unlearning import jensen_shannon
@@ -419,8 +419,8 @@ def test_a_package_adds_a_defence_by_an_entry_point(
     (tmp_path / "outside_defence.py").write_text(OUTSIDE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(DEFENCES, "entries", dict(DEFENCES.entries))
-    own = EntryPoint("doubled", "outside_defence", PLUGINS)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [own] if group == PLUGINS else [])
+    own = EntryPoint("doubled", "outside_defence", GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [own] if group == GROUP else [])
     registry.load_plugins.cache_clear()
     try:
         method = method_named("doubled(factor=3)")

@@ -1,6 +1,6 @@
 """Register the defences by name, with their settings in one place, also those of other packages.
 
-An outside package registers a defence when it is imported; an entry point of the group `dam_bench.plugins` names the
+An outside package registers a defence when it is imported; an entry point of the group `dam_bench.defences` names the
 module to import, in every process of the benchmark.
 """
 
@@ -24,8 +24,8 @@ from mergekit_dam.config import parse
 from mergekit_dam.errors import DamError
 from mergekit_dam.registry import Registry
 
-PLUGINS = "dam_bench.plugins"
-DEFENCES: Registry[type[Defence]] = Registry("defence", plugins=PLUGINS)
+GROUP = "dam_bench.defences"
+DEFENCES: Registry[type[Defence]] = Registry("defence", group=GROUP)
 
 # Starting values: the papers' where their scale carries over, else of the size that `dam` and `clean` use. None has
 # been chosen by a result; what is chosen later is chosen on seed 0 alone.
