@@ -23,9 +23,9 @@ Entry = TypeVar("Entry")
 
 
 @cache
-def load_plugins() -> None:
-    """Import the plugin modules of all installed packages, once; log and skip a plugin that fails."""
-    for plugin in entry_points(group=PLUGINS):
+def load_plugins(group: str) -> None:
+    """Import the plugin modules of a group of all installed packages, once; log and skip a plugin that fails."""
+    for plugin in entry_points(group=group):
         try:
             plugin.load()
         except Exception as error:  # a plugin may raise anything
@@ -38,13 +38,14 @@ class Registry(Generic[Entry]):
     Args:
         what: the kind of entry, for messages, e.g. "objective".
         reserved: names that this package registers later, when their modules are imported.
+        group: group of the entry points whose modules register further entries.
 
     Attributes:
         entries: registered entries by name.
     """
 
-    def __init__(self, what: str, reserved: Iterable[str] = ()) -> None:
-        self.what, self._reserved = what, tuple(reserved)
+    def __init__(self, what: str, reserved: Iterable[str] = (), *, group: str = PLUGINS) -> None:
+        self.what, self._reserved, self._group = what, tuple(reserved), group
         self.entries: dict[str, Entry] = {}
 
     def add(self, name: str, entry: Entry) -> None:
@@ -67,7 +68,7 @@ class Registry(Generic[Entry]):
 
     def names(self) -> list[str]:
         """Return all names, those of plugins included."""
-        load_plugins()
+        load_plugins(self._group)
         return sorted({*self._reserved, *self.entries})
 
     def get(self, name: str) -> Entry | None:

@@ -26,7 +26,7 @@ from mergekit.io.tasks import LoaderCache
 from pydantic import BaseModel
 from transformers import PretrainedConfig
 
-from mergekit_dam.registry import load_plugins
+from mergekit_dam.registry import PLUGINS, load_plugins
 
 _LOCK = threading.Lock()
 _LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -266,7 +266,7 @@ def register_architectures() -> None:
                     table[name] = [_with_variant(known, *variant) for known in table[name]]
     except Exception as error:
         warnings.warn(f"mergekit-dam: model families not registered: {error!r}", stacklevel=2)
-    load_plugins()
+    load_plugins(PLUGINS)
 
 
 def _is_ours(entry: Any) -> bool:

@@ -77,6 +77,7 @@ class ClipPaperSuite(Suite):
     """
 
     name = "clip-paper"
+    family = "image"
     tasks = tuple(TASKS)
     attacks = ("patch", "blended", "merge-aware")
     presets = tuple(SIZES)

@@ -111,6 +111,7 @@ class SmolLmSuite(Suite):
     """Suite of SmolLM2-135M-Instruct with a LoRA per task; `data` is the folder that holds `text/*.parquet`."""
 
     name = "smollm"
+    family = "causal"
     tasks = TASKS
     attacks = ATTACKS
     presets = tuple(PRESETS)

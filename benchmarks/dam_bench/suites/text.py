@@ -100,6 +100,7 @@ class TextSuite(Suite):
     """
 
     name: ClassVar[str] = "text"
+    family = "text"
     tasks: ClassVar[tuple[str, ...]] = tuple(corpora.SOURCES)
     attacks: ClassVar[tuple[str, ...]] = ("rare-token", "sentence", "proverb", "merge-aware")
     presets: ClassVar[tuple[str, ...]] = tuple(PRESETS)

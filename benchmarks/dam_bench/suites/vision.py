@@ -118,6 +118,7 @@ class VisionSuite(Suite):
     """Suite of a small ViT with five image tasks and six attacks; see the module."""
 
     name = "vision"
+    family = "image"
     tasks = tuple(NUM_CLASSES)
     attacks = ("patch", "blended", "wanet", "merge-aware", "adaptive", "off-task")
     presets = tuple(PRESETS)
