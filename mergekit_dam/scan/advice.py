@@ -37,15 +37,15 @@ def _after_merge(facts: Mapping[str, Any]) -> list[str]:
     steps = ["Do not use or publish this merge as it is."]
     if own:
         steps.append(
-            f"The trigger works on {_list(own)} alone, too: leave that out of the recipe ({recipe}) or put a model from "
-            f"elsewhere in the place, then merge and scan again {again}."
+            f"The trigger works on {_list(own)} alone, too: leave that out of the recipe ({recipe}) or put a "
+            f"model from elsewhere in the place, then merge and scan again {again}."
         )
     if unexplained:
         first = f", first {_list(others)}" if others else ""
         hint = " (it reacts alone, as clean models of other tasks can, too)" if others else ""
         steps.append(
-            f"On {_list(unexplained)} the task's own model does not react to the trigger alone, so the model looks clean "
-            f"and the merge does not. Leave out one model after the other in the recipe ({recipe}){first}{hint}, each "
+            f"On {_list(unexplained)} the task's own model does not react to the trigger alone, so the model "
+            f"looks clean and the merge does not. Leave out one model after the other in the recipe ({recipe}){first}{hint}, each "
             f"time {again}, until the finding is gone."
         )
     steps.append(

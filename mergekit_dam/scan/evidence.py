@@ -35,9 +35,9 @@ def evidence(
 
     Returns:
         One row each, as JSON: first what the finding accuses, then theta_0, the task's own model and those of other
-        tasks. `role` is `merge`, `model` (the accused one), `base`, `own` or `other`, and `name` the model's. `success` is the share of calibration
-        samples with the trigger that are answered with the target, `plain` the same without the trigger (None of
-        continuations).
+        tasks. `role` is `merge`, `model` (the accused one), `base`, `own` or `other`, and `name` the model's.
+        `success` is the share of calibration samples with the trigger that are answered with the target, `plain` the
+        same without the trigger (None of continuations).
     """
     task, target = tasks[finding.task], finding.target
     rows = []
