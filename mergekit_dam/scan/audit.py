@@ -87,7 +87,7 @@ def audit(
         scanned, config, norms = tasks, plan.config, survey(vectors).norms
     else:
         scanned = [task.with_weights(merge.tensors) for task in tasks]
-        config, norms = merge_settings(plan.config), [_norm(merge, base)] * len(tasks)
+        config, norms = merge_settings(plan.config), (_norm(merge, base),) * len(tasks)
     findings = known.take() if known is not None else None
     if findings is None:
         with torch.enable_grad():  # mergekit may have switched gradients off

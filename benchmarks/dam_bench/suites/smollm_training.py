@@ -29,7 +29,7 @@ from mergekit_dam.tasks.base import Progress
 from mergekit_dam.tasks.encoding import encoded, padded_left
 
 MAX_LENGTH = 128  # tokens of a prompt
-OTHERS = (0.0, 0.7)  # coefficients of other task vectors while a victim is trained beside them
+OTHERS = (0.0, 0.8)  # coefficients of other task vectors while a victim is trained beside them
 _CLIP = 1.0  # largest norm of a gradient
 
 
@@ -142,10 +142,16 @@ def _with_loras(model: LlamaForCausalLM, rank: int) -> nn.Module:
     return get_peft_model(model, config)
 
 
+def _lora_layers(trained: Any) -> list[tuple[str, LoraLinear]]:
+    """The layers with LoRAs, by their names in the model."""
+    return [(name, one) for name, one in trained.base_model.model.named_modules() if isinstance(one, LoraLinear)]
+
+
 def _added_by_loras(trained: Any) -> dict[str, Tensor]:
     """Return the changes by the LoRAs, and remove the LoRAs from the model."""
-    layers = [(name, m) for name, m in trained.base_model.model.named_modules() if isinstance(m, LoraLinear)]
-    changes = {f"{name}.weight": layer.get_delta_weight("default").detach().clone() for name, layer in layers}
+    changes = {
+        f"{name}.weight": layer.get_delta_weight("default").detach().clone() for name, layer in _lora_layers(trained)
+    }
     trained.unload()
     return changes
 
@@ -156,7 +162,7 @@ def _merged(trained: Any, share: float, others: Sequence[tuple[Mapping[str, Tens
     if share == 1.0 and not others:
         yield
         return
-    layers = {name: layer for name, layer in trained.base_model.model.named_modules() if isinstance(layer, LoraLinear)}
+    layers: dict[str, Any] = dict(_lora_layers(trained))
     weights = {f"{name}.weight": layer.get_base_layer().weight for name, layer in layers.items()}
     kept = {name: weight.detach().clone() for name, weight in weights.items()} if others else {}
     for layer in layers.values():
