@@ -45,8 +45,8 @@ def _after_merge(facts: Mapping[str, Any]) -> list[str]:
         hint = " (it reacts alone, as clean models of other tasks can, too)" if others else ""
         steps.append(
             f"On {_list(unexplained)} the task's own model does not react to the trigger alone, so the model "
-            f"looks clean and the merge does not. Leave out one model after the other in the recipe "
-            f"({recipe}){first}{hint}, each time {again}, until the finding is gone."
+            f"looks clean and the merge does not. Leave out one model after the other in the recipe ({recipe}){first}"
+            f"{hint}, each time {again}, until the finding is gone."
         )
     steps.append(
         f"If you need all of them, `mergekit-dam clean {recipe} -o cleaned` weakens unknown backdoors in every input "
