@@ -125,7 +125,7 @@ def merge(name: str, documents: list[dict[str, Any]]) -> Path:
     command = ["mergekit-yaml", relative(recipe)]
     if len(documents) > 1:
         command = ["mergekit-multi", relative(recipe), "--intermediate-dir", relative(BUILD / "stages"), "--out-path"]
-    run(*command, relative(out), log=f"{short}.log")
+    run(*command, relative(out), "--lora-merge-cache", relative(BUILD / "loras"), log=f"{short}.log")
     return out
 
 
