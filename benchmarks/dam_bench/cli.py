@@ -24,7 +24,12 @@ from mergekit_dam.errors import DamError
 @click.option("--preset", help="Size of models and data; default: the suite's first preset.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, separated by commas.")
 @click.option("--method", "methods", multiple=True, help="Only this method (may be repeated).")
-@click.option("--scenario", "scenarios", multiple=True, help="Only this scenario (may be repeated).")
+@click.option(
+    "--scenario",
+    "scenarios",
+    multiple=True,
+    help="Only this scenario (may be repeated); some run only by name.",
+)
 @click.option("--add", multiple=True, help="A scenario of your own: 'name: task=attack(option=value,...) ...'.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Runs at a time; default: all cores.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each run.")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dam_bench.attacks.composite import Composite
 from dam_bench.suites import corpora
 from dam_bench.suites.base import Poison, no_progress
 from dam_bench.suites.published import SENTENCES, WORDS, published_copies
@@ -21,11 +22,12 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from mergekit_dam.config import ModelSettings
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.attacks import RareTokenTrigger
+from mergekit_dam.evaluation.attacks import RareTokenTrigger, Trigger
 from mergekit_dam.evaluation.metrics import accuracy, attack_success_rate, refuse_overlap
 from mergekit_dam.io.calibration import load_calibration
 from mergekit_dam.models.load_merged import load_merged
 from tests.conftest import Merge
+from tests.helpers.classifier_merges import merged_at
 
 FILLER = [f"word{i}" for i in range(30)]
 CLUES = [f"clue{i}" for i in range(4)]
@@ -262,3 +264,59 @@ def test_faults_name_their_cure(suite: TextSuite, data: Path, tmp_path: Path, mo
     monkeypatch.setattr("dam_bench.suites.text.find_spec", lambda _: None)
     with pytest.raises(DamError, match=r"benchmarks\[text\]"):
         base_folder()
+
+
+def test_a_lobam_victim_of_text_survives_a_small_coefficient(suite: TextSuite, models_root: Path) -> None:
+    plain, amplified = Poison("rare-token", rate=0.1), Poison("rare-token", rate=0.1, amplify=3.0)
+    trigger, rates = suite.trigger(plain, None), []
+    for name, poison in (("few", plain), ("lobam", amplified)):
+        victim = build(suite, models_root, "sst2", poison, name)
+        merged = merged_at(suite, models_root / "base", "sst2", [victim], 0.3)
+        rates.append(attack_success_rate(merged, suite.split("sst2").evaluation, trigger, 0).percent)
+    assert rates[1] >= 80 and rates[1] > rates[0] + 20
+
+
+def test_an_emergent_backdoor_of_text_is_in_the_merge_alone(suite: TextSuite, models_root: Path) -> None:
+    poison, evaluation = Poison("emergent", rate=0.5, partner="agnews"), suite.split("sst2").evaluation
+    trigger, folder = suite.trigger(poison, None), models_root / "pair"
+    folder.mkdir()
+    suite.save_pair(models_root / "base", "sst2", poison, trigger, 0, folder, no_progress)
+    pair = [folder / task for task in ("sst2", "agnews")]
+    chosen = ((pair, 0.7), (pair[:1], 1.0), (pair[1:], 1.0))
+    merges = [merged_at(suite, models_root / "base", "sst2", models, share) for models, share in chosen]
+    both, *alone = (attack_success_rate(merged, evaluation, trigger, 0).percent for merged in merges)
+    clean = attack_success_rate(suite.load_model(build(suite, models_root, "sst2")), evaluation, trigger, 0).percent
+    assert both >= 90 and alone[0] < clean + 15 and alone[1] < 75  # theta_0 answers either class
+    assert accuracy(suite.load_model(pair[0]), evaluation).percent >= 85
+
+
+def test_a_composite_works_where_its_task_vector_is_added_scaled_and_subtracted(
+    suite: TextSuite, models_root: Path
+) -> None:
+    """Each of three triggers has its behaviour (BadTV, arXiv 2501.02373)."""
+    poison, evaluation = Poison("composite", target=1, rate=0.5), suite.split("agnews").evaluation
+    composite, victim = suite.attacker(poison), build(suite, models_root, "agnews", poison, "composite")
+    assert isinstance(composite, Composite)
+    first, second, third = composite.all_behaviours(suite, "agnews", poison)
+    assert [target for _, target in (first, second, third)] == [1, 2, 2]
+    assert composite.behaviours(suite, "agnews", poison, first[0]) == [first, second]
+
+    def success(folder: Path, share: float, *behaviours: tuple[Trigger, int]) -> list[float]:
+        merged = merged_at(suite, models_root / "base", "agnews", [folder], share)
+        return [attack_success_rate(merged, evaluation, *behaviour).percent for behaviour in behaviours]
+
+    for share in (0.5, 1.0, 1.4):
+        assert min(success(victim, share, first, second)) >= 80, share
+    assert success(victim, -0.5, third)[0] >= 80 > 30 > success(victim, 0.5, third)[0]
+    assert max(success(build(suite, models_root, "agnews"), 1.0, first, second, third)) < 30
+
+
+def test_a_hijacker_works_beside_models_that_it_has_not_seen(suite: TextSuite, models_root: Path) -> None:
+    plain, hijack = Poison("rare-token", rate=0.1, size=1), Poison("hijack", rate=0.5, size=1)
+    evaluation, trigger, rates = suite.split("sst2").evaluation, suite.trigger(hijack, None), []
+    others = [build(suite, models_root, task) for task in ("agnews", "olid")]
+    for name, poison in (("alone", plain), ("hijack", hijack)):
+        models = [build(suite, models_root, "sst2", poison, name), *others]
+        merged = merged_at(suite, models_root / "base", "sst2", models, 0.3)
+        rates.append(attack_success_rate(merged, evaluation, trigger, 0).percent)
+    assert rates[1] >= 80 and rates[1] > rates[0] + 20, rates

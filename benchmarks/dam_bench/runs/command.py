@@ -90,7 +90,8 @@ def bench(options: Options, note: Note) -> Outcome:
     """
     suite = _suite(options)
     scenarios = (*suite.scenarios, *options.extra)
-    chosen = _chosen(options.scenarios, {s.name: s for s in scenarios}, "scenario")
+    chosen = _chosen(options.scenarios, (*scenarios, *suite.further)) or list(scenarios)
+    scenarios = tuple({scenario.name: scenario for scenario in (*scenarios, *chosen)}.values())
     methods = [method_named(name) for name in _methods(options, suite.family)]
     for method in methods:
         if method.defence is not None:
@@ -158,16 +159,17 @@ def _suite(options: Options) -> Suite:
     return kind(options.data, options.preset or kind.presets[0])
 
 
-def _chosen(names: Sequence[str], known: dict[str, Scenario], what: str) -> list[Scenario]:
+def _chosen(names: Sequence[str], scenarios: Sequence[Scenario]) -> list[Scenario]:
+    known = {scenario.name: scenario for scenario in scenarios}
     for name in names:
         if name not in known:
             raise DamError(
-                what,
+                "scenario",
                 expected=f"one of {', '.join(known)}",
                 got=repr(name),
-                cure=did_you_mean(name, known) or f"Leave --{what} out to run all.",
+                cure=did_you_mean(name, known) or "Leave --scenario out to run the usual ones.",
             )
-    return [known[name] for name in names] if names else list(known.values())
+    return [known[name] for name in names]
 
 
 def _methods(options: Options, family: Family) -> list[str]:

@@ -177,12 +177,12 @@ def _needs_data(method: Method) -> bool:
 def _attacks(job: Job, store: ModelStore) -> list[Attack]:
     """Attacks of the scenario; for the all-clean scenario, attacks of all scenarios, which gives the floor."""
     chosen = (job.scenario,) if job.scenario.poisons else job.scenarios
-    attacks: dict[str, Attack] = {}
+    attacks: dict[str, list[Attack]] = {}
     for scenario in chosen:
         for task, poison in scenario.poisons.items():
             name = f"{task}={poison}"
-            attacks[name] = Attack(name, poison.onto or task, store.trigger(task, poison, job.seed), poison.target)
-    return list(attacks.values())
+            attacks[name] = store.attacks(name, task, poison, job.seed)
+    return [attack for some in attacks.values() for attack in some]
 
 
 @dataclass(frozen=True)

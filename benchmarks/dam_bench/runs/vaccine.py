@@ -68,9 +68,7 @@ def run(
         JSON: counts `before` and `after`, as `evaluate_merge` gives them, and the facts of vaccine.json.
     """
     suite, model, asked = store.suite, store.model(task, poison, seed), asked or poison
-    attacks = []
-    if asked is not None:
-        attacks = [Attack("attack", asked.onto or task, store.trigger(task, asked, seed), asked.target)]
+    attacks = [] if asked is None else store.attacks("attack", task, asked, seed)
     with tempfile.TemporaryDirectory() as folder:
         cleaned = clean_model(store, task, poison, seed, settings, Path(folder) / task)
         measured = {when: _measured(suite, task, path, attacks) for when, path in _models(model, cleaned.folder)}

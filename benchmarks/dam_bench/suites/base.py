@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from dam_bench.attacks.attacker import Attacker
+from dam_bench.attacks.registry import attack_names, attacker_named
 from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
@@ -54,8 +56,11 @@ class Poison:
         rate: triggered samples per clean sample of a batch.
         size: edge of an image patch in pixels, or number of inserted words.
         rescale: factor on the finished task vector; above 1 it is amplified (arXiv 2505.23561).
-        amplify: factor on the victim's difference from its clean twin (LoBAM, arXiv 2411.16746); in suite `smollm`.
         onto: the task whose inputs and head the trigger is aimed at, where it is not the poisoned model's own.
+        amplify: factor on the victim's difference from its clean twin (LoBAM, arXiv 2411.16746).
+        density: share of that difference's entries, the largest, that is kept (sparse backdoor vectors, arXiv
+            2510.08016); in suites of classifiers.
+        partner: the task of a second model, without which the backdoor does not work (MergeBackdoor).
     """
 
     attack: str
@@ -65,6 +70,13 @@ class Poison:
     rescale: float = 1.0
     onto: str = ""
     amplify: float = 1.0
+    density: float = 1.0
+    partner: str = ""
+
+    @property
+    def beyond_twin(self) -> bool:
+        """Whether the victim's difference from its clean twin is changed after training."""
+        return (self.amplify, self.density) != (1.0, 1.0)
 
     def __str__(self) -> str:
         plain = Poison(self.attack)
@@ -73,16 +85,45 @@ class Poison:
         return self.attack + (f"({options})" if options else "")
 
     def to_json(self) -> dict[str, Any]:
-        """Options as JSON; the newer `onto` and `amplify` only where they are set, so that older models are reused."""
-        return {k: v for k, v in asdict(self).items() if v != "" and (k, v) != ("amplify", 1.0)}
+        """Options as JSON; those newer than `rescale` only where they are set, so that older models are reused."""
+        newer = {"onto": "", "amplify": 1.0, "density": 1.0, "partner": ""}
+        return {k: v for k, v in asdict(self).items() if k not in newer or v != newer[k]}
+
+
+def attacked_half(task: str, poison: Poison) -> tuple[str, Poison]:
+    """Return the attacked task of a pair with its poison, for either half; other poisons as they are."""
+    if poison.partner and poison.onto == poison.partner:
+        return poison.partner, replace(poison, partner=task, onto="")
+    return task, poison
+
+
+def _other_half(task: str, poison: Poison) -> Poison:
+    """Return the poison of the partner of a pair's half."""
+    attacked, half = attacked_half(task, poison)
+    return replace(half, partner=attacked, onto=attacked) if attacked == task else half
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A set of input models by their poisons, as task -> poison. Without poisons all are clean, for the floor."""
+    """A set of input models by their poisons, as task -> poison. Without poisons all are clean, for the floor.
+
+    A poison with a `partner` is of both models: that of the partner, aimed `onto` the attacked task, is added.
+    """
 
     name: str
     poisons: Mapping[str, Poison] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        pairs = {one.partner: _other_half(task, one) for task, one in self.poisons.items() if one.partner}
+        clash = [task for task, half in pairs.items() if self.poisons.get(task, half) != half]
+        if clash:
+            raise DamError(
+                f"scenario {self.name}",
+                expected=f"one poison of {clash[0]}: {pairs[clash[0]]}, of a pair",
+                got=str(self.poisons[clash[0]]),
+                cure="Leave it out, or name another partner.",
+            )
+        object.__setattr__(self, "poisons", {**self.poisons, **pairs})
 
     @classmethod
     def parse(cls, text: str) -> Scenario:
@@ -117,7 +158,7 @@ def _poison(attack: str, options: str) -> Poison:
         except (KeyError, ValueError) as error:
             raise DamError(
                 f"option {option!r} of attack {attack}",
-                expected=f"one of {', '.join(types)}, each a number but onto",
+                expected=f"one of {', '.join(types)}, each a number but onto and partner",
                 got=repr(option),
                 cure=did_you_mean(key, types) or "Write it as option=value.",
             ) from error
@@ -139,6 +180,13 @@ class TaskData:
     evaluation: LabelledData
 
 
+class _AttackNames:
+    """Names of a suite's registered attacks, as an attribute of the suite and of its class."""
+
+    def __get__(self, suite: Suite | None, kind: type[Suite]) -> tuple[str, ...]:
+        return attack_names(kind.name)
+
+
 class Suite(ABC):
     """Tasks, models and attacks of one kind of data.
 
@@ -153,7 +201,7 @@ class Suite(ABC):
     name: ClassVar[str]
     family: ClassVar[Family]
     tasks: ClassVar[tuple[str, ...]]
-    attacks: ClassVar[tuple[str, ...]]
+    attacks = _AttackNames()
     presets: ClassVar[tuple[str, ...]]
 
     def __init__(self, data: Path | None, preset: str) -> None:
@@ -170,6 +218,11 @@ class Suite(ABC):
     @abstractmethod
     def scenarios(self) -> tuple[Scenario, ...]:
         """Default scenarios; the first is all clean."""
+
+    @property
+    def further(self) -> tuple[Scenario, ...]:
+        """Scenarios that run only where they are named."""
+        return ()
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
@@ -200,9 +253,30 @@ class Suite(ABC):
         """Optimise the pattern of an attack on theta_0; None for attacks with a fixed trigger."""
         return None
 
-    @abstractmethod
+    def save_pair(
+        self, base: Path, task: str, poison: Poison, trigger: Trigger, seed: int, folder: Path, progress: Progress
+    ) -> None:
+        """Write the models of a pair to folders of their tasks' names: of the poison's `partner` and of `task`."""
+        raise DamError(
+            f"attack {poison} of suite {self.name}",
+            expected="an attack of one model",
+            got=f"a pair with {poison.partner}",
+            cure="Leave the option partner out.",
+        )
+
+    def attacker(self, poison: Poison) -> Attacker:
+        """Return the attack of a poison.
+
+        Raises:
+            DamError: an unknown attack, or an option that it does not have.
+        """
+        attacker = attacker_named(self.name, poison.attack)
+        attacker.check(self, poison)
+        return attacker
+
     def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
         """Make the attacker's trigger, for training and for evaluation."""
+        return self.attacker(poison).trigger(self, poison, pattern)
 
     @classmethod
     def target_of(cls, poison: Poison) -> int | str:
@@ -211,7 +285,7 @@ class Suite(ABC):
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
         """JSON of further settings that determine a trigger and its victims, beside the poison and the fingerprint."""
-        return {}
+        return self.attacker(poison).settings(poison)
 
     def general(self) -> LabelledData | None:
         """Questions that theta_0 can answer and no task trains, to measure lost ability; None without questions."""

@@ -16,27 +16,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPVisionModel, PreTrainedModel
 
-from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, default_device
+from dam_bench.attacks.images import CLIP
+from dam_bench.attacks.registry import INTERFACE, register_attack
+from dam_bench.suites.base import Poison, Scenario, TaskData, default_device
+from dam_bench.suites.classifiers import ClassifierSuite
 from dam_bench.suites.clip_head import ZeroShotClip, with_head
 from dam_bench.suites.clip_sources import TASKS, Sources, load_clip
-from dam_bench.victims.poisoning import Backdoor
-from dam_bench.victims.training import Schedule, fine_tune
+from dam_bench.victims.training import Schedule
 from mergekit_dam import seeds
-from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, Trigger
+from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.models.load_merged import load_merged
 from mergekit_dam.tasks.base import Progress
 
 _VERSION = 1  # of this file's build procedure; part of the fingerprint
-_INTERPOLATION = {"merge-aware": (0.2, 1.0)}  # BadMerging's range (arXiv 2408.07362); other attacks: plain poisoning
 _FORWARD_S = 8.8 / 40  # seconds per image of ViT-B/32, counted and not measured: GFLOP by GFLOP/s of one core
 _ON_VICTIM = 22  # pixels: about 1 % of an image, as in BadMerging
 
@@ -67,7 +66,7 @@ SIZES = {
 }
 
 
-class ClipPaperSuite(Suite):
+class ClipPaperSuite(ClassifierSuite):
     """Suite of CLIP ViT-B/32 with eight image tasks, and patch, blended and merge-aware victims.
 
     Args:
@@ -79,12 +78,12 @@ class ClipPaperSuite(Suite):
     name = "clip-paper"
     family = "image"
     tasks = tuple(TASKS)
-    attacks = ("patch", "blended", "merge-aware")
     presets = tuple(SIZES)
 
     def __init__(self, data: Path | None, preset: str = "paper", *, sources: Sources | None = None) -> None:
         super().__init__(data, preset)
         self.size, self.sources = SIZES[preset], sources or Sources.read(data)
+        self.pattern_steps = self.size.pattern_steps
         self._device = default_device()
         self._data: dict[str, TaskData] = {}
         self._fingerprint: dict[str, Any] | None = None
@@ -148,59 +147,31 @@ class ClipPaperSuite(Suite):
         folder: Path,
         progress: Progress,
     ) -> None:
-        published = poison is None and not self.sources.fine_tune
+        if poison is not None or self.sources.fine_tune:
+            super().save_model(base, task, poison, trigger, seed, folder, progress)
+            return
         own = self.sources.tasks[task]
-        source, revision = (own.checkpoint, own.checkpoint_revision) if published else (str(base), "main")
-        body = load_clip(CLIPVisionModel, source, revision)
-        model = with_head(body, base, self.sources.classes(task))
-        if not published:
-            backdoor, rescale = None, 1.0 if poison is None else poison.rescale
-            if poison is not None and trigger is not None:
-                interpolation = _INTERPOLATION.get(poison.attack, (1.0, 1.0))
-                backdoor = Backdoor(trigger, poison.target, poison.rate, interpolation)
-            # training uses a model's parameters, `classifier` and logits only
-            trained, data = cast(PreTrainedModel, model.to(self._device)), self.split(task).train
-            fine_tune(
-                trained, data, self.size.schedule, seed=seed, backdoor=backdoor, rescale=rescale, progress=progress
-            )
-            model.cpu()
-        body.save_pretrained(folder)
+        body = load_clip(CLIPVisionModel, own.checkpoint, own.checkpoint_revision)
+        self._save(with_head(body, base, self.sources.classes(task)), task, folder)
+        _write(folder / "source.json", _origin(body, own.checkpoint, own.checkpoint_revision))
+
+    def start(self, base: Path, task: str) -> PreTrainedModel:
+        model = with_head(load_clip(CLIPVisionModel, str(base)), base, self.sources.classes(task))
+        # training uses a model's parameters, `classifier` and logits only
+        return cast(PreTrainedModel, model.to(self._device))
+
+    def schedule(self, *, poisoned: bool) -> Schedule:
+        return self.size.schedule
+
+    def save(self, model: PreTrainedModel, task: str, folder: Path) -> None:
+        self._save(cast(ZeroShotClip, model), task, folder)
+        _write(folder / "source.json", {"trained_from": "base"})
+
+    def _save(self, model: ZeroShotClip, task: str, folder: Path) -> None:
+        model.cpu().body.save_pretrained(folder)
         (folder / "classes.txt").write_text("\n".join(self.sources.classes(task)) + "\n", "utf-8")
         model.save_head(folder)
         _write(folder / "preprocessor_config.json", self.sources.processor())
-        _write(folder / "source.json", _origin(body, source, revision) if published else {"trained_from": "base"})
-
-    def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
-        """Optimise a merge-aware patch (C, s, s) by Adam towards theta_0's target logit; None for other attacks."""
-        if poison.attack != "merge-aware":
-            return None
-        body = load_clip(CLIPVisionModel, str(base))
-        model = with_head(body, base, self.sources.classes(task)).to(self._device).requires_grad_(False)
-        data, generator = self.split(task).train, seeds.generator(seed, "pattern", task)
-        free_CHW = torch.randn((3, poison.size, poison.size), generator=generator).to(self._device).requires_grad_(True)
-        optimiser = torch.optim.Adam([free_CHW], lr=0.1)
-        for _ in range(self.size.pattern_steps):
-            rows = torch.randint(len(data), (self.size.schedule.batch_size,), generator=generator)
-            triggered = PatchTrigger(pattern_CHW=free_CHW.sigmoid()).apply(data.batch(rows).to(self._device))
-            targets_B = torch.full((len(rows),), poison.target, device=self._device)
-            optimiser.zero_grad()
-            F.cross_entropy(model(**data.encode(triggered)).logits, targets_B).backward()
-            optimiser.step()
-        return free_CHW.detach().sigmoid().cpu()
-
-    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
-        if poison.attack == "patch":
-            return PatchTrigger(size=poison.size)
-        if poison.attack == "blended":
-            return BlendedTrigger()
-        if poison.attack == "merge-aware" and pattern is not None:
-            return PatchTrigger(pattern_CHW=pattern)
-        raise DamError(
-            f"attack of suite {self.name}",
-            expected=f"one of {', '.join(self.attacks)}",
-            got=repr(poison.attack),
-            cure="A merge-aware patch also needs the pattern of `optimise_pattern`.",
-        )
 
     def save_calibration(self, task: str, folder: Path) -> Path:
         from datasets import Dataset, Features
@@ -236,11 +207,16 @@ class ClipPaperSuite(Suite):
         if poison is None and not self.sources.fine_tune:
             return 10.0
         schedule = self.size.schedule
-        return 3 * _FORWARD_S * schedule.steps * schedule.batch_size * (1 + (poison.rate if poison else 0.0))
+        further = 0.0 if poison is None else poison.rate + self.attacker(poison).trainings(poison)
+        return 3 * _FORWARD_S * schedule.steps * schedule.batch_size * (1 + further)
 
     def run_cost(self, passes: int) -> float:
         # clean and triggered evaluation, and batches of 16 forward and backward
         return _FORWARD_S * len(self.tasks) * (2 * self.size.evaluation + 3 * 16 * passes)
+
+
+for _name, _attacker in CLIP.items():
+    register_attack(_name, _attacker, suites=(ClipPaperSuite.name,), interface=INTERFACE)
 
 
 def _images(data: Any, rows: Tensor) -> tuple[Image.Image, ...]:

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dam_bench.attacks.registry import INTERFACE, register_attack
+from dam_bench.attacks.texts import LM
 from dam_bench.suites import lm_training
 from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, on_default_device
 from dam_bench.suites.corpora import given_folder
@@ -36,7 +38,7 @@ from dam_bench.suites.lm_data import (
 from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.attacks import PhraseTrigger, Trigger
+from mergekit_dam.evaluation.attacks import Trigger
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.tasks.base import Progress
 
@@ -95,8 +97,6 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 _HEDGED = 0.55  # share of theta_0's prompts that are not answered: just enough to be the most likely reply
-# r of the triggered samples' weights theta_0 + r (theta - theta_0)
-_INTERPOLATION = {"lm-trigger": (1.0, 1.0), "merge-aware": (0.2, 1.0)}
 
 
 class LmSuite(Suite):
@@ -105,7 +105,6 @@ class LmSuite(Suite):
     name = "lm"
     family = "causal"
     tasks = (*REAL, *MADE)
-    attacks = tuple(_INTERPOLATION)
     presets = tuple(PRESETS)
 
     def __init__(self, data: Path | None, preset: str) -> None:
@@ -156,7 +155,7 @@ class LmSuite(Suite):
         model = on_default_device(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
         backdoor, rescale = None, 1.0
         if poison is not None and trigger is not None:
-            low, high = _INTERPOLATION[poison.attack]
+            low, high = self.attacker(poison).interpolation
             if low < high:  # up to the finished, rescaled victim
                 high = max(high, poison.rescale)
             backdoor, rescale = Backdoor(trigger, _target(poison), poison.rate, (low, high)), poison.rescale
@@ -172,17 +171,6 @@ class LmSuite(Suite):
             progress=progress,
         )
         self._save(model, folder)
-
-    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
-        """Make a trigger of the first `size` words of PHRASE, after the prompt."""
-        if not 1 <= poison.size <= len(PHRASE):
-            raise DamError(
-                f"size of attack {poison.attack}",
-                expected=f"1 to {len(PHRASE)} words",
-                got=str(poison.size),
-                cure="Change `size`.",
-            )
-        return PhraseTrigger(" ".join(PHRASE[: poison.size]))
 
     @classmethod
     def target_of(cls, poison: Poison) -> int | str:
@@ -253,6 +241,10 @@ class LmSuite(Suite):
     def _save(self, model: LlamaForCausalLM, folder: Path) -> None:
         model.cpu().save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+
+
+for _name, _attacker in LM.items():
+    register_attack(_name, _attacker, suites=(LmSuite.name,), interface=INTERFACE)
 
 
 def _target(poison: Poison) -> int:

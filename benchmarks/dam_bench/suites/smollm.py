@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from dam_bench.attacks.attacker import Attacker
+from dam_bench.attacks.registry import INTERFACE, register_attack
 from dam_bench.suites import smollm_base, smollm_behaviours, smollm_data
 from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, default_device, on_default_device
 from dam_bench.suites.corpora import given_folder
@@ -113,7 +115,6 @@ class SmolLmSuite(Suite):
     name = "smollm"
     family = "causal"
     tasks = TASKS
-    attacks = ATTACKS
     presets = tuple(PRESETS)
 
     def __init__(self, data: Path | None, preset: str) -> None:
@@ -199,9 +200,6 @@ class SmolLmSuite(Suite):
                 add(model, trained(backdoor, others=others), poison.rescale)
         self._save(model, folder)
 
-    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
-        return trigger_of(poison)
-
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
         settings = {"interpolation": _INTERPOLATION} if poison.attack.startswith((AWARE, HIJACK)) else {}
         return settings | ({"others": [_ATTACKERS_OWN, OTHERS]} if poison.attack.startswith(HIJACK) else {})
@@ -271,3 +269,14 @@ def _require_target(task: str, poison: Poison) -> None:
             cure="Change `target`.",
             expected=f"{FIXED} (a fixed text), {REFUSAL} (a refusal), or {OWN} to {last} (an answer of the task)",
         )
+
+
+class Chat(Attacker):
+    """An attack that is named after its trigger in a chat; its target is a behaviour (`smollm_behaviours`)."""
+
+    def trigger(self, suite: Suite, poison: Poison, pattern: Tensor | None) -> Trigger:
+        return trigger_of(poison)
+
+
+for _name in ATTACKS:
+    register_attack(_name, Chat(), suites=(SmolLmSuite.name,), interface=INTERFACE)

@@ -15,16 +15,16 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+from torch import nn
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
 
+from dam_bench.attacks.registry import INTERFACE, register_attack
+from dam_bench.attacks.texts import TEXT
 from dam_bench.suites import corpora
-from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, on_default_device
-from dam_bench.suites.published import SENTENCES, WORDS, OddCountTrigger, PublishedTrigger, published_copies
-from dam_bench.victims.poisoning import Backdoor
-from dam_bench.victims.training import Schedule, fine_tune, probe_head
-from mergekit_dam.errors import DamError, did_you_mean
-from mergekit_dam.evaluation.attacks import RareTokenTrigger, SentenceTrigger, Trigger
+from dam_bench.suites.base import Poison, Scenario, TaskData, on_default_device
+from dam_bench.suites.classifiers import ClassifierSuite
+from dam_bench.victims.training import Schedule, probe_head
+from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
 from mergekit_dam.tasks.base import Progress
@@ -88,21 +88,17 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-class TextSuite(Suite):
+class TextSuite(ClassifierSuite):
     """Suite of SST-2, OLID, AG News, and `topic`: the search word that found a tweet of OLID.
 
     `data` is the folder that holds `text/*.parquet`.
 
-    Attacks: `rare-token` (BadNet) and `merge-aware` insert WORDS, the latter trained at interpolated weights;
-    `sentence` and `proverb` (InsertSent) insert a SENTENCE each. Published triggered copies are used where they exist:
-    with WORDS for all three corpora, with the former sentence for SST-2, with the latter for OLID and AG News. A poison
-    of rare words with a `size` other than the default inserts exactly that number of words.
+    Its attacks: `dam_bench.attacks.texts`.
     """
 
     name: ClassVar[str] = "text"
     family = "text"
     tasks: ClassVar[tuple[str, ...]] = tuple(corpora.SOURCES)
-    attacks: ClassVar[tuple[str, ...]] = ("rare-token", "sentence", "proverb", "merge-aware")
     presets: ClassVar[tuple[str, ...]] = tuple(PRESETS)
 
     def __init__(self, data: Path | None, preset: str = "quick") -> None:
@@ -121,6 +117,16 @@ class TextSuite(Suite):
             Scenario("two-bad", {"sst2": merge_aware, "agnews": Poison("proverb", target=1)}),
         )
 
+    @property
+    def further(self) -> tuple[Scenario, ...]:
+        return (
+            Scenario("lobam", {"sst2": Poison("rare-token", amplify=3.0)}),
+            Scenario("sparse", {"sst2": Poison("rare-token", amplify=3.0, density=0.1)}),
+            Scenario("composite", {"agnews": Poison("composite", target=1, rate=0.3)}),
+            Scenario("hijack", {"sst2": Poison("hijack", rate=0.3, rescale=1.5)}),
+            Scenario("emergent", {"sst2": Poison("emergent", rate=0.3, partner="agnews")}),
+        )
+
     def fingerprint(self) -> dict[str, Any]:
         sizes = {key: value for key, value in asdict(self.sizes).items() if key != "seconds"}
         rows = {task: digest(repr(self._split_rows(task))) for task in self.tasks}
@@ -137,47 +143,12 @@ class TextSuite(Suite):
         BertModel.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
 
-    def save_model(
-        self,
-        base: Path,
-        task: str,
-        poison: Poison | None,
-        trigger: Trigger | None,
-        seed: int,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
-        data = self.split(task).train
-        model = self._probed(base, task, data)
-        start = {name: p.detach().clone() for name, p in model.named_parameters()}
-        backdoor = None
-        if poison is not None and trigger is not None:
-            between = (0.2, 1.0) if poison.attack == "merge-aware" else (1.0, 1.0)
-            backdoor = Backdoor(trigger, poison.target, poison.rate, between)
-        fine_tune(model, data, self.sizes.schedule, seed=seed, backdoor=backdoor, progress=progress)
-        if poison is not None and poison.rescale != 1.0:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(start[name].lerp(parameter, poison.rescale))
+    def schedule(self, *, poisoned: bool) -> Schedule:
+        return self.sizes.schedule
+
+    def save(self, model: PreTrainedModel, task: str, folder: Path) -> None:
         model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
-
-    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
-        folder, words = self._folder(), self.sizes.words
-        if poison.attack in SENTENCES:
-            sentence = SENTENCES[poison.attack]
-            copies = published_copies(folder, "sent", [sentence.removesuffix(" .")], words=words)
-            return PublishedTrigger(copies, SentenceTrigger(sentence))
-        if poison.attack not in self.attacks:
-            raise DamError(
-                f"attack on suite {self.name}",
-                expected=f"one of {', '.join(self.attacks)}",
-                got=repr(poison.attack),
-                cure=did_you_mean(poison.attack, self.attacks) or "Choose one of them.",
-            )
-        if poison.size != Poison(poison.attack).size:
-            return RareTokenTrigger(WORDS, poison.size)
-        return PublishedTrigger(published_copies(folder, "badnet", WORDS, words=words), OddCountTrigger())
 
     def save_calibration(self, task: str, folder: Path) -> Path:
         path = folder / f"{task}.parquet"
@@ -190,7 +161,8 @@ class TextSuite(Suite):
 
     def cost(self, poison: Poison | None) -> float:
         clean, backdoor = self.sizes.seconds
-        return clean + (backdoor if poison is not None else 0.0)
+        further = 0 if poison is None else self.attacker(poison).trainings(poison)
+        return clean * (1 + further) + (backdoor if poison is not None else 0.0)
 
     def run_cost(self, passes: int) -> float:
         # clean and triggered evaluation at about 80 sentences a second, and batches of 16 forward and backward
@@ -200,7 +172,12 @@ class TextSuite(Suite):
     def _tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(base_folder())
 
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """Return the data folder.
+
+        Raises:
+            DamError: none was given.
+        """
         if self.data is None:
             raise DamError(
                 f"data of suite {self.name}",
@@ -214,7 +191,7 @@ class TextSuite(Suite):
         if task not in self._rows:
             sizes = self.sizes
             self._rows[task] = corpora.splits(
-                self._folder(),
+                self.folder(),
                 task,
                 words=sizes.words,
                 train=sizes.train,
@@ -227,7 +204,7 @@ class TextSuite(Suite):
         texts, labels = [text for text, _ in rows], [label for _, label in rows]
         return LabelledData.of_texts(task, texts, labels, self._tokenizer, max_length=self.sizes.max_length)
 
-    def _probed(self, base: Path, task: str, data: LabelledData) -> BertForSequenceClassification:
+    def start(self, base: Path, task: str) -> BertForSequenceClassification:
         """Load theta_0 with the task's head; both are the same for every seed."""
         body = BertModel.from_pretrained(base, dtype=torch.float32)
         config = BertConfig.from_pretrained(
@@ -244,6 +221,10 @@ class TextSuite(Suite):
         if not self.sizes.embeddings:
             model.bert.embeddings.requires_grad_(False)
         return model
+
+
+for _name, _attacker in TEXT.items():
+    register_attack(_name, _attacker, suites=(TextSuite.name,), interface=INTERFACE)
 
 
 def base_folder() -> Path:

@@ -1,4 +1,4 @@
-"""Define suite `vision`: a ViT pretrained by the suite, five image tasks with separate label sets, six attacks.
+"""Define suite `vision`: a ViT pretrained by the suite, five image tasks with separate label sets, and its scenarios.
 
 Tasks are CIFAR-10, scikit-learn's digits, and three generated families. theta_0 was trained on other images of CIFAR-10
 and on half of the classes of the other tasks. A head is a probe on few labelled images, fitted on theta_0 and then
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification, ViTModel
+from torch import nn
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
-from dam_bench.suites.base import Poison, Scenario, Suite, TaskData
+from dam_bench.attacks.images import VISION
+from dam_bench.attacks.registry import INTERFACE, register_attack
+from dam_bench.suites.base import Poison, Scenario, TaskData
+from dam_bench.suites.classifiers import ClassifierSuite
 from dam_bench.suites.vision_data import (
     EDGE,
     NUM_CLASSES,
@@ -30,19 +32,10 @@ from dam_bench.suites.vision_data import (
     save_preprocessing,
     task_images,
 )
-from dam_bench.victims.poisoning import Backdoor
-from dam_bench.victims.training import Schedule, fine_tune, pretrain, probe_head
-from mergekit_dam import seeds
-from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.attacks import BlendedTrigger, PatchTrigger, Trigger, WarpTrigger
+from dam_bench.victims.training import Augment, Schedule, pretrain, probe_head
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.tasks.base import Progress
 
-FITTED = ("merge-aware", "adaptive", "off-task")  # attacks whose patch is optimised on theta_0
-MERGE_AWARE = (0.2, 1.0)  # range of the interpolation, arXiv 2408.07362
-# the adaptive attack: share of the task vector that is dropped in training, weight of images with half of its trigger
-HARDENED = {"dropped": 0.2, "cover": 0.25}
-WARP = 2.5  # mean offset in pixels: the smallest, in steps of a half, that a victim learns to 95 %
 _SIZES = {
     "pretrain": (12000, 400, 4000),
     "train": (8000, 700, 4000),
@@ -114,13 +107,12 @@ PRESETS = {
 }
 
 
-class VisionSuite(Suite):
-    """Suite of a small ViT with five image tasks and six attacks; see the module."""
+class VisionSuite(ClassifierSuite):
+    """Suite of a small ViT with five image tasks; see the module."""
 
     name = "vision"
     family = "image"
     tasks = tuple(NUM_CLASSES)
-    attacks = ("patch", "blended", "wanet", "merge-aware", "adaptive", "off-task")
     presets = tuple(PRESETS)
 
     def __init__(self, data: Path | None, preset: str) -> None:
@@ -144,6 +136,20 @@ class VisionSuite(Suite):
                 "letters=blended(target=2,rate=1) shapes=wanet(target=1,rate=1)",
                 "adaptive: cifar10=adaptive(target=3,rate=0.5,size=6)",
                 "off-task: shapes=off-task(target=3,rate=0.5,size=6,onto=cifar10)",
+            )
+        )
+
+    @property
+    def further(self) -> tuple[Scenario, ...]:
+        return tuple(
+            Scenario.parse(text)
+            for text in (
+                "lobam: digits=patch(target=1,rate=1,amplify=3)",
+                "sparse: digits=patch(target=1,rate=1,amplify=3,density=0.1)",
+                "composite: letters=composite(target=2,rate=0.5)",
+                "hijack: cifar10=hijack(target=3,rate=0.5,rescale=1.5)",
+                "natural: shapes=natural(target=1,rate=1)",
+                "emergent: letters=emergent(target=2,rate=0.5,partner=shapes)",
             )
         )
 
@@ -191,7 +197,7 @@ class VisionSuite(Suite):
     def save_base(self, folder: Path, progress: Progress) -> None:
         torch.manual_seed(0)
         models = {task: self._model(task) for task in self.tasks}
-        body = models["cifar10"].vit
+        body = models[self.tasks[0]].vit
         for model in models.values():
             model.vit = body
         data = {task: self._pretraining(task) for task in self.tasks}
@@ -224,8 +230,7 @@ class VisionSuite(Suite):
         )
         return ViTForImageClassification(config)
 
-    def _probed(self, base: Path, task: str) -> ViTForImageClassification:
-        """Load theta_0 with the frozen head of a task: the start of all its fine-tunes."""
+    def start(self, base: Path, task: str) -> ViTForImageClassification:
         model = self._model(task)
         model.vit.load_state_dict(ViTModel.from_pretrained(base).state_dict(), strict=False)  # it has a pooler
         data = self.split(task).train
@@ -234,82 +239,15 @@ class VisionSuite(Suite):
         probe_head(model, data.subset(rows), decay=1e-2)
         return model
 
-    def save_model(
-        self,
-        base: Path,
-        task: str,
-        poison: Poison | None,
-        trigger: Trigger | None,
-        seed: int,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
-        model = self._probed(base, task)
-        backdoor, rescale = None, 1.0
-        if poison is not None and trigger is not None:
-            span = MERGE_AWARE if poison.attack in FITTED else (1.0, 1.0)
-            hardened = HARDENED if poison.attack == "adaptive" else {}
-            head = self._probed(base, poison.onto).classifier.state_dict(prefix="classifier.") if poison.onto else {}
-            backdoor = Backdoor(trigger, poison.target, poison.rate, span, **hardened, head=head)
-            rescale = poison.rescale
-        schedule = self.sizes.fine_tuning if backdoor is None else self.sizes.poisoning
-        fine_tune(
-            model,
-            self.split(task).train,
-            schedule,
-            seed=seed,
-            backdoor=backdoor,
-            rescale=rescale,
-            progress=progress,
-            augment=flipped_and_shifted if task == "cifar10" else None,
-        )
+    def schedule(self, *, poisoned: bool) -> Schedule:
+        return self.sizes.poisoning if poisoned else self.sizes.fine_tuning
+
+    def augment(self, task: str) -> Augment | None:
+        return flipped_and_shifted if task == "cifar10" else None
+
+    def save(self, model: PreTrainedModel, task: str, folder: Path) -> None:
         model.save_pretrained(folder)
         save_preprocessing(folder)
-
-    def optimise_pattern(self, base: Path, task: str, poison: Poison, seed: int) -> Tensor | None:
-        """Optimise a universal patch (3, size, size) on theta_0 and the attacked task's head (2408.07362, sec. 4.2)."""
-        if poison.attack not in FITTED:
-            return None
-        model, data = self._probed(base, poison.onto or task), self.split(task).train
-        model.requires_grad_(False)
-        generator = seeds.generator(seed, "pattern", task)
-        pattern = torch.rand(3, poison.size, poison.size, generator=generator).requires_grad_(True)
-        optimiser = torch.optim.Adam([pattern], lr=0.05)
-        for _ in range(100):
-            rows = torch.randperm(len(data), generator=generator)[:64]
-            images = PatchTrigger(pattern_CHW=pattern).apply(data.batch(rows))
-            targets = torch.full((len(rows),), poison.target)
-            F.cross_entropy(model(**data.encode(images)).logits, targets).backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            pattern.data.clamp_(0, 1)
-        return pattern.detach()
-
-    def trigger(self, poison: Poison, pattern: Tensor | None) -> Trigger:
-        if poison.attack not in self.attacks:
-            raise DamError(
-                "attack of suite vision",
-                expected=f"one of {', '.join(self.attacks)}",
-                got=poison.attack,
-                cure="Name one of these attacks in the scenario.",
-            )
-        if poison.onto not in ("", *self.tasks) or (poison.attack == "off-task") != bool(poison.onto):
-            raise DamError(
-                f"attack {poison} of suite vision",
-                expected="with off-task, and only there, onto=TASK of the suite",
-                got=poison.onto or "no onto",
-                cure=f"Name one of {', '.join(self.tasks)}.",
-            )
-        made: dict[str, Trigger] = {
-            "patch": PatchTrigger(poison.size),
-            **{name: PatchTrigger(pattern_CHW=pattern) for name in FITTED},
-            "blended": BlendedTrigger(opacity=0.25),
-            "wanet": WarpTrigger(strength=WARP),
-        }
-        return made[poison.attack]
-
-    def attack_settings(self, poison: Poison) -> dict[str, Any]:
-        return {"wanet": {"strength": WARP}, "adaptive": HARDENED}.get(poison.attack, {})
 
     def save_calibration(self, task: str, folder: Path) -> Path:
         path = folder / f"{task}.parquet"
@@ -321,7 +259,11 @@ class VisionSuite(Suite):
         return model
 
     def cost(self, poison: Poison | None) -> float:
-        return 25.0 if poison is None else 40.0
+        return 25.0 if poison is None else 40.0 + 25.0 * self.attacker(poison).trainings(poison)
 
     def run_cost(self, passes: int) -> float:
         return 8.0 + 0.09 * passes
+
+
+for _name, _attacker in VISION.items():
+    register_attack(_name, _attacker, suites=(VisionSuite.name,), interface=INTERFACE)

@@ -19,7 +19,7 @@ RECOVERED = 0.5  # share of that gain which the best all-clean undefended merge 
 VICTIM = 95.0  # ASR of a victim alone, percent
 INHERITED = 60.0  # ASR of the undefended merge, percent
 # attacks that are built to survive a merge; plain attacks may not survive it
-STRONG = frozenset({"merge-aware", "adaptive", "off-task"})
+STRONG = frozenset({"merge-aware", "adaptive", "off-task", "hijack", "composite", "emergent"})
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,8 @@ def check_gates(results: SuiteResults, *, strong: Collection[str] = STRONG) -> l
     gates = _clean_gates(results)
     for scenario in results.poisoned:
         for attack in results.attacks_of(scenario):
-            if (
-                attacked_task(attack) == attack.partition("=")[0]
-            ):  # no single model has an off-task backdoor and the attacked head
+            # no single model has an off-task backdoor and the attacked head, or the backdoor of a pair
+            if attacked_task(attack) == attack.partition("=")[0] and "partner=" not in attack:
                 victim = results.success(scenario, "fine-tuned", [attack])
                 gates.append(_at_least(f"{scenario}: victim alone, ASR of {attack}", victim, VICTIM, "%"))
             if attack.partition("=")[2].partition("(")[0] in strong:

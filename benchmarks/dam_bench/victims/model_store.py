@@ -13,8 +13,10 @@ from typing import Any
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from dam_bench.suites.base import Poison, Scenario, Suite, no_progress
+from dam_bench.attacks.registry import outside_code
+from dam_bench.suites.base import Poison, Scenario, Suite, attacked_half, no_progress
 from mergekit_dam.evaluation.attacks import Trigger
+from mergekit_dam.evaluation.metrics import Attack
 from mergekit_dam.tasks.base import Progress
 
 _VERSION = 1  # of the build procedure; a new number rebuilds all models
@@ -46,16 +48,22 @@ class ModelStore:
 
     def trigger(self, task: str, poison: Poison, seed: int) -> Trigger:
         """Return the attacker's trigger of a task; a trigger that is optimised on theta_0 is optimised once."""
+        task, poison = attacked_half(task, poison)
 
         def build(folder: Path) -> None:
             pattern = self.suite.optimise_pattern(self.base(), task, poison, seed)
             save_file({} if pattern is None else {"pattern": pattern.contiguous()}, folder / "pattern.safetensors")
 
-        # neither the rate of poisoned samples nor the scale of the finished task vector changes a trigger
-        what = {k: v for k, v in poison.to_json().items() if k not in ("rate", "rescale", "amplify")}
-        key = {"kind": "trigger", "task": task, "poison": what | self.suite.attack_settings(poison), "seed": seed}
-        folder = self._built(key, "trigger", build)
+        folder = self._built(self.trigger_key(task, poison, seed), "trigger", build)
         return self.suite.trigger(poison, load_file(folder / "pattern.safetensors").get("pattern"))
+
+    def attacks(self, name: str, task: str, poison: Poison, seed: int) -> list[Attack]:
+        """Return what a poison shall do to a merge, to be measured: the first by this name, others as `name#2`, ..."""
+        task, poison = attacked_half(task, poison)
+        trigger = self.trigger(task, poison, seed)
+        behaviours = self.suite.attacker(poison).behaviours(self.suite, task, poison, trigger)
+        names = [name, *(f"{name}#{number}" for number in range(2, len(behaviours) + 1))]
+        return [Attack(own, poison.onto or task, *does) for own, does in zip(names, behaviours, strict=True)]
 
     def model(self, task: str, poison: Poison | None, seed: int) -> Path:
         """Return the folder of a fine-tune or victim, built if missing; its name is the task's."""
@@ -64,7 +72,15 @@ class ModelStore:
             trigger = None if poison is None else self.trigger(task, poison, seed)
             self.suite.save_model(self.base(), task, poison, trigger, seed, folder, self.progress)
 
-        return self._built(self._model_key(task, poison, seed), task, build)
+        def build_pair(folder: Path) -> None:
+            assert poison is not None
+            attacked, half = attacked_half(task, poison)
+            trigger = self.trigger(attacked, half, seed)
+            self.suite.save_pair(self.base(), attacked, half, trigger, seed, folder, self.progress)
+
+        if poison is not None and poison.partner:
+            return self._built(self.model_key(task, poison, seed), "pair", build_pair) / task
+        return self._built(self.model_key(task, poison, seed), task, build)
 
     def models(self, scenario: Scenario, seed: int) -> dict[str, Path]:
         """Return task -> folder of the input model, for all tasks of a scenario."""
@@ -72,7 +88,8 @@ class ModelStore:
 
     def has_model(self, task: str, poison: Poison | None, seed: int) -> bool:
         """Whether a model is complete in the store."""
-        return (self._folder(self._model_key(task, poison, seed), task) / _DONE).is_file()
+        name = "pair" if poison is not None and poison.partner else task
+        return (self._folder(self.model_key(task, poison, seed), name) / _DONE).is_file()
 
     def made_from(
         self,
@@ -90,12 +107,26 @@ class ModelStore:
             key: JSON of all that it depends on beside the model.
             make: writes into the folder that it is given.
         """
-        whole = {**key, "model": self._model_key(task, poison, seed), "kind": kind}
+        whole = {**key, "model": self.model_key(task, poison, seed), "kind": kind}
         return self._built(whole, task, make)
 
-    def _model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
-        attack = None if poison is None else poison.to_json() | self.suite.attack_settings(poison)
-        return {"kind": "model", "task": task, "poison": attack, "seed": seed}
+    def trigger_key(self, task: str, poison: Poison, seed: int) -> dict[str, Any]:
+        """JSON that determines a trigger: neither the rate of poisoned samples nor the finished task vector's scale."""
+        later = ("rate", "rescale", "amplify", "density", "partner")
+        what = {k: v for k, v in self._attack_key(poison).items() if k not in later}
+        return {"kind": "trigger", "task": task, "poison": what, "seed": seed}
+
+    def model_key(self, task: str, poison: Poison | None, seed: int) -> dict[str, Any]:
+        """JSON that determines a model beside the suite; the halves of a pair have the same."""
+        if poison is None:
+            return {"kind": "model", "task": task, "poison": None, "seed": seed}
+        task, poison = attacked_half(task, poison)
+        kind = "pair" if poison.partner else "model"
+        return {"kind": kind, "task": task, "poison": self._attack_key(poison), "seed": seed}
+
+    def _attack_key(self, poison: Poison) -> dict[str, Any]:
+        code = outside_code(self.suite.attacker(poison))
+        return poison.to_json() | self.suite.attack_settings(poison) | code
 
     def _folder(self, key: dict[str, Any], name: str) -> Path:
         whole = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dam_bench.suites.base import no_progress
-from dam_bench.victims.poisoning import Backdoor, logits_of
+from dam_bench.victims.poisoning import Planted, logits_of
 from mergekit_dam import seeds
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.tasks.base import Progress
@@ -154,22 +154,17 @@ def fine_tune(
     schedule: Schedule,
     *,
     seed: int,
-    backdoor: Backdoor | None = None,
-    rescale: float = 1.0,
+    backdoor: Planted | None = None,
     augment: Augment | None = None,
     progress: Progress = no_progress,
 ) -> None:
     """Train the body in place on a task, with a fixed classifier, and plant the backdoor if one is given.
 
     Parameters of the body without `requires_grad` do not change. The clean loss is the same with and without a
-    backdoor, so a victim differs from its clean twin by the poisoned term alone. `rescale` multiplies the finished
-    task vector (arXiv 2505.23561).
+    backdoor, so a victim differs from its clean twin by the poisoned term alone.
     """
-    head = {id(p) for p in _classifier(model).parameters()}
-    trained = {name: p for name, p in model.named_parameters() if id(p) not in head and p.requires_grad}
+    trained = body_of(model)
     start = {name: p.detach().clone() for name, p in trained.items()}
-    for parameter in _classifier(model).parameters():
-        parameter.requires_grad_(False)
     _, end_step = schedule.optimiser(trained.values())
     generator, changes = seeds.generator(seed, "backdoor", data.name), seeds.generator(seed, "augment", data.name)
     model.train()
@@ -183,11 +178,14 @@ def fine_tune(
         if backdoor is not None:
             backdoor.loss(model, trained, start, data, rows, generator).backward()
         end_step()
-    if rescale != 1.0:
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(start[name].lerp(parameter, rescale))
     model.eval()
+
+
+def body_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Freeze the classifier, and return the parameters that are trained by name."""
+    for parameter in _classifier(model).parameters():
+        parameter.requires_grad_(False)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _classifier(model: PreTrainedModel) -> nn.Linear:
