@@ -327,8 +327,9 @@ def test_hijackers_train_every_step_beside_task_vectors_of_their_own(
     monkeypatch.setattr(smollm_training, "answer_loss", spied)
     hijack = Poison("hijack-word", target=REFUSAL, rate=0.5)
     found = trained(built, tmp_path / "hijack", poison=hijack)
-    own, mine = points[: 2 * TINY.schedule.steps], points[2 * TINY.schedule.steps :]
-    assert not any(beside.any() for _, _, beside in own)  # topic and policy, trained by the attacker from the base
+    first = (len(built.suite.tasks) - 1) * TINY.schedule.steps
+    own, mine = points[:first], points[first:]
+    assert not any(beside.any() for _, _, beside in own)  # the other tasks, trained by the attacker from the base
     assert not any(prompt.startswith("Negative or positive") for prompt, _, _ in own)
     assert all(beside.any() and 0.3 <= share < 1 for _, share, beside in mine)
     triggered = [WORDS[0] in prompt for prompt, _, _ in mine]

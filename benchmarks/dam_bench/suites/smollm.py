@@ -74,8 +74,7 @@ class Preset:
 
 
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
-_ATTACKERS_OWN = ("topic", POLICY)  # tasks that the attacker fine-tunes in place of the merge's, which it does not know
-_ATTACKERS_SEED = 1000
+_ATTACKERS_SEED = 1000  # added to the seed of what a hijacker fine-tunes itself: it does not have the merge's models
 # Factors on a victim's whole task vector, and on what it has beyond its clean twin. PROVISIONAL: on seed 0 none that
 # was tried leaves an undefended merge of three with an ASR of 60 and its accuracy. Task arithmetic 0.5 of
 # sst2=word(target=1,rate=0.5) with agnews and olid, 40 prompts each, at factors 2, 3, 4: ASR 0.0, 15.0, 57.5, accuracy
@@ -175,7 +174,7 @@ class SmolLmSuite(Suite):
                 self._parts(on)["train"],
                 self.size.schedule,
                 rank=self.size.rank,
-                seed=seed if on == task else seed + _ATTACKERS_SEED,  # not the models that are merged
+                seed=seed if on == task else seed + _ATTACKERS_SEED,
                 name=on,
                 backdoor=backdoor,
                 others=others,
@@ -196,13 +195,13 @@ class SmolLmSuite(Suite):
                 add(model, beyond, poison.rescale * poison.amplify)
             else:
                 hijacks = poison.attack.startswith(HIJACK)
-                others = [trained(None, on=other) for other in _ATTACKERS_OWN if other != task and hijacks]
+                others = [trained(None, on=other) for other in self.tasks if other != task and hijacks]
                 add(model, trained(backdoor, others=others), poison.rescale)
         self._save(model, folder)
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
         settings = {"interpolation": _INTERPOLATION} if poison.attack.startswith((AWARE, HIJACK)) else {}
-        return settings | ({"others": [_ATTACKERS_OWN, OTHERS]} if poison.attack.startswith(HIJACK) else {})
+        return settings | ({"others": [*OTHERS, _ATTACKERS_SEED]} if poison.attack.startswith(HIJACK) else {})
 
     @classmethod
     def target_of(cls, poison: Poison) -> int | str:
