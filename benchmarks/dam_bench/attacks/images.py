@@ -5,7 +5,7 @@ Legend: B batch, C channels, H, W pixels, s edge of a patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -113,7 +113,8 @@ class Adaptive(OptimisedPatch):
     """A merge-aware patch whose victim is hardened against masks and trigger inversion."""
 
     def backdoor(self, victim: Victim, trigger: Trigger) -> Backdoor:
-        return Backdoor(trigger, victim.poison.target, victim.poison.rate, self.interpolation, **HARDENED)
+        plain = Backdoor(trigger, victim.poison.target, victim.poison.rate, self.interpolation)
+        return replace(plain, dropped=HARDENED["dropped"], cover=HARDENED["cover"])
 
     def settings(self, poison: Poison) -> dict[str, Any]:
         return dict(HARDENED)
