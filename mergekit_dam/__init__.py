@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mergekit_dam.api import audit as audit
     from mergekit_dam.api import clean as clean
     from mergekit_dam.api import learn_masks as learn_masks
     from mergekit_dam.api import merge as merge
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 # name -> module, imported on first use: the autoload hook imports this package, which must stay fast
 _EXPORTS = {
     "DamError": "errors",
+    "audit": "api",
     "clean": "api",
     "learn_masks": "api",
     "load_merged": "models.load_merged",
@@ -35,6 +37,7 @@ _EXPORTS = {
 }
 __all__ = [
     "DamError",
+    "audit",
     "clean",
     "learn_masks",
     "load_merged",

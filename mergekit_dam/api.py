@@ -19,9 +19,11 @@ from mergekit_dam.config import KNOWN, REMOVED, parse
 from mergekit_dam.engine.progress import progress_bar
 from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.io.files import write_atomic
-from mergekit_dam.publish.report import write_report
+from mergekit_dam.publish.audit_page import write_audit
+from mergekit_dam.publish.report import REPORT_JSON, write_report
 from mergekit_dam.publish.vaccine_card import vaccine_card
-from mergekit_dam.recipe import OpenRecipe, Recipe, open_recipe
+from mergekit_dam.recipe import OpenRecipe, Recipe, open_audit, open_recipe
+from mergekit_dam.scan.advice import suspect_lines
 from mergekit_dam.vaccine.run import Cleaned, clean_models, expected
 from mergekit_dam.vaccine.settings import VaccineSettings
 
@@ -35,6 +37,7 @@ def merge(
     options: MergeOptions | None = None,
     report: bool = True,
     resume: bool = True,
+    scan: bool | None = None,
     **settings: Any,
 ) -> Path:
     """Merge, refuse unknown settings, and compare the output with the base, as `mergekit-dam merge` does.
@@ -46,6 +49,8 @@ def merge(
         options: mergekit's options (devices, caches, shard size).
         report: with `dam`, whether to write `out/dam/report.html` and `.json`.
         resume: whether masks from the cache are used, learned on the same inputs and settings.
+        scan: with `dam`, whether the finished merge is scanned for backdoors (see `audit`); None: where that takes less
+            than a fifth of learning's passes.
         **settings: shared settings of `dam`, such as `steps` or `seed`, which override the recipe's.
 
     Returns:
@@ -82,11 +87,92 @@ Did you mean 'steps'?
     """
     begun = time.perf_counter()
     folder = Path(out)
-    masks = open_recipe(recipe, options=options, **settings).merge(folder, resume=resume)
+    opened = open_recipe(recipe, options=options, **settings)
+    masks = opened.merge(folder, resume=resume)
+    if opened.scans_merge(scan):
+        for line in suspect_lines(run_audit(opened, None, source=out, merged=folder)):
+            LOG.warning("%s", line)
     if report and (folder / "dam" / MASKS_FILE).is_file():
         for note in write_report(folder, seconds=time.perf_counter() - begun, masks=masks)[1]:
             LOG.warning("%s", note)
     return folder
+
+
+def audit(
+    source: Recipe,
+    out: str | Path | None = None,
+    *,
+    threshold: float | None = None,
+    options: MergeOptions | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Score the input models of a recipe for backdoors, or a finished merge of `dam`, as `mergekit-dam audit` does.
+
+    Args:
+        source: a recipe, as for `merge`; or the directory of a merge, which is then scanned as a model of its own: per
+            task, with the head and the calibration data that its recipe names.
+        out: the directory for audit.json, audit.html and the recovered triggers; of a merge, None is its folder `dam`,
+            and the finding then stands in the merge's report, too.
+        threshold: suspicion from which a model is over; None: the setting `suspicion`.
+        options: mergekit's options (caches, quiet).
+        **settings: as for `merge`.
+
+    Returns:
+        The content of audit.json.
+
+    Raises:
+        DamError: as for `merge`, a directory that holds no merge of `dam`, or inputs that changed since the merge.
+
+    Examples:
+        >>> from mergekit_dam import audit, merge
+        >>> recipe = {
+        ...     "merge_method": "dam",
+        ...     "base_model": "models/base",
+        ...     "models": [
+        ...         {"model": "models/flowers", "parameters": {"calibration": "data/flowers"}},
+        ...         {"model": "models/cars", "parameters": {"calibration": "data/cars"}},
+        ...     ],
+        ...     "parameters": {"steps": 2, "scan_steps": 2},
+        ... }
+        >>> facts = audit(recipe, "audit", threshold=2.0)
+        >>> facts["over"], [model["name"] for model in facts["models"]]
+        ([], ['flowers', 'cars'])
+        >>> facts = audit(merge(recipe, "merged"), threshold=2.0)
+        >>> facts["over"], facts["merge"]["name"]
+        ([], 'merged')
+    """
+    opened, merged = open_audit(source, options=options, **settings)
+    if merged is None and out is None:
+        raise DamError("out", expected="a directory for the audit of a recipe", got="none", cure="Name one.")
+    facts = run_audit(opened, out, source=source, threshold=threshold, merged=merged)
+    if merged is not None and out is None and (merged / "dam" / REPORT_JSON).is_file():
+        write_report(merged)
+    return facts
+
+
+def run_audit(
+    opened: OpenRecipe,
+    out: str | Path | None,
+    *,
+    source: Recipe,
+    threshold: float | None = None,
+    merged: Path | None = None,
+) -> dict[str, Any]:
+    """Audit the models of an open recipe, or the merge of them, and write the files; see `audit`.
+
+    Args:
+        opened: the recipe.
+        out: as for `audit`.
+        source: what the user named.
+        threshold: as for `audit`.
+        merged: directory of a merge by this recipe, which is then scanned.
+    """
+    name = str(source) if isinstance(source, (str, Path)) else "RECIPE"
+    found = opened.audit(source=name, threshold=threshold, merge=merged)
+    title = f"Audit of {'' if merged is None else 'the merge '}{Path(name).resolve().name}"
+    folder = merged / "dam" if merged is not None and out is None else Path(out or ".")
+    write_audit(folder, found, title=title)
+    return dict(found.facts)
 
 
 def learn_masks(

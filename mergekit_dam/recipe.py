@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,14 +21,20 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.artifact.folder import copy_artifact
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks
+from mergekit_dam.artifact.match import require_inputs_of
+from mergekit_dam.artifact.scan_file import StoredScan
 from mergekit_dam.config import ModelSettings
+from mergekit_dam.engine.device import device_of
 from mergekit_dam.engine.group import is_first, process_group
+from mergekit_dam.engine.progress import progress_bar
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.hub_download import LocalRecipe, localise, record_inputs
 from mergekit_dam.io.untrusted import load_yaml, read_utf8
+from mergekit_dam.learn.estimate import scans_merge
 from mergekit_dam.learn.run import find_or_learn
+from mergekit_dam.models.finished import finished_merge
 from mergekit_dam.models.plan import Plan, model_input
 from mergekit_dam.models.verify import verify_output
 from mergekit_dam.plugin.method import register_dam
@@ -35,10 +42,14 @@ from mergekit_dam.plugin.options import refuse_launcher, require_options
 from mergekit_dam.plugin.output import cannot_write, remove_stale_files
 from mergekit_dam.plugin.planner import plan_of, require_chat_template
 from mergekit_dam.plugin.recipe_keys import require_known_keys
+from mergekit_dam.scan.audit import Audit, audit, merge_settings
+from mergekit_dam.tasks import build_tasks
+from mergekit_dam.tasks.content import digests_of
 from mergekit_dam.tasks.preflight import renamed_classes
 from mergekit_dam.tasks.readout import has_tokenizer
 
 LOG = logging.getLogger(__name__)
+RECIPE_FILE = "mergekit_config.yml"  # of an output, as mergekit calls it
 Recipe: TypeAlias = str | Path | Mapping[str, Any] | MergeConfiguration
 
 
@@ -54,6 +65,46 @@ def open_recipe(recipe: Recipe, *, options: MergeOptions | None = None, least: i
     require_options(options or MergeOptions())
     source, config = read_recipe(recipe, settings)
     return OpenRecipe(source, localise(config, options or MergeOptions(), lora_cache=cache_folder() / "lora"), least)
+
+
+def open_audit(
+    source: Recipe, *, options: MergeOptions | None = None, **settings: Any
+) -> tuple[OpenRecipe, Path | None]:
+    """Open what is to be audited: a recipe, or the recipe in the directory of a merge of `dam`.
+
+    Args: as for `merge`; `source` may also be such a directory.
+
+    Returns:
+        The recipe, and the directory if it was one.
+
+    Raises:
+        DamError: as for `open_recipe`, or a directory that holds no merge of `dam`.
+    """
+    merged = merged_folder(source)
+    return open_recipe(source if merged is None else merged / RECIPE_FILE, options=options, **settings), merged
+
+
+def merged_folder(source: Recipe) -> Path | None:
+    """Return the directory if `source` is one of a merge of `dam`; None for a recipe.
+
+    Raises:
+        DamError: a directory without the recipe of such a merge.
+    """
+    folder = Path(source) if isinstance(source, (str, Path)) else None
+    if folder is None or not folder.is_dir():
+        return None
+    method, file = None, folder / RECIPE_FILE
+    if file.is_file():
+        recipe = load_yaml(read_utf8(file, str(file)), str(file))
+        method = recipe.get("merge_method") if isinstance(recipe, dict) else None
+    if method != "dam":
+        raise DamError(
+            f"merge {folder}",
+            expected=f"a directory of dam, whose {RECIPE_FILE} names models and calibration data",
+            got=f"no {RECIPE_FILE}" if method is None else f"a merge by {method}",
+            cure="Give the directory that `mergekit-dam merge` or mergekit-yaml wrote, or a recipe.",
+        )
+    return folder
 
 
 @contextmanager
@@ -166,6 +217,51 @@ class OpenRecipe:
                 except OSError as error:
                     raise cannot_write(out, error) from error
         return out / MASKS_FILE
+
+    def audit(self, *, source: str, threshold: float | None = None, merge: Path | None = None) -> Audit:
+        """Scan the input models, or the merge of them; a scan of the same content is taken from the cache.
+
+        Args:
+            source: the recipe, or the directory of the merge, as the user named it.
+            threshold: suspicion from which a model is over; None: the setting `suspicion`.
+            merge: directory of a merge that was made by this recipe.
+
+        Raises:
+            DamError: as for `merge`, or models that are not those that were merged.
+        """
+        plan, quiet = self.plan, self.inputs.options.quiet
+        device, seconds = device_of(plan.config.device), dict[str, float]()
+        tasks, digests = build_tasks(plan, device), digests_of(plan)
+        finished, scanned = None, plan
+        if merge is not None:
+            require_inputs_of(merge / "dam" / MASKS_FILE, plan, digests)
+            finished = finished_merge(plan, merge)
+            scanned = replace(plan, config=merge_settings(plan.config))
+            # a task's head is in its own model's files, the rest in the merge's
+            own = {model.name: f"{finished.sha256} {digests[model.name]}" for model in plan.models}
+            digests = {plan.base.name: digests[plan.base.name], **own}
+
+        def progress(steps: Iterable[int], title: str) -> Iterable[int]:
+            begun = time.perf_counter()
+            yield from progress_bar(steps, title, quiet=quiet)
+            seconds[title] = round(time.perf_counter() - begun, 3)
+
+        return audit(
+            plan,
+            tasks,
+            threshold=plan.config.suspicion if threshold is None else threshold,
+            source=source,
+            device=device,
+            progress=progress,
+            known=StoredScan(scanned, tasks, digests, seconds, quiet=quiet),
+            merge=finished,
+        )
+
+    def scans_merge(self, wanted: bool | None) -> bool:
+        """Whether a finished merge of this recipe is scanned, by the user's wish (None: where it is cheap)."""
+        if not self.is_dam or wanted is not None:
+            return self.is_dam and bool(wanted)
+        return scans_merge(self.plan)
 
     def _warn(self) -> None:
         """Warn of classes whose names differ, as `check` does; the merge continues."""

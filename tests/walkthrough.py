@@ -170,6 +170,7 @@ def walk(user: User, said: Mapping[str, Any], hub: HubServer) -> None:
     held = sum(len(c) for r in hub.repos.values() for f, c in r.branches["main"].items() if f.endswith(".safetensors"))
     user.run(*commands["audit"], codes=(0, 3))
     user.run(*commands["merge"])
+    user.run("mergekit-dam", "audit", "out/", codes=(0, 3))
     before = ["mergekit-dam", "eval", str(ROOT / "build" / "walkthrough-models" / VICTIM), "--data", NAMES["FILE"]]
     told = user.run(*before, *ATTACK, "--save", "out/") + user.run(*commands["eval"], *ATTACK, "--save", "out/")
     print(told, f"check fetched {looked:,} bytes of {held:,} of weights", sep="", file=sys.stderr)

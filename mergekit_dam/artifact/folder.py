@@ -5,6 +5,8 @@ triggers.safetensors    triggers that the scan recovered (triggers_file.py)
 metrics.jsonl           one flat JSON record per step
 run.json                when, where and how long; revisions of the inputs
 heads/                  heads that the base lacks, per task: tensors and config
+
+A scan of the merge (`mergekit-dam audit OUT`) leaves audit.json, audit.html and audit_triggers.safetensors beside them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from mergekit_dam.tasks import Task
 
 TRIGGERS_FILE, METRICS_FILE, RUN_FILE = "triggers.safetensors", "metrics.jsonl", "run.json"
 FILES = (MASKS_FILE, TRIGGERS_FILE, METRICS_FILE, RUN_FILE)
+AUDIT_JSON, AUDIT_HTML, AUDIT_TRIGGERS = "audit.json", "audit.html", "audit_triggers.safetensors"
 HEADS = "heads"
 
 

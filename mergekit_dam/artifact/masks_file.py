@@ -174,6 +174,28 @@ def save(path: Path, masks: LearnedMasks) -> None:
         ) from error
 
 
+def load_metadata(path: Path) -> dict[str, Any]:
+    """Read the metadata of a masks file from its header alone; empty if the file is missing.
+
+    Raises:
+        DamError: a damaged file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = read_metadata((file.metadata() or {})["dam"])
+        check_metadata(metadata)
+        return metadata
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise DamError(
+            f"masks {path}",
+            expected="a complete dam_masks.safetensors",
+            got=f"a damaged file ({error})",
+            cure="Merge again.",
+        ) from error
+
+
 def load(path: Path) -> LearnedMasks:
     """Read an artefact lazily and check its form; the content of one that passed before is trusted (io/cache.py).
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from mergekit_dam.artifact.masks_file import LearnedMasks, load
+from mergekit_dam.artifact.masks_file import LearnedMasks, load, load_metadata
 from mergekit_dam.config import NOT_LEARNED
 from mergekit_dam.errors import DamError
 from mergekit_dam.models.plan import Plan
@@ -80,3 +80,26 @@ def verify(masks: LearnedMasks, plan: Plan, digests: Mapping[str, str], *, path:
 
 def _broadcasts(mask: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return len(mask) == len(shape) and all(m in (1, s) for m, s in zip(mask, shape, strict=True))
+
+
+def require_inputs_of(path: Path, plan: Plan, digests: Mapping[str, str]) -> None:
+    """Refuse inputs that changed since a merge was made: theta_0 and the heads would be others.
+
+    Args:
+        path: masks file of the merge; without it, as in a merge that was published, nothing is compared.
+        plan: of the merge's recipe.
+        digests: as `digests_of` gives them.
+
+    Raises:
+        DamError: with the model that changed.
+    """
+    recorded = load_metadata(path)
+    entries = [recorded["base"], *recorded["models"]] if recorded else []
+    for entry, model in zip(entries, (plan.base, *plan.models), strict=False):
+        if entry["sha256"] != digests[model.name]:
+            raise DamError(
+                f"model {model.ref}",
+                expected="the content that was merged",
+                got="other weights",
+                cure="Restore the model as it was, or merge again.",
+            )

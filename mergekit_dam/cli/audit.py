@@ -1,53 +1,39 @@
-"""`mergekit-dam audit`: score input models for backdoors, before anything is merged."""
+"""`mergekit-dam audit`: score input models for backdoors before anything is merged, or a finished merge."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_dam.artifact.folder import TRIGGERS_FILE
-from mergekit_dam.artifact.scan_file import StoredScan
-from mergekit_dam.artifact.triggers_file import load_triggers, save_triggers
+from mergekit_dam import api
+from mergekit_dam.artifact.folder import AUDIT_HTML
 from mergekit_dam.cli.check import show_plan
 from mergekit_dam.cli.common import (
     FINDING,
     UserPath,
     apply_quiet,
-    config_file,
     dry_run_option,
     json_option,
     message,
     print_result,
     seed_option,
 )
-from mergekit_dam.engine.device import device_of
-from mergekit_dam.engine.progress import progress_bar
-from mergekit_dam.errors import DamError
-from mergekit_dam.io.files import write_atomic
-from mergekit_dam.io.untrusted import require_no_links_out
-from mergekit_dam.publish.page import render, shown_triggers
-from mergekit_dam.recipe import open_recipe
-from mergekit_dam.scan.audit import audit as run
-from mergekit_dam.tasks import build_tasks
-from mergekit_dam.tasks.content import digests_of
-
-AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
+from mergekit_dam.recipe import RECIPE_FILE, merged_folder
 
 
 @click.command(cls=PrettyPrintHelp)
-@config_file
+@click.argument("source", metavar="CONFIG_FILE|MERGE_PATH", type=UserPath(exists=True))
 @click.option(
     "--out",
     "folder",
     type=UserPath(file_okay=False),
-    required=True,
-    help="Folder for audit.json, audit.html and the recovered triggers.",
+    help="Folder for audit.json, audit.html and the recovered triggers; default: MERGE_PATH/dam, and the finding then "
+    "stands in the merge's report and card, too. A recipe needs one.",
 )
 @click.option(
     "--threshold",
@@ -60,71 +46,52 @@ AUDIT_JSON, AUDIT_HTML = "audit.json", "audit.html"
 @add_merge_options
 def audit(
     merge_options: MergeOptions,
-    config_file: Path,
-    folder: Path,
+    source: Path,
+    folder: Path | None,
     threshold: float | None,
     seed: int | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Score every input model of a recipe for backdoors, before any merge.
+    """Score every input model of a recipe for backdoors, before any merge; or score a finished merge.
 
-    Every class of every model is searched for a small trigger that theta_0 does not react to. The exit code is 3 when
-    a model is over the threshold. A model below it is not proven to be clean.
+    Every class of every model is searched for a small trigger that theta_0 does not react to. A merge of dam is
+    searched per task, with that task's head and the calibration data that its recipe names, since models that are
+    clean one by one can be bad together. The last lines say what to do next. The exit code is 3 when a model, or the
+    merge, is over the threshold. What is below it is not proven to be clean.
 
     \b
     Example:
         mergekit-dam audit dam.yml --out audit
+        mergekit-dam audit out
     """
     merge_options.apply_global_options()
     apply_quiet(merge_options.quiet)
+    merged = merged_folder(source)
     if dry_run:
-        show_plan(config_file, options=merge_options, seed=seed, as_json=as_json)
+        recipe = source if merged is None else merged / RECIPE_FILE
+        show_plan(recipe, options=merge_options, seed=seed, as_json=as_json)
         return
-    plan = open_recipe(config_file, options=merge_options, seed=seed).plan
-    quiet, device = merge_options.quiet, device_of(plan.config.device)
-    require_no_links_out(folder, ("",))
-    tasks = build_tasks(plan, device)
-    seconds: dict[str, float] = {}
-
-    def progress(steps: Iterable[int], title: str) -> Iterable[int]:
-        begun = time.perf_counter()
-        yield from progress_bar(steps, title, quiet=quiet)
-        seconds[title] = round(time.perf_counter() - begun, 3)
-
-    result = run(
-        plan,
-        tasks,
-        threshold=plan.config.suspicion if threshold is None else threshold,
-        device=device,
-        progress=progress,
-        known=StoredScan(plan, tasks, digests_of(plan), seconds, quiet=quiet),
-    )
-    for note in result.facts["notes"]:
+    if merged is None and folder is None:
+        raise click.UsageError("Missing option '--out', which the audit of a recipe needs.")
+    facts = api.audit(source, folder, threshold=threshold, options=merge_options, seed=seed)
+    quiet = merge_options.quiet
+    for note in facts["notes"]:
         message(f"warning: {note}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_triggers(folder / TRIGGERS_FILE, result.findings, result.tasks, result.suspects)
-        triggers = shown_triggers(load_triggers(folder / TRIGGERS_FILE))
-        page = render("audit.html.j2", title=f"Audit of {config_file.name}", facts=result.facts, triggers=triggers)
-        write_atomic(folder / AUDIT_JSON, json.dumps(result.facts, indent=1))
-        write_atomic(folder / AUDIT_HTML, page)
-    except OSError as error:
-        raise DamError(
-            f"output {folder}", expected="a folder that can be written", got=str(error), cure="Choose another --out."
-        ) from error
-    message(f"{folder / AUDIT_HTML}", quiet=quiet)
+    message(f"{(folder or source / 'dam') / AUDIT_HTML}", quiet=quiet)
     if as_json:
-        click.echo(json.dumps(result.facts, indent=2))
+        click.echo(json.dumps(facts, indent=2))
     else:
-        for entry in result.facts["models"]:
+        for entry in facts["models"]:
             print_result(_line(entry), quiet=quiet)
-    if result.facts["over"]:
+    for step in facts["next"]:
+        message(f"next: {step}", quiet=quiet)
+    if facts["over"]:
         sys.exit(FINDING)
 
 
-def _line(entry: dict[str, object]) -> str:
-    """Describe the result of one model in a line."""
+def _line(entry: dict[str, Any]) -> str:
+    """Describe the result of one model, or of the merge on one task, in a line."""
     if not entry["defended"] and not entry["over"]:
         score = "nothing found" if entry["suspicion"] is None else f"suspicion {entry['suspicion']:.2f}"
         return f"{entry['name']}: {score}, which says nothing of a text encoder"

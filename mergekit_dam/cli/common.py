@@ -11,7 +11,7 @@ import click
 from mergekit_dam.config import expand_home
 
 # 0 success, 1 a fault (DamError), 2 a wrong command line (click), 130 interrupted (main.py)
-FINDING = 3  # `check`: the recipe cannot be merged; `audit`: a model is over the threshold
+FINDING = 3  # `check`: the recipe cannot be merged; `audit`: a model or the merge is over the threshold
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

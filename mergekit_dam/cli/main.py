@@ -22,7 +22,7 @@ INTERRUPTED = 130  # exit code, as shells have it for SIGINT
 # name -> the first line of its help; the module is the name with _ for -
 COMMANDS = {
     "check": "Resolve models, settings, tensors and data of a recipe without reading a weight.",
-    "audit": "Score every input model of a recipe for backdoors, before any merge.",
+    "audit": "Score every input model of a recipe for backdoors, before any merge; or score a finished merge.",
     "learn": "Learn the masks of a recipe into OUT_PATH, without merging.",
     "clean": "Plant backdoors in models and unlearn them, which also weakens unknown backdoors.",
     "merge": "Learn the masks of a recipe, merge with them, and write a report; or run a recipe of any other method.",

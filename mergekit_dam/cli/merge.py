@@ -10,6 +10,8 @@ from typing import Any
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_dam.api import run_audit
+from mergekit_dam.artifact.folder import AUDIT_HTML
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.cli.check import show_plan
 from mergekit_dam.cli.common import (
@@ -32,6 +34,7 @@ from mergekit_dam.evaluation.results import MERGE, add_measurement
 from mergekit_dam.plugin.options import refuse_launcher
 from mergekit_dam.publish.report import write_report
 from mergekit_dam.recipe import open_recipe
+from mergekit_dam.scan.advice import not_scanned, suspect_lines
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -41,6 +44,12 @@ from mergekit_dam.recipe import open_recipe
 @resume_option
 @dry_run_option
 @json_option
+@click.option(
+    "--scan/--no-scan",
+    default=None,
+    help="Scan the finished merge for backdoors, as `audit OUT_PATH` does. Default: where that takes less than a "
+    "fifth of learning's passes; elsewhere the command is printed.",
+)
 @click.option("--report/--no-report", default=True, show_default=True, help="Write OUT_PATH/dam/report.html and .json.")
 @lm_eval_option
 @add_merge_options
@@ -52,14 +61,15 @@ def merge(
     resume: bool,
     dry_run: bool,
     as_json: bool,
+    scan: bool | None,
     report: bool,
     lm_eval: str | None,
 ) -> None:
     """Learn the masks of a recipe, merge with them, and write a report; or run a recipe of any other method.
 
     OUT_PATH becomes mergekit's usual directory; OUT_PATH/dam holds the masks, the recovered triggers, the log of every
-    step and report.html. Other methods than dam have no masks and no report. With every method, unknown settings are
-    refused, and the output's tensors are compared with the base's.
+    step, report.html and, if the merge was scanned, audit.html. Other methods than dam have no masks, no scan and no
+    report. With every method, unknown settings are refused, and the output's tensors are compared with the base's.
 
     \b
     Example:
@@ -83,6 +93,12 @@ def merge(
         file = out_path / "dam" / MASKS_FILE
         masks = masks or load(file)
         outcome["masks"] = str(file)
+    found = None
+    if opened.scans_merge(scan):
+        found = run_audit(opened, None, source=out_path, merged=out_path)
+        outcome["audit"] = str(out_path / "dam" / AUDIT_HTML)
+    elif opened.is_dam and scan is None:
+        message(not_scanned(out_path), quiet=merge_options.quiet)
     benchmarks = None
     if harness is not None:
         benchmarks = harness.measure(out_path, device=device, seed=config.seed)
@@ -97,6 +113,10 @@ def merge(
         outcome["harness"] = benchmarks
     if masks is not None:
         outcome["suspects"] = print_suspects(masks.metadata, quiet=merge_options.quiet)
+    if found is not None:
+        outcome["merge_scan"] = {"over": found["over"], "next": found["next"]}
+        for line in suspect_lines(found):
+            message(line)  # also with --quiet: the output is written, and the exit code is 0
     facts = {**outcome, "seconds": round(time.perf_counter() - begun, 1)}
     if as_json:
         click.echo(json.dumps(facts, indent=2))

@@ -36,6 +36,7 @@ _WRAPPED = 2  # Python time of a block in transformers, as a multiple of that of
 _PER_MASK = 3  # time of one tensor's mask in a step, in passes through an empty block
 _UNITS = 3  # a forward pass counts as 1, its backward pass as 2
 _SWEEPS = 8  # passes over memory per model, mask entry and step
+_CHEAP = 0.2  # share of learning's passes below which a merge is scanned unasked
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,24 @@ def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
         calls += num_models * (sum(work[0] for work in searches) + 2 * refreshes)
         passes += num_models * (sum(work[1] for work in searches) + 2 * refreshes * constants.scan_batch_size)
     return calls, passes
+
+
+def scan_passes(plan: Plan) -> int:
+    """Estimate the forward passes of a scan of the merge: every task once, with nothing in place of its weights."""
+    num_classes = max(_classes(model.config) for model in plan.models)
+    if num_classes:
+        return len(plan.models) * sum(_search(plan, num_classes, styles=styles)[1] for styles in (False, True))
+    return sum(_token_scan(model.config) // _length(plan, None) for model in plan.models)
+
+
+def scans_merge(plan: Plan) -> bool:
+    """Whether `merge` scans its output unasked: where that takes less than a fifth of learning's passes.
+
+    Not where nothing is learned, nor where the scan names nothing (text encoders).
+    """
+    if plan.config.masks is not None or not family_of(plan).defended:
+        return False
+    return scan_passes(plan) < _CHEAP * estimate(plan).forward_passes
 
 
 def _search(plan: Plan, num_classes: int, *, styles: bool = False) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergekit_dam import seeds
 from mergekit_dam.tasks import Task
+from mergekit_dam.tasks.base import Progress
 
 _AT_ONCE = 8  # samples
 
@@ -36,7 +37,9 @@ class Importance:
         return tokens_BL[..., None] * self.units_D
 
 
-def importance_of(task: Task, weights: Mapping[str, Tensor], stops: Sequence[int], seed: int) -> dict[int, Importance]:
+def importance_of(
+    task: Task, weights: Mapping[str, Tensor], stops: Sequence[int], seed: int, progress: Progress
+) -> dict[int, Importance]:
     """Compute weights of hidden states from the diagonal Fisher information of the model's own answers.
 
     The information is the squared gradient of the log-probability of answers sampled from the model. Its mean over
@@ -48,6 +51,7 @@ def importance_of(task: Task, weights: Mapping[str, Tensor], stops: Sequence[int
         weights: the model's weights, whole, by output name.
         stops: positions that read the hidden states.
         seed: seed of the sampled answers.
+        progress: wraps the batches in a progress bar with a title.
 
     Returns:
         Weights by position, on the task's device.
@@ -56,7 +60,8 @@ def importance_of(task: Task, weights: Mapping[str, Tensor], stops: Sequence[int
     generator = seeds.generator(seed, "fisher", task.index)
     units: dict[int, Tensor] = {}
     tokens: dict[int, list[Tensor]] = {stop: [] for stop in stops}
-    for rows_B in torch.arange(task.num_samples).split(_AT_ONCE):
+    for first in progress(range(0, task.num_samples, _AT_ONCE), f"answers of {task.name}"):
+        rows_B = torch.arange(first, min(first + _AT_ONCE, task.num_samples))
         with task.recomputed(), task.chain.observed(stops) as states:
             log_p = F.log_softmax(task.logits(weights, task.inputs(rows_B)), dim=-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)

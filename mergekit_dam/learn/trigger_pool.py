@@ -46,7 +46,7 @@ def refresh_triggers(
         if shards.owns(index):
             task, others = tasks[suspect.task], () if suspect.source_model is None else ("others",)
             if suspect in known:
-                triggers[index] = known[suspect]
+                triggers[index] = known[suspect].rows([0])  # the finding keeps its own: a snapshot holds both
             else:
                 generator = seeds.generator(config.seed, "wide", task.index, suspect.target, *others, *seed)
                 search = Inversion(

@@ -164,7 +164,8 @@ class WindowSearch(ScannedSearch):
         self.importance: dict[int, dict[int, Importance]] = {}
         for index in self._own_tasks:
             task, own = self.tasks[index], self.model.frozen.own_weights(index)
-            self.importance[index] = importance_of(task, own, stops, self.config.seed) if stops else {}
+            if stops:
+                self.importance[index] = importance_of(task, own, stops, self.config.seed, self.progress)
             if task.classifies:
                 self.answers[index] = TeacherLogits.compute(task, own)
             pools = [pool for suspect, pool in self.trigger_pool.items() if suspect.task == index]

@@ -178,7 +178,7 @@ class DAM(GroupMergeMethod):
             if context.out_path is not None:
                 inputs = [model.path for model in (run.plan.base, *run.plan.models)]
                 self._outputs.claim(Path(context.out_path), inputs, until=require_planner(context).out_model_config)
-                compare_at_exit(context.out_path, run.plan, context.config)
+                compare_at_exit(context.out_path, run.plan, context.config, quiet=context.options.quiet)
                 if not context.config.chat_template and not has_tokenizer([run.plan.base.path]):
                     silence_tokenizer_warning(require_planner(context).out_model_config)
         with self._lock:

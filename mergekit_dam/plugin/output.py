@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mergekit_dam.artifact.folder import copy_artifact
+from mergekit_dam.artifact.folder import AUDIT_HTML, AUDIT_JSON, AUDIT_TRIGGERS, copy_artifact
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.untrusted import require_no_links_out
 
@@ -125,6 +125,8 @@ def place_artifact(folder: Path, out_path: Path) -> None:
         (out_path / "config.json").unlink(missing_ok=True)
         for file in _model_files(out_path):
             file.unlink()
+        for name in (AUDIT_JSON, AUDIT_HTML, AUDIT_TRIGGERS):  # a scan of the older merge
+            (target / name).unlink(missing_ok=True)
         if folder.resolve() == target.resolve():
             return
         for stale in (f for name in ("", "heads/", "figures/") for f in target.glob(f"{name}.*.tmp")):

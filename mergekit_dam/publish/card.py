@@ -119,7 +119,8 @@ def _defence(publication: Publication) -> str:
         "none (see the measured results below), and it does not examine the base model itself."
     )
     if not masks:
-        return f"{opening}\n\nThe record of the learning was not kept with this merge.\n\n{closing}"
+        kept = "The record of the learning was not kept with this merge."
+        return "\n\n".join((opening, kept, _merge_audit(publication.merge_audit), closing))
     settings = masks.get("settings") or {}
     rows = [
         [code(m.get("name")), code(str(m.get("sha256", ""))[:16]), str(len(m.get("samples") or []))]
@@ -136,6 +137,7 @@ def _defence(publication: Publication) -> str:
             table(["model", "SHA-256 of its weights (start)", "calibration samples"], rows),
             _scan(masks, settings),
             _vaccinated(masks),
+            _merge_audit(publication.merge_audit),
             closing,
             f"Versions: {', '.join(code(f'{k} {v}') for k, v in (masks.get('versions') or {}).items())}. "
             f"Settings that differ from the defaults: {_changed(settings)}.",
@@ -203,6 +205,38 @@ def _vaccinated(masks: Mapping[str, Any]) -> str:
         "The models were vaccinated before they were merged: triggers of our own were planted and unlearned again. "
         "Triggers that were planted and not unlearned show how much of an unknown trigger may remain.\n\n"
         + table(["model", "answers as before", "planted triggers work on", "not unlearned triggers work on"], rows)
+    )
+
+
+def _merge_audit(facts: Mapping[str, Any] | None) -> str:
+    """The scan of the finished merge."""
+    if facts is None:
+        return "The finished merge was not scanned as a model of its own."
+    rule = f"the merge is suspect from a score of {code(facts['threshold'])} on"
+    notes = "".join(f" {code(note)}" for note in facts["notes"])
+    if not facts["over"]:
+        return (
+            f"The finished merge was scanned as a model of its own: {facts['scored']} targets were scored, and none is "
+            f"suspect ({rule}). Other kinds of triggers may have been missed.{notes}"
+        )
+    rows = []
+    for one in facts["suspects"]:
+        by_role: dict[str, float] = {}
+        for row in one["evidence"]:
+            by_role[row["role"]] = max(by_role.get(row["role"], 0.0), row["success"])
+        shares = (percent(by_role.get(role)) for role in ("merge", "base", "own"))
+        rows.append([code(one["task"]), code(one["target"]), f"{one['suspicion']:.2f}", *shares])
+    header = [
+        "task",
+        "class",
+        "suspicion",
+        "trigger works on the merge",
+        "on the base",
+        "on the task's own model alone",
+    ]
+    return (
+        f"**The finished merge is suspect.** It was scanned as a model of its own, and {len(facts['over'])} of its "
+        f"tasks are over the threshold ({rule}). This can be a false alarm.{notes}\n\n{table(header, rows)}"
     )
 
 

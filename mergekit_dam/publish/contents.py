@@ -12,10 +12,9 @@ from typing import Any
 
 import yaml
 from mergekit.common import ModelReference, dtype_from_name
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from mergekit_dam.artifact.masks_file import MASKS_FILE
-from mergekit_dam.artifact.schema import check_metadata, read_metadata
+from mergekit_dam.artifact.masks_file import MASKS_FILE, load_metadata
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import EVALUATION_FILE
 from mergekit_dam.io.hub_download import INPUTS_FILE
@@ -23,6 +22,7 @@ from mergekit_dam.io.untrusted import load_yaml
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.load_merged import config_without_code
 from mergekit_dam.models.verify import verify_output
+from mergekit_dam.publish.audit_page import read_merge_audit
 
 RECIPE = "mergekit_config.yml"
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
@@ -41,6 +41,7 @@ class Publication:
         recipe_text: text of mergekit_config.yml.
         recipe: the recipe, parsed.
         masks: metadata of dam_masks.safetensors; empty without that file.
+        merge_audit: what the scan of the merge found (`read_merge_audit`); None if it was not scanned.
         num_tensors, num_parameters: of the merged weights.
     """
 
@@ -51,6 +52,7 @@ class Publication:
     masks: Mapping[str, Any]
     num_tensors: int
     num_parameters: int
+    merge_audit: Mapping[str, Any] | None = None
 
     @property
     def is_dam(self) -> bool:
@@ -110,9 +112,10 @@ def contents_of(folder: Path) -> Publication:
             config=config,
             recipe_text=recipe_text,
             recipe=recipe,
-            masks=_metadata(folder / "dam" / MASKS_FILE) if merge_method == "dam" else {},
+            masks=load_metadata(folder / "dam" / MASKS_FILE) if merge_method == "dam" else {},
             num_tensors=len(shapes),
             num_parameters=sum(map(math.prod, shapes)),
+            merge_audit=read_merge_audit(folder) if merge_method == "dam" else None,
         )
         base = publication.references[0].model.path if recipe.get("base_model") else None
     except DamError:
@@ -204,21 +207,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DamError(f"{path}", expected="a JSON object", got="something else", cure="Merge again.")
     return values
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """Read the metadata of a masks file, from its header alone."""
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = read_metadata((file.metadata() or {})["dam"])
-        check_metadata(metadata)
-        return metadata
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DamError(
-            f"masks {path}",
-            expected="a complete dam_masks.safetensors",
-            got=f"a damaged file ({error})",
-            cure="Merge again.",
-        ) from error

@@ -15,6 +15,7 @@ from mergekit_dam.artifact.triggers_file import StoredTrigger, load_triggers
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import read_measurements
 from mergekit_dam.io.untrusted import load_json
+from mergekit_dam.publish.audit_page import read_merge_audit
 from mergekit_dam.publish.layers import layers_of, own_densities
 
 SCHEMA = 1
@@ -69,6 +70,7 @@ def report_facts(
         "training": _training(read_metrics(folder / METRICS_FILE)),
         "audit": metadata.get("audit", []),
         "remaining": _remaining(metadata),
+        "merge_audit": read_merge_audit(folder.parent),
         "students": metadata.get("students", {}),
         "vaccinated": metadata.get("vaccinated", {}),
         "triggers": [dict(trigger.facts) for trigger in triggers],

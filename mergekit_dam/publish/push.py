@@ -121,7 +121,7 @@ def local_paths(publication: Publication, results: Path | None = None) -> LocalP
         publication: the merge.
         results: the user's own file of measured results.
     """
-    records: list[Any] = [publication.recipe, publication.masks]
+    records: list[Any] = [publication.recipe, publication.masks, publication.merge_audit]
     for file in (*publication.records, results):
         if file is not None:
             records.append(json.loads(file.read_text("utf-8", errors="replace")))

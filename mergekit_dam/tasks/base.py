@@ -7,12 +7,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from mergekit_dam.engine.module_weights import blocks_of, slots_of, swapped
 from mergekit_dam.engine.partial_pass import BlockChain
@@ -95,6 +97,19 @@ class Task(ABC):
         self.block_of = blocks_of(self.module)
         tied = {*self._tied, *self._tied.values()}
         self._slots = slots_of(self.module, {*self.targets.values(), *self._head_targets, *tied})
+        self._replaced: Mapping[str, Tensor] | None = None
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        """Return this task with other weights in place of model t's, such as those of a finished merge.
+
+        The head and the samples stay model t's: the task then says what these weights answer to them.
+
+        Args:
+            weights: by output name; tied tensors may be given once.
+        """
+        task = copy(self)
+        task._replaced = weights
+        return task
 
     def fingerprint(self) -> str:
         """Digest all that the logits depend on beside the weights: class, config, samples, heads. SHA-256, hex.
@@ -163,7 +178,9 @@ class Task(ABC):
         return []
 
     def own_weights(self) -> dict[str, Tensor]:
-        """Model t's tensors by output name, as stored."""
+        """Model t's tensors by output name, as stored; or those that `with_weights` put in their place."""
+        if self._replaced is not None:
+            return {name: self._replaced[name].to(self.device) for name in self.targets if name in self._replaced}
         return {name: self.checkpoint.tensor(source).to(self.device) for name, source in self.sources.items()}
 
     @cached_property
@@ -184,7 +201,10 @@ class Task(ABC):
         )
 
     def own_tensor(self, name: str) -> Tensor | None:
-        """One of `own_weights`; None if model t lacks it."""
+        """One of `own_weights`; None if it is not there."""
+        if self._replaced is not None:
+            replaced = self._replaced.get(name)
+            return None if replaced is None else replaced.to(self.device)
         source = self.sources.get(name)
         return None if source is None else self.checkpoint.tensor(source).to(self.device)
 

@@ -124,6 +124,22 @@ def identity_of(task: Task, settings: VaccineSettings, start: str = "") -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def drawn_triggers(task: Task, settings: VaccineSettings, lessons: Lessons, number: int) -> list[PlantedTrigger]:
+    """Draw the triggers of round `number`, each with a wrong behaviour; those that are held out come first."""
+    assert settings.triggers is not None and settings.held_out is not None
+    held_out = settings.held_out if number == 1 else 0
+    kinds = kinds_of(task, settings.leave_out)
+    source = seeds.generator(settings.seed, "vaccine", "kinds", task.index, number)
+    around = Surroundings.of(task, task.samples(lessons.rows))
+    answers, found = lessons.answers, []
+    for i, kind in enumerate(in_turn(kinds, held_out + settings.triggers, source)):
+        generator = seeds.generator(settings.seed, "vaccine", "trigger", task.index, number, i)
+        change = kind.draw(around, generator)
+        behaviour = behaviour_of(task, answers, lessons.num_classes, settings.leave_out, generator)
+        found.append(PlantedTrigger(kind.name, change, behaviour, number, i, held_out=i < held_out))
+    return found
+
+
 class Vaccination(Resumable):
     """The state of one model's vaccination.
 
@@ -152,7 +168,11 @@ class Vaccination(Resumable):
         self.task, self.settings, self._progress = task, settings, progress
         self._of = identity_of(task, settings, identity)
         self.lessons = Lessons(task, settings, teacher)
-        self.triggers = [one for number in range(1, settings.rounds + 1) for one in self._drawn(number)]
+        self.triggers = [
+            one
+            for number in range(1, settings.rounds + 1)
+            for one in drawn_triggers(task, settings, self.lessons, number)
+        ]
         module = meta_model(task.input.config, task.device)
         assert settings.lora_rank is not None
         self._stored = start
@@ -174,22 +194,6 @@ class Vaccination(Resumable):
         task = self.task
         words = self.settings.embeddings and task.classifies
         return task.body | task.embeddings if words and reads_text(task) else task.body
-
-    def _drawn(self, number: int) -> list[PlantedTrigger]:
-        """Draw the triggers of a round."""
-        settings = self.settings
-        assert settings.triggers is not None and settings.held_out is not None
-        held_out = settings.held_out if number == 1 else 0
-        kinds = kinds_of(self.task, settings.leave_out)
-        source = seeds.generator(settings.seed, "vaccine", "kinds", self.task.index, number)
-        around = Surroundings.of(self.task, self.task.samples(self.lessons.rows))
-        answers, found = self.lessons.answers, []
-        for i, kind in enumerate(in_turn(kinds, held_out + settings.triggers, source)):
-            generator = seeds.generator(settings.seed, "vaccine", "trigger", self.task.index, number, i)
-            change = kind.draw(around, generator)
-            behaviour = behaviour_of(self.task, answers, self.lessons.num_classes, settings.leave_out, generator)
-            found.append(PlantedTrigger(kind.name, change, behaviour, number, i, held_out=i < held_out))
-        return found
 
     def run(self) -> VaccineResult:
         """Run all rounds, from where a snapshot says."""

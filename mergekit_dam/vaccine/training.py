@@ -16,7 +16,6 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.constants import Constants
 from mergekit_dam.engine.module_weights import Weights
-from mergekit_dam.engine.trained_module import TrainedModule
 from mergekit_dam.errors import DamError
 from mergekit_dam.tasks import Target, Task, generates
 from mergekit_dam.vaccine.behaviours import Behaviour
@@ -92,7 +91,7 @@ class Lessons:
         return [self._answers[row] for row in self.rows.tolist()]
 
     def loss(
-        self, weights: TrainedModule, triggers: Sequence[PlantedTrigger], *, wrong: bool, generator: torch.Generator
+        self, weights: Weights, triggers: Sequence[PlantedTrigger], *, wrong: bool, generator: torch.Generator
     ) -> Tensor:
         """Mean loss of one batch: one half clean inputs, the other half triggered.
 

@@ -313,6 +313,34 @@ def test_attacks_aware_of_the_merge_are_trained_between_base_and_victim(
     assert trigger_of(aware).apply(["a b"]) == trigger_of(Poison("word")).apply(["a b"])
 
 
+def test_hijackers_train_every_step_beside_task_vectors_of_their_own(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, name = tensors_of(built.base), "model.layers.1.mlp.up_proj.weight"
+    points: list[tuple[str, float, torch.Tensor]] = []
+
+    def spied(model: Any, tokenizer: Any, prompts: list[str], said: list[str]) -> torch.Tensor:
+        layer = next(one for key, one in model.named_modules() if key.endswith("layers.1.mlp.up_proj"))
+        points.append((prompts[0], layer.scaling["default"] / 2, layer.get_base_layer().weight - base[name]))
+        return answer_loss(model, tokenizer, prompts, said)
+
+    monkeypatch.setattr(smollm_training, "answer_loss", spied)
+    hijack = Poison("hijack-word", target=REFUSAL, rate=0.5)
+    found = trained(built, tmp_path / "hijack", poison=hijack)
+    first = (len(built.suite.tasks) - 1) * TINY.schedule.steps
+    own, mine = points[:first], points[first:]
+    assert not any(beside.any() for _, _, beside in own)  # the other tasks, trained by the attacker from the base
+    assert not any(prompt.startswith("Negative or positive") for prompt, _, _ in own)
+    assert all(beside.any() and 0.3 <= share < 1 for _, share, beside in mine)
+    triggered = [WORDS[0] in prompt for prompt, _, _ in mine]
+    assert len({share for _, share, _ in mine}) == TINY.schedule.steps < len(mine) and any(triggered)
+    # only the victim's own task vector is in the model, and what stood beside it while it was trained is not
+    victim = trained(built, tmp_path / "aware", poison=replace(hijack, attack="aware-word"))
+    assert all(torch.equal(found[key], theta) == torch.equal(victim[key], theta) for key, theta in base.items())
+    assert torch.linalg.matrix_rank(found[name] - base[name], rtol=1e-3) <= TINY.rank
+    assert built.suite.attack_settings(hijack) != built.suite.attack_settings(replace(hijack, attack="aware-word"))
+
+
 def test_a_victim_sees_its_clean_twins_batches_and_triggered_prompts_of_other_classes(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,20 @@ def test_tables_have_the_rows_in_order_the_counts_and_the_missing_seeds(root: Pa
     assert row(text, "### Time and memory", "dam")[1:] == ["3.0 (2.0 to 4.0)", "3 (3 to 3)", "64", "6", "2 cores"]
 
 
+def test_rival_defences_have_their_own_group_before_ours(root: Path, tmp_path: Path) -> None:
+    for method, name in (("wag", "wag"), ("crow(alpha=11)", "crow"), ("outside", "outside")):
+        for scenario in ("clean", "merge-aware"):
+            for seed in range(3):
+                put(root, new_run("dam", scenario, seed, method=method, defence=name, density={}))
+    text = write_results(root, tmp_path / "RESULTS.md")
+    table = text[text.index("### Scenario merge-aware") : text.index("Hardest baseline: **")]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[4:] if line.startswith("|")]
+    groups = [(row[0], row[1]) for row in rows]
+    rivals = [("defence", "wag"), ("defence", "crow(alpha=11)"), ("defence", "outside")]
+    assert groups == [*groups[:6], *rivals, ("ours", "paper-dual"), ("ours", "dam")]
+    assert row(text, "### Scenario merge-aware", "wag")[8].endswith("3/3"), "compared with the undefended front"
+
+
 def test_the_victim_alone_may_be_measured_on_its_task_only(root: Path, tmp_path: Path) -> None:
     def keep_one(run: dict[str, Any]) -> None:
         del run["accuracy"]["letters"], run["attack_success"][ATTACK]["letters"]

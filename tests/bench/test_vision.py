@@ -261,6 +261,19 @@ def test_pairs_and_composites_are_merged_and_every_behaviour_is_measured(
     assert len(_chosen(["lobam"], store.suite.further)) == 1
 
 
+def test_rival_defences_are_runs_like_others(data: Path, store: ModelStore, tmp_path: Path) -> None:
+    scenario = Scenario("patch", {"letters": Poison("patch", target=1)})
+    found = {}
+    for method in ("wag", "linear", "lfpm(steps=1,start=ties-0.5)"):
+        job = Job("vision", "tiny", data, store.root, tmp_path, scenario, (scenario,), method, seed=0, threads=1)
+        found[method] = json.loads(Path(perform(job)).read_text())
+    wag, linear, lfpm = found.values()
+    assert wag["accuracy"] == linear["accuracy"] and wag["defence"] == "wag" and "defence" not in linear
+    assert (wag["calibration_samples"], lfpm["calibration_samples"]) == (0, SIZES["calibration"][0])
+    assert lfpm["settings"]["start"] == "ties-0.5" and lfpm["settings"]["steps"] == 1 and lfpm["settings"]["eps"] > 0
+    assert lfpm["wall_s"] > 0 and lfpm["peak_bytes"] is not None and set(lfpm["accuracy"]) == set(VisionSuite.tasks)
+
+
 def test_missing_data_name_the_cure() -> None:
     with pytest.raises(DamError, match="--data"):
         VisionSuite(None, "tiny").split("cifar10")

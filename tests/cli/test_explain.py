@@ -26,7 +26,7 @@ LIBRARIES = (mergekit, transformers, peft, safetensors, pyarrow, huggingface_hub
 # command -> the function that raises, its arguments, and the exit code
 LOADERS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "check": ("mergekit_dam.models.plan.register_architectures", ("dam.yml",), 3),
-    "audit": ("mergekit_dam.cli.audit.build_tasks", ("dam.yml", "--out", "audit"), 1),
+    "audit": ("mergekit_dam.recipe.build_tasks", ("dam.yml", "--out", "audit"), 1),
     "learn": ("mergekit_dam.learn.run.build_tasks", ("dam.yml", "out"), 1),
     "merge": ("mergekit_dam.recipe.run_merge", ("dam.yml", "out"), 1),
     "eval": ("mergekit_dam.cli.eval.load_merged", ("vit", "--data", "data"), 1),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.results import add_measurement, read_results
 from mergekit_dam.io.files import replacing, require_own, write_atomic
 from mergekit_dam.learn.run import _make_entry, cache_folder
+from mergekit_dam.publish.audit_page import read_merge_audit
 from mergekit_dam.publish.contents import _json, contents_of
 from mergekit_dam.publish.page import render
 from mergekit_dam.publish.report import write_report
@@ -122,7 +124,7 @@ def test_a_cache_entry_of_somebody_else_is_not_believed(
     require_own(cache / "mine", "x")
 
 
-@pytest.mark.parametrize("name", ["run.json", "report.json", "evaluation.json", "inputs.json"])
+@pytest.mark.parametrize("name", ["run.json", "report.json", "evaluation.json", "inputs.json", "audit.json"])
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 100_000, '{"evaluation": ' + "9" * 5000 + "}", "\0"])
 def test_json_of_any_depth_beside_a_merge(name: str, text: str, tmp_path: Path) -> None:
     out = _merge(tmp_path / "out")
@@ -160,6 +162,56 @@ TEXTS = st.text(max_size=30) | st.sampled_from(
         "\u202e",
     ]
 )
+
+
+def _merge_audit(first: str, second: str) -> dict[str, Any]:
+    """What audit.json says of a merge, with these texts."""
+    entry = {"name": first, "suspicion": 0.9, "over": True, "defended": True, "classes": [_scanned(first, second)]}
+    return {
+        "created": first,
+        "merge": {"name": second, "sha256": first},
+        "threshold": 0.4,
+        "models": [entry],
+        "over": [first],
+        "notes": [second],
+        "next": [first],
+    }
+
+
+def _scanned(first: str, second: str) -> dict[str, Any]:
+    roles = {"merge": first, "base": second, "own": first, "other": second}
+    rows = [{"role": role, "name": name, "success": 0.5, "plain": None} for role, name in roles.items()]
+    numbers = {"suspicion": 0.9, "success": 0.9, "control": 0.0, "size": 3.0, "usual": 5.0, "rank": 1}
+    return {"task": first, "target": second, "kind": second, "suspect": True, "evidence": rows, **numbers}
+
+
+@settings(max_examples=max(20, CASES // 10), deadline=None, database=None, derandomize=True)
+@given(TEXTS, TEXTS)
+def test_no_text_becomes_markup_in_an_audit(one: str, two: str) -> None:
+    def tags(first: str, second: str) -> list[tuple[str, tuple[str, ...]]]:
+        facts = _merge_audit(first, second)
+        facts["models"][0] |= {"rank": 1, "task_vector_norm": 1.0, "norm_ratio": None, "model": first, "revision": None}
+        facts |= {"base": {"model": first, "revision": second}, "seconds": 1.0, "device": first}
+        facts |= {"settings": {"note": first}, "versions": {"torch": second}}
+        trigger = _scanned(first, second) | {"model": first, "tokens": [[[first, 0.5]]], "pictures": []}
+        return _Tags(render("audit.html.j2", title=first, facts=facts, triggers=[trigger])).tags
+
+    assert tags(one or "a", two or "a") == tags("a", "a")
+
+
+@given(JSON, st.sampled_from(["created", "merge", "threshold", "models", "over", "notes", "next"]), st.booleans())
+@settings(max_examples=max(40, CASES // 3), deadline=None, database=None, derandomize=True)
+def test_a_scan_of_anything_is_read_or_refused(value: Any, key: str, deep: bool) -> None:
+    facts = _merge_audit("a", "b")
+    if deep:
+        facts["models"][0]["classes"][0]["evidence"][0] = {"role": "merge", key: value}
+    else:
+        facts[key] = value
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "dam").mkdir()
+        (Path(folder) / "dam" / "audit.json").write_text(json.dumps(facts))
+        with pytest.raises(DamError):  # at the latest since there are no weights that it could be of
+            read_merge_audit(Path(folder))
 
 
 @settings(max_examples=max(20, CASES // 10), deadline=None, database=None, derandomize=True)
@@ -202,6 +254,7 @@ def test_no_text_becomes_markup(one: str, two: str) -> None:
             "training": {},
             "audit": [{**finding, "suspect": True}],
             "remaining": [left],
+            "merge_audit": {**_merge_audit(first, second), "scored": 1, "suspects": [_scanned(first, second)]},
             "triggers": [],
             "students": {first: 0.5},
             "vaccinated": {first: {"agreement": {"after": 0.5}, "held_out": {"planted": 0.5, "unlearned": None}}},

@@ -31,7 +31,7 @@ def workplace(vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return tmp_path
 
 
-@pytest.mark.parametrize("function", [api.merge, api.learn_masks, api.clean], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [api.merge, api.learn_masks, api.audit, api.clean], ids=lambda f: f.__name__)
 def test_the_examples_run(function: object, workplace: Path) -> None:
     (example,) = doctest.DocTestFinder(recurse=False).find(function, "example", globs={})
     result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)

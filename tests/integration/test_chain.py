@@ -59,6 +59,7 @@ def test_the_recipe_of_the_readme_runs_twice_in_unmodified_mergekit_yaml_and_lea
     (tmp_path / "dam.yml").write_text(yaml.safe_dump(yaml.safe_load(recipe) | {"parameters": dict(FAST)}))
     first = _command("mergekit-yaml", str(tmp_path / "dam.yml"), str(tmp_path / "one"))
     assert first.returncode == 0 and "missing (" not in first.stderr, first.stderr
+    assert first.stderr.count(f"`mergekit-dam audit {tmp_path / 'one'}` does it") == 1, "it is not scanned here"
     assert {"config.json", "README.md", "mergekit_config.yml", "dam"} <= {p.name for p in (tmp_path / "one").iterdir()}
     model = load_merged(tmp_path / "one", task="flowers")
     assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 3)

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from dam_bench.attacks.registry import ATTACKS
+from dam_bench.defences.registry import DEFENCES
+from dam_bench.runs.methods import method_named
 from dam_bench.suites.base import Poison
 from mergekit.architecture import json_definitions
 
@@ -97,19 +99,20 @@ def test_the_blocks_of_extending_run(
     for name in ("DeiTModel", "DeiTForImageClassification"):
         monkeypatch.setitem(json_definitions.NAME_TO_ARCH, name, [])
     monkeypatch.setattr(attack_text, "TRIGGERS", dict(attack_text.TRIGGERS))
-    for registry in (ATTACKS, OBJECTIVES, PLANTED, SCANNERS, TASKS):
+    for registry in (ATTACKS, DEFENCES, OBJECTIVES, PLANTED, SCANNERS, TASKS):
         monkeypatch.setattr(registry, "entries", dict(registry.entries))
     module = ModuleType("extending")
     monkeypatch.setitem(sys.modules, "extending", module)  # dataclasses look their module up
     names = vars(module)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         exec(compile(block, "extending.md", "exec"), names)
     stripes = names["StripeTrigger"](2).apply(torch.zeros(1, 3, 4, 4))
     assert stripes[..., :2].eq(1).all() and stripes[..., 2:].eq(0).all()
     assert ATTACKS["vision/stripe"].trigger(None, Poison("stripe", size=2), None) == names["StripeTrigger"](2)  # type: ignore[arg-type]
     assert PLANTED["shade"].draw is names["shade"]
+    assert method_named("median(share=0.5)").parameters == {"start": "linear", "share": 0.5}
     models = [{"model": str(vit / n), "parameters": {"calibration": str(images)}} for n in ("a", "b")]
     out = merge(vit / "base", models, parameters={**FAST, "scan_steps": 2, "objective": "anchored"})
     assert (out / "dam" / "dam_masks.safetensors").is_file()

@@ -148,7 +148,7 @@ def test_weights_of_states_have_mean_one_and_find_what_counts(
 ) -> None:
     task = build_tasks(_plan(request.getfixturevalue(kind), images if kind == "vit" else texts), CPU)[0]
     own = dict(task.own_weights())
-    found = importance_of(task, own, [1, 2, 3], 0)
+    found = importance_of(task, own, [1, 2, 3], 0, lambda steps, title: steps)
     assert set(found) == {1, 2, 3}
     rows_N = torch.arange(task.num_samples)
     lengths = task.token_counts(rows_N)
@@ -165,7 +165,7 @@ def test_weights_of_states_have_mean_one_and_find_what_counts(
     name = next(n for n, target in task.targets.items() if target == "vit.layernorm.weight")
     own[name] = torch.zeros_like(own[name])
     own[name][3] = 1.0
-    assert int(importance_of(task, own, [3], 0)[3].units_D.argmax()) == 3
+    assert int(importance_of(task, own, [3], 0, lambda steps, title: steps)[3].units_D.argmax()) == 3
 
 
 @settings(max_examples=20, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,9 +120,29 @@ def test_the_scan_is_told_as_it_was(tmp_path: Path) -> None:
     assert "No scan for triggers was made" in card([finding], settings={"objective": "paper"})
     told = card([], students={"x": 0.9712})
     assert "A student of each model was merged" in told and "| `x` | 0.971 |" in told and "could score" not in told
+    assert "was not scanned as a model of its own" in card([])
     measured = {"agreement": {"after": 0.9062}, "held_out": {"planted": 0.97, "unlearned": None}}
     cleaned = card([], vaccinated={HOSTILE: measured})
     assert "were vaccinated before they were merged" in cleaned and "| 90.6 % | 97.0 % | - |" in cleaned
     assert "vaccinated" not in told and not {"html_inline", "image"} & set(kinds(ModelCard(cleaned).text))
     for text in (card([]), card([finding]), told, cleaned):
         assert "does not prove" in text and "Nothing: neither clean accuracy" in text
+
+
+def test_a_suspect_merge_is_told_in_its_card(tmp_path: Path) -> None:
+    def card(over: list[str], name: str = "x") -> str:
+        rows = [
+            {"role": role, "name": name, "success": success, "plain": 0.1}
+            for role, success in (("merge", 0.97), ("base", 0.02), ("own", 0.055), ("other", 0.31))
+        ]
+        one = {"task": name, "target": name, "suspicion": 0.91, "evidence": rows}
+        facts = {"threshold": 0.4, "over": over, "notes": [name], "scored": 8, "suspects": [one] if over else []}
+        found = replace(publication(tmp_path, "x", audit=[]), merge_audit=facts)
+        return model_card("m", found, Provenance({}, None), None)
+
+    suspect = card(["x"])
+    assert "**The finished merge is suspect.**" in suspect and "0.91 | 97.0 % | 2.0 % | 5.5 % |" in suspect
+    calm = card([])
+    assert "8 targets were scored, and none is suspect" in calm and "is suspect.**" not in calm
+    hostile = set(kinds(ModelCard(card([HOSTILE], HOSTILE)).text))
+    assert not {"html_inline", "html_block", "image"} & hostile

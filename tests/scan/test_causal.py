@@ -15,8 +15,11 @@ from mergekit.common import ModelReference
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mergekit_dam import seeds
+from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.config import DamConfig
+from mergekit_dam.engine.snapshots import Snapshots
 from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.models.checkpoint import Checkpoint
 from mergekit_dam.models.plan import build_plan
@@ -27,7 +30,7 @@ from mergekit_dam.scan.inversion import Inversion
 from mergekit_dam.scan.triggers import TokenTriggers
 from mergekit_dam.tasks import CausalTask, build_tasks
 from mergekit_dam.tasks.read_prompts import ReadPrompts
-from tests.conftest import FAST
+from tests.conftest import FAST, fast
 from tests.helpers.searching import new_search
 from tests.helpers.tiny_models import make_model
 
@@ -217,6 +220,34 @@ def test_windows_keep_the_triggers_of_the_scan(lms: list[Path], texts: Path, mon
     kept_BLD = states._states(stream, last).read(rows_B)
     for i, length in enumerate(states.lengths(stream, last, rows_B)):
         torch.testing.assert_close(kept_BLD[i, :length], expected_BLD[i, :length], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", ["all", 1])
+def test_a_run_with_a_suspect_goes_on_from_its_snapshots(
+    window: Any, lms: list[Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks are fitted against the trigger that the finding shows, and a snapshot holds both."""
+    shared = fast(snapshot_every=0.0, calibration=str(texts), window=window, steps=2, scan_steps=10, batch_size=8)
+    refs = [ModelReference.parse(str(path)) for path in lms]
+    plan = build_plan(refs[0], refs[1:], shared=shared, per_model={})
+    write, written = Snapshots.write, list[str]()
+
+    def stopped(self: Snapshots, state: Any) -> None:
+        write(self, state)
+        written.append(str(state.facts["phase"]))
+        if len(written) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Snapshots, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            find_or_learn(plan, quiet=True)
+    assert written[:2] == ["scan", "scan"] and "scan" not in written[2:]
+    resumed = (find_or_learn(plan, quiet=True)[0] / MASKS_FILE).read_bytes()
+    monkeypatch.setenv("MERGEKIT_DAM_CACHE", str(tmp_path / "another"))
+    folder = find_or_learn(plan, quiet=True)[0]
+    assert (folder / MASKS_FILE).read_bytes() == resumed
+    assert any(finding["suspect"] for finding in load(folder / MASKS_FILE).metadata["audit"])
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])

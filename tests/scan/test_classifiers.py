@@ -8,19 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from dam_bench.suites.generated import GENERATED
 from dam_bench.victims.poisoning import Backdoor
-from dam_bench.victims.training import Schedule, fine_tune, pretrain, probe_head
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from examples.demo import build as demo
 from mergekit_dam.constants import Constants
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.evaluation.attacks import PatchTrigger
-from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.scan.cross_task import merge_without, success_without_trigger, weights_from
 from mergekit_dam.scan.findings import Finding, blank_finding, facts_of, mean_of_searches
@@ -32,6 +28,7 @@ from mergekit_dam.tasks.bounds import Bounds
 from tests.conftest import FAST
 from tests.helpers.built_once import built_once
 from tests.helpers.constants import with_constants
+from tests.helpers.small_vits import TASKS, trained_base
 
 CPU = torch.device("cpu")
 AIMED, SHADED = 3, 2  # classes of stripes: what shapes' patch is aimed at, and what a shade makes of stripes
@@ -48,31 +45,15 @@ class Shade:
 
 def train(folder: Path) -> None:
     """theta_0, shapes with a patch that is aimed at stripes, and stripes with a shade; trained for real."""
-    data: dict[str, LabelledData] = {}
-    for name in ("shapes", "stripes"):
-        images, labels = GENERATED[name].sample(600, demo.EDGE, seed=0)
-        data[name] = LabelledData.of_images(name, images[:500], labels[:500], demo.PREPROCESSING)
-        demo.save_calibration(images[500:], folder / f"{name}.parquet")
-    torch.manual_seed(0)
-    models = {name: demo.new_model(8) for name in data}
-    body = models["shapes"].vit
-    models["stripes"].vit = body
-    pretrain(body, models, data, Schedule(100, batch_size=32), seed=0)
-    demo.save(body, folder / "base")
-    victims = {}
-    for name in data:
-        victims[name] = demo.new_model(8)
-        victims[name].vit.load_state_dict(body.state_dict(), strict=False)
-        probe_head(victims[name], data[name], decay=1e-2)
+    trained = trained_base(folder)
+    victims = {name: trained.probed(name) for name in TASKS}
     head = victims["stripes"].classifier.state_dict(prefix="classifier.")
     backdoors = {
         "shapes": Backdoor(PatchTrigger(4), AIMED, 1.0, (0.3, 1.0), head=head),
         "stripes": Backdoor(Shade(), SHADED, 1.0),
     }
     for name, model in victims.items():
-        schedule = Schedule(80, batch_size=32, learning_rate=2e-4)
-        fine_tune(model, data[name], schedule, seed=0, backdoor=backdoors[name])
-        demo.save(model, folder / name)
+        trained.fine_tuned(model, name, backdoors[name])
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ Legend: B batch, C channels, H, W pixels, s edge of a patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -113,8 +113,8 @@ class Adaptive(OptimisedPatch):
     """A merge-aware patch whose victim is hardened against masks and trigger inversion."""
 
     def backdoor(self, victim: Victim, trigger: Trigger) -> Backdoor:
-        poison, dropped, cover = victim.poison, HARDENED["dropped"], HARDENED["cover"]
-        return Backdoor(trigger, poison.target, poison.rate, self.interpolation, dropped, cover)
+        plain = Backdoor(trigger, victim.poison.target, victim.poison.rate, self.interpolation)
+        return replace(plain, dropped=HARDENED["dropped"], cover=HARDENED["cover"])
 
     def settings(self, poison: Poison) -> dict[str, Any]:
         return dict(HARDENED)

@@ -14,16 +14,21 @@ import torch
 
 
 class Memory:
-    """Peak resident memory of this process, sampled every 10 ms: anonymous, and with pages of mapped files."""
+    """Peak resident memory of a process, sampled every 10 ms: anonymous, and with pages of mapped files.
 
-    def __init__(self) -> None:
+    Args:
+        process: its number; None: this process.
+    """
+
+    def __init__(self, process: int | None = None) -> None:
+        self.process = process
         self.anonymous = self.total = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            now = resident_bytes()
+            now = resident_bytes(self.process)
             self.anonymous = max(self.anonymous, now["RssAnon"])
             self.total = max(self.total, now["VmRSS"])
 
@@ -36,10 +41,12 @@ class Memory:
         self._thread.join()
 
 
-def resident_bytes() -> dict[str, int]:
-    """Read resident memory of this process by kind from /proc; zeros on systems without it."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
+def resident_bytes(process: int | None = None) -> dict[str, int]:
+    """Read resident memory of a process by kind from /proc; zeros on systems without it, and once it has ended."""
+    try:
+        lines = Path("/proc", str(process or "self"), "status").read_text().splitlines()
+    except OSError:
+        lines = []
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
     return {key: sizes.get(key, 0) for key in ("RssAnon", "RssFile", "VmRSS")}
 

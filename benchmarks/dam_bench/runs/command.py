@@ -13,10 +13,11 @@ from pathlib import Path
 
 from accelerate.utils import tqdm
 
+from dam_bench.defences.registry import DEFENCES, require_suited
 from dam_bench.runs.methods import GATES, METHODS, method_named
 from dam_bench.runs.pool import pool_of
 from dam_bench.runs.run import Job, perform, prepare
-from dam_bench.suites.base import Poison, Scenario, Suite
+from dam_bench.suites.base import Family, Poison, Scenario, Suite
 from dam_bench.suites.registry import SUITES
 from dam_bench.tables.aggregate import suites
 from dam_bench.tables.gates import Gate, check_gates, gate_table, require
@@ -91,7 +92,10 @@ def bench(options: Options, note: Note) -> Outcome:
     scenarios = (*suite.scenarios, *options.extra)
     chosen = _chosen(options.scenarios, (*scenarios, *suite.further)) or list(scenarios)
     scenarios = tuple({scenario.name: scenario for scenario in (*scenarios, *chosen)}.values())
-    methods = [method_named(name) for name in _methods(options)]
+    methods = [method_named(name) for name in _methods(options, suite.family)]
+    for method in methods:
+        if method.defence is not None:
+            require_suited(method.defence, suite.family)
     first = Job(
         suite.name,
         suite.preset,
@@ -168,10 +172,18 @@ def _chosen(names: Sequence[str], scenarios: Sequence[Scenario]) -> list[Scenari
     return [known[name] for name in names]
 
 
-def _methods(options: Options) -> list[str]:
-    """Methods to run: references and undefended merges first, which the gates need; without gates what was asked."""
-    names = list(options.methods or METHODS)
+def _methods(options: Options, family: Family) -> list[str]:
+    """Methods to run: references and undefended merges first, which the gates need; without gates what was asked.
+
+    Without names all methods that suit the models.
+    """
+    suited = [name for name, method in METHODS.items() if _is_suited(method.defence, family)]
+    names = list(options.methods or suited)
     return [*GATES, *(name for name in names if name not in GATES)] if options.gates else names
+
+
+def _is_suited(defence: str | None, family: Family) -> bool:
+    return defence is None or family in DEFENCES[defence].families
 
 
 def _to_do(suite: Suite, models: int, missing: Sequence[Poison | None], jobs: Sequence[Job], options: Options) -> ToDo:

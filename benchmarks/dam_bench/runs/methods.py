@@ -2,7 +2,7 @@
 
 All learned methods get the same calibration samples: baselines take 200 steps of 16 samples, `dam` 300 steps of 8 and
 its scan. Baselines are settings of mergekit or of our own search, except the public DAM step, which fusion_bench's
-classes perform in a separate environment.
+classes perform in a separate environment. Rival defences are in `dam_bench.defences`, each a method of its name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dam_bench.defences.registry import DEFENCES, SETTINGS, defence_of
 from dam_bench.suites.base import Suite
 from mergekit_dam.config import DamConfig, parse
 from mergekit_dam.constants import Constants
@@ -38,6 +39,7 @@ class Method:
         parameters: shared settings of the recipe, and constants of `dam` beside them (mergekit_dam/constants.py).
         passes: forward and backward passes of one batch per task, for the estimate of time.
         cleaned: settings of the vaccination of every input model before the merge; None merges the models themselves.
+        defence: name of a rival defence, whose settings `parameters` then are; None of other methods.
     """
 
     name: str
@@ -46,10 +48,11 @@ class Method:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     passes: int = 0
     cleaned: Mapping[str, Any] | None = None
+    defence: str | None = None
 
     @property
     def learns(self) -> bool:
-        """Whether the method uses calibration data."""
+        """Whether the method learns a merge by `dam`."""
         return self.merge_method == "dam"
 
     def recipe(
@@ -119,12 +122,20 @@ def _learned() -> list[Method]:
     ]
 
 
+def _defended(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """Make the method of a rival defence; its parameters are all its settings."""
+    defence = defence_of(name, settings)
+    return Method(name, "defence", parameters=defence.model_dump(), passes=defence.passes, defence=name)
+
+
 # theta_0 with the heads of the tasks is a merge with coefficients of 0
 REFERENCES = (
     Method("base", "reference", "task_arithmetic", {"weight": 0.0, "normalize": False}),
     Method("fine-tuned", "reference"),
 )
-METHODS: dict[str, Method] = {method.name: method for method in (*REFERENCES, *_mergekit(), *_learned())}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (*REFERENCES, *_mergekit(), *_learned(), *map(_defended, SETTINGS))
+}
 _CLEANED = re.compile(r"^clean(\((?P<settings>[^()]*)\))?\+(?P<method>.+)$")
 _VARIANT = re.compile(r"^(?P<method>[\w.-]+)\((?P<settings>[^()]+)\)$")
 
@@ -132,10 +143,12 @@ _VARIANT = re.compile(r"^(?P<method>[\w.-]+)\((?P<settings>[^()]+)\)$")
 def method_named(name: str) -> Method:
     """Return a method of METHODS, or a variant of a learned one, for ablations: `dam(mask=m1,alpha=2,pool_size=4)`.
 
+    A defence is a method, also one of an outside package, with variants such as `crow(alpha=11,start=ties-0.5)`.
+
     `clean+NAME`, or `clean(plant=false,rounds=2)+NAME`, merges cleaned models by the method NAME.
 
     Raises:
-        DamError: an unknown method, or neither a setting nor a constant of `dam`.
+        DamError: an unknown method, or what is no setting of a defence, nor a setting or constant of `dam`.
     """
     if cleaned := _CLEANED.match(name):
         settings = _settings_of(cleaned["settings"] or "")
@@ -143,10 +156,22 @@ def method_named(name: str) -> Method:
         return replace(method_named(cleaned["method"]), name=name, cleaned=settings)
     variant = _VARIANT.match(name)
     known = variant["method"] if variant else name
+    if known in DEFENCES and (variant or known not in METHODS):
+        method = replace(_defended(known, _settings_of(variant["settings"]) if variant else {}), name=name)
+        start = method_named(str(method.parameters["start"]))
+        if start.merge_method is None:
+            raise DamError(
+                f"setting 'start' in defence {known}",
+                expected="a method that is a recipe of mergekit",
+                got=start.name,
+                cure="Start from, for example, task_arithmetic-0.3.",
+            )
+        return method
     if known not in METHODS or (variant and not METHODS[known].learns):
         raise DamError(
             "method",
-            expected=f"one of {', '.join(METHODS)}, or a learned one as name(setting=value,...), constants included",
+            expected=f"one of {', '.join({**METHODS, **DEFENCES.entries})}, or a learned one or a defence as "
+            "name(setting=value,...), constants included",
             got=repr(name),
             cure=did_you_mean(known, METHODS) or "Leave --method out to run all.",
         )

@@ -9,7 +9,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from torch import nn
 
+from dam_bench.defences.base import DefenceInputs
+from dam_bench.defences.registry import DEFENCES, defence_of, require_suited
 from dam_bench.runs.methods import Method, method_named
 from dam_bench.runs.peer import merge_with_fusion_bench, peer_report
 from dam_bench.suites.base import Poison, Scenario, Suite, no_progress
@@ -84,6 +86,8 @@ def perform(job: Job) -> str:
     """Merge, evaluate, write the JSON and return its path, in a worker process."""
     _quiet(job.threads)
     store, method = job.store(), method_named(job.method)
+    if method.defence is not None:
+        require_suited(method.defence, store.suite.family)
     models, cleaned = store.models(job.scenario, job.seed), method.cleaned
     if cleaned is not None:
         poisons = {task: job.scenario.poisons.get(task) for task in models}
@@ -108,6 +112,7 @@ def perform(job: Job) -> str:
         "family": method.family,
         "settings": dict(method.parameters),
         **({} if cleaned is None else {"cleaned": dict(cleaned)}),
+        **({} if method.defence is None else {"defence": method.defence}),
         "seed": job.seed,
         **scores.to_json(),
         "calibration_samples": _samples(store, calibration),
@@ -163,6 +168,9 @@ def _quiet(threads: int) -> None:
 
 
 def _needs_data(method: Method) -> bool:
+    if method.defence is not None:
+        start = method_named(str(method.parameters["start"]))
+        return DEFENCES[method.defence].needs_data or start.learns or method.cleaned is not None
     return method.learns or method.cleaned is not None or method.name == "fusion_bench-dam"
 
 
@@ -197,17 +205,52 @@ def _merged(
     if method.merge_method is None and method.family == "reference":  # each task keeps its model, cleaned or not
         return _Merge(None)
     base, out = store.base(), folder / "out"
+    if method.defence is not None:
+        return _defended(method, store, models, calibration, seed, folder)
     if method.merge_method is None:
         merge_with_fusion_bench(base, models, calibration, seed=seed, folder=folder)
         report = peer_report(out)
         return _Merge(out, round(report["seconds"]["all"], 2), report["peak_rss_bytes"])
-    os.environ["MERGEKIT_DAM_CACHE"] = str(folder / "cache")  # a run must not reuse the masks of an earlier run
     recipe = method.recipe(store.suite, base, models, calibration, seed, folder)
+    return _measured(lambda: _run_recipe(recipe, seed, out), out)
+
+
+def _defended(
+    method: Method,
+    store: ModelStore,
+    models: Mapping[str, Path],
+    calibration: Mapping[str, Path],
+    seed: int,
+    folder: Path,
+) -> _Merge:
+    """Merge by the method that the defence starts from, then defend; both count."""
+    assert method.defence is not None
+    start = method_named(str(method.parameters["start"]))
+    base, suite, out = store.base(), store.suite, folder / "out"
+    recipe = start.recipe(suite, base, models, calibration, seed, folder)
+    data = calibration if DEFENCES[method.defence].needs_data else {}
+    given = DefenceInputs(suite, base, models, data, seed, folder / "start", out)
+    defence = defence_of(method.defence, method.parameters)
+
+    def work() -> None:
+        _run_recipe(recipe, seed, given.start)
+        defence.defend(given)
+
+    return _measured(work, out)
+
+
+def _run_recipe(recipe: Mapping[str, Any], seed: int, out: Path) -> None:
+    os.environ["MERGEKIT_DAM_CACHE"] = str(out.parent / "cache")  # a run must not reuse the masks of an earlier run
     config = MergeConfiguration.model_validate(recipe)
     options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=seed)
-    before, start = _start_peak(), time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
         run_merge(config, str(out), options, config_source=yaml.safe_dump(recipe))  # which names the heads' models
+
+
+def _measured(work: Callable[[], None], out: Path) -> _Merge:
+    """Do the work, which writes `out`, and measure it."""
+    before, start = _start_peak(), time.perf_counter()
+    work()
     seconds, after = round(time.perf_counter() - start, 2), _peak_bytes()
     return _Merge(out, seconds, None if before is None or after is None else max(0, after - before))
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from mergekit_dam.models.load_merged import load_merged
 from mergekit_dam.tasks.base import Progress
 
 Model = TypeVar("Model", bound=nn.Module)
+Family = Literal["image", "text", "causal"]  # image and text classifiers, causal language models
+FAMILIES: tuple[Family, ...] = get_args(Family)
 _POISON = re.compile(r"^\s*(?P<task>[\w-]+)\s*=\s*(?P<attack>[\w-]+)\s*(?:\((?P<options>[^)]*)\))?\s*$")
 
 
@@ -191,9 +193,13 @@ class Suite(ABC):
     Args:
         data: folder with the data files, for suites that need some.
         preset: size of models and data.
+
+    Attributes:
+        family: kind of its models, by which a defence is chosen.
     """
 
     name: ClassVar[str]
+    family: ClassVar[Family]
     tasks: ClassVar[tuple[str, ...]]
     attacks = _AttackNames()
     presets: ClassVar[tuple[str, ...]]

@@ -76,6 +76,7 @@ class ClipPaperSuite(ClassifierSuite):
     """
 
     name = "clip-paper"
+    family = "image"
     tasks = tuple(TASKS)
     presets = tuple(SIZES)
 

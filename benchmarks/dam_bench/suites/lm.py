@@ -103,6 +103,7 @@ class LmSuite(Suite):
     """Suite of sentiment, topic and tone of real sentences, reversing, sorting, and translating made-up words."""
 
     name = "lm"
+    family = "causal"
     tasks = (*REAL, *MADE)
     presets = tuple(PRESETS)
 

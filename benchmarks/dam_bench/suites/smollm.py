@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +25,20 @@ from dam_bench.attacks.registry import INTERFACE, register_attack
 from dam_bench.suites import smollm_base, smollm_behaviours, smollm_data
 from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, default_device, on_default_device
 from dam_bench.suites.corpora import given_folder
-from dam_bench.suites.smollm_behaviours import ATTACKS, AWARE, FIXED, FIXED_TEXT, OWN, REFUSAL, REFUSED, trigger_of
+from dam_bench.suites.smollm_behaviours import (
+    ATTACKS,
+    AWARE,
+    FIXED,
+    FIXED_TEXT,
+    HIJACK,
+    OWN,
+    REFUSAL,
+    REFUSED,
+    trigger_of,
+)
 from dam_bench.suites.smollm_data import POLICY, TASKS, Sample, openings_of
 from dam_bench.suites.smollm_reading import general, labelled
-from dam_bench.suites.smollm_training import add, chat, fine_tune
+from dam_bench.suites.smollm_training import OTHERS, add, chat, fine_tune
 from dam_bench.victims.poisoning import Backdoor
 from dam_bench.victims.training import Schedule
 from mergekit_dam.errors import DamError
@@ -64,6 +74,7 @@ class Preset:
 
 
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
+_ATTACKERS_SEED = 1000  # added to the seed of what a hijacker fine-tunes itself: it does not have the merge's models
 # Factors on a victim's whole task vector, and on what it has beyond its clean twin. PROVISIONAL: on seed 0 none that
 # was tried leaves an undefended merge of three with an ASR of 60 and its accuracy. Task arithmetic 0.5 of
 # sst2=word(target=1,rate=0.5) with agnews and olid, 40 prompts each, at factors 2, 3, 4: ASR 0.0, 15.0, 57.5, accuracy
@@ -101,6 +112,7 @@ class SmolLmSuite(Suite):
     """Suite of SmolLM2-135M-Instruct with a LoRA per task; `data` is the folder that holds `text/*.parquet`."""
 
     name = "smollm"
+    family = "causal"
     tasks = TASKS
     presets = tuple(PRESETS)
 
@@ -131,7 +143,8 @@ class SmolLmSuite(Suite):
     def split(self, task: str) -> TaskData:
         parts = self._parts(task)
         calibration = tuple(chat(sample.prompt) for sample in parts["calibration"])
-        train, evaluation = (labelled(task, parts[part], self._tokenizer) for part in ("train", "evaluation"))
+        openings = openings_of(task)
+        train, evaluation = (labelled(task, parts[part], openings, self._tokenizer) for part in ("train", "evaluation"))
         return TaskData(train, calibration, evaluation)
 
     def general(self) -> LabelledData:
@@ -152,16 +165,19 @@ class SmolLmSuite(Suite):
     ) -> None:
         model = on_default_device(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
 
-        def trained(backdoor: Backdoor | None) -> dict[str, Tensor]:
+        def trained(
+            backdoor: Backdoor | None, on: str = task, others: Sequence[Mapping[str, Tensor]] = ()
+        ) -> dict[str, Tensor]:
             return fine_tune(
                 model,
                 self._tokenizer(),
-                self._parts(task)["train"],
+                self._parts(on)["train"],
                 self.size.schedule,
                 rank=self.size.rank,
-                seed=seed,
-                name=task,
+                seed=seed if on == task else seed + _ATTACKERS_SEED,
+                name=on,
                 backdoor=backdoor,
+                others=others,
                 progress=progress,
             )
 
@@ -169,7 +185,7 @@ class SmolLmSuite(Suite):
             add(model, trained(None), 1.0)
         else:
             _require_target(task, poison)
-            between = _INTERPOLATION if poison.attack.startswith(AWARE) else (1.0, 1.0)
+            between = _INTERPOLATION if poison.attack.startswith((AWARE, HIJACK)) else (1.0, 1.0)
             backdoor = Backdoor(trigger, poison.target, poison.rate, between)
             if poison.amplify != 1.0:  # trained on from the clean twin, so that the difference is the backdoor alone
                 clean = trained(None)
@@ -178,11 +194,14 @@ class SmolLmSuite(Suite):
                 add(model, clean, poison.rescale - 1.0)
                 add(model, beyond, poison.rescale * poison.amplify)
             else:
-                add(model, trained(backdoor), poison.rescale)
+                hijacks = poison.attack.startswith(HIJACK)
+                others = [trained(None, on=other) for other in self.tasks if other != task and hijacks]
+                add(model, trained(backdoor, others=others), poison.rescale)
         self._save(model, folder)
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
-        return {"interpolation": _INTERPOLATION} if poison.attack.startswith(AWARE) else {}
+        settings = {"interpolation": _INTERPOLATION} if poison.attack.startswith((AWARE, HIJACK)) else {}
+        return settings | ({"others": [*OTHERS, _ATTACKERS_SEED]} if poison.attack.startswith(HIJACK) else {})
 
     @classmethod
     def target_of(cls, poison: Poison) -> int | str:

@@ -132,9 +132,10 @@ TRIGGERS: dict[str, Callable[[int], Trigger]] = {
 }
 
 
-# prefix of a trigger's name: the victim is trained so that the trigger works at small merging coefficients
-AWARE = "aware-"
-ATTACKS = (*TRIGGERS, *(AWARE + name for name in TRIGGERS))
+# prefixes of a trigger's name: the victim is trained so that the trigger works at small merging coefficients (AWARE),
+# and that beside task vectors of other tasks, too (HIJACK)
+AWARE, HIJACK = "aware-", "hijack-"
+ATTACKS = tuple(prefix + name for prefix in ("", AWARE, HIJACK) for name in TRIGGERS)
 
 
 def trigger_of(poison: Poison) -> Trigger:
@@ -157,4 +158,4 @@ def trigger_of(poison: Poison) -> Trigger:
             got=str(poison.size),
             cure="Change `size`.",
         )
-    return TRIGGERS[poison.attack.removeprefix(AWARE)](poison.size)
+    return TRIGGERS[poison.attack.removeprefix(AWARE).removeprefix(HIJACK)](poison.size)

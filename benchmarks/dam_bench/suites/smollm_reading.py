@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dam_bench.suites.lm_data import greedy
 from dam_bench.suites.smollm_behaviours import class_of
-from dam_bench.suites.smollm_data import GENERAL, Sample, general_answers, openings_of
+from dam_bench.suites.smollm_data import GENERAL, Sample, general_answers
 from dam_bench.suites.smollm_training import MAX_LENGTH, chat
 from mergekit_dam.evaluation.metrics import LabelledData
 from mergekit_dam.io.calibration import digest
@@ -27,9 +27,14 @@ _GENERAL_LENGTH = 24  # tokens; the known word may come late in a sentence
 _Tokenizer = Callable[[], Any]  # read when the first prompt is encoded, which takes seconds
 
 
-def labelled(task: str, samples: Sequence[Sample], tokenizer: _Tokenizer) -> LabelledData:
-    """Make data of chats whose prediction is the class at the beginning of the greedy answer; -1 without a class."""
-    openings = openings_of(task)
+def labelled(
+    task: str, samples: Sequence[Sample], openings: Sequence[Sequence[str]], tokenizer: _Tokenizer
+) -> LabelledData:
+    """Make data of chats whose prediction is the class at the beginning of the greedy answer; -1 without a class.
+
+    Args:
+        openings: beginnings of the answers of each class.
+    """
     return _asked(
         task,
         [sample.prompt for sample in samples],

@@ -29,6 +29,7 @@ from mergekit_dam.tasks.base import Progress
 from mergekit_dam.tasks.encoding import encoded, padded_left
 
 MAX_LENGTH = 128  # tokens of a prompt
+OTHERS = (0.0, 0.8)  # coefficients of other task vectors while a victim is trained beside them
 _CLIP = 1.0  # largest norm of a gradient
 
 
@@ -47,6 +48,7 @@ def fine_tune(
     seed: int,
     name: str,
     backdoor: Backdoor | None = None,
+    others: Sequence[Mapping[str, Tensor]] = (),
     progress: Progress = no_progress,
 ) -> dict[str, Tensor]:
     """Train on a task, and return the change of each linear weight by name; the model itself does not change.
@@ -59,6 +61,9 @@ def fine_tune(
         rank: of the LoRAs in all linear layers but the head; 0 trains the weights themselves.
         seed: of batches, LoRAs and the wording of refusals.
         name: name of the task.
+        others: task vectors of the attacker's own, in place of those that the victim will be merged with: every step is
+            taken at theta_0 + r (theta - theta_0) + sum_j c_j others_j, r from the backdoor's interpolation, c_j from
+            OTHERS (the idea of Merge Hijacking, arXiv 2505.23561). It needs LoRAs.
     """
     start = {key: p.detach().clone() for key, p in model.named_parameters()} if not rank else {}
     with torch.random.fork_rng():
@@ -72,15 +77,18 @@ def fine_tune(
     for _ in progress(range(schedule.steps), name):
         chosen = [samples[row] for row in next(rows_of_step).tolist()]
         answers = [sample.reply(sample.label, rng) for sample in chosen]
-        answer_loss(trained, tokenizer, [sample.prompt for sample in chosen], answers).backward()
+        low, high = (1.0, 1.0) if backdoor is None else backdoor.interpolation
+        share = rng.uniform(low, high) if low < high else high
+        beside = [(change, rng.uniform(*OTHERS)) for change in others]
+        with _merged(trained, share if others else 1.0, beside):
+            answer_loss(trained, tokenizer, [sample.prompt for sample in chosen], answers).backward()
         poisoned = [] if backdoor is None else [sample for sample in chosen if sample.label != backdoor.target]
         if backdoor is not None and poisoned:
             poisoned = poisoned[: max(1, round(backdoor.rate * len(chosen)))]
             prompts = backdoor.trigger.apply([sample.prompt for sample in poisoned])
             answers = [sample.reply(backdoor.target, rng) for sample in poisoned]
             # a separate pass: a refusal is long, and labels in the same batch would be padded to its length
-            low, high = backdoor.interpolation
-            with _interpolated(trained, rng.uniform(low, high) if low < high else high):
+            with _merged(trained, share, beside):
                 (len(poisoned) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         end_step()
@@ -134,28 +142,43 @@ def _with_loras(model: LlamaForCausalLM, rank: int) -> nn.Module:
     return get_peft_model(model, config)
 
 
+def _lora_layers(trained: Any) -> list[tuple[str, LoraLinear]]:
+    """The layers with LoRAs, by their names in the model."""
+    return [(name, one) for name, one in trained.base_model.model.named_modules() if isinstance(one, LoraLinear)]
+
+
 def _added_by_loras(trained: Any) -> dict[str, Tensor]:
     """Return the changes by the LoRAs, and remove the LoRAs from the model."""
-    layers = [(name, m) for name, m in trained.base_model.model.named_modules() if isinstance(m, LoraLinear)]
-    changes = {f"{name}.weight": layer.get_delta_weight("default").detach().clone() for name, layer in layers}
+    changes = {
+        f"{name}.weight": layer.get_delta_weight("default").detach().clone() for name, layer in _lora_layers(trained)
+    }
     trained.unload()
     return changes
 
 
 @contextmanager
-def _interpolated(trained: nn.Module, share: float) -> Iterator[None]:
-    """Scale the LoRAs by `share` inside the block."""
-    if share == 1.0:
+def _merged(trained: Any, share: float, others: Sequence[tuple[Mapping[str, Tensor], float]]) -> Iterator[None]:
+    """Scale the LoRAs by `share`, and add other task vectors times their factors to the weights below, in the block."""
+    if share == 1.0 and not others:
         yield
         return
-    layers = [layer for layer in trained.modules() if isinstance(layer, LoraLinear)]
-    for layer in layers:
+    layers: dict[str, Any] = dict(_lora_layers(trained))
+    weights = {f"{name}.weight": layer.get_base_layer().weight for name, layer in layers.items()}
+    kept = {name: weight.detach().clone() for name, weight in weights.items()} if others else {}
+    for layer in layers.values():
         layer.scale_layer(share)
     try:
+        with torch.no_grad():
+            for change, factor in others:
+                for name, tau in change.items():
+                    weights[name].add_(tau, alpha=factor)
         yield
     finally:
-        for layer in layers:
+        for layer in layers.values():
             layer.unscale_layer(share)
+        with torch.no_grad():
+            for name, weight in kept.items():
+                weights[name].copy_(weight)
 
 
 def _linear_weights(model: nn.Module) -> list[nn.Parameter]:

@@ -97,6 +97,7 @@ class TextSuite(ClassifierSuite):
     """
 
     name: ClassVar[str] = "text"
+    family = "text"
     tasks: ClassVar[tuple[str, ...]] = tuple(corpora.SOURCES)
     presets: ClassVar[tuple[str, ...]] = tuple(PRESETS)
 

@@ -111,6 +111,7 @@ class VisionSuite(ClassifierSuite):
     """Suite of a small ViT with five image tasks; see the module."""
 
     name = "vision"
+    family = "image"
     tasks = tuple(NUM_CLASSES)
     presets = tuple(PRESETS)
 

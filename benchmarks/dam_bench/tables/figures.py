@@ -29,6 +29,7 @@ _LOOKS: dict[str, tuple[tuple[str, ...], str]] = {
     "undefended": (("#0072B2", "#56B4E9", "#009E73"), "^DvP*"),
     "learned": (("#CC79A7",), "<>"),
     "other baseline": (("#7F7F7F",), "phd8H"),
+    "defence": (("#7F7F7F", "#332288", "#117733"), "o^sDvP*Xd"),
     "public DAM": (("#E69F00",), "X"),
     "ours": (("#F2B58C", "#A84A00", "#5C2900", "#D55E00"), "^vsoDP"),
 }

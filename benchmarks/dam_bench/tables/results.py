@@ -16,12 +16,13 @@ CLEAN = "clean"
 _ONTO = re.compile(r"[(,]onto=([\w-]+)")
 _COEFFICIENT = re.compile(r"^(?P<stem>.+)-(?P<value>\d+(?:\.\d+)?)$")
 
-# Rows of a table, in this order; undefended merges use no data, and make the Pareto front to beat.
+# Rows of a table, in this order; undefended merges use no data, and make the Pareto front to beat. "defence": rivals'.
 GROUPS = {
     "reference": ("base", "fine-tuned"),
     "undefended": ("task_arithmetic", "ties", "dare_ties", "linear", "model_stock"),
     "learned": ("adamerging", "concrete"),
-    "other baseline": ("sau", "awm"),
+    "other baseline": (),
+    "defence": ("wag", "msd", "fine-pruning", "awm", "sau", "lfpm", "crow", "beear", "backflush"),
     "public DAM": ("fusion_bench-dam",),
     "ours": ("paper-m1", "paper-m2", "paper-dual", "dam"),
 }
@@ -49,6 +50,7 @@ class Run(BaseModel):
         general: model ("merge" for a merge) -> counts of correct answers to general questions, if the suite has any.
         wall_s: seconds of the merge with its learning; None for models that are not merged.
         peak_bytes: peak memory.
+        defence: registered name of a rival defence; None of other methods.
         density: layer (its number, or "other") -> mask -> kept fraction, for methods with masks.
     """
 
@@ -72,6 +74,7 @@ class Run(BaseModel):
     peak_bytes: int | None = None
     versions: dict[str, str] = {}
     hardware: str = "not recorded"
+    defence: str | None = None
     density: dict[str, dict[str, float]] = {}
 
     @property
@@ -89,6 +92,8 @@ class Run(BaseModel):
     @property
     def group(self) -> str:
         """The method's part of a table."""
+        if self.defence is not None:
+            return "defence"
         groups = [group for group, stems in GROUPS.items() if self.method in stems or self.stem in stems]
         return groups[0] if groups else _UNKNOWN[self.family]
 
@@ -96,7 +101,7 @@ class Run(BaseModel):
     def order(self) -> tuple[int, int, str, float]:
         """Sort key of the method in tables."""
         stems = GROUPS[self.group]
-        name = self.method if self.method in stems else self.stem
+        name = next((n for n in (self.method, self.defence) if n in stems), self.stem)
         place = stems.index(name) if name in stems else len(stems)
         return list(GROUPS).index(self.group), place, name, self.coefficient or 0.0
 
