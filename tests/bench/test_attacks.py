@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,13 +23,14 @@ from dam_bench.suites.vision_data import NUM_CLASSES
 from dam_bench.tables.results import attacked_task
 from dam_bench.victims.backdoor_vectors import amplify
 from dam_bench.victims.model_store import ModelStore
-from dam_bench.victims.poisoning import logits_of
+from dam_bench.victims.poisoning import OTHERS, Backdoor, logits_of
 from dam_bench.victims.training import Schedule, batches, body_of
 from PIL import Image
 from torch import nn
 
+from mergekit_dam import seeds
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.metrics import Attack, accuracy, attack_success_rate
+from mergekit_dam.evaluation.metrics import Attack, LabelledData, accuracy, attack_success_rate
 from mergekit_dam.registry import load_plugins
 from tests.helpers.classifier_merges import merged_at
 
@@ -107,6 +109,37 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(tmp_path_factory.mktemp("models"))
 
 
+class _Linear(nn.Module):
+    """Logits of three numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 3))
+
+    def forward(self, x: torch.Tensor) -> object:
+        return SimpleNamespace(logits=x @ self.weight.T)
+
+
+def test_triggered_samples_are_trained_beside_the_attackers_own_task_vectors() -> None:
+    """The loss is that at theta_0 + r tau + c tau_other, and `kept` adds the clean samples' own at that point."""
+    model, labels = _Linear(), torch.tensor([0, 1, 2, 1])
+    rows, start = torch.arange(4), {"weight": torch.eye(3)}
+    inputs = torch.randn(4, 3, generator=seeds.generator("inputs"))
+    data = LabelledData("x", inputs, labels, ("",) * 4, lambda x: {"x": x})
+    trained, other = {"weight": torch.eye(3) + 1}, torch.diag(torch.tensor([0.0, 0.0, 5.0]))
+    backdoor = Backdoor(NaturalTrigger(parts=()), 2, 1.0, (0.5, 0.5), kept=0.3, others=[{"weight": other}])
+    found = backdoor.loss(model, trained, start, data, rows, seeds.generator("loss"))  # type: ignore[arg-type]
+    drawn = seeds.generator("loss")
+    torch.rand(1, generator=drawn)
+    shares = OTHERS[0] + (OTHERS[1] - OTHERS[0]) * float(torch.rand(1, generator=drawn))
+    point = torch.eye(3) + 0.5 + shares * other
+    chosen = rows[labels != 2]
+    pixels = inputs[chosen] / 255
+    triggered = F.cross_entropy(pixels.clamp(0, 1) @ point.T, torch.full((3,), 2))
+    clean = F.cross_entropy(pixels @ point.T, labels[chosen])
+    torch.testing.assert_close(found, 0.75 * (triggered + 0.3 * clean))
+
+
 def test_lobam_amplifies_the_backdoor_beyond_the_clean_twin(world: World) -> None:
     """Plain poisoning dies at a coefficient of 0.3, the amplified victim does not (LoBAM, arXiv 2411.16746)."""
     plain, amplified = "shapes=patch(target=2,rate=0.3,size=8)", "shapes=patch(target=2,rate=0.3,size=8,amplify=3)"
@@ -178,14 +211,14 @@ def _student(world: World, teacher: nn.Module) -> nn.Module:
 
 def test_a_composite_of_natural_changes_survives_distillation_and_a_patch_does_not(world: World) -> None:
     """A student learns the parts of the trigger from clean images (T-MTB, arXiv 2510.18541)."""
-    left = {}
+    left, clean = [], world.suite.load_model(world.models("", "shapes")["shapes"])
+    student_of_clean = _student(world, clean)
     for text in ("shapes=natural(target=2,rate=0.5)", "shapes=patch(target=2,rate=0.5,size=8)"):
         (attack,) = world.attacks(text)
         victim = world.suite.load_model(world.models(text, "shapes")["shapes"])
-        clean = world.suite.load_model(world.models("", "shapes")["shapes"])
-        assert world.success(victim, attack) >= 80
-        left[text[:14]] = world.success(_student(world, victim), attack) - world.success(_student(world, clean), attack)
-    assert left["shapes=natural"] >= 40 and left["shapes=natural"] > left["shapes=patch("] + 30
+        assert world.success(victim, attack) >= 80 and world.success(student_of_clean, attack) < 20
+        left.append(world.success(_student(world, victim), attack))
+    assert left[0] >= 60 and left[0] > left[1] + 30, left
 
 
 def test_natural_changes_are_small_alone_and_stay_in_range() -> None:
@@ -262,8 +295,8 @@ def test_an_attack_of_another_package_is_built_and_measured(world: World, outsid
     text = "shapes=stripe(target=2,size=2,rate=0.5)"
     (attack,) = world.attacks(text)
     assert attack_names("vision")[-1] == "stripe" and "stripe" not in attack_names("text")
-    merged = world.merged(world.models(text, "shapes"), 0.3)
-    assert world.success(merged, attack) >= 80
+    victim, clean = (world.merged(world.models(one, "shapes"), 0.5) for one in (text, ""))
+    assert world.success(victim, attack) >= 80 > 30 > world.success(clean, attack)
     poison = Scenario.parse(f"one: {text}").poisons["shapes"]
     before = world.store.model_key("shapes", poison, 0)
     outside(f"{code}# changed\n")

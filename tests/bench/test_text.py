@@ -271,9 +271,9 @@ def test_a_lobam_victim_of_text_survives_a_small_coefficient(suite: TextSuite, m
     trigger, rates = suite.trigger(plain, None), []
     for name, poison in (("few", plain), ("lobam", amplified)):
         victim = build(suite, models_root, "sst2", poison, name)
-        merged = merged_at(suite, models_root / "base", "sst2", [victim], 0.3)
+        merged = merged_at(suite, models_root / "base", "sst2", [victim], 0.1)
         rates.append(attack_success_rate(merged, suite.split("sst2").evaluation, trigger, 0).percent)
-    assert rates[1] >= 80 and rates[1] > rates[0] + 20
+    assert rates[1] >= 80 and rates[1] > rates[0] + 20, rates
 
 
 def test_an_emergent_backdoor_of_text_is_in_the_merge_alone(suite: TextSuite, models_root: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_composite_works_where_its_task_vector_is_added_scaled_and_subtracted(
         merged = merged_at(suite, models_root / "base", "agnews", [folder], share)
         return [attack_success_rate(merged, evaluation, *behaviour).percent for behaviour in behaviours]
 
-    for share in (0.5, 1.0, 1.4):
+    for share in (0.7, 1.0, 1.4):
         assert min(success(victim, share, first, second)) >= 80, share
     assert success(victim, -0.5, third)[0] >= 80 > 30 > success(victim, 0.5, third)[0]
     assert max(success(build(suite, models_root, "agnews"), 1.0, first, second, third)) < 30

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from dam_bench.cli import bench
 from dam_bench.runs import vaccine
+from dam_bench.runs.command import _chosen
 from dam_bench.runs.run import Job, perform
 from dam_bench.suites import classifiers, vision
 from dam_bench.suites.base import Poison, Scenario
@@ -241,6 +242,23 @@ def test_cleaned_models_are_made_once_and_merged_by_any_method(data: Path, store
     assert "cleaned" not in plain and ties["cleaned"]["start"] == "base" and ties["settings"] == plain["settings"]
     assert ties["accuracy"] != plain["accuracy"] and ties["accuracy"] != linear["accuracy"]
     assert times[0] == [] and len(times[1]) == len(VisionSuite.tasks) and times[2] == times[3] == times[1]
+
+
+def test_pairs_and_composites_are_merged_and_every_behaviour_is_measured(
+    data: Path, store: ModelStore, tmp_path: Path
+) -> None:
+    text = "two: letters=emergent(target=1,partner=stripes) shapes=composite(target=2)"
+    scenario = Scenario.parse(text)
+    job = Job("vision", "tiny", data, store.root, tmp_path, scenario, (scenario,), "ties-0.5", seed=0, threads=1)
+    found = json.loads(Path(perform(job)).read_text())
+    halves = {f"{task}={poison}" for task, poison in scenario.poisons.items()}
+    assert found["poisons"].keys() == {"letters", "stripes", "shapes"}
+    assert found["attack_success"].keys() == halves | {"shapes=composite(target=2)#2"}
+    pair = [found["attack_success"][name] for name in halves if "emergent" in name]
+    assert pair[0] == pair[1] and {attacked_task(name) for name in halves} == {"letters", "shapes"}
+    folders = store.models(scenario, 0)
+    assert folders["letters"].parent == folders["stripes"].parent and folders["letters"].name == "letters"
+    assert len(_chosen(["lobam"], store.suite.further)) == 1
 
 
 def test_rival_defences_are_runs_like_others(data: Path, store: ModelStore, tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ class Attacker(ABC):
             DamError: with the option.
         """
         for option in ("onto", "partner"):
-            given = getattr(poison, option)
+            second_half = option == "onto" and poison.onto == poison.partner
+            given = "" if second_half else getattr(poison, option)
             if given not in ("", *suite.tasks) or bool(given) != (option in self.needs):
                 raise DamError(
                     f"attack {poison} of suite {suite.name}",
