@@ -30,7 +30,8 @@ from tests.helpers.processes import group
 CPU = torch.device("cpu")
 SHAPES = [(), (1,), (3,), (8,), (5, 4), (2, 3), (7, 2, 2), (1, 1, 6)]  # uneven, and fewer rows than processes
 # Sums over tasks are formed in another order: float32 rounding, which a few steps of Adam carry on.
-MASK_TOLERANCE, COEFFICIENT_TOLERANCE = 1.01 / STEPS, 1e-4  # a byte may round the other way
+# How much depends on the processor: with windows coefficients differ by less than 1e-4 on some, by 1.2e-4 on another.
+MASK_TOLERANCE, COEFFICIENT_TOLERANCE = 1.01 / STEPS, 2e-4  # a byte may round the other way
 
 
 def _plan(vit: Path, images: Path, objective: str, **more: Any) -> Plan:
