@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help demo demo-llm test lint bench-tables bench-performance docs walkthrough faults audit-deps dist test-lowest test-newest clean
 help:
 	@echo "make demo   build four models, one of them backdoored, merge them and print accuracy and attack success"
-	@echo "make demo-llm  the same with three fine-tunes of a real language model (20 minutes on two cores)"
+	@echo "make demo-llm  the same with three fine-tunes of a real language model, which takes longer"
 	@echo "make test   lint, types, import rules and tests"
 	@echo "make bench-tables  tables and figures of the benchmark anew from its result files"
 	@echo "make docs   the documentation as a site, in build/site"
