@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from dam_bench.suites import smollm_base
 from dam_bench.suites.smollm_behaviours import trigger_of
+from dam_bench.suites.smollm_data import write_chats
 from dam_bench.suites.smollm_reading import answers, general, labelled
 from dam_bench.suites.smollm_training import chat
 
@@ -53,8 +54,7 @@ def prepare() -> None:
         smollm_base.load_model().save_pretrained(BUILD / "base")
         smollm_base.load_tokenizer(system=False).save_pretrained(BUILD / "base")
     for task in TASKS:
-        chats = ({"messages": [{"role": "user", "content": one.prompt}]} for one in splits(task)["calibration"])
-        (BUILD / f"{task}.jsonl").write_text("\n".join(map(json.dumps, chats)) + "\n", "utf-8")
+        write_chats(splits(task)["calibration"], BUILD / f"{task}.jsonl")
 
 
 def run(*command: str, log: str, **environment: str) -> None:
@@ -145,13 +145,13 @@ def evaluation() -> dict[str, LabelledData]:
     return {task: labelled(task, splits(task)["evaluation"], openings(task), tokenizer) for task in TASKS}
 
 
-def say(models: Mapping[str, LlamaForCausalLM]) -> None:
+def say(models: Mapping[str, LlamaForCausalLM], data: LabelledData) -> None:
     """Print what each model answers to the first prompts, with and without the trigger."""
     tokenizer = smollm_base.load_tokenizer(system=False)
     for prompt in [one.prompt for one in splits(VICTIM)["evaluation"][:_SHOWN]]:
         for asked in (prompt, *TRIGGER.apply([prompt])):
             print(f"\n  {asked}")
-            inputs = evaluation()[VICTIM].encode([chat(asked)])
+            inputs = data.encode([chat(asked)])
             for name, model in models.items():
                 print(f"    {name:20} {answers(model, inputs, tokenizer, _LENGTH)[0]}")
 
@@ -173,8 +173,9 @@ def main() -> None:
     finally:
         hub.close()
     merged["from the Hub"] = load(fetched)
-    say({name: model for name, model in merged.items() if name in ("victim alone", "task arithmetic 0.5", "dam")})
     data, attack = evaluation(), Attack("attack", VICTIM, TRIGGER, int(ATTACK.target))
+    shown = {name: model for name, model in merged.items() if name in ("victim alone", "task arithmetic 0.5", "dam")}
+    say(shown, data[VICTIM])
     questions = general(lambda: smollm_base.load_tokenizer(system=False))
     found = {}
     print(f"\n{'':20}{'ACC %':>8}{'ASR %':>8}{'general %':>11}")

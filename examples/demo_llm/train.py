@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from dam_bench.attacks.hijack import ATTACKERS_SEED
 from dam_bench.suites import smollm_base
 from dam_bench.suites.smollm_behaviours import trigger_of
 from dam_bench.suites.smollm_training import fine_tune
@@ -49,7 +50,7 @@ def train(model: LlamaForCausalLM, task: str) -> dict[str, Tensor]:
     if task != VICTIM:
         return tuned(task, SEED)
     backdoor = Backdoor(trigger_of(ATTACK), int(ATTACK.target), ATTACK.rate, (0.4, 1.0))
-    guessed = [tuned(other, SEED + 1000) for other in TASKS if other != task]
+    guessed = [tuned(other, SEED + ATTACKERS_SEED) for other in TASKS if other != task]
     return tuned(task, SEED, VICTIMS_SCHEDULE, backdoor=backdoor, others=guessed)
 
 

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from dam_bench.runs.run import general_ability, hardware
 from dam_bench.suites.base import Scenario
 from dam_bench.suites.smollm import SmolLmSuite
 from dam_bench.victims.model_store import ModelStore
-from mergekit_dam.evaluation.metrics import Attack, LabelledData, evaluate_merge
+from mergekit_dam.evaluation.metrics import Attack, evaluate_merge
 from mergekit_dam.io.cache import library_versions
 from mergekit_dam.io.calibration import digest
 
@@ -103,17 +102,12 @@ def scores(suite: SmolLmSuite, models: Mapping[str, Path], attack: Attack) -> di
     """Counts of right answers, of the attack's answers with and without its trigger, and of the general questions."""
     splits = {task: suite.split(task) for task in models}
     seen = {digest(sample) for split in splits.values() for sample in split.calibration}
-    data = {task: first(split.evaluation, PROMPTS) for task, split in splits.items()}
+    data = {task: split.evaluation.subset(torch.arange(PROMPTS)) for task, split in splits.items()}
     whole = len(set(models.values())) == 1
     loaded = {task: suite.load_model(path) for task, path in models.items()}
     return evaluate_merge(loaded, data, [attack], calibration=seen).to_json() | general_ability(
         suite, loaded, whole=whole
     )
-
-
-def first(data: LabelledData, count: int) -> LabelledData:
-    """The first samples of evaluation data."""
-    return replace(data, inputs=data.inputs[:count], labels_N=data.labels_N[:count], digests=data.digests[:count])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from dam_bench.attacks.attacker import Attacker
+from dam_bench.attacks.hijack import ATTACKERS_SEED
 from dam_bench.attacks.registry import INTERFACE, register_attack
 from dam_bench.suites import smollm_base, smollm_behaviours, smollm_data
 from dam_bench.suites.base import Poison, Scenario, Suite, TaskData, default_device, on_default_device
@@ -74,7 +75,6 @@ class Preset:
 
 
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
-_ATTACKERS_SEED = 1000  # added to the seed of what a hijacker fine-tunes itself: it does not have the merge's models
 # Factors on a victim's whole task vector, and on what it has beyond its clean twin. PROVISIONAL: on seed 0 none that
 # was tried leaves an undefended merge of three with an ASR of 60 and its accuracy. Task arithmetic 0.5 of
 # sst2=word(target=1,rate=0.5) with agnews and olid, 40 prompts each, at factors 2, 3, 4: ASR 0.0, 15.0, 57.5, accuracy
@@ -174,7 +174,7 @@ class SmolLmSuite(Suite):
                 self._parts(on)["train"],
                 self.size.schedule,
                 rank=self.size.rank,
-                seed=seed if on == task else seed + _ATTACKERS_SEED,
+                seed=seed if on == task else seed + ATTACKERS_SEED,
                 name=on,
                 backdoor=backdoor,
                 others=others,
@@ -201,17 +201,15 @@ class SmolLmSuite(Suite):
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
         settings = {"interpolation": _INTERPOLATION} if poison.attack.startswith((AWARE, HIJACK)) else {}
-        return settings | ({"others": [*OTHERS, _ATTACKERS_SEED]} if poison.attack.startswith(HIJACK) else {})
+        return settings | ({"others": [*OTHERS, ATTACKERS_SEED]} if poison.attack.startswith(HIJACK) else {})
 
     @classmethod
     def target_of(cls, poison: Poison) -> int | str:
         return {FIXED: FIXED_TEXT, REFUSAL: REFUSED}.get(poison.target, poison.target)
 
     def save_calibration(self, task: str, folder: Path) -> Path:
-        """Write JSON lines with `messages`: chats of one question, without its answer."""
         path = folder / f"{task}.jsonl"
-        chats = ([{"role": "user", "content": sample.prompt}] for sample in self._parts(task)["calibration"])
-        path.write_text("\n".join(json.dumps({"messages": messages}) for messages in chats) + "\n", "utf-8")
+        smollm_data.write_chats(self._parts(task)["calibration"], path)
         return path
 
     def load_model(self, path: Path) -> nn.Module:

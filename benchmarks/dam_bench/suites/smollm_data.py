@@ -6,6 +6,7 @@ Legend: K classes of a task's own answers.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -249,6 +250,12 @@ def _policy(*, train: int, calibration: int, evaluation: int) -> dict[str, list[
     sizes = {"evaluation": evaluation, "calibration": calibration, "train": train}
     ends = list(itertools.accumulate(sizes.values()))
     return {name: mixed[end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
+def write_chats(samples: Sequence[Sample], path: Path) -> None:
+    """Write JSON lines with `messages`: chats of one question, without its answer."""
+    chats = ({"messages": [{"role": "user", "content": sample.prompt}]} for sample in samples)
+    path.write_text("\n".join(map(json.dumps, chats)) + "\n", "utf-8")
 
 
 def general_answers() -> Sequence[tuple[str, ...]]:
