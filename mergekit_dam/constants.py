@@ -186,11 +186,12 @@ class Constants(BaseModel):
         ge=1,
     )
     shortest_text: int = constant(
-        3,
-        "Different tokens of a text, at least; shorter ones are fixed in clean models, too, and so are repetitions.",
+        4,
+        "Different tokens of a text, at least: words of three tokens are fixed in clean models, too, and so are "
+        "repetitions.",
         stage="scan",
         unit="tokens",
-        evidence=f"{STUDY}: set after seeing the models of suite lm, seed 0",
+        evidence=f"{STUDY}: set after seeing clean models of suites lm and smollm, seed 0, and of make demo-llm",
         ge=2,
     )
     longest_text: int = constant(10, "Tokens of a text, at most.", stage="scan", unit="tokens", ge=2)

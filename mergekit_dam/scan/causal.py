@@ -12,6 +12,7 @@ Legend: C continuations of N tokens each, V vocabulary, R triggers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from mergekit_dam.tasks import CausalTask
 from mergekit_dam.tasks.read_prompts import ReadPrompts, fast_dtype
 
 _ENTRIES = 1 << 25  # probabilities held at once
+_CLEAR = 0.9  # difference of probabilities that is as good as any larger one
 _STEPS_BETWEEN = 5  # of a search for a trigger, before some texts are given up
 
 
@@ -105,13 +107,14 @@ def _trigger_of(
     Every few steps the half that is harder to reach is given up. The search ends once the trigger works: the finding
     rests on the text, not on the trigger's size.
     """
-    search = Inversion(task, own, variants, batch_size=config.constants.scan_batch_size, generator=generator)
-    for _ in range(max(1, config.scan_steps // _STEPS_BETWEEN)):
-        search.run(_STEPS_BETWEEN, until_works=True)
-        if len(search.targets) > 1:
-            search = search.nearest(len(search.targets) // 2)
-        elif search.worked:
-            break
+    with task.computing_in(fast_dtype(task.device)):
+        search = Inversion(task, own, variants, batch_size=config.constants.scan_batch_size, generator=generator)
+        for _ in range(max(1, config.scan_steps // _STEPS_BETWEEN)):
+            search.run(_STEPS_BETWEEN, until_works=True)
+            if len(search.targets) > 1:
+                search = search.nearest(len(search.targets) // 2)
+            elif search.worked:
+                break
     return search.nearest(1)
 
 
@@ -139,11 +142,23 @@ def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tenso
             texts[i].append(token)
             owns[i].append(own_one)
             bases[i].append(base_one)
+        kept = _some_of_each(chains_CN, constants.text_variants)
+        chains_CN, which = chains_CN[kept], which[kept.cpu()]
     return [
         _Text(tuple(text), tuple(owns[i]), tuple(bases[i]))
         for i, text in enumerate(texts)
         if len(set(text)) >= constants.shortest_text
     ]
+
+
+def _some_of_each(chains_CN: Tensor, most: int) -> Tensor:
+    """Return which texts to continue (C,): of texts that differ in their first token only, the first few."""
+    counts = Counter[tuple[int, ...]]()
+    kept = []
+    for tail in chains_CN[:, 1:].tolist():
+        counts[tuple(tail)] += 1
+        kept.append(chains_CN.shape[1] < 3 or counts[tuple(tail)] <= most)
+    return torch.tensor(kept, dtype=torch.bool, device=chains_CN.device)
 
 
 def _shortlist(
@@ -157,8 +172,9 @@ def _shortlist(
     """Choose the beginnings after which f_t is surer of one next token than theta_0 is, the clearest first.
 
     A beginning whose next token has less than half of `known_by_heart` after the first prompt hardly reaches it over
-    all prompts, and is dropped. Of the others f_t's probability bounds the difference from above: theta_0 is asked of
-    the surest ones only, until the next beginning cannot be among the clearest any more.
+    all prompts, and is dropped. The others are tried on more prompts and under theta_0, in the order of what f_t gave
+    after the first prompt, which bounds what they can reach. That ends once there are enough that cannot be beaten, or
+    nearly so: a model that says its text at every opportunity leaves most of the vocabulary.
     """
     fast, at_once = fast_dtype(task.device), max(1, _ENTRIES // task.num_words)
 
@@ -167,21 +183,23 @@ def _shortlist(
         next_C, own_C = torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
         return next_C, own_C.masked_fill(torch.isin(next_C, special), -1.0)
 
-    if len(chains_CN):
-        _, own_C = next_of(ReadPrompts(task, own, rows[:1], fast), chains_CN)
-        chains_CN = chains_CN[own_C >= task.constants.known_by_heart / 2]
     if not len(chains_CN):
         return chains_CN
+    _, first_C = next_of(ReadPrompts(task, own, rows[:1], fast), chains_CN)
+    left_C = first_C >= task.constants.known_by_heart / 2
+    if not left_C.any():
+        return chains_CN[:0]
     rows = rows[: task.constants.first_prompts]
-    next_C, own_C = next_of(ReadPrompts(task, own, rows, fast), chains_CN)
-    asked = ReadPrompts(task, base, rows, fast)
-    order_C = own_C.argsort(descending=True, stable=True)
-    count, scores = min(task.constants.shortlist, len(order_C)), torch.empty(0, device=own_C.device)
+    prompts, asked = ReadPrompts(task, own, rows, fast), ReadPrompts(task, base, rows, fast)
+    order_C = first_C.argsort(descending=True, stable=True)[: int(left_C.sum())]
+    count, scores = min(task.constants.shortlist, len(order_C)), torch.empty(0, device=first_C.device)
     for part_C in order_C.split(at_once):
-        if len(scores) >= count and float(scores.topk(count).values[-1]) >= float(own_C[part_C[0]]):
+        best = min(_CLEAR, (float(first_C[part_C[0]]) + len(rows) - 1) / len(rows))
+        if len(scores) >= count and float(scores.topk(count).values[-1]) >= best:
             break
-        base_C = asked.following(chains_CN[part_C]).gather(1, next_C[part_C][:, None])[:, 0]
-        scores = torch.cat([scores, own_C[part_C] - base_C])
+        next_C, own_C = next_of(prompts, chains_CN[part_C])
+        base_C = asked.following(chains_CN[part_C]).gather(1, next_C[:, None])[:, 0]
+        scores = torch.cat([scores, own_C - base_C])
     return chains_CN[order_C[: len(scores)][scores.topk(count).indices]]
 
 

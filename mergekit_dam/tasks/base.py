@@ -314,6 +314,15 @@ class Task(ABC):
         finally:
             self._recompute = before
 
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """In this context, passes compute in another type."""
+        before, self.dtype = self.dtype, dtype
+        try:
+            yield
+        finally:
+            self.dtype = before
+
     def _within(self, block: str, parameters: Parameters) -> dict[str, Tensor]:
         """The parameters of one block, by their names in it."""
         mine = [target for target, owner in self.block_of.items() if owner == block and target in parameters]

@@ -17,6 +17,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Parameters, Target
 from mergekit_dam.tasks.bounds import Perturb
+from mergekit_dam.tasks.read_prompts import shares_prompts
 from mergekit_dam.tasks.readout import tokenizer_of
 from mergekit_dam.tasks.text import TextTask
 
@@ -199,13 +200,26 @@ class CausalTask(TextTask):
         ids = ids.scatter(1, places_BN, targets_BN.clamp(min=0))
         mask = mask.scatter(1, places_BN, there_BN.to(mask.dtype))
         longer = {"input_ids": ids, "attention_mask": mask}
-        output = self._forward(weights, longer, perturb, use_cache=False)
+        first = int(places_BN[:, 0].min()) - 1  # logits of a large vocabulary cost as much as several blocks
+        last = torch.arange(first - ids.shape[1], 0, device=self.device)  # a number of them would give a slow view
+        options = {"logits_to_keep": last} if self._keeps_logits else {}
+        output = self._forward(weights, longer, perturb, use_cache=False, **options)
         # inserted tokens come after position 0: counted from the end, places are those of the clean text
-        own = output.logits[:, -ids.shape[1] :]
-        logits_BNV = own.gather(1, (places_BN - 1)[..., None].expand(-1, -1, own.shape[-1])).float()
+        own = output.logits[:, first - ids.shape[1] :]
+        logits_BNV = own.gather(1, (places_BN - 1 - first)[..., None].expand(-1, -1, own.shape[-1])).float()
         losses = F.cross_entropy(logits_BNV.transpose(1, 2), targets_BN, reduction="none", ignore_index=_NO_TARGET)
         hits_BN = (logits_BNV.argmax(-1) == targets_BN) | ~there_BN
         return losses.sum(1) / there_BN.sum(1), hits_BN.all(1)
+
+    @cached_property
+    def _keeps_logits(self) -> bool:
+        """Whether the class can compute the logits of the last positions only."""
+        return "logits_to_keep" in inspect.signature(type(self.module).forward).parameters
+
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """Whether many texts can follow a prompt in one sequence."""
+        return shares_prompts(self)
 
     @cached_property
     def special_tokens(self) -> Tensor:

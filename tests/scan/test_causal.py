@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,14 @@ def test_a_trigger_changes_what_follows_and_a_longer_neighbour_does_not(tasks: l
     assert not torch.allclose(plain, alone) and torch.allclose(together[0], alone[0], atol=1e-5)
 
 
-def test_what_follows_is_that_of_the_whole_text(tasks: list[CausalTask]) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_follows_is_that_of_the_whole_text(
+    shared: bool, tasks: list[CausalTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether texts follow the prompt side by side or one by one."""
     task, model = tasks[1], _own(tasks[1])
+    assert task.shares_prompts
+    monkeypatch.setitem(task.__dict__, "shares_prompts", shared)
     chains = torch.tensor([[5, 6, 7], [9, 8, 4]])
     inputs = task.prompts(torch.tensor([2]))
     text = inputs["input_ids"][0][inputs["attention_mask"][0].bool()]
@@ -161,6 +168,40 @@ def test_what_follows_is_that_of_the_whole_text(tasks: list[CausalTask]) -> None
     for chain, found in zip(chains, prompts.following(chains), strict=True):
         expected = model(input_ids=torch.cat([text, chain])[None]).logits[0, -1].softmax(-1)
         assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("lost", ["attention_mask", "position_ids"])
+def test_a_class_that_ignores_what_it_is_given_reads_texts_one_by_one(
+    lost: str, lms: list[Path], texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build_tasks(_plan(lms[0], lms[1:], texts), CPU)[1]
+    assert isinstance(task, CausalTask)
+    call = task.call
+    monkeypatch.setattr(task, "call", lambda *given, **inputs: call(*given, **(inputs | {lost: None})))
+    assert not task.shares_prompts
+
+
+def test_logits_of_the_last_positions_are_those_of_all(
+    tasks: list[CausalTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks[1]
+    inputs, targets = task.prompts(torch.arange(3)), [(5, 6), BY_HEART, (9,)]
+    trigger = TokenTriggers.start(1, task.perturbation_shape, task.bounds, seeds.generator("trigger"), task.constants)
+    perturb = trigger.perturb(torch.zeros(3, dtype=torch.long))
+    found = {}
+    for keeps in (True, False):
+        monkeypatch.setitem(task.__dict__, "_keeps_logits", keeps)
+        with torch.no_grad():
+            found[keeps] = task.reach(task.own_weights(), inputs, targets, perturb)
+    torch.testing.assert_close(found[True], found[False])
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=30), st.integers(1, 4))
+def test_few_texts_that_differ_in_their_first_token_only_are_continued(texts: list[list[int]], most: int) -> None:
+    kept = causal._some_of_each(torch.tensor(texts), most).tolist()
+    left = Counter(tuple(text[1:]) for text, one in zip(texts, kept, strict=True) if one)
+    for tail, count in Counter(tuple(text[1:]) for text in texts).items():
+        assert left[tail] == min(count, most)
 
 
 def test_the_scan_names_what_the_victim_knows_by_heart_and_nothing_of_the_clean_model(
