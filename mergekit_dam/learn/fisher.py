@@ -1,5 +1,6 @@
 """Weight hidden states by their Fisher information for a model's answers.
 
+Each token's state is taken relative to its size, as normalising layers read it.
 Legend: N samples, B batch, L tokens, D width, K classes.
 """
 
@@ -17,6 +18,7 @@ from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.base import Progress
 
 _AT_ONCE = 8  # samples
+_SMALLEST = 1e-30  # what gradients are divided by, at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +44,11 @@ def importance_of(
 ) -> dict[int, Importance]:
     """Compute weights of hidden states from the diagonal Fisher information of the model's own answers.
 
-    The information is the squared gradient of the log-probability of answers sampled from the model. Its mean over
-    tokens and samples weights units, and its mean over units weights tokens. Each is scaled to mean 1, and a weight is
-    `fisher_floor` plus (1 - `fisher_floor`) times it. So tokens that the head reads count more than other tokens.
+    The information is the squared gradient of the log-probability of answers sampled from the model, with respect to
+    each token's state divided by the root of its mean square. Its mean over tokens and samples weights units, and its
+    mean over units weights the tokens of a sample. Each is scaled to mean 1, and a weight is `fisher_floor` plus (1 -
+    `fisher_floor`) times it. So tokens that the head reads count more than others. All samples count alike: a sure
+    model has nearly all of its information in the few samples that it is not sure of.
 
     Args:
         task: all of its calibration samples are used.
@@ -57,7 +61,7 @@ def importance_of(
         Weights by position, on the task's device.
     """
     assert task.chain is not None
-    generator = seeds.generator(seed, "fisher", task.index)
+    generator, floor = seeds.generator(seed, "fisher", task.index), task.constants.fisher_floor
     units: dict[int, Tensor] = {}
     tokens: dict[int, list[Tensor]] = {stop: [] for stop in stops}
     for first in progress(range(0, task.num_samples, _AT_ONCE), f"answers of {task.name}"):
@@ -69,20 +73,23 @@ def importance_of(
         lengths = task.token_counts(rows_B)
         for stop, hidden_BLD in states.items():
             assert hidden_BLD.grad is not None
-            squares_BLD = hidden_BLD.grad.float().square()
+            relative_BLD = hidden_BLD.grad.float() * mean_square(hidden_BLD.detach().float()).sqrt()
+            relative_BLD = relative_BLD / relative_BLD.abs().amax((1, 2), keepdim=True).clamp_min(_SMALLEST)
+            squares_BLD = relative_BLD.square()
+            squares_BLD = squares_BLD / squares_BLD.mean((1, 2), keepdim=True).clamp_min(_SMALLEST)
             units_D = squares_BLD.sum((0, 1))
             units[stop] = units[stop] + units_D if stop in units else units_D
             for i, own_L in enumerate(squares_BLD.mean(-1)):
-                tokens[stop].append(own_L if lengths is None else own_L[: lengths[i]])
-    floor = task.constants.fisher_floor
-    return {stop: Importance(_scaled(units[stop], floor), _all_scaled(tokens[stop], floor)) for stop in stops}
+                tokens[stop].append(_scaled(own_L if lengths is None else own_L[: lengths[i]], floor))
+    return {stop: Importance(_scaled(units[stop], floor), tokens[stop]) for stop in stops}
+
+
+def mean_square(hidden_BLD: Tensor) -> Tensor:
+    """Return the mean square of each token's state (B, L, 1), more than zero."""
+    return hidden_BLD.square().mean(-1, keepdim=True).clamp_min(1e-8)
 
 
 def _scaled(information: Tensor, floor: float) -> Tensor:
-    """Scale information to weights of mean 1, each at least `floor`."""
-    return floor + (1 - floor) * information / information.mean().clamp_min(1e-30)
-
-
-def _all_scaled(information_N: Sequence[Tensor], floor: float) -> list[Tensor]:
-    """Scale the information of all tokens of all samples together."""
-    return list(_scaled(torch.cat(list(information_N)), floor).split([len(tokens_L) for tokens_L in information_N]))
+    """Scale information to weights of mean 1, each at least `floor`; without any information all weigh the same."""
+    mean = information.mean()
+    return floor + (1 - floor) * information / mean if mean > 0 else torch.ones_like(information)

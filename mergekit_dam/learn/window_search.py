@@ -1,13 +1,15 @@
 """`window: N`: learn masks of N positions of the blocks at a time, so that memory does not grow with depth.
 
 When a window begins, all windows before it are merged. Files hold each task's hidden states after the merged windows,
-of clean samples (z1) and of samples with recovered triggers (z1'), and the states of clean samples after model t's own
-blocks (z2). The masks and coefficients of the window's tensors are fitted so that the merged window maps z1 and z1' to
-the states that model t's window computes from z2:
-L_t = |W (merged(z1) - own(z2))|^2 / |W (theta_0(z1) - own(z2))|^2 + alpha times the same for z1'.
-W weights hidden states by their importance for model t's answers (fisher.py). The window with the head is fitted to the
-answers themselves, as in inversion_search.py. Then the window is merged, and the next window begins. Matching block by
-block, each branch on its own inputs, is from ProDistill (arXiv 2502.12706). The scan is that of inversion_search.py,
+of clean samples (z1) and of samples with recovered triggers (z1'). The masks and coefficients of the window's tensors
+are fitted so that the merged window maps z1 and z1' to the states that model t's window makes of z1:
+L_t = |W (merged(z1) - own(z1))|^2 / |W (theta_0(z1) - own(z1))|^2, plus alpha times
+|W (merged(z1') - own(z1))|^2 / |W (theta_0(z1') - own(z1))|^2.
+States are compared as normalising layers read them. W weights them by their importance for model t's answers
+(fisher.py). The window with the head is fitted to model t's answers, as in inversion_search.py. Then the window is
+merged, and the next window begins. Fitting block by block is from ProDistill (arXiv 2502.12706), which fits to what
+model t makes of its own states instead. Models that disagree early, on tokens that all their prompts share, cannot all
+be followed there, and later windows would spend themselves on what is lost. The scan is that of inversion_search.py,
 and a window of all positions is the same search. New triggers are recovered while masks are learned, here from the
 merged windows followed by the suspect model's remaining blocks.
 
@@ -38,7 +40,7 @@ from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.teacher import TeacherLogits, debias
 from mergekit_dam.learn.trigger_pool import refresh_triggers
 from mergekit_dam.learn.window_masks import WindowMasks
-from mergekit_dam.learn.window_states import MERGED, OWN, TaskStates, Window
+from mergekit_dam.learn.window_states import MERGED, OWN, TARGET, TaskStates, Window
 from mergekit_dam.models.plan import TensorSpec
 from mergekit_dam.scan.findings import Suspect
 from mergekit_dam.tasks import Task
@@ -200,20 +202,26 @@ class WindowSearch(ScannedSearch):
         def own(index: int) -> Weights:
             return {**self.part.frozen.own_weights(index), **before.frozen.own_weights(index)}
 
-        self._scale: dict[int, float] = {}
+        self._scale: dict[tuple[int, str], float] = {}
         self._own_weights: dict[int, Weights] = {}
         if self._has_head(window):
             self._own_weights = {index: own(index) for index in self._own_tasks if not self.tasks[index].classifies}
         else:
             for index in self._written_tasks:
-                self.states[index].advance(OWN, window, own(index))
+                weights = own(index)
+                for stream in (OWN, TARGET):
+                    self.states[index].advance(stream, window, weights)
             self.shards.barrier()
             zeros_T1 = torch.zeros(len(self.tasks), 1, device=self.model.device)  # lambda = 0 gives theta_0
             base: dict[str, Tensor] = {}
             for part in (self.part, before):
                 base |= without_gradients(part.weights({}, zeros_T1))
             for index in self._own_tasks:
-                self._scale[index] = self.states[index].base_loss(window, base, self.importance[index][window.stop])
+                states = self.states[index]
+                # a trigger moves states of theta_0, too, so each stream has its own scale
+                for stream in states.merged_streams:
+                    loss = states.base_loss(stream, window, base, self.importance[index][window.stop])
+                    self._scale[index, stream] = loss
         self._current = window
 
     def _refresh(self, window: Window, step: int) -> None:
@@ -281,8 +289,8 @@ class WindowSearch(ScannedSearch):
         if not self._has_head(window):
             total, count = states.loss(stream, window, weights, ours_B, self.importance[item.task][window.stop])
             if item.parts > 1:
-                count = sum(states.lengths(OWN, window.stop, rows_B))
-            return total / (self._scale[item.task] * count)
+                count = sum(states.lengths(TARGET, window.stop, rows_B))
+            return total / (self._scale[item.task, stream] * count)
         inputs, whole = task.inputs(ours_B), task.inputs(rows_B)
         weight = task.num_answers(inputs) / task.num_answers(whole) if item.parts > 1 else 1.0
         if task.classifies:

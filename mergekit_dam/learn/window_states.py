@@ -1,7 +1,8 @@
 """Store the hidden states of one task's samples between windows, and compute the losses of a window.
 
-Three streams per task, each in a file (engine/hidden_states.py): `merged`, clean samples after the finished windows of
-the merge; `triggered-i`, the same with suspect i's triggers; `own`, clean samples after the same blocks of model t.
+Streams per task, each in a file (engine/hidden_states.py): `merged`, clean samples after the finished windows of the
+merge; `triggered-i`, the same with suspect i's triggers; `own`, clean samples after the same blocks of model t; and
+`target`, what the current window is fitted to: its input from `merged`, after model t's own window.
 Legend: N samples, B batch, L tokens, D width.
 """
 
@@ -17,13 +18,14 @@ from torch import Tensor
 from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.hidden_states import HiddenStates
-from mergekit_dam.learn.fisher import Importance
+from mergekit_dam.learn.fisher import Importance, mean_square
 from mergekit_dam.learn.trigger_pool import WeightedTrigger
 from mergekit_dam.scan.triggers import TriggerBatch
 from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.bounds import Perturb
 
-MERGED, OWN = "merged", "own"
+MERGED, OWN, TARGET = "merged", "own", "target"
+_CLEAN = (MERGED, OWN, TARGET)
 _AT_ONCE = 32  # samples
 _SMALLEST = 1e-12  # least loss of theta_0, since losses are divided by it
 
@@ -66,12 +68,12 @@ class TaskStates:
 
     @property
     def merged_streams(self) -> tuple[str, ...]:
-        """All streams except `own`."""
+        """The streams of samples that go through the merge."""
         return (MERGED, *(f"triggered-{i}" for i in range(len(self.pools))))
 
     def perturb(self, stream: str, rows_B: Tensor) -> Perturb | None:
         """Return the perturbation of a stream's samples; None for clean streams."""
-        if stream in (MERGED, OWN):
+        if stream in _CLEAN:
             return None
         number = int(stream.rpartition("-")[2])
         triggers = TriggerBatch.stack([one.trigger for one in self.pools[number]])
@@ -87,7 +89,9 @@ class TaskStates:
 
     def through(self, stream: str, window: Window, weights: Mapping[str, Tensor], rows_B: Tensor) -> Tensor:
         """Run a stream's samples through the window; return hidden states (B, L, D), or logits."""
-        entering = None if window.first == 0 else self._states(stream, window.first).read(rows_B).to(self.task.device)
+        source, entering = MERGED if stream == TARGET else stream, None
+        if window.first > 0:
+            entering = self._states(source, window.first).read(rows_B).to(self.task.device)
         inputs = self.task.inputs(rows_B)
         perturb = self.perturb(stream, rows_B)
         return self.task.through(weights, inputs, window.first, window.stop, entering, perturb)
@@ -118,25 +122,25 @@ class TaskStates:
     def loss(
         self, stream: str, window: Window, weights: Mapping[str, Tensor], rows_B: Tensor, importance: Importance
     ) -> tuple[Tensor, int]:
-        """Return the weighted squared distance to model t's states of the clean samples, and its number of tokens.
+        """Return the weighted squared distance to the clean samples' target states, and its number of tokens.
 
         Tokens that a trigger inserted do not count.
 
         Args:
             importance: weights of the states.
         """
-        target_BLD = self._states(OWN, window.stop).read(rows_B).to(self.task.device).float()
+        target_BLD = self._states(TARGET, window.stop).read(rows_B).to(self.task.device).float()
         hidden_BLD = self.through(stream, window, weights, rows_B).float()
         hidden_BLD = self.task.without_trigger(hidden_BLD, target_BLD.shape[1])
-        squares_BLD = (hidden_BLD - target_BLD).square() * importance.of(rows_B)
-        return squares_BLD.mean(-1).sum(), sum(self.lengths(OWN, window.stop, rows_B))
+        squares_BLD = relative_squares(hidden_BLD, target_BLD) * importance.of(rows_B)
+        return squares_BLD.mean(-1).sum(), sum(self.lengths(TARGET, window.stop, rows_B))
 
     @torch.no_grad()
-    def base_loss(self, window: Window, base: Mapping[str, Tensor], importance: Importance) -> float:
-        """Return the mean loss per token with theta_0 in this window; losses are relative to it."""
+    def base_loss(self, stream: str, window: Window, base: Mapping[str, Tensor], importance: Importance) -> float:
+        """Return a stream's mean loss per token with theta_0 in this window; losses are relative to it."""
         total, count = 0.0, 0
         for rows_B in torch.arange(min(self.task.num_samples, 2 * _AT_ONCE)).split(_AT_ONCE):
-            loss, tokens = self.loss(MERGED, window, base, rows_B, importance)
+            loss, tokens = self.loss(stream, window, base, rows_B, importance)
             total, count = total + float(loss), count + tokens
         return max(_SMALLEST, total / count)
 
@@ -151,7 +155,7 @@ class TaskStates:
         return self._open[path]
 
     def _path(self, stream: str, position: int) -> Path:
-        version = "" if stream in (MERGED, OWN) else f"-version-{self._version}"
+        version = "" if stream in _CLEAN else f"-version-{self._version}"
         return self.folder / f"{self.task.index}-{stream}{version}-{position}.states"
 
     def _lengths(self, hidden_BLD: Tensor, rows_B: Tensor) -> list[int]:
@@ -161,3 +165,14 @@ class TaskStates:
             return [hidden_BLD.shape[1]] * self.task.num_samples
         inserted = hidden_BLD.shape[1] - max(count)
         return [n + inserted for n in self.task.token_counts(torch.arange(self.task.num_samples)) or ()]
+
+
+def relative_squares(hidden_BLD: Tensor, target_BLD: Tensor) -> Tensor:
+    """Return squared differences (B, L, D) of states, each divided by the root of its token's mean square.
+
+    So states are compared as normalising layers read them. A few tokens of a causal LM, most often the first, are a
+    hundred times as long as others in all inputs alike (Sun et al., arXiv 2402.17762); their lengths, which differ
+    between models and which nothing depends on, would be all that counts.
+    """
+    hidden_BLD, target_BLD = (states / mean_square(states).sqrt() for states in (hidden_BLD, target_BLD))
+    return (hidden_BLD - target_BLD).square()

@@ -15,6 +15,7 @@ from mergekit.common import ModelReference
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.engine.hidden_states import HiddenStates
+from mergekit_dam.engine.shards import schedule
 from mergekit_dam.errors import DamError
 from mergekit_dam.learn import window_size
 from mergekit_dam.learn.fisher import importance_of
@@ -22,7 +23,7 @@ from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.learn.window_search import WindowSearch, positions_of, windows_of
 from mergekit_dam.learn.window_size import free_bytes, needed_bytes, with_window
-from mergekit_dam.learn.window_states import MERGED, OWN
+from mergekit_dam.learn.window_states import MERGED, OWN, TARGET, relative_squares
 from mergekit_dam.models.plan import Plan, build_plan
 from mergekit_dam.tasks import build_tasks
 from tests.conftest import FAST
@@ -85,6 +86,30 @@ def test_samples_come_as_far_as_the_merge_and_as_their_own_model(
     assert bool(triggered) == (kind == "vit") and MERGED in search.states[0].merged_streams
 
 
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_a_window_is_fitted_to_what_the_model_makes_of_the_merged_states(
+    kind: str, request: pytest.FixtureRequest, images: Path, texts: Path
+) -> None:
+    plan = _plan(request.getfixturevalue(kind), images if kind == "vit" else texts, window=1)
+    search = new_search(WindowSearch, plan)
+    search.scan()
+    search.prepare_tasks()
+    for window in search.windows[:2]:
+        search.open_window(window)
+        search.step(window, 0)
+        if window.number == 0:
+            search.close_window(window)
+    rows_B, (task, *_) = torch.arange(3), search.tasks
+    states = search.states[task.index]
+    with torch.no_grad():
+        entering_BLD = states._states(MERGED, 1).read(rows_B)
+        expected_BLD = task.through(task.own_weights(), task.inputs(rows_B), 1, 2, entering_BLD)
+    found_BLD, own_BLD = (states._states(name, 2).read(rows_B) for name in (TARGET, OWN))
+    for i, length in enumerate(states.lengths(TARGET, 2, rows_B)):
+        torch.testing.assert_close(found_BLD[i, :length], expected_BLD[i, :length], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found_BLD, own_BLD, atol=1e-3)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_gradient_checkpointing_leaves_the_masks_as_they_are(size: int, llama: Path, texts: Path) -> None:
     """Blocks that a window skips are skipped by the pass that is run again, too."""
@@ -143,6 +168,38 @@ def test_the_second_loss_draws_triggered_samples_to_the_clean_ones(vit: Path, im
 
 
 @pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_losses_of_each_stream_are_relative_to_theta_0(
+    kind: str, request: pytest.FixtureRequest, images: Path, texts: Path
+) -> None:
+    """A trigger moves the states of theta_0, too; what no mask can undo must not outweigh everything else."""
+    plan = _plan(request.getfixturevalue(kind), images if kind == "vit" else texts, window=2)
+    search = new_search(WindowSearch, plan)
+    search.scan()
+    search.prepare_tasks()
+    search.open_window(search.windows[0])
+    assert search._fit is not None
+    search._fit.coefficients.zero_()
+    weights = {**search.part.weights(search._fit.combined(), search._fit.coefficients), **search.fixed}
+    for index, states in search.states.items():
+        rows_B = torch.arange(min(64, search.tasks[index].num_samples))
+        (item,) = schedule([len(rows_B)] * len(search.tasks), search.shards)[index : index + 1]
+        assert item is not None
+        for stream in states.merged_streams:
+            assert float(search._loss(search.windows[0], item, stream, weights, rows_B)) == pytest.approx(1.0, rel=1e-3)
+
+
+@given(st.integers(0, 10_000), st.floats(0.1, 1e3), st.floats(0.1, 1e3))
+def test_the_length_of_a_token_does_not_count(seed: int, longer: float, other: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden_BLD, target_BLD = torch.randn(2, 2, 3, 16, generator=generator)
+    found_BLD = relative_squares(hidden_BLD, target_BLD)
+    scales_BL1 = torch.tensor([1.0, longer, 1.0])[:, None]
+    torch.testing.assert_close(relative_squares(scales_BL1 * hidden_BLD, other * target_BLD), found_BLD)
+    torch.testing.assert_close(relative_squares(target_BLD, hidden_BLD), found_BLD)
+    assert float(found_BLD.mean(-1).max()) <= 4 + 1e-4
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama"])
 def test_weights_of_states_have_mean_one_and_find_what_counts(
     kind: str, request: pytest.FixtureRequest, images: Path, texts: Path
 ) -> None:
@@ -154,7 +211,7 @@ def test_weights_of_states_have_mean_one_and_find_what_counts(
     lengths = task.token_counts(rows_N)
     for weights in found.values():
         assert float(weights.units_D.mean()) == pytest.approx(1.0, rel=1e-4)
-        assert float(torch.cat(list(weights.tokens_N)).mean()) == pytest.approx(1.0, rel=1e-4)
+        assert all(float(tokens_L.mean()) == pytest.approx(1.0, rel=1e-4) for tokens_L in weights.tokens_N)
         assert float(weights.units_D.min()) >= 0.2 - 1e-6 and weights.of(rows_N).shape[0] == task.num_samples
         if lengths is not None:
             assert [len(one) for one in weights.tokens_N] == lengths
