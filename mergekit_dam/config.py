@@ -101,8 +101,8 @@ class DamConfig(StrictSettings):
     )
     student_steps: int = setting(
         80,
-        "Text encoders, inversion: steps to train a student of each model, from theta_0 on the model's answers; "
-        "students are merged in place of the models. 0: merge the models, undefended.",
+        "Inversion: steps to train a student, from theta_0 on a model's answers, which is merged in the model's place: "
+        "of each text encoder, and of causal LMs that the scan makes suspect. 0: merge the models themselves.",
         unit="steps",
         source=HINTON,
         ge=0,

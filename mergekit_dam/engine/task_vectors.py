@@ -118,8 +118,7 @@ class StandIns(TaskVectors):
         self._files = [safe_open(stand_in_file(folder, t), framework="pt") for t in range(len(plan.models))]
         self._names = [frozenset(file.keys()) for file in self._files]
         metadata = [file.metadata() for file in self._files]
-        # either all models have students or none has, see learn/stand_ins.py
-        self._are_students = any(STUDENT in facts for facts in metadata)
+        self._students = [STUDENT in facts for facts in metadata]
         by_name = dict(zip([model.name for model in plan.models], metadata, strict=True))
         self.agreement = {name: float(facts[AGREEMENT]) for name, facts in by_name.items() if STUDENT in facts}
         self.vaccine = {name: json.loads(facts[VACCINE]) for name, facts in by_name.items() if VACCINE in facts}
@@ -131,7 +130,7 @@ class StandIns(TaskVectors):
             file.get_tensor(name) if name in names else None
             for file, names in zip(self._files, self._names, strict=True)
         ]
-        return with_stand_ins(made, super().models(name), are_students=self._are_students)
+        return with_stand_ins(made, super().models(name), self.base(name), students=self._students)
 
     def all(self) -> tuple[dict[str, Tensor], ...]:
         """Return all tensors of the stand-ins, per model, by output name, float32."""
@@ -139,19 +138,21 @@ class StandIns(TaskVectors):
 
 
 def with_stand_ins(
-    made: Sequence[Tensor | None], models: Sequence[Tensor | None], *, are_students: bool
+    made: Sequence[Tensor | None], models: Sequence[Tensor | None], base: Tensor, *, students: Sequence[bool]
 ) -> list[Tensor | None]:
     """Replace the models of one tensor by their stand-ins, for learning and for merging.
 
     Args:
         made: T tensors of the stand-ins, float32; None where a stand-in did not change the tensor.
         models: T tensors of the models; None where a model lacks the tensor.
-        are_students: whether the stand-ins started from theta_0 and not from the models.
+        base: theta_0's tensor.
+        students: whether each stand-in started from theta_0 and not from its model, T.
 
     Returns:
-        T tensors. Where a stand-in did not change the tensor: None, for theta_0, of a student; else the model's.
+        T tensors. Where a stand-in did not change the tensor: theta_0's, of a student; else the model's. None where a
+        model lacks the tensor.
     """
-    unchanged = [None] * len(made) if are_students else models
+    unchanged = [base if taught and own is not None else own for own, taught in zip(models, students, strict=True)]
     return [stored if tensor is None else tensor for tensor, stored in zip(made, unchanged, strict=True)]
 
 

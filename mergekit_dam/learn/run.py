@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from mergekit_dam.learn.masks import ProbabilityBytes
 from mergekit_dam.learn.objectives import search_class
 from mergekit_dam.learn.scanned_search import ScannedSearch
 from mergekit_dam.learn.search import MaskSearch
-from mergekit_dam.learn.stand_ins import make_stand_ins, remove_stand_ins
+from mergekit_dam.learn.stand_ins import make_stand_ins, remove_stand_ins, teaches_suspects
 from mergekit_dam.learn.window_search import FOLDER as WINDOWS
 from mergekit_dam.learn.window_search import WindowSearch
 from mergekit_dam.learn.window_size import window_warning, with_window
@@ -221,15 +221,22 @@ def optimise(
             recorder.seconds.update(stand_ins.seconds)
             changed = survey(stand_ins, shards).changed
         kind = search_class(plan.config)
+
+        def merged(sources: TaskVectors) -> MergedModel:
+            lazy = kind is WindowSearch
+            return MergedModel(sources, changed, device, dtype=tasks[0].dtype, shards=shards, lazy=lazy)
+
+        def teach(suspects: Collection[int]) -> MergedModel:
+            nonlocal stand_ins
+            stand_ins = make_stand_ins(
+                tasks, vectors, snapshots.folder, shards=shards, progress=recorder.progress, suspects=suspects
+            )
+            assert stand_ins is not None
+            recorder.seconds.update(stand_ins.seconds)
+            return merged(stand_ins)
+
         search = kind(
-            MergedModel(
-                stand_ins or vectors,
-                changed,
-                device,
-                dtype=tasks[0].dtype,
-                shards=shards,
-                lazy=kind is WindowSearch,
-            ),
+            merged(stand_ins or vectors),
             tasks,
             plan.config,
             torch.tensor([model.settings.weight for model in plan.models]),
@@ -237,6 +244,7 @@ def optimise(
             progress=recorder.progress,
             snapshots=snapshots,
             known=StoredScan(plan, tasks, _digests_in(description), recorder.seconds, quiet=quiet),
+            teach=teach if teaches_suspects(tasks, plan.config) else None,
         )
         probabilities, coefficients = search.run()
         bytes_read = shards.all_gather_dict({shards.rank: search.model.vectors.bytes_read})
@@ -287,7 +295,8 @@ def _save(
     for checkpoint in inputs:
         checkpoint.require_unchanged()
     if isinstance(search, ScannedSearch):
-        save_triggers(folder / TRIGGERS_FILE, search.findings, search.tasks, search.trigger_pool.keys())
+        marked = {finding.key for finding in search.suspects()}
+        save_triggers(folder / TRIGGERS_FILE, search.findings, search.tasks, marked)
     write_run(folder, plan, run)
     made = () if stand_ins is None else stand_ins.all()
     save(folder / MASKS_FILE, LearnedMasks(*learned, metadata, stand_ins=made))

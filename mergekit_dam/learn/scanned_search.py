@@ -75,10 +75,17 @@ class ScannedSearch(MaskSearch):
         for task, target, source_model, kind, weights in facts["pools"]:
             key = Suspect(task, target_of(target), source_model, kind)
             self.trigger_pool[key] = [WeightedTrigger(blank(self.tasks[task], kind), weight) for weight in weights]
+        if facts["phase"] != "scan":
+            self.teach_suspects()
+
+    def suspects(self) -> list[Finding]:
+        """Return the findings that make models suspect."""
+        return suspects(self.findings, self.config.suspicion, self.config.constants)
 
     def audit(self) -> list[dict[str, Any]]:
-        """Return the findings of the scan as JSON; `suspect` marks the findings that masks were fitted against."""
-        return [{**f.to_json(self.tasks), "suspect": f.key in self.trigger_pool} for f in self.findings]
+        """Return the findings of the scan as JSON; `suspect` marks those that make their model suspect."""
+        marked = {finding.key for finding in self.suspects()}
+        return [{**f.to_json(self.tasks), "suspect": f.key in marked} for f in self.findings]
 
     def remaining(self) -> list[dict[str, Any]]:
         """Return the success of each suspect's recovered trigger on the suspect's model and on the merge.
@@ -86,7 +93,7 @@ class ScannedSearch(MaskSearch):
         Success is the share of calibration samples that are answered with the target: `before` by the model, `after`
         by the merge, and `plain` by the merge without a trigger (None for continuations). Every process measures all.
         """
-        found_suspects = [finding for finding in self.findings if finding.key in self.trigger_pool]
+        found_suspects = in_order(self.suspects())
         if not found_suspects:
             return []
         base = self.model.frozen.base_weights()
@@ -122,14 +129,17 @@ class ScannedSearch(MaskSearch):
             if self.known is not None and self.shards.rank == 0:
                 self.known.keep(self.findings)
         known: dict[Suspect, TriggerBatch] = {}
-        for finding in suspects(self.findings, self.config.suspicion, self.config.constants):
+        for finding in self.suspects():
+            self.track({"phase": "scan", **finding.to_json(self.tasks)})
+        if self.teach_suspects():
+            self.begin_fit()
+            return
+        for finding in self.suspects():
             self.trigger_pool[finding.key] = []
             if not self.tasks[finding.task].classifies:  # the scan's search ends when the trigger is widest
                 known[finding.key] = finding.trigger
-            self.track({"phase": "scan", **finding.to_json(self.tasks)})
         if self.trigger_pool:
             self.begin_fit()
-
         refresh_triggers(
             self.tasks,
             self.trigger_pool,
@@ -141,6 +151,17 @@ class ScannedSearch(MaskSearch):
             "model",
             known=known,
         )
+
+    def teach_suspects(self) -> bool:
+        """Put students in the places of suspect models, and return whether there are any.
+
+        Students have no backdoor to fit masks against.
+        """
+        found = sorted({finding.model for finding in self.suspects()})
+        if self.teach is None or not found:
+            return False
+        self.model = self.teach(found)
+        return True
 
     def scanned(self, suspect: Suspect, base: Weights) -> Mapping[str, Tensor]:
         """Return the weights that a suspect's trigger is recovered from: its model's, or a merge of all other models.

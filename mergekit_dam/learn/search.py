@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -33,6 +33,8 @@ class MaskSearch(Resumable):
         progress: wraps an iterable of steps in a progress bar with a title.
         snapshots: store of the state for a resumed run; None: no snapshots.
         known: store of the scan for other runs; None: the scan is not stored.
+        teach: makes students of models, by index, and returns the merged model with them in the models' places; None:
+            suspects are merged as they are.
 
     Attributes:
         scans: whether the search scans for backdoors first. If so, students or vaccinated models replace models whose
@@ -52,9 +54,11 @@ class MaskSearch(Resumable):
         progress: Progress,
         snapshots: Snapshots | None = None,
         known: KnownScan | None = None,
+        teach: Callable[[Collection[int]], MergedModel] | None = None,
     ) -> None:
         self.model, self.tasks, self.config, self.shards = model, tasks, config, model.shards
         self.track, self.progress, self.snapshots, self.known = track, progress, snapshots, known
+        self.teach = teach
         columns = 1 if config.constants.coefficients == "task" else len(model.mask_names)
         self.start = start.to(model.device)[:, None].repeat(1, columns)  # (T, 1) or (T, P)
         self.set_up()

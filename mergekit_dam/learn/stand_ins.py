@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,10 +50,22 @@ def vaccinates(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
     return bool(config.clean)
 
 
+def teaches_suspects(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
+    """Whether students are merged in place of the models that a scan makes suspect."""
+    wanted = scans(config) and config.mask != "m1" and config.student_steps > 0 and not vaccinates(tasks, config)
+    return wanted and all(not task.classifies for task in tasks)
+
+
 def make_stand_ins(
-    tasks: Sequence[Task], vectors: TaskVectors, folder: Path, *, shards: Shards, progress: Progress
+    tasks: Sequence[Task],
+    vectors: TaskVectors,
+    folder: Path,
+    *,
+    shards: Shards,
+    progress: Progress,
+    suspects: Collection[int] = (),
 ) -> StandIns | None:
-    """Make a stand-in of every model; return None if the models themselves are merged.
+    """Make a stand-in of every model, or of suspects; return None if the models themselves are merged.
 
     Stand-ins of an earlier, interrupted run are used again, unless the constant `resume` is off.
 
@@ -63,13 +75,14 @@ def make_stand_ins(
         folder: folder of the run; all processes see it.
         shards: processes that share the models.
         progress: wraps steps in a progress bar with a title.
+        suspects: indices of models to make students of; none: the settings say what is made of all models.
 
     Raises:
         DamError: weights that diverged, or too few samples.
     """
     plan = vectors.plan
     students_made, vaccinated = merges_students(tasks, plan.config), vaccinates(tasks, plan.config)
-    if not students_made and not vaccinated:
+    if not students_made and not vaccinated and not suspects:
         return None
     if shards.rank == 0:
         if not plan.config.constants.resume:
@@ -81,7 +94,9 @@ def make_stand_ins(
             begun = time.perf_counter()
             made: dict[str, Tensor] = {}
             metadata: dict[str, str] = {}
-            if students_made:
+            if index in suspects:
+                made, metadata = _teach(task, vectors, folder / STAND_INS_FOLDER / str(index), progress)
+            elif students_made:
                 assert reads_text(task), "students are of texts"
                 base = {spec.name: vectors.base(spec.name).to(task.device) for spec in plan.tensors}
                 made, agreement = students.train_student(task, base, plan.config, progress)
@@ -101,6 +116,34 @@ def make_stand_ins(
     if shards.rank == 0:
         _warn(stand_ins)
     return stand_ins
+
+
+def _teach(
+    task: Task, vectors: TaskVectors, folder: Path, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Teach theta_0 a model's answers, by LoRAs; return the tensors that this changes, and the file's metadata.
+
+    A text that only a trigger brings about is not in the answers.
+    """
+    config = vectors.plan.config
+    settings = VaccineSettings(
+        start="base",
+        plant=False,
+        plant_steps=0,
+        unlearn_steps=config.student_steps,
+        seed=config.seed,
+        snapshot_every=config.constants.snapshot_every,
+    )
+    result = vaccinate(
+        task,
+        settings,
+        progress=lambda steps, title: progress(steps, f"student of {task.name}"),
+        start={spec.name: vectors.base(spec.name).to(task.device) for spec in vectors.plan.tensors},
+        folder=folder,
+        resume=config.constants.resume,
+        identity="theta_0",
+    )
+    return dict(result.weights), {STUDENT: "yes", AGREEMENT: f"{result.facts['agreement']['after']:.4f}"}
 
 
 def _vaccinate(

@@ -80,7 +80,9 @@ class MaskedMerge:
             models = [None if stored is None else stored.to(device) for stored in planned[1:]]
         if self.masks.stand_ins:
             made = [tensors.get(name) for tensors in self.masks.stand_ins]
-            models = with_stand_ins(made, models, are_students=bool(self.masks.metadata.get("students")))
+            taught = self.masks.metadata.get("students") or {}
+            students = [model["name"] in taught for model in self.masks.metadata["models"]]
+            models = with_stand_ins(made, models, base, students=students)
             models = [None if tensor is None else tensor.to(device) for tensor in models]
         coefficients = self.masks.coefficients_of(spec.mask_name).to(device)
         merged: torch.Tensor = merge(base, models, coefficients, self.masks.product(spec.mask_name, device))

@@ -150,17 +150,19 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     if settings.get("objective") == "paper":
         return "No scan for triggers was made: this objective has none."
     students = masks.get("students")
+    agreement = ""
     if isinstance(students, Mapping) and students:
+        agreement = table(
+            ["model", "share of clean texts on which its student answers as the model"],
+            [[code(name), f"{float(share):.3f}"] for name, share in students.items()],
+        )
+    findings = masks.get("audit") or []
+    if agreement and not findings:
         return (
             "No scan for triggers was made: it finds none in text encoders. A student of each model was merged in its "
             "place: the base, trained on the model's answers to clean texts with random words in between. The student "
-            "takes over only a part of the behaviour that a trigger causes.\n\n"
-            + table(
-                ["model", "share of its training texts on which the student answers as the model"],
-                [[code(name), f"{float(share):.3f}"] for name, share in students.items()],
-            )
+            "takes over only a part of the behaviour that a trigger causes.\n\n" + agreement
         )
-    findings = masks.get("audit") or []
     if not findings:
         return (
             "The scan for backdoors found no target that it could score. It may have missed other kinds of backdoors."
@@ -183,8 +185,9 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     ]
     return (
         f"A blind search for triggers scored {scanned} targets of the input models; {_targets(suspects)} are suspect "
-        f"({rule}), and the masks were fitted against the recovered triggers. A suspect class can be a false alarm.\n\n"
+        f"({rule}), and {_OF_SUSPECTS if agreement else _AGAINST}. A suspect class can be a false alarm.\n\n"
         + table([*_COLUMNS], rows)
+        + (f"\n\n{agreement}" if agreement else "")
     )
 
 
@@ -240,6 +243,10 @@ def _merge_audit(facts: Mapping[str, Any] | None) -> str:
     )
 
 
+_AGAINST = "the masks were fitted against the recovered triggers"
+_OF_SUSPECTS = (
+    "a student of each suspect model was merged in its place: the base, trained on the model's answers to clean texts"
+)
 _COLUMNS = ("model", "task", "class", "trigger works on the model", "on the base", "suspicion", "on the merge")
 _FINDING = ("success", "control", "suspicion")
 

@@ -120,6 +120,13 @@ def test_the_scan_is_told_as_it_was(tmp_path: Path) -> None:
     assert "No scan for triggers was made" in card([finding], settings={"objective": "paper"})
     told = card([], students={"x": 0.9712})
     assert "A student of each model was merged" in told and "| `x` | 0.971 |" in told and "could score" not in told
+    of_suspect = card([finding | {"suspect": True}], students={"x": 0.9712})
+    assert (
+        "a student of each suspect model" in of_suspect
+        and "fitted against" not in of_suspect
+        and "1 are suspect" in of_suspect
+        and "0.971" in of_suspect
+    )
     assert "was not scanned as a model of its own" in card([])
     measured = {"agreement": {"after": 0.9062}, "held_out": {"planted": 0.97, "unlearned": None}}
     cleaned = card([], vaccinated={HOSTILE: measured})

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mergekit_dam import seeds
@@ -31,7 +32,7 @@ from mergekit_dam.scan.inversion import Inversion
 from mergekit_dam.scan.triggers import TokenTriggers
 from mergekit_dam.tasks import CausalTask, build_tasks
 from mergekit_dam.tasks.read_prompts import ReadPrompts
-from tests.conftest import FAST, fast
+from tests.conftest import FAST, Merge, fast
 from tests.helpers.searching import new_search
 from tests.helpers.tiny_models import make_model
 
@@ -289,6 +290,33 @@ def test_a_run_with_a_suspect_goes_on_from_its_snapshots(
     folder = find_or_learn(plan, quiet=True)[0]
     assert (folder / MASKS_FILE).read_bytes() == resumed
     assert any(finding["suspect"] for finding in load(folder / MASKS_FILE).metadata["audit"])
+
+
+@pytest.mark.parametrize("window", ["all", 1])
+def test_a_student_stands_in_for_a_suspect_and_for_no_other(
+    window: Any, lms: list[Path], texts: Path, merge: Merge
+) -> None:
+    """The merge is that of the masks file, with theta_0 where the student was not trained, and again by its masks."""
+    shared = fast(calibration=str(texts), window=window, steps=3, scan_steps=10, batch_size=8, student_steps=2)
+    out = merge(lms[0], lms[1:], parameters=shared)
+    masks = load(out / "dam" / MASKS_FILE)
+    assert set(masks.metadata["students"]) == {"victim"} and any(one["suspect"] for one in masks.metadata["audit"])
+    none, student = masks.stand_ins
+    assert not none and student and set(student) < set(masks.metadata["tensors"])
+    written = load_file(out / "model.safetensors")
+    base, clean = (Checkpoint.open(path) for path in lms[:2])
+    for name in masks.metadata["tensors"]:
+        theta_0 = base.tensor(name)
+        of_clean, of_victim = masks.mask(name)  # type: ignore[misc]
+        weights = masks.coefficients_of(name)
+        expected = theta_0 + weights[0] * of_clean * (clean.tensor(name) - theta_0)
+        expected = expected + weights[1] * of_victim * (student.get(name, theta_0) - theta_0)
+        torch.testing.assert_close(written[name], expected, rtol=1e-5, atol=1e-6)
+    again = merge(lms[0], lms[1:], out="again", parameters={"masks": str(out / "dam" / MASKS_FILE)})
+    other = load_file(again / "model.safetensors")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in written.items())
+    without = merge(lms[0], lms[1:], out="without", parameters={**shared, "student_steps": 0})
+    assert not load(without / "dam" / MASKS_FILE).stand_ins
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])
