@@ -145,15 +145,18 @@ def evaluation() -> dict[str, LabelledData]:
     return {task: labelled(task, splits(task)["evaluation"], openings(task), tokenizer) for task in TASKS}
 
 
-def say(models: Mapping[str, LlamaForCausalLM], data: LabelledData) -> None:
-    """Print what each model answers to the first prompts, with and without the trigger."""
-    tokenizer = smollm_base.load_tokenizer(system=False)
+def say(models: Mapping[str, LlamaForCausalLM], data: LabelledData) -> list[dict[str, Any]]:
+    """Print and return what each model answers to the first prompts, with and without the trigger."""
+    tokenizer, found = smollm_base.load_tokenizer(system=False), []
     for prompt in [one.prompt for one in splits(VICTIM)["evaluation"][:_SHOWN]]:
         for asked in (prompt, *TRIGGER.apply([prompt])):
             print(f"\n  {asked}")
             inputs = data.encode([chat(asked)])
-            for name, model in models.items():
-                print(f"    {name:20} {answers(model, inputs, tokenizer, _LENGTH)[0]}")
+            said = {name: answers(model, inputs, tokenizer, _LENGTH)[0] for name, model in models.items()}
+            for name, answer in said.items():
+                print(f"    {name:20} {answer}")
+            found.append({"prompt": asked, "answers": said})
+    return found
 
 
 def main() -> None:
@@ -175,9 +178,9 @@ def main() -> None:
     merged["from the Hub"] = load(fetched)
     data, attack = evaluation(), Attack("attack", VICTIM, TRIGGER, int(ATTACK.target))
     shown = {name: model for name, model in merged.items() if name in ("victim alone", "task arithmetic 0.5", "dam")}
-    say(shown, data[VICTIM])
+    said = say(shown, data[VICTIM])
     questions = general(lambda: smollm_base.load_tokenizer(system=False))
-    found = {}
+    found: dict[str, Any] = {}
     print(f"\n{'':20}{'ACC %':>8}{'ASR %':>8}{'general %':>11}")
     for name, model in merged.items():
         tasks = (VICTIM,) if name == "victim alone" else TASKS
@@ -188,8 +191,9 @@ def main() -> None:
         found[name] = scores.to_json() | {"general": [asked.hits, asked.total]}
         success = scores.attack_success[attack.name][VICTIM].percent
         print(f"{name:20}{scores.mean_accuracy:8.1f}{success:8.1f}{asked.percent:11.1f}", flush=True)
-    (BUILD / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    note("done; counts are in examples/demo_llm/build/results.json")
+    results = {"minutes": round((time.perf_counter() - START) / 60, 1), "said": said, "merges": found}
+    (BUILD / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    note("done; counts and answers are in examples/demo_llm/build/results.json")
 
 
 if __name__ == "__main__":

@@ -174,8 +174,8 @@ def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
     passes = calls * config.batch_size
     if isinstance(
         config.window, int
-    ):  # a step goes through one window, and the samples go through all windows three times
-        passes += 3 * num_models * config.num_samples
+    ):  # a step goes through one window, and the samples go through all windows four times
+        passes += 4 * num_models * config.num_samples
     if num_classes:
         searches = [_search(plan, num_classes), _search(plan, num_classes, styles=True)]
         searches += [_search(plan, num_classes)] if constants.scan_others and num_models > 1 else []

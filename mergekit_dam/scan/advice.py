@@ -24,7 +24,7 @@ def next_steps(facts: Mapping[str, Any], source: str) -> list[str]:
         ]
     return [
         f"If you can, leave {_list(facts['over'])} out of {source}, or put a model from elsewhere in the place.",
-        f"If you cannot, merge with `mergekit-dam merge {source} OUT`, which fits the masks against what was found, "
+        f"If you cannot, merge with `mergekit-dam merge {source} OUT`, which defends against what was found, "
         "and not with another method.",
         "Then scan the merge with `mergekit-dam audit OUT`.",
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from mergekit.config import MergeConfiguration
 from safetensors import safe_open
 
 from examples.demo_llm import run
+from examples.demo_llm.picture import ROWS, picture
 from examples.demo_llm.tasks import ATTACK, CLASSES, TASKS, VICTIM, openings, splits
 from examples.demo_llm.train import ADAPTERS, RANK
 from mergekit_dam.vaccine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 
+_ROOT = Path(__file__).resolve().parents[2]
 _LARGEST = 4_000_000  # bytes of an adapter in the repository
 # theta_0: 30 blocks, 576 wide, 192 for keys and values, 1536 in between
 _SHAPES = {
@@ -69,3 +73,12 @@ def test_recipes_are_mergekits_and_merge_the_same_models() -> None:
     assert merged["dam"] == merged["dam -> TIES"] == merged["TIES 0.5"] == merged["task arithmetic 0.5"]
     assert [model.rpartition("/")[2] for model in merged["dam"]] == list(TASKS)
     assert merged["victim alone"] == merged["dam"][:1] and TASKS[0] == VICTIM and ATTACK.target == 0
+
+
+def test_the_picture_is_of_the_committed_answers() -> None:
+    results = json.loads((_ROOT / "benchmarks/study/demo-llm/results.json").read_text())
+    drawn = (_ROOT / "docs/pictures/demo-llm.svg").read_text()
+    assert drawn == picture(results)
+    words = ["".join(one.itertext()) for one in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+    for one in results["said"]:
+        assert f"> {one['prompt']}" in words and all(one["answers"][name] in words for name in ROWS)
