@@ -30,8 +30,9 @@ from tests.helpers.processes import group
 CPU = torch.device("cpu")
 SHAPES = [(), (1,), (3,), (8,), (5, 4), (2, 3), (7, 2, 2), (1, 1, 6)]  # uneven, and fewer rows than processes
 # Sums over tasks are formed in another order: float32 rounding, which a few steps of Adam carry on.
-# How much depends on the processor: with windows coefficients differ by less than 1e-4 on some, by 1.2e-4 on another.
-MASK_TOLERANCE, COEFFICIENT_TOLERANCE = 1.01 / STEPS, 2e-4  # a byte may round the other way
+MASK_TOLERANCE, COEFFICIENT_TOLERANCE = 1.01 / STEPS, 1e-4  # a byte may round the other way
+# The softmax of attention cancels a bias of the keys. So its gradient is rounding alone, which Adam scales up.
+WITHOUT_EFFECT = ".key.bias"
 
 
 def _plan(vit: Path, images: Path, objective: str, **more: Any) -> Plan:
@@ -132,8 +133,11 @@ def _differences(one: LearnedMasks, other: LearnedMasks) -> tuple[float, float]:
         float((to_probabilities(values) - to_probabilities(other.probabilities[name][key])).abs().max())
         for name, by_key in one.probabilities.items()
         for key, values in by_key.items()
+        if not key.endswith(WITHOUT_EFFECT)
     ]
-    return max(masks), float((one.coefficients - other.coefficients).abs().max())
+    differences_TP = (one.coefficients - other.coefficients).abs().expand(-1, len(one.metadata["tensors"]))
+    counts_P = torch.tensor([not name.endswith(WITHOUT_EFFECT) for name in one.metadata["tensors"]])
+    return max(masks), float(differences_TP[:, counts_P].max())
 
 
 @pytest.mark.parametrize(
