@@ -129,12 +129,13 @@ class ScannedSearch(MaskSearch):
             if self.known is not None and self.shards.rank == 0:
                 self.known.keep(self.findings)
         known: dict[Suspect, TriggerBatch] = {}
-        for finding in self.suspects():
+        found = self.suspects()
+        for finding in found:
             self.track({"phase": "scan", **finding.to_json(self.tasks)})
         if self.teach_suspects():
             self.begin_fit()
             return
-        for finding in self.suspects():
+        for finding in found:
             self.trigger_pool[finding.key] = []
             if not self.tasks[finding.task].classifies:  # the scan's search ends when the trigger is widest
                 known[finding.key] = finding.trigger

@@ -107,7 +107,9 @@ def _trigger_of(
     Every few steps the half that is harder to reach is given up. The search ends once the trigger works: the finding
     rests on the text, not on the trigger's size.
     """
-    with task.computing_in(fast_dtype(task.device)):
+    fast = fast_dtype(task.device)
+    own = {name: tensor.to(fast) if tensor.is_floating_point() else tensor for name, tensor in own.items()}  # once
+    with task.computing_in(fast):
         search = Inversion(task, own, variants, batch_size=config.constants.scan_batch_size, generator=generator)
         for _ in range(max(1, config.scan_steps // _STEPS_BETWEEN)):
             search.run(_STEPS_BETWEEN, until_works=True)

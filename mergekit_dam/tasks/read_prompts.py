@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import seeds
-from mergekit_dam.tasks.base import Parameters
 
 if TYPE_CHECKING:
     from mergekit_dam.tasks.causal import CausalTask
@@ -42,10 +41,9 @@ class ReadPrompts:
     def __init__(
         self, task: CausalTask, weights: Mapping[str, Tensor], rows: Sequence[int], dtype: torch.dtype | None = None
     ) -> None:
-        self._task, self.weights, self._parameters = task, weights, task.parameters(weights)
-        if dtype is not None and dtype != task.dtype:
-            converted = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self._parameters.items()}
-            self._parameters = Parameters(converted)
+        self._task, self.weights = task, weights
+        with task.computing_in(dtype or task.dtype):
+            self._parameters = task.parameters(weights)
         prompts = task.samples(torch.tensor(rows))
         self.read = [
             task.call(self._parameters, input_ids=ids[None].to(task.device), use_cache=True) for ids in prompts

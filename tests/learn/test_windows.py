@@ -38,6 +38,14 @@ def _plan(root: Path, data: Path, **more: Any) -> Plan:
     return build_plan(refs[0], refs[1:], shared={**FAST, **SUSPECTS, "calibration": str(data), **more}, per_model={})
 
 
+def _scanned(plan: Plan) -> WindowSearch:
+    """A search that is about to open its first window."""
+    search = new_search(WindowSearch, plan)
+    search.scan()
+    search.prepare_tasks()
+    return search
+
+
 @given(st.integers(2, 40), st.integers(1, 50))
 def test_windows_cover_all_positions_once(end: int, size: int) -> None:
     windows = windows_of(end, size)
@@ -90,10 +98,7 @@ def test_samples_come_as_far_as_the_merge_and_as_their_own_model(
 def test_a_window_is_fitted_to_what_the_model_makes_of_the_merged_states(
     kind: str, request: pytest.FixtureRequest, images: Path, texts: Path
 ) -> None:
-    plan = _plan(request.getfixturevalue(kind), images if kind == "vit" else texts, window=1)
-    search = new_search(WindowSearch, plan)
-    search.scan()
-    search.prepare_tasks()
+    search = _scanned(_plan(request.getfixturevalue(kind), images if kind == "vit" else texts, window=1))
     for window in search.windows[:2]:
         search.open_window(window)
         search.step(window, 0)
@@ -172,10 +177,7 @@ def test_losses_of_each_stream_are_relative_to_theta_0(
     kind: str, request: pytest.FixtureRequest, images: Path, texts: Path
 ) -> None:
     """A trigger moves the states of theta_0, too; what no mask can undo must not outweigh everything else."""
-    plan = _plan(request.getfixturevalue(kind), images if kind == "vit" else texts, window=2)
-    search = new_search(WindowSearch, plan)
-    search.scan()
-    search.prepare_tasks()
+    search = _scanned(_plan(request.getfixturevalue(kind), images if kind == "vit" else texts, window=2))
     search.open_window(search.windows[0])
     assert search._fit is not None
     search._fit.coefficients.zero_()
