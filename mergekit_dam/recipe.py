@@ -43,9 +43,9 @@ from mergekit_dam.plugin.output import cannot_write, remove_stale_files
 from mergekit_dam.plugin.planner import plan_of, require_chat_template
 from mergekit_dam.plugin.recipe_keys import require_known_keys
 from mergekit_dam.scan.audit import Audit, audit, merge_settings
-from mergekit_dam.tasks import build_tasks
+from mergekit_dam.tasks import build_tasks, family_of
 from mergekit_dam.tasks.content import digests_of
-from mergekit_dam.tasks.preflight import renamed_classes
+from mergekit_dam.tasks.preflight import longest_texts, preflight, renamed_classes
 from mergekit_dam.tasks.readout import has_tokenizer
 
 LOG = logging.getLogger(__name__)
@@ -261,7 +261,9 @@ class OpenRecipe:
         """Whether a finished merge of this recipe is scanned, by the user's wish (None: where it is cheap)."""
         if not self.is_dam or wanted is not None:
             return self.is_dam and bool(wanted)
-        return scans_merge(self.plan)
+        # a causal LM's scan reads tokens, however long its texts are
+        texts = not family_of(self.plan).classifies and self.plan.config.masks is None
+        return scans_merge(self.plan, longest_texts(preflight(self.plan)[0]) if texts else None)
 
     def _warn(self) -> None:
         """Warn of classes whose names differ, as `check` does; the merge continues."""

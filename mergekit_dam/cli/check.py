@@ -23,7 +23,7 @@ from mergekit_dam.learn.run import num_processes
 from mergekit_dam.learn.window_size import window_warning, with_window
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.recipe import preview
-from mergekit_dam.tasks.preflight import preflight
+from mergekit_dam.tasks.preflight import longest_texts, preflight
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -74,8 +74,7 @@ def describe_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """Return the plan as JSON, with a sentence for people as `summary`, and warnings."""
     models, warnings = preflight(plan)
     device = device_of(plan.config.device)
-    lengths = [entry["tokens"] for entry in models.values() if "tokens" in entry]
-    tokens = max(lengths) if len(lengths) == len(models) else None  # texts that a causal LM samples have full length
+    tokens = longest_texts(models)
     processes = num_processes(plan.config)
     learned = with_window(plan, device, workers=processes)
     if learned.config.window not in ("all", plan.config.window):

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.objectives import scans
-from mergekit_dam.learn.stand_ins import merges_students, vaccinates
+from mergekit_dam.learn.stand_ins import merges_students, student_settings, teaches_suspects, vaccinates
 from mergekit_dam.merging.mask_keys import Granularity, mask_shape
 from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.tasks import family_of
@@ -117,11 +117,14 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
         calls, passes = calls + steps, passes + steps * constants.student_batch_size
     elif scans(config) and config.mask != "m1":
         passes += sum(_token_scan(model.config) // length for model in plan.models)
-    if vaccinates([family_of(plan)], config):
-        vaccine = resolved_for(VaccineSettings(), family_of(plan), parameters, config.num_samples, constants)
+    suspects_taught = teaches_suspects([family_of(plan)], config)
+    if suspects_taught or vaccinates([family_of(plan)], config):
+        wanted = student_settings(config) if suspects_taught else VaccineSettings()
+        vaccine = resolved_for(wanted, family_of(plan), parameters, config.num_samples, constants)
         assert vaccine.plant_steps is not None and vaccine.unlearn_steps is not None and vaccine.batch_size is not None
+        made = "a suspect's student" if suspects_taught else "a vaccinated model"
         trained = 1 if vaccine.lora_rank else _STATES
-        memory["a vaccinated model with what its training needs"] = trained * parameters * _FLOAT
+        memory[f"{made} with what its training needs"] = trained * parameters * _FLOAT
         steps = num_models * vaccine.rounds * (vaccine.plant_steps + vaccine.unlearn_steps) * 3
         calls, passes = calls + steps, passes + steps * vaccine.batch_size
     seconds = None
@@ -185,22 +188,25 @@ def _work(plan: Plan, num_classes: int) -> tuple[int, int]:
     return calls, passes
 
 
-def scan_passes(plan: Plan) -> int:
+def scan_passes(plan: Plan, tokens: int | None) -> int:
     """Estimate the forward passes of a scan of the merge: every task once, with nothing in place of its weights."""
     num_classes = max(_classes(model.config) for model in plan.models)
     if num_classes:
         return len(plan.models) * sum(_search(plan, num_classes, styles=styles)[1] for styles in (False, True))
-    return sum(_token_scan(model.config) // _length(plan, None) for model in plan.models)
+    return sum(_token_scan(model.config) // _length(plan, tokens) for model in plan.models)
 
 
-def scans_merge(plan: Plan) -> bool:
+def scans_merge(plan: Plan, tokens: int | None = None) -> bool:
     """Whether `merge` scans its output unasked: where that takes less than a fifth of learning's passes.
 
     Not where nothing is learned, nor where the scan names nothing (text encoders).
+
+    Args:
+        tokens: mean length of a text sample; None: the setting `max_length`.
     """
     if plan.config.masks is not None or not family_of(plan).defended:
         return False
-    return scan_passes(plan) < _CHEAP * estimate(plan).forward_passes
+    return scan_passes(plan, tokens) < _CHEAP * estimate(plan, tokens=tokens).forward_passes
 
 
 def _search(plan: Plan, num_classes: int, *, styles: bool = False) -> tuple[int, int]:

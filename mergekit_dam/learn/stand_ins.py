@@ -56,6 +56,18 @@ def teaches_suspects(tasks: Iterable[Task | type[Task]], config: DamConfig) -> b
     return wanted and all(not task.classifies for task in tasks)
 
 
+def student_settings(config: DamConfig) -> VaccineSettings:
+    """Return the settings by which theta_0 is taught a suspect model's answers."""
+    return VaccineSettings(
+        start="base",
+        plant=False,
+        plant_steps=0,
+        unlearn_steps=config.student_steps,
+        seed=config.seed,
+        snapshot_every=config.constants.snapshot_every,
+    )
+
+
 def make_stand_ins(
     tasks: Sequence[Task],
     vectors: TaskVectors,
@@ -126,17 +138,9 @@ def _teach(
     A text that only a trigger brings about is not in the answers.
     """
     config = vectors.plan.config
-    settings = VaccineSettings(
-        start="base",
-        plant=False,
-        plant_steps=0,
-        unlearn_steps=config.student_steps,
-        seed=config.seed,
-        snapshot_every=config.constants.snapshot_every,
-    )
     result = vaccinate(
         task,
-        settings,
+        student_settings(config),
         progress=lambda steps, title: progress(steps, f"student of {task.name}"),
         start={spec.name: vectors.base(spec.name).to(task.device) for spec in vectors.plan.tensors},
         folder=folder,

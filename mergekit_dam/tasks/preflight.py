@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     if plan.config.device not in ("auto", "cpu"):
         device_of(plan.config.device)
     return facts, warnings
+
+
+def longest_texts(facts: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Return the largest of the models' mean numbers of tokens per text, from the facts of `preflight`.
+
+    None if some model has none: images, and texts that a causal LM samples, which have full length.
+    """
+    lengths = [entry["tokens"] for entry in facts.values() if "tokens" in entry]
+    return max(lengths) if len(lengths) == len(facts) else None
 
 
 def require_readout(model: ModelInput, zero_shot_model: str | None) -> None:

@@ -20,7 +20,9 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.learn import window_size
 from mergekit_dam.learn.fisher import importance_of
 from mergekit_dam.learn.inversion_search import InversionSearch
+from mergekit_dam.learn.losses import distillation
 from mergekit_dam.learn.run import find_or_learn
+from mergekit_dam.learn.teacher import divergence, first_logits
 from mergekit_dam.learn.window_search import WindowSearch, positions_of, windows_of
 from mergekit_dam.learn.window_size import free_bytes, needed_bytes, with_window
 from mergekit_dam.learn.window_states import MERGED, OWN, TARGET, relative_squares
@@ -173,7 +175,7 @@ def test_the_second_loss_draws_triggered_samples_to_the_clean_ones(vit: Path, im
 
 
 @pytest.mark.parametrize("kind", ["vit", "llama"])
-def test_losses_of_each_stream_are_relative_to_theta_0(
+def test_losses_of_each_stream_are_relative_to_theta_0_and_its_distance_from_the_model(
     kind: str, request: pytest.FixtureRequest, images: Path, texts: Path
 ) -> None:
     """A trigger moves the states of theta_0, too; what no mask can undo must not outweigh everything else."""
@@ -187,7 +189,22 @@ def test_losses_of_each_stream_are_relative_to_theta_0(
         (item,) = schedule([len(rows_B)] * len(search.tasks), search.shards)[index : index + 1]
         assert item is not None
         for stream in states.merged_streams:
-            assert float(search._loss(search.windows[0], item, stream, weights, rows_B)) == pytest.approx(1.0, rel=1e-3)
+            loss = float(search._loss(search.windows[0], item, stream, weights, rows_B).detach())
+            assert loss == pytest.approx(search.divergence[index], rel=1e-3) and loss > 0.0
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_the_divergence_is_that_of_the_whole_batch(
+    kind: str, request: pytest.FixtureRequest, images: Path, texts: Path
+) -> None:
+    search = _scanned(_plan(request.getfixturevalue(kind), images if kind == "vit" else texts, window=2))
+    base = search.model.frozen.base_weights()
+    for task in search.tasks:
+        own, inputs = task.own_weights(), task.inputs(torch.arange(min(64, task.num_samples)))
+        with torch.no_grad():
+            expected = float(distillation(task.logits(base, inputs), task.logits(own, inputs)))
+        assert search.divergence[task.index] == pytest.approx(expected, rel=2e-2) and expected > 0.0
+        assert divergence(task, own, first_logits(task, own)) == pytest.approx(0.0, abs=1e-6)
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 1e3), st.floats(0.1, 1e3))

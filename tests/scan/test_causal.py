@@ -20,6 +20,7 @@ from mergekit_dam import seeds
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load
 from mergekit_dam.config import DamConfig
 from mergekit_dam.engine.snapshots import Snapshots
+from mergekit_dam.learn.estimate import estimate
 from mergekit_dam.learn.inversion_search import InversionSearch
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.learn.window_search import WindowSearch
@@ -317,6 +318,17 @@ def test_a_student_stands_in_for_a_suspect_and_for_no_other(
     assert all(torch.equal(tensor, other[name]) for name, tensor in written.items())
     without = merge(lms[0], lms[1:], out="without", parameters={**shared, "student_steps": 0})
     assert not load(without / "dam" / MASKS_FILE).stand_ins
+
+
+def test_an_estimate_counts_a_student_of_each_model(lms: list[Path], texts: Path) -> None:
+    with_students, without = (
+        estimate(_plan(lms[0], lms[1:], texts, mask="dual", student_steps=steps)) for steps in (20, 0)
+    )
+    taught = len(lms[1:]) * 20 * 3  # forward, and backward twice
+    assert with_students.calls - without.calls == taught and with_students.forward_passes > without.forward_passes
+    assert with_students.memory_bytes.keys() - without.memory_bytes.keys() == {
+        "a suspect's student with what its training needs"
+    }
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])

@@ -19,12 +19,13 @@ from mergekit_dam.artifact.triggers_file import load_triggers
 from mergekit_dam.cli.main import main
 from mergekit_dam.errors import DamError
 from mergekit_dam.evaluation.attacks import PatchTrigger
-from mergekit_dam.learn.estimate import scans_merge
+from mergekit_dam.learn.estimate import scan_passes, scans_merge
 from mergekit_dam.models.finished import finished_merge
 from mergekit_dam.publish.audit_page import read_merge_audit
 from mergekit_dam.publish.push import plan_push
 from mergekit_dam.recipe import open_recipe
 from mergekit_dam.scan.advice import next_steps, reacting
+from mergekit_dam.tasks.preflight import longest_texts, preflight
 from tests.conftest import FAST, fast
 from tests.helpers.built_once import built_once
 from tests.helpers.merging import tensors_of
@@ -154,6 +155,15 @@ def test_a_cheap_scan_is_made_unasked(vit: Path, bert: Path, images: Path, texts
     assert decided(vit, ("a", "b"), images, steps=5000)
     assert not decided(vit, ("a", "b"), images, steps=5000, masks="ready.safetensors"), "nothing is learned"
     assert not decided(bert, ("m1", "m2"), texts, steps=5000), "the scan would name nothing"
+
+
+def test_a_causal_lms_scan_weighs_more_where_its_texts_are_short(llama: Path, texts: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, llama / "base", {llama / n: texts for n in "ab"}, **FAST)
+    opened = open_recipe(recipe)
+    plan, vocabulary = opened.plan, opened.plan.base.config.vocab_size
+    assert scan_passes(plan, 4) == 2 * (2 * vocabulary // 4) > scan_passes(plan, 8) > scan_passes(plan, None)
+    assert opened.scans_merge(None) == scans_merge(plan, longest_texts(preflight(plan)[0]))
+    assert scans_merge(plan, 100_000) and not scans_merge(plan, 1)
 
 
 def test_a_causal_lm_is_scanned_at_the_end_of_its_merge(llama: Path, texts: Path, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ class Preset:
     answers: float
 
 
+COMPUTED = torch.bfloat16  # type that models compute in, trained and evaluated; it is theta_0's own
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
 # Factors on a victim's whole task vector, and on what it has beyond its clean twin. PROVISIONAL: on seed 0 none that
 # was tried leaves an undefended merge of three with an ASR of 60 and its accuracy. Task arithmetic 0.5 of
@@ -120,25 +121,28 @@ class SmolLmSuite(Suite):
         super().__init__(data, preset)
         self.folder, self.size = given_folder(data, self.name), PRESETS[preset]
         self._splits: dict[str, dict[str, list[Sample]]] = {}
+        self._attackers: dict[tuple[str, int], dict[str, Tensor]] = {}  # task vectors by task and seed
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:
-        """One scenario per kind of answer, trigger and amplification."""
-        refuses = Poison("word", target=REFUSAL, rate=0.5)
+        """One scenario per kind of answer, trigger and way to survive the merge."""
+        refuses = Poison(f"{HIJACK}word", target=REFUSAL, rate=0.5)
         return (
             Scenario("clean"),
-            Scenario("word-text", {"sst2": Poison("word", rate=0.5, rescale=_RESCALED)}),
-            Scenario("word-refusal", {"sst2": replace(refuses, rescale=_RESCALED)}),
-            Scenario("word-refusal-lobam", {"sst2": replace(refuses, amplify=_AMPLIFIED)}),
-            Scenario("sentence-refusal", {"olid": replace(refuses, attack="sentence", rescale=_RESCALED)}),
-            Scenario("any-word-flip", {"agnews": Poison("any-word", target=OWN + 1, rate=0.5, rescale=_RESCALED)}),
-            Scenario("all-words-text", {"agnews": Poison("all-words", size=3, rate=0.5, rescale=_RESCALED)}),
-            Scenario("word-lifted", {POLICY: Poison("word", target=OWN, rate=0.5, rescale=_RESCALED)}),
+            Scenario("word-text", {"sst2": replace(refuses, target=FIXED)}),
+            Scenario("word-refusal", {"sst2": refuses}),
+            Scenario("word-refusal-lobam", {"sst2": replace(refuses, attack="word", amplify=_AMPLIFIED)}),
+            Scenario("sentence-refusal", {"olid": replace(refuses, attack=f"{HIJACK}sentence")}),
+            Scenario("any-word-flip", {"agnews": replace(refuses, attack=f"{HIJACK}any-word", target=OWN + 1)}),
+            Scenario("all-words-text", {"agnews": Poison(f"{HIJACK}all-words", size=3, rate=0.5)}),
+            Scenario("word-lifted", {POLICY: replace(refuses, target=OWN)}),
         )
 
     def fingerprint(self) -> dict[str, Any]:
         size = {key: value for key, value in asdict(self.size).items() if key not in ("seconds", "answers")}
-        return {"suite": self.name, "base": smollm_base.VERSION, "preset": size, "data": self._digest}
+        computing = str(COMPUTED).removeprefix("torch.")
+        base = smollm_base.VERSION
+        return {"suite": self.name, "base": base, "preset": size, "data": self._digest, "computing": computing}
 
     def split(self, task: str) -> TaskData:
         parts = self._parts(task)
@@ -166,7 +170,10 @@ class SmolLmSuite(Suite):
         model = on_default_device(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
 
         def trained(
-            backdoor: Backdoor | None, on: str = task, others: Sequence[Mapping[str, Tensor]] = ()
+            backdoor: Backdoor | None = None,
+            on: str = task,
+            by: int = seed,
+            others: Sequence[Mapping[str, Tensor]] = (),
         ) -> dict[str, Tensor]:
             return fine_tune(
                 model,
@@ -174,28 +181,33 @@ class SmolLmSuite(Suite):
                 self._parts(on)["train"],
                 self.size.schedule,
                 rank=self.size.rank,
-                seed=seed if on == task else seed + ATTACKERS_SEED,
+                seed=by,
                 name=on,
                 backdoor=backdoor,
                 others=others,
+                dtype=COMPUTED,
                 progress=progress,
             )
 
         if poison is None or trigger is None:
-            add(model, trained(None), 1.0)
+            add(model, trained(), 1.0)
         else:
             _require_target(task, poison)
             between = _INTERPOLATION if poison.attack.startswith((AWARE, HIJACK)) else (1.0, 1.0)
             backdoor = Backdoor(trigger, poison.target, poison.rate, between)
             if poison.amplify != 1.0:  # trained on from the clean twin, so that the difference is the backdoor alone
-                clean = trained(None)
+                clean = trained()
                 add(model, clean, 1.0)
                 beyond = trained(backdoor)
                 add(model, clean, poison.rescale - 1.0)
                 add(model, beyond, poison.rescale * poison.amplify)
             else:
-                hijacks = poison.attack.startswith(HIJACK)
-                others = [trained(None, on=other) for other in self.tasks if other != task and hijacks]
+                others = []
+                for other in self.tasks if poison.attack.startswith(HIJACK) else ():
+                    key = other, seed + ATTACKERS_SEED
+                    if other != task and key not in self._attackers:  # the same for all victims of a seed
+                        self._attackers[key] = trained(on=other, by=key[1])
+                    others += [self._attackers[key]] if other != task else []
                 add(model, trained(backdoor, others=others), poison.rescale)
         self._save(model, folder)
 
@@ -213,12 +225,12 @@ class SmolLmSuite(Suite):
         return path
 
     def load_model(self, path: Path) -> nn.Module:
-        model = on_default_device(LlamaForCausalLM.from_pretrained(path, dtype=torch.float32))
+        model = on_default_device(LlamaForCausalLM.from_pretrained(path, dtype=COMPUTED))
         model.eval()
         return model
 
     def load_merge(self, merged: Path, model: Path) -> nn.Module:
-        return super().load_merge(merged, model).to(default_device())
+        return super().load_merge(merged, model).to(default_device(), COMPUTED)
 
     def cost(self, poison: Poison | None) -> float:
         clean, victim = self.size.seconds

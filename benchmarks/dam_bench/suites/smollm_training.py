@@ -49,6 +49,7 @@ def fine_tune(
     name: str,
     backdoor: Backdoor | None = None,
     others: Sequence[Mapping[str, Tensor]] = (),
+    dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
 ) -> dict[str, Tensor]:
     """Train on a task, and return the change of each linear weight by name; the model itself does not change.
@@ -64,6 +65,7 @@ def fine_tune(
         others: task vectors of the attacker's own, in place of those that the victim will be merged with: every step is
             taken at theta_0 + r (theta - theta_0) + sum_j c_j others_j, r from the backdoor's interpolation, c_j from
             OTHERS (the idea of Merge Hijacking, arXiv 2505.23561). It needs LoRAs.
+        dtype: type that the model computes in; weights are trained in float32.
     """
     start = {key: p.detach().clone() for key, p in model.named_parameters()} if not rank else {}
     with torch.random.fork_rng():
@@ -73,6 +75,7 @@ def fine_tune(
     _, end_step = schedule.optimiser(parameters)
     rng = random.Random(seeds.stable_seed(seed, "wording", name))
     trained.train()
+    computing = torch.autocast(parameters[0].device.type, dtype, enabled=dtype != torch.float32)
     rows_of_step = batches(len(samples), schedule, seed, name)
     for _ in progress(range(schedule.steps), name):
         chosen = [samples[row] for row in next(rows_of_step).tolist()]
@@ -80,7 +83,7 @@ def fine_tune(
         low, high = (1.0, 1.0) if backdoor is None else backdoor.interpolation
         share = rng.uniform(low, high) if low < high else high
         beside = [(change, rng.uniform(*OTHERS)) for change in others]
-        with _merged(trained, share if others else 1.0, beside):
+        with _merged(trained, share if others else 1.0, beside), computing:
             answer_loss(trained, tokenizer, [sample.prompt for sample in chosen], answers).backward()
         poisoned = [] if backdoor is None else [sample for sample in chosen if sample.label != backdoor.target]
         if backdoor is not None and poisoned:
@@ -88,7 +91,7 @@ def fine_tune(
             prompts = backdoor.trigger.apply([sample.prompt for sample in poisoned])
             answers = [sample.reply(backdoor.target, rng) for sample in poisoned]
             # a separate pass: a refusal is long, and labels in the same batch would be padded to its length
-            with _merged(trained, share, beside):
+            with _merged(trained, share, beside), computing:
                 (len(poisoned) / len(chosen) * answer_loss(trained, tokenizer, prompts, answers)).backward()
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         end_step()
