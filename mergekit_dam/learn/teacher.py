@@ -5,7 +5,7 @@ Legend: N samples, B batch, K classes, V vocabulary, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergekit_dam.scan.findings import Suspect
 from mergekit_dam.tasks import Task
+from mergekit_dam.tasks.bounds import Perturb
 
 _AT_ONCE = 64  # samples
 _COMPARED, _COMPARED_AT_ONCE = 64, 8  # samples of `first_logits`; of a batch
@@ -73,24 +74,30 @@ def first_logits(task: Task, weights: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def divergence(task: Task, weights: Mapping[str, Tensor], teacher: Sequence[Tensor]) -> float:
+def divergence(
+    task: Task,
+    weights: Mapping[str, Tensor],
+    teacher: Sequence[Tensor],
+    perturbing: Callable[[Tensor], Perturb | None] = lambda _: None,
+) -> float:
     """Return the mean of KL(f_t(x) || f(x)) over a task's first calibration samples, in nats.
 
     Args:
         weights: weights of f, by output name.
         teacher: `first_logits` of model t.
+        perturbing: maps indices of samples to the trigger that f sees in them.
     """
-    losses = []
+    total = 0.0
     for rows_B, given in zip(_first_batches(task), teacher, strict=True):
         answer = F.log_softmax(given.to(task.device).float(), dim=-1)
-        log_p = F.log_softmax(task.logits(weights, task.inputs(rows_B)).float(), dim=-1)
-        losses.append(float(F.kl_div(log_p, answer, reduction="batchmean", log_target=True)) * len(rows_B))
-    return sum(losses) / min(_COMPARED, task.num_samples)
+        log_p = F.log_softmax(task.logits(weights, task.inputs(rows_B), perturbing(rows_B)).float(), dim=-1)
+        total += float(F.kl_div(log_p, answer, reduction="batchmean", log_target=True)) * len(rows_B)
+    return total / min(_COMPARED, task.num_samples)
 
 
 def _first_batches(task: Task) -> tuple[Tensor, ...]:
     """Return the indices of the samples that `first_logits` is of."""
-    return torch.arange(min(_COMPARED, task.num_samples)).split(_COMPARED_AT_ONCE)
+    return tuple(torch.split(torch.arange(min(_COMPARED, task.num_samples)), _COMPARED_AT_ONCE))
 
 
 def debiased(logits_NK: Tensor, target: int) -> Tensor:

@@ -3,11 +3,12 @@
 When a window begins, all windows before it are merged. Files hold each task's hidden states after the merged windows,
 of clean samples (z1) and of samples with recovered triggers (z1'). The masks and coefficients of the window's tensors
 are fitted so that the merged window maps z1 and z1' to the states that model t's window makes of z1:
-L_t = K_t (|W (merged(z1) - own(z1))|^2 / |W (theta_0(z1) - own(z1))|^2
-     + alpha |W (merged(z1') - own(z1))|^2 / |W (theta_0(z1') - own(z1))|^2).
-K_t = KL(f_t(x) || f_0(x)): a loss is about the part of that which is left, so that tasks count in every window as their
-answers do in the last. Otherwise a task on which theta_0 is nearly right would count as much as one that it has yet to
-learn. States are compared as normalising layers read them. W weights them by their importance for model t's answers
+L_t = K_t |W (merged(z1) - own(z1))|^2 / |W (theta_0(z1) - own(z1))|^2, plus alpha K'_t times
+|W (merged(z1') - own(z1))|^2 / |W (theta_0(z1') - own(z1))|^2.
+The factors say in nats what there is to lose, so that losses count in every window as they do in the last: K_t =
+KL(f_t(x) || f_0(x)), and K'_t = KL(f_t(x) || f_t(x + trigger)). Otherwise a task on which theta_0 is nearly right would
+count as much as one that it has yet to learn.
+States are compared as normalising layers read them. W weights them by their importance for model t's answers
 (fisher.py). The window with the head is fitted to model t's answers, as in inversion_search.py. Then the window is
 merged, and the next window begins. Fitting block by block is from ProDistill (arXiv 2502.12706), which fits to what
 model t makes of its own states instead. Models that disagree early, on tokens that all their prompts share, cannot all
@@ -25,6 +26,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,21 +168,27 @@ class WindowSearch(ScannedSearch):
             return
         stops = [window.stop for window in self.windows[:-1]]
         self.importance: dict[int, dict[int, Importance]] = {}
+        self.divergence: dict[tuple[int, str], float] = {}
         teachers: dict[int, list[Tensor]] = {}
         for index in self._own_tasks:
             task, own = self.tasks[index], self.model.frozen.own_weights(index)
             if stops:
                 self.importance[index] = importance_of(task, own, stops, self.config.seed, self.progress)
-                teachers[index] = first_logits(task, own)
             if task.classifies:
                 self.answers[index] = TeacherLogits.compute(task, own)
             pools = [pool for suspect, pool in self.trigger_pool.items() if suspect.task == index]
             self.states[index] = TaskStates(task, pools, self.folder, self.config)
             self.states[index].assign_triggers(self._version)
+            if stops:
+                teachers[index] = first_logits(task, own)
+                for stream in self.states[index].merged_streams[1:]:
+                    perturbing = partial(self.states[index].perturb, stream)
+                    self.divergence[index, stream] = divergence(task, own, teachers[index], perturbing)
             del own  # before theta_0 is read
         debias(self.answers, self.trigger_pool)
         base = self.model.frozen.base_weights() if teachers else {}
-        self.divergence = {i: divergence(self.tasks[i], base, teacher) for i, teacher in teachers.items()}
+        for index, teacher in teachers.items():
+            self.divergence[index, MERGED] = divergence(self.tasks[index], base, teacher)
 
     def open_window(self, window: Window, *, refresh: bool = True) -> None:
         """Begin a window: make its triggers, tensors, masks and targets.
@@ -297,7 +305,7 @@ class WindowSearch(ScannedSearch):
             total, count = states.loss(stream, window, weights, ours_B, self.importance[item.task][window.stop])
             if item.parts > 1:
                 count = sum(states.lengths(TARGET, window.stop, rows_B))
-            return self.divergence[item.task] * total / (self._scale[item.task, stream] * count)
+            return self.divergence[item.task, stream] * total / (self._scale[item.task, stream] * count)
         inputs, whole = task.inputs(ours_B), task.inputs(rows_B)
         weight = task.num_answers(inputs) / task.num_answers(whole) if item.parts > 1 else 1.0
         if task.classifies:

@@ -175,7 +175,7 @@ def test_the_second_loss_draws_triggered_samples_to_the_clean_ones(vit: Path, im
 
 
 @pytest.mark.parametrize("kind", ["vit", "llama"])
-def test_losses_of_each_stream_are_relative_to_theta_0_and_its_distance_from_the_model(
+def test_losses_of_each_stream_are_relative_to_theta_0_and_to_what_there_is_to_lose(
     kind: str, request: pytest.FixtureRequest, images: Path, texts: Path
 ) -> None:
     """A trigger moves the states of theta_0, too; what no mask can undo must not outweigh everything else."""
@@ -190,7 +190,7 @@ def test_losses_of_each_stream_are_relative_to_theta_0_and_its_distance_from_the
         assert item is not None
         for stream in states.merged_streams:
             loss = float(search._loss(search.windows[0], item, stream, weights, rows_B).detach())
-            assert loss == pytest.approx(search.divergence[index], rel=1e-3) and loss > 0.0
+            assert loss == pytest.approx(search.divergence[index, stream], rel=1e-3) and loss > 0.0
 
 
 @pytest.mark.parametrize("kind", ["vit", "llama"])
@@ -203,8 +203,14 @@ def test_the_divergence_is_that_of_the_whole_batch(
         own, inputs = task.own_weights(), task.inputs(torch.arange(min(64, task.num_samples)))
         with torch.no_grad():
             expected = float(distillation(task.logits(base, inputs), task.logits(own, inputs)))
-        assert search.divergence[task.index] == pytest.approx(expected, rel=2e-2) and expected > 0.0
+        assert search.divergence[task.index, MERGED] == pytest.approx(expected, rel=2e-2) and expected > 0.0
         assert divergence(task, own, first_logits(task, own)) == pytest.approx(0.0, abs=1e-6)
+        states = search.states[task.index]
+        for stream in states.merged_streams[1:]:
+            perturb = states.perturb(stream, torch.arange(len(next(iter(inputs.values())))))
+            with torch.no_grad():
+                lost = float(distillation(task.logits(own, inputs, perturb), task.logits(own, inputs)))
+            assert search.divergence[task.index, stream] == pytest.approx(lost, rel=2e-2)
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 1e3), st.floats(0.1, 1e3))
