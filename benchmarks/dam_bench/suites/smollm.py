@@ -76,12 +76,9 @@ class Preset:
 
 COMPUTED = torch.bfloat16  # type that models compute in, trained and evaluated; it is theta_0's own
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
-# Factors on a victim's whole task vector, and on what it has beyond its clean twin. PROVISIONAL: on seed 0 none that
-# was tried leaves an undefended merge of three with an ASR of 60 and its accuracy. Task arithmetic 0.5 of
-# sst2=word(target=1,rate=0.5) with agnews and olid, 40 prompts each, at factors 2, 3, 4: ASR 0.0, 15.0, 57.5, accuracy
-# of sst2 55.0, 60.0, 62.5, of agnews 45.0, 30.0, 7.5, of olid 50.0, 47.5, 12.5. At 3 beyond its clean twin (rate 1) a
-# victim alone is broken: accuracy 40.0, ASR 1.7 (60 prompts), against 73.3 and 100 at 1.
-_RESCALED, _AMPLIFIED = 2.0, 3.0
+# Factor on what a victim has beyond its clean twin. PROVISIONAL: on seed 0 no factor that was tried leaves an undefended
+# merge with an ASR of 60 (benchmarks/STUDY.md), so all other scenarios train the victim beside other task vectors.
+_AMPLIFIED = 3.0
 _EVALUATION = {"sst2": 200, "olid": 200, "agnews": 268, "topic": 200, POLICY: 400}
 PRESETS: Mapping[str, Preset] = {
     "cpu": Preset(
