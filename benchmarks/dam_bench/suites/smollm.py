@@ -76,8 +76,8 @@ class Preset:
 
 COMPUTED = torch.bfloat16  # type that models compute in, trained and evaluated; it is theta_0's own
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
-# Factor on what a victim has beyond its clean twin. PROVISIONAL: on seed 0 no factor that was tried leaves an undefended
-# merge with an ASR of 60 (benchmarks/STUDY.md), so all other scenarios train the victim beside other task vectors.
+# Factor on what a victim has beyond its clean twin. PROVISIONAL: on seed 0 no factor that was tried leaves an
+# undefended merge with an ASR of 60 (benchmarks/STUDY.md), so other scenarios train beside other task vectors.
 _AMPLIFIED = 3.0
 _EVALUATION = {"sst2": 200, "olid": 200, "agnews": 268, "topic": 200, POLICY: 400}
 PRESETS: Mapping[str, Preset] = {
