@@ -1,8 +1,8 @@
-"""Compute losses of unlabelled outputs: pure functions of logits_BK, means over the batch, in nats."""
+"""Compute losses of unlabelled outputs, means over the batch in nats; most are pure functions of logits_BK."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from mergekit_dam.learn.teacher import TeacherLogits
 from mergekit_dam.learn.trigger_pool import TriggerPool
 from mergekit_dam.scan.triggers import TriggerBatch
 from mergekit_dam.tasks import Task
+from mergekit_dam.tasks.bounds import Perturb
+
+_COMPARED, _COMPARED_AT_ONCE = 64, 8  # samples of `first_logits`; of a batch
 
 
 def entropy(logits_BK: Tensor) -> Tensor:
@@ -37,6 +40,38 @@ def consistency(perturbed_BK: Tensor, clean_BK: Tensor) -> Tensor:
 def distillation(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     """Return KL(f_t(x) || f(x)), which is zero if the merge answers as the fine-tuned model does."""
     return consistency(student_BK, teacher_BK)
+
+
+@torch.no_grad()
+def first_logits(task: Task, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the logits of a task's first calibration samples, batch by batch, in host memory."""
+    return [task.logits(weights, task.inputs(rows_B)).cpu() for rows_B in _first_batches(task)]
+
+
+@torch.no_grad()
+def divergence(
+    task: Task,
+    weights: Mapping[str, Tensor],
+    teacher: Sequence[Tensor],
+    perturbing: Callable[[Tensor], Perturb | None] = lambda _: None,
+) -> float:
+    """Return the mean of KL(f_t(x) || f(x)) over a task's first calibration samples, in nats.
+
+    Args:
+        weights: weights of f, by output name.
+        teacher: `first_logits` of model t.
+        perturbing: maps indices of samples to the trigger that f sees in them.
+    """
+    total = 0.0
+    for rows_B, given in zip(_first_batches(task), teacher, strict=True):
+        logits = task.logits(weights, task.inputs(rows_B), perturbing(rows_B))
+        total += float(distillation(logits.float(), given.to(task.device).float())) * len(rows_B)
+    return total / min(_COMPARED, task.num_samples)
+
+
+def _first_batches(task: Task) -> tuple[Tensor, ...]:
+    """Return the indices of the samples that `first_logits` is of."""
+    return tuple(torch.split(torch.arange(min(_COMPARED, task.num_samples)), _COMPARED_AT_ONCE))
 
 
 def disagreement(perturbed_BK: Tensor, clean_BK: Tensor) -> Tensor:

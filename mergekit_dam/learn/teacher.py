@@ -5,19 +5,16 @@ Legend: N samples, B batch, K classes, V vocabulary, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_dam.scan.findings import Suspect
 from mergekit_dam.tasks import Task
-from mergekit_dam.tasks.bounds import Perturb
 
 _AT_ONCE = 64  # samples
-_COMPARED, _COMPARED_AT_ONCE = 64, 8  # samples of `first_logits`; of a batch
 _HALVINGS = 40  # of an interval of 20 logits: to float32's precision
 
 
@@ -65,39 +62,6 @@ class TeacherLogits:
     def _all_NK(self) -> Tensor:
         rows = torch.arange(self.task.num_samples).split(_AT_ONCE)
         return torch.cat([self.task.logits(self.weights, self.task.inputs(rows_B)) for rows_B in rows])
-
-
-@torch.no_grad()
-def first_logits(task: Task, weights: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the logits of a task's first calibration samples, batch by batch, in host memory."""
-    return [task.logits(weights, task.inputs(rows_B)).cpu() for rows_B in _first_batches(task)]
-
-
-@torch.no_grad()
-def divergence(
-    task: Task,
-    weights: Mapping[str, Tensor],
-    teacher: Sequence[Tensor],
-    perturbing: Callable[[Tensor], Perturb | None] = lambda _: None,
-) -> float:
-    """Return the mean of KL(f_t(x) || f(x)) over a task's first calibration samples, in nats.
-
-    Args:
-        weights: weights of f, by output name.
-        teacher: `first_logits` of model t.
-        perturbing: maps indices of samples to the trigger that f sees in them.
-    """
-    total = 0.0
-    for rows_B, given in zip(_first_batches(task), teacher, strict=True):
-        answer = F.log_softmax(given.to(task.device).float(), dim=-1)
-        log_p = F.log_softmax(task.logits(weights, task.inputs(rows_B), perturbing(rows_B)).float(), dim=-1)
-        total += float(F.kl_div(log_p, answer, reduction="batchmean", log_target=True)) * len(rows_B)
-    return total / min(_COMPARED, task.num_samples)
-
-
-def _first_batches(task: Task) -> tuple[Tensor, ...]:
-    """Return the indices of the samples that `first_logits` is of."""
-    return tuple(torch.split(torch.arange(min(_COMPARED, task.num_samples)), _COMPARED_AT_ONCE))
 
 
 def debiased(logits_NK: Tensor, target: int) -> Tensor:

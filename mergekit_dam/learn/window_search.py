@@ -38,10 +38,10 @@ from mergekit_dam.engine.shards import WorkItem
 from mergekit_dam.engine.snapshots import State
 from mergekit_dam.learn.fisher import Importance, importance_of
 from mergekit_dam.learn.fit import MaskFit
-from mergekit_dam.learn.losses import calibration_batch, distillation
+from mergekit_dam.learn.losses import calibration_batch, distillation, divergence, first_logits
 from mergekit_dam.learn.masks import ProbabilityBytes
 from mergekit_dam.learn.scanned_search import ScannedSearch
-from mergekit_dam.learn.teacher import TeacherLogits, debias, divergence, first_logits
+from mergekit_dam.learn.teacher import TeacherLogits, debias
 from mergekit_dam.learn.trigger_pool import refresh_triggers
 from mergekit_dam.learn.window_masks import WindowMasks
 from mergekit_dam.learn.window_states import MERGED, OWN, TARGET, TaskStates, Window

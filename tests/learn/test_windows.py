@@ -20,9 +20,8 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.learn import window_size
 from mergekit_dam.learn.fisher import importance_of
 from mergekit_dam.learn.inversion_search import InversionSearch
-from mergekit_dam.learn.losses import distillation
+from mergekit_dam.learn.losses import distillation, divergence, first_logits
 from mergekit_dam.learn.run import find_or_learn
-from mergekit_dam.learn.teacher import divergence, first_logits
 from mergekit_dam.learn.window_search import WindowSearch, positions_of, windows_of
 from mergekit_dam.learn.window_size import free_bytes, needed_bytes, with_window
 from mergekit_dam.learn.window_states import MERGED, OWN, TARGET, relative_squares

@@ -199,13 +199,12 @@ class SmolLmSuite(Suite):
                 add(model, clean, poison.rescale - 1.0)
                 add(model, beyond, poison.rescale * poison.amplify)
             else:
-                others = []
-                for other in self.tasks if poison.attack.startswith(HIJACK) else ():
-                    key = other, seed + ATTACKERS_SEED
-                    if other != task and key not in self._attackers:  # the same for all victims of a seed
-                        self._attackers[key] = trained(on=other, by=key[1])
-                    others += [self._attackers[key]] if other != task else []
-                add(model, trained(backdoor, others=others), poison.rescale)
+                hijacks = poison.attack.startswith(HIJACK)
+                beside = [(other, seed + ATTACKERS_SEED) for other in self.tasks if other != task and hijacks]
+                for own in beside:  # the same for all victims of a seed
+                    if own not in self._attackers:
+                        self._attackers[own] = trained(on=own[0], by=own[1])
+                add(model, trained(backdoor, others=[self._attackers[own] for own in beside]), poison.rescale)
         self._save(model, folder)
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
