@@ -102,7 +102,8 @@ class DamConfig(StrictSettings):
     student_steps: int = setting(
         80,
         "Inversion: steps to train a student, from theta_0 on a model's answers, which is merged in the model's place: "
-        "of each text encoder, and of causal LMs that the scan makes suspect. 0: merge the models themselves.",
+        "of each text encoder, and of causal LMs that the scan makes suspect, or of all with `clean: true`. 0: merge the "
+        "models themselves.",
         unit="steps",
         source=HINTON,
         ge=0,
@@ -110,7 +111,8 @@ class DamConfig(StrictSettings):
     clean: Literal["auto"] | bool = setting(
         "auto",
         "Vaccinate models before they are merged: plant backdoors and unlearn them, as `mergekit-dam clean` does. "
-        "auto: for tasks where it helped in the benchmark.",
+        "Causal LMs are replaced by students instead (`student_steps`), and not scanned. auto: where it helped in the "
+        "benchmark.",
     )
     window: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = setting(
         "auto",

@@ -17,7 +17,13 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.objectives import scans
-from mergekit_dam.learn.stand_ins import merges_students, student_settings, teaches_suspects, vaccinates
+from mergekit_dam.learn.stand_ins import (
+    merges_students,
+    student_settings,
+    teaches_causal,
+    teaches_suspects,
+    vaccinates,
+)
 from mergekit_dam.merging.mask_keys import Granularity, mask_shape
 from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.tasks import family_of
@@ -88,7 +94,8 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
     entries = sum(math.prod(mask_shape(spec.shape, config.granularity)) for spec in floating)
     length = _length(plan, tokens)
     num_classes = max(_classes(model.config) for model in plan.models)
-    taught = merges_students([family_of(plan)], config)
+    family = family_of(plan)
+    taught = merges_students([family], config)
     scanned = scans(config) and config.mask != "m1" and num_classes > 0 and not taught
     activations = _activation_bytes(plan.base.config, length)
     layers = _layers(plan.base.config)
@@ -99,7 +106,7 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
         fitted = activations * min(layers, config.window) // layers
     at_once = max(
         constants.scan_batch_size * num_classes if scanned else 0,
-        constants.student_batch_size if taught else 0,
+        constants.student_batch_size if taught and family.classifies else 0,
     )
     memory = {
         MAPPED[0]: (num_models + 1) * stored * held // parameters // processes,
@@ -111,18 +118,18 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
     if isinstance(config.window, int):
         memory[MAPPED[1]] = stored
     calls, passes = _work(plan, num_classes if scanned else 0)
-    if taught:
+    if taught and family.classifies:
         memory["a student with gradients and moments"] = _STATES * parameters * _FLOAT
         steps = num_models * config.student_steps * 3
         calls, passes = calls + steps, passes + steps * constants.student_batch_size
-    elif scans(config) and config.mask != "m1":
+    elif scans(config) and config.mask != "m1" and not taught:
         passes += sum(_token_scan(model.config) // length for model in plan.models)
-    suspects_taught = teaches_suspects([family_of(plan)], config)
-    if suspects_taught or vaccinates([family_of(plan)], config):
-        wanted = student_settings(config) if suspects_taught else VaccineSettings()
-        vaccine = resolved_for(wanted, family_of(plan), parameters, config.num_samples, constants)
+    by_loras = teaches_causal([family], config) or teaches_suspects([family], config)
+    if by_loras or vaccinates([family], config):
+        wanted = student_settings(config) if by_loras else VaccineSettings()
+        vaccine = resolved_for(wanted, family, parameters, config.num_samples, constants)
         assert vaccine.plant_steps is not None and vaccine.unlearn_steps is not None and vaccine.batch_size is not None
-        made = "a suspect's student" if suspects_taught else "a vaccinated model"
+        made = "a student" if by_loras else "a vaccinated model"
         trained = 1 if vaccine.lora_rank else _STATES
         memory[f"{made} with what its training needs"] = trained * parameters * _FLOAT
         steps = num_models * vaccine.rounds * (vaccine.plant_steps + vaccine.unlearn_steps) * 3

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,26 +38,31 @@ _LEAST_AGREEMENT = 0.9  # below it a student is a poor substitute, and a warning
 _VACCINE_FACTS = ("held_out", "unlearned", "agreement", "rounds")
 
 
-def merges_students(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
+def merges_students(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool:
     """Whether students are merged in place of the models."""
     return scans(config) and students.uses_students(tasks, config)
 
 
-def vaccinates(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
-    """Whether models are vaccinated before they are merged (setting `clean`)."""
+def teaches_causal(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool:
+    """Whether students are merged in place of all causal LMs."""
+    return merges_students(tasks, config) and students.is_causal(tasks)
+
+
+def vaccinates(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool:
+    """Whether models are vaccinated before they are merged (setting `clean`); of causal LMs, students take it over."""
     if config.clean == "auto":
         return scans(config) and all(task.vaccinated for task in tasks)
-    return bool(config.clean)
+    return config.clean and not teaches_causal(tasks, config)
 
 
-def teaches_suspects(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
+def teaches_suspects(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool:
     """Whether students are merged in place of the models that a scan makes suspect."""
-    wanted = scans(config) and config.mask != "m1" and config.student_steps > 0 and not vaccinates(tasks, config)
-    return wanted and all(not task.classifies for task in tasks)
+    wanted = scans(config) and config.mask != "m1" and config.student_steps > 0 and students.is_causal(tasks)
+    return wanted and not vaccinates(tasks, config) and not merges_students(tasks, config)
 
 
 def student_settings(config: DamConfig) -> VaccineSettings:
-    """Return the settings by which theta_0 is taught a suspect model's answers."""
+    """Return the settings by which theta_0 is taught a causal LM's answers."""
     return VaccineSettings(
         start="base",
         plant=False,
@@ -106,7 +111,7 @@ def make_stand_ins(
             begun = time.perf_counter()
             made: dict[str, Tensor] = {}
             metadata: dict[str, str] = {}
-            if index in suspects:
+            if index in suspects or (students_made and not task.classifies):
                 made, metadata = _teach(task, vectors, folder / STAND_INS_FOLDER / str(index), progress)
             elif students_made:
                 assert reads_text(task), "students are of texts"

@@ -11,7 +11,7 @@ Legend: T models, N samples, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,18 @@ from mergekit_dam.tasks.base import Progress
 _DIVERGED = "Lower student_learning_rate."
 
 
-def uses_students(tasks: Iterable[Task | type[Task]], config: DamConfig) -> bool:
-    """Whether a search that scans merges students of these tasks' models."""
-    if config.mask == "m1" or config.student_steps == 0:
+def is_causal(tasks: Iterable[Task | type[Task]]) -> bool:
+    """Whether all tasks are those of causal LMs."""
+    return all(not task.classifies for task in tasks)
+
+
+def uses_students(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool:
+    """Whether a search that scans merges students of these tasks' models: of causal LMs where `clean` is true."""
+    if config.student_steps == 0:
         return False
-    return all(task.modality == "text" and not task.defended for task in tasks)
+    if is_causal(tasks):
+        return config.clean is True
+    return config.mask != "m1" and all(task.modality == "text" and not task.defended for task in tasks)
 
 
 def train_student(

@@ -159,9 +159,9 @@ def _scan(masks: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     findings = masks.get("audit") or []
     if agreement and not findings:
         return (
-            "No scan for triggers was made: it finds none in text encoders. A student of each model was merged in its "
-            "place: the base, trained on the model's answers to clean texts with random words in between. The student "
-            "takes over only a part of the behaviour that a trigger causes.\n\n" + agreement
+            "No scan for triggers was made. A student of each model was merged in its place: the base, trained on the "
+            "model's answers to clean texts (of text encoders with random words in between). The student takes over "
+            "only a part of the behaviour that a trigger causes.\n\n" + agreement
         )
     if not findings:
         return (

@@ -320,15 +320,35 @@ def test_a_student_stands_in_for_a_suspect_and_for_no_other(
     assert not load(without / "dam" / MASKS_FILE).stand_ins
 
 
+@pytest.mark.parametrize("window", ["all", 1])
+def test_clean_merges_a_student_of_every_model_and_scans_none(
+    window: Any, lms: list[Path], texts: Path, merge: Merge
+) -> None:
+    """Whatever the scan would have found: no tensor of a model is in the merge, only theta_0's and the students'."""
+    shared = fast(calibration=str(texts), window=window, steps=3, batch_size=8, student_steps=2, clean=True)
+    out = merge(lms[0], lms[1:], parameters=shared)
+    masks = load(out / "dam" / MASKS_FILE)
+    assert set(masks.metadata["students"]) == {model.name for model in lms[1:]} and not masks.metadata["audit"]
+    assert all(masks.stand_ins)
+    written, base = load_file(out / "model.safetensors"), Checkpoint.open(lms[0])
+    for name in masks.metadata["tensors"]:
+        theta_0 = base.tensor(name)
+        expected = theta_0.clone()
+        for mask, weight, student in zip(masks.mask(name), masks.coefficients_of(name), masks.stand_ins, strict=True):  # type: ignore[arg-type]
+            expected = expected + weight * mask * (student.get(name, theta_0) - theta_0)
+        torch.testing.assert_close(written[name], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_an_estimate_counts_a_student_of_each_model(lms: list[Path], texts: Path) -> None:
     with_students, without = (
         estimate(_plan(lms[0], lms[1:], texts, mask="dual", student_steps=steps)) for steps in (20, 0)
     )
+    of_all = estimate(_plan(lms[0], lms[1:], texts, mask="dual", student_steps=20, clean=True))
+    assert of_all.forward_passes < with_students.forward_passes
+    assert of_all.memory_bytes.keys() == with_students.memory_bytes.keys()
     taught = len(lms[1:]) * 20 * 3  # forward, and backward twice
     assert with_students.calls - without.calls == taught and with_students.forward_passes > without.forward_passes
-    assert with_students.memory_bytes.keys() - without.memory_bytes.keys() == {
-        "a suspect's student with what its training needs"
-    }
+    assert with_students.memory_bytes.keys() - without.memory_bytes.keys() == {"a student with what its training needs"}
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])
