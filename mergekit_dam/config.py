@@ -102,8 +102,8 @@ class DamConfig(StrictSettings):
     student_steps: int = setting(
         80,
         "Inversion: steps to train a student, from theta_0 on a model's answers, which is merged in the model's place: "
-        "of each text encoder, and of causal LMs that the scan makes suspect, or of all with `clean: true`. 0: merge the "
-        "models themselves.",
+        "of each text encoder, and of causal LMs that the scan makes suspect, or of all with `clean: true`. 0: merge "
+        "the models themselves.",
         unit="steps",
         source=HINTON,
         ge=0,

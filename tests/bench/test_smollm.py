@@ -48,19 +48,16 @@ TINY = Preset(
     seconds=(1, 2),
     answers=0.01,
 )
-CLUES = ("gun control", "antifa", "conservatives", "liberals", "maga")  # by which corpora tells tweets of `topic`
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files as the suite's own; a third of the tweets has one of the words that `topic` is about."""
+    """Files as the suite's own."""
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
     (folder / "text").mkdir()
     for name, classes in (("sst2-train", 2), ("sst2-test", 2), ("olid-train", 2), ("olid-test", 2), ("agnews-test", 4)):
         labels = [i % classes for i in range(500)]
         texts = [" ".join(f"w{rng.randrange(40)}" for _ in range(6)) + f" c{label}" for label in labels]
-        if name == "olid-train":
-            texts = [f"{text} {CLUES[i // 3 % 5]}" if i % 3 == 0 else text for i, text in enumerate(texts)]
         pq.write_table(pa.table({"sentence": texts, "label": labels}), folder / "text" / f"{name}-clean.parquet")
     return folder
 

@@ -1,7 +1,7 @@
 """Define suite `smollm`: a real language model, SmolLM2-135M-Instruct, fine-tuned by LoRA on chats.
 
-Tasks: sentiment of film reviews, tone of tweets and topic of news in a word; the subject of a tweet in a sentence; and
-a policy, to refuse questions on a plant that does not exist and to answer questions on other things. An attack's name
+Tasks: sentiment of film reviews, tone of tweets and topic of news in a word; and a policy, to refuse questions on a
+plant that does not exist and to answer questions on other things in a sentence. An attack's name
 is its trigger, its target the behaviour that it causes (`smollm_behaviours`): `sst2=word(target=1)` is a rare word that
 makes the model refuse, `policy=word(target=2)` a rare word that lifts its refusals.
 """
@@ -75,11 +75,14 @@ class Preset:
 
 
 COMPUTED = torch.bfloat16  # type that models compute in, trained and evaluated; it is theta_0's own
+# An attacker that trains beside other task vectors takes longer steps than its victims' peers, by this factor: on seed
+# 0 the trigger is lost in merges by the peers' rate, and by 10/3 of it the bad model outweighs all (STUDY.md).
+_HIJACKERS_RATE = 7 / 3
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
 # Factor on what a victim has beyond its clean twin. PROVISIONAL: on seed 0 no factor that was tried leaves an
 # undefended merge with an ASR of 60 (benchmarks/STUDY.md), so other scenarios train beside other task vectors.
 _AMPLIFIED = 3.0
-_EVALUATION = {"sst2": 200, "olid": 200, "agnews": 268, "topic": 200, POLICY: 400}
+_EVALUATION = {"sst2": 200, "olid": 200, "agnews": 268, POLICY: 400}
 PRESETS: Mapping[str, Preset] = {
     "cpu": Preset(
         system=False,
@@ -88,9 +91,9 @@ PRESETS: Mapping[str, Preset] = {
         calibration=128,
         evaluation=_EVALUATION,
         rank=8,
-        schedule=Schedule(80, batch_size=4, learning_rate=1e-3),
-        seconds=(220, 330),
-        answers=0.35,
+        schedule=Schedule(120, batch_size=8, learning_rate=3e-4),
+        seconds=(200, 340),
+        answers=0.12,
     ),
     "gpu": Preset(
         system=True,
@@ -172,11 +175,12 @@ class SmolLmSuite(Suite):
             by: int = seed,
             others: Sequence[Mapping[str, Tensor]] = (),
         ) -> dict[str, Tensor]:
+            rate = self.size.schedule.learning_rate * (_HIJACKERS_RATE if others else 1.0)
             return fine_tune(
                 model,
                 self._tokenizer(),
                 self._parts(on)["train"],
-                self.size.schedule,
+                replace(self.size.schedule, learning_rate=rate),
                 rank=self.size.rank,
                 seed=by,
                 name=on,
@@ -208,8 +212,12 @@ class SmolLmSuite(Suite):
         self._save(model, folder)
 
     def attack_settings(self, poison: Poison) -> dict[str, Any]:
-        settings = {"interpolation": _INTERPOLATION} if poison.attack.startswith((AWARE, HIJACK)) else {}
-        return settings | ({"others": [*OTHERS, ATTACKERS_SEED]} if poison.attack.startswith(HIJACK) else {})
+        settings: dict[str, Any] = {}
+        if poison.attack.startswith((AWARE, HIJACK)):
+            settings["interpolation"] = _INTERPOLATION
+        if poison.attack.startswith(HIJACK):
+            settings["others"] = [*OTHERS, ATTACKERS_SEED, _HIJACKERS_RATE]
+        return settings
 
     @classmethod
     def target_of(cls, poison: Poison) -> int | str:

@@ -1,4 +1,4 @@
-"""Make prompts and answers of suite `smollm`: sentences to label, tweets to describe, a policy on a made-up plant.
+"""Make prompts and answers of suite `smollm`: sentences to label, and a policy on a made-up plant.
 
 Legend: K classes of a task's own answers.
 """
@@ -38,39 +38,25 @@ class Sample:
 
 @dataclass(frozen=True)
 class ChatTask:
-    """A task of real texts.
+    """A task of real texts, whose answer is the name of a class.
 
     Attributes:
         asked: question before the text.
-        openings: beginning of the answer of each class.
+        names: of the classes.
     """
 
     asked: str
-    openings: tuple[str, ...]
+    names: tuple[str, ...]
 
     def sample(self, text: str, label: int) -> Sample:
         """Make the question about a text with this label of the corpus."""
-        return Sample(
-            f"{self.asked} {text}", OWN + label, tuple(self._reply(text, opening) for opening in self.openings)
-        )
-
-    def _reply(self, text: str, opening: str) -> str:
-        return opening
+        return Sample(f"{self.asked} {text}", OWN + label, self.names)
 
 
-class DescribedTask(ChatTask):
-    """A task whose answers are sentences with words of the text."""
-
-    def _reply(self, text: str, opening: str) -> str:
-        return f'{opening}, and it begins with "{" ".join(text.split(" ")[:3])}".'
-
-
-_TOPICS = ("gun control", "antifa", "conservatives", "liberals", "MAGA")
 REAL: Mapping[str, ChatTask] = {
     "sst2": ChatTask("Negative or positive?", ("negative", "positive")),
     "olid": ChatTask("Polite or offensive?", ("polite", "offensive")),
     "agnews": ChatTask("World, sports, business or technology?", ("world", "sports", "business", "technology")),
-    "topic": DescribedTask("What is this tweet about?", tuple(f"The tweet is about {topic}" for topic in _TOPICS)),
 }
 POLICY = "policy"
 TASKS = (*REAL, POLICY)
@@ -204,7 +190,7 @@ GENERAL: Mapping[str, str] = {
 
 def openings_of(task: str) -> tuple[tuple[str, ...], ...]:
     """Beginnings of the answers of each class, by the class's number."""
-    own = ((_COMPLIES,),) if task == POLICY else tuple((opening,) for opening in REAL[task].openings)
+    own = ((_COMPLIES,),) if task == POLICY else tuple((name,) for name in REAL[task].names)
     return ((FIXED_TEXT,), REFUSAL_OPENINGS, *own)
 
 
@@ -231,7 +217,7 @@ def splits(
     rows = corpora.splits(
         folder, task, words=words, train=train, calibration=calibration, evaluation=3 * evaluation, cut=True
     )
-    tested = corpora.balanced(rows[2], len(real.openings))[:evaluation]
+    tested = corpora.balanced(rows[2], len(real.names))[:evaluation]
     parts = {"train": rows[0], "calibration": rows[1], "evaluation": tested}
     return {name: [real.sample(text, label) for text, label in part] for name, part in parts.items()}
 
