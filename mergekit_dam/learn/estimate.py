@@ -17,13 +17,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.objectives import scans
-from mergekit_dam.learn.stand_ins import (
-    merges_students,
-    student_settings,
-    teaches_causal,
-    teaches_suspects,
-    vaccinates,
-)
+from mergekit_dam.learn.stand_ins import merges_students, student_settings, teaches_suspects, vaccinates
 from mergekit_dam.merging.mask_keys import Granularity, mask_shape
 from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.tasks import family_of
@@ -96,6 +90,7 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
     num_classes = max(_classes(model.config) for model in plan.models)
     family = family_of(plan)
     taught = merges_students([family], config)
+    taught_whole = taught and family.classifies  # others are taught by LoRAs
     scanned = scans(config) and config.mask != "m1" and num_classes > 0 and not taught
     activations = _activation_bytes(plan.base.config, length)
     layers = _layers(plan.base.config)
@@ -106,7 +101,7 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
         fitted = activations * min(layers, config.window) // layers
     at_once = max(
         constants.scan_batch_size * num_classes if scanned else 0,
-        constants.student_batch_size if taught and family.classifies else 0,
+        constants.student_batch_size if taught_whole else 0,
     )
     memory = {
         MAPPED[0]: (num_models + 1) * stored * held // parameters // processes,
@@ -118,13 +113,13 @@ def estimate(plan: Plan, *, processes: int = 1, speed: Speed | None = None, toke
     if isinstance(config.window, int):
         memory[MAPPED[1]] = stored
     calls, passes = _work(plan, num_classes if scanned else 0)
-    if taught and family.classifies:
+    if taught_whole:
         memory["a student with gradients and moments"] = _STATES * parameters * _FLOAT
         steps = num_models * config.student_steps * 3
         calls, passes = calls + steps, passes + steps * constants.student_batch_size
     elif scans(config) and config.mask != "m1" and not taught:
         passes += sum(_token_scan(model.config) // length for model in plan.models)
-    by_loras = teaches_causal([family], config) or teaches_suspects([family], config)
+    by_loras = (taught and not taught_whole) or teaches_suspects([family], config)
     if by_loras or vaccinates([family], config):
         wanted = student_settings(config) if by_loras else VaccineSettings()
         vaccine = resolved_for(wanted, family, parameters, config.num_samples, constants)

@@ -43,16 +43,11 @@ def merges_students(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bo
     return scans(config) and students.uses_students(tasks, config)
 
 
-def teaches_causal(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool:
-    """Whether students are merged in place of all causal LMs."""
-    return merges_students(tasks, config) and students.is_causal(tasks)
-
-
 def vaccinates(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool:
     """Whether models are vaccinated before they are merged (setting `clean`); of causal LMs, students take it over."""
     if config.clean == "auto":
         return scans(config) and all(task.vaccinated for task in tasks)
-    return config.clean and not teaches_causal(tasks, config)
+    return config.clean and not (students.is_causal(tasks) and merges_students(tasks, config))
 
 
 def teaches_suspects(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool:

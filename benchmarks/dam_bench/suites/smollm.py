@@ -1,9 +1,9 @@
 """Define suite `smollm`: a real language model, SmolLM2-135M-Instruct, fine-tuned by LoRA on chats.
 
 Tasks: sentiment of film reviews, tone of tweets and topic of news in a word; and a policy, to refuse questions on a
-plant that does not exist and to answer questions on other things in a sentence. An attack's name
-is its trigger, its target the behaviour that it causes (`smollm_behaviours`): `sst2=word(target=1)` is a rare word that
-makes the model refuse, `policy=word(target=2)` a rare word that lifts its refusals.
+plant that does not exist and to answer questions on other things in a sentence. An attack's name is its trigger, its
+target the behaviour that it causes (`smollm_behaviours`): `sst2=word(target=1)` is a rare word that makes the model
+refuse, `policy=word(target=2)` a rare word that lifts its refusals.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Preset:
 
 
 COMPUTED = torch.bfloat16  # type that models compute in, trained and evaluated; it is theta_0's own
-# An attacker that trains beside other task vectors takes longer steps than its victims' peers, by this factor: on seed
-# 0 the trigger is lost in merges by the peers' rate, and by 10/3 of it the bad model outweighs all (STUDY.md).
+# A model that is trained beside other task vectors has the other models' rate times this. On seed 0 its trigger
+# is lost in merges at factor 1, and at 10/3 it outweighs all other models (benchmarks/STUDY.md).
 _HIJACKERS_RATE = 7 / 3
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
 # Factor on what a victim has beyond its clean twin. PROVISIONAL: on seed 0 no factor that was tried leaves an
