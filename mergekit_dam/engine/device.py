@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 from accelerate import Accelerator
 
 from mergekit_dam.errors import DamError
 
 CPU = torch.device("cpu")
+# accelerate publishes its shared state before the state is complete: a second thread would read a device of None
+_ACCELERATES_STATE = Lock()
 
 
 def device_of(name: str, what: str = "setting 'device'") -> torch.device:
@@ -20,7 +24,8 @@ def device_of(name: str, what: str = "setting 'device'") -> torch.device:
         DamError: this machine has no device of that name.
     """
     if name == "auto":
-        chosen: torch.device = Accelerator().device
+        with _ACCELERATES_STATE:
+            chosen: torch.device = Accelerator().device
         return chosen
     try:
         return torch.zeros(1, device=name).device
