@@ -136,3 +136,15 @@ def test_the_hardest_baseline_is_no_defence_and_has_every_seed(root: Path) -> No
         place(root, "clean", method, 2).unlink(missing_ok=True)
     assert only(root).hardest(["merge-aware"]) is None
     assert "hardest baseline: none has all scenarios, seeds and floors" in summary_table([only(root)])
+
+
+def test_the_hardest_rival_is_chosen_among_the_defences_of_others(root: Path) -> None:
+    assert only(root).hardest(["merge-aware"], rivals=True) is None
+    for method, hits in (("wag", 60), ("msd", 70)):
+        for scenario, seed in itertools.product(("clean", "merge-aware"), range(3)):
+            accuracy = {task: [hits, TOTAL] for task in new_run("dam", scenario, seed)["accuracy"]}
+            put(root, new_run("dam", scenario, seed, method=method, defence=method, density={}, accuracy=accuracy))
+    assert only(root).hardest(["merge-aware"], rivals=True) == "msd"
+    assert only(root).hardest(["merge-aware"]) == "ties-0.3"
+    rows = [line.split(" | ")[1] for line in summary_table([only(root)]).splitlines()]
+    assert rows[2:5] == ["ties-0.3 (hardest baseline)", "msd (hardest rival)", "paper-dual"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dam_bench.tables.pareto import Curve, Point, area, margin
-from dam_bench.tables.results import CLEAN, Run, Spread, attacked_task, percent
+from dam_bench.tables.results import CLEAN, RIVALS, Run, Spread, attacked_task, percent
 from mergekit_dam.errors import DamError
 
 Metric = Callable[[Run], float | None]
@@ -186,11 +186,19 @@ class SuiteResults:
                 values[seed] = margin(point, present)
         return Spread(values, self.seeds_of(scenario))
 
-    def hardest(self, scenarios: Iterable[str]) -> str | None:
-        """The baseline with the highest mean score over the scenarios, among baselines without a missing seed."""
+    def hardest(self, scenarios: Iterable[str], *, rivals: bool = False) -> str | None:
+        """The baseline with the highest mean score over the scenarios, among baselines without a missing seed.
+
+        Args:
+            scenarios: their names.
+            rivals: choose among the defences of others instead.
+        """
         names = tuple(scenarios)
         best: tuple[float, str] | None = None
-        for method in sorted({run.method for run in self.runs.values() if run.family == "baseline"}):
+        compared = {
+            run.method for run in self.runs.values() if (run.group in RIVALS if rivals else run.family == "baseline")
+        }
+        for method in sorted(compared):
             scores = [self.score(name, method) for name in names]
             if scores and not any(score.missing for score in scores):
                 mean = sum(score.mean for score in scores) / len(scores)

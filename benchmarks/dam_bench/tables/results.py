@@ -26,6 +26,7 @@ GROUPS = {
     "public DAM": ("fusion_bench-dam",),
     "ours": ("paper-m1", "paper-m2", "paper-dual", "dam"),
 }
+RIVALS = ("defence", "public DAM")  # groups of the defences of others
 _UNKNOWN = {"reference": "reference", "baseline": "other baseline", "defence": "ours"}
 
 

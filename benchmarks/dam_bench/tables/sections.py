@@ -46,17 +46,21 @@ def suite_section(results: SuiteResults, figures: str) -> str:
 
 
 def summary_table(groups: Iterable[SuiteResults]) -> str:
-    """Write the table of the hardest baseline and our methods per suite: means and ranges over scenarios."""
+    """Write the table of the hardest baseline, the hardest rival and our methods per suite.
+
+    Numbers are means and ranges over scenarios.
+    """
     rows = []
     for results in groups:
         name = f"{results.suite} ({results.preset})"
-        hardest = results.hardest(results.poisoned)
+        hardest, rival = (results.hardest(results.poisoned, rivals=rivals) for rivals in (False, True))
         known = {run.method for run in results.runs.values()}
         if not hardest:
             rows.append([name, "hardest baseline: none has all scenarios, seeds and floors", "-", "-", "-", "-"])
-        for method in ([hardest] if hardest else []) + [ours for ours in _OURS if ours in known]:
-            label = f"{method} (hardest baseline)" if method == hardest else method
-            rows.append([name, label, *_over_scenarios(results, method)])
+        labels = {hardest: f"{hardest} (hardest baseline)", rival: f"{rival} (hardest rival)"}
+        for method in (hardest, rival, *(ours for ours in _OURS if ours in known)):
+            if method:
+                rows.append([name, labels.get(method, method), *_over_scenarios(results, method)])
     header = ["suite", "method", "ACC %, mean (range) over scenarios", "excess ASR, likewise", "scenarios", "seeds"]
     return table(header, rows)
 
@@ -136,6 +140,9 @@ def _scenario(results: SuiteResults, scenario: str) -> list[str]:
         base = results.score(scenario, "base")
         line = f"Hardest baseline: **{hardest}**, ACC - max(0, excess ASR) = {results.score(scenario, hardest).text()}"
         line += f" (theta_0, unmerged: {base.text()})."
+    rival = results.hardest([scenario], rivals=True)
+    if rival:
+        line += f" Hardest rival: **{rival}**, {results.score(scenario, rival).text()}."
     areas = [[stem, results.area(scenario, stem).text()] for stem in results.curves(scenario)]
     seeds = results.seeds_of(scenario)
     fewer = (
