@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dam_bench.runs.methods import method_named
 from dam_bench.runs.run import Job, general_ability, perform
 from dam_bench.runs.vaccine import run as vaccinated
 from dam_bench.suites import smollm, smollm_base, smollm_data, smollm_training
@@ -47,6 +48,7 @@ TINY = Preset(
     schedule=Schedule(2, batch_size=4, learning_rate=1e-2),
     seconds=(1, 2),
     answers=0.01,
+    learning={"window": 2, "steps": 60},
 )
 
 
@@ -381,6 +383,13 @@ def test_models_are_vaccinated_and_merged_by_the_benchmarks_commands(
     merge = Run.model_validate_json(Path(perform(job)).read_text())
     assert set(merge.accuracy) == set(built.suite.tasks) and set(merge.general) == {"merge"}
     assert set(merge.attack_success) == {f"sst2={victim}"}
+
+
+def test_a_presets_settings_of_learning_give_way_to_a_variants(built: Built, tmp_path: Path) -> None:
+    paths = {task: tmp_path / task for task in built.suite.tasks}
+    for name, steps in (("dam", 60), ("dam(steps=5)", 5)):
+        recipe = method_named(name).recipe(built.suite, built.base, paths, paths, 0, tmp_path)
+        assert (recipe["parameters"]["window"], recipe["parameters"]["steps"]) == (2, steps)
 
 
 def test_general_questions_have_one_answer_each_and_are_asked_of_merges_once(

@@ -84,7 +84,7 @@ class Method:
                 file = folder / "constants.json"
                 file.write_text(json.dumps(constants, indent=1) + "\n", "utf-8")
                 parameters["constants"] = str(file)
-            parameters |= {"seed": seed, **suite.shared_parameters(base)}
+            parameters = {"seed": seed, **suite.shared_parameters(base), **parameters}
         config = {"merge_method": self.merge_method, "models": entries, "parameters": parameters, "dtype": "float32"}
         return config | {"base_model": suite.base_entry(base)}
 

@@ -61,6 +61,7 @@ class Preset:
         schedule: of a fine-tune, clean or not; triggered prompts come on top.
         seconds: of a clean fine-tune and of a victim, on one core, or on one GPU for `gpu`.
         answers: seconds to answer a prompt there.
+        learning: settings of methods that learn, so that a merge fits the machine; those of a variant come first.
     """
 
     system: bool
@@ -72,6 +73,7 @@ class Preset:
     schedule: Schedule
     seconds: tuple[float, float]
     answers: float
+    learning: Mapping[str, Any]
 
 
 COMPUTED = torch.bfloat16  # type that models compute in, trained and evaluated; it is theta_0's own
@@ -94,6 +96,7 @@ PRESETS: Mapping[str, Preset] = {
         schedule=Schedule(120, batch_size=8, learning_rate=3e-4),
         seconds=(200, 340),
         answers=0.12,
+        learning={"window": 2, "steps": 60, "num_samples": 64, "compute_dtype": "bfloat16"},
     ),
     "gpu": Preset(
         system=True,
@@ -105,6 +108,7 @@ PRESETS: Mapping[str, Preset] = {
         schedule=Schedule(600, batch_size=32, learning_rate=5e-4),
         seconds=(120, 180),
         answers=0.01,
+        learning={"window": 2, "compute_dtype": "bfloat16"},
     ),
 }
 
@@ -139,7 +143,7 @@ class SmolLmSuite(Suite):
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        size = {key: value for key, value in asdict(self.size).items() if key not in ("seconds", "answers")}
+        size = {key: value for key, value in asdict(self.size).items() if key not in ("seconds", "answers", "learning")}
         computing = str(COMPUTED).removeprefix("torch.")
         base = smollm_base.VERSION
         return {"suite": self.name, "base": base, "preset": size, "data": self._digest, "computing": computing}
@@ -235,6 +239,9 @@ class SmolLmSuite(Suite):
 
     def load_merge(self, merged: Path, model: Path) -> nn.Module:
         return super().load_merge(merged, model).to(default_device(), COMPUTED)
+
+    def shared_parameters(self, base: Path) -> dict[str, Any]:
+        return dict(self.size.learning)
 
     def cost(self, poison: Poison | None) -> float:
         clean, victim = self.size.seconds
