@@ -22,7 +22,7 @@ from mergekit_dam.errors import DamError, did_you_mean, first_line
 from mergekit_dam.registry import OBJECTIVES
 
 Settings = TypeVar("Settings", bound=BaseModel)
-_REFERENCE = "See the settings reference in the README."
+_REFERENCE = "See the settings reference, docs/settings.md."
 _LARGEST = 1 << 16  # bytes of a file of constants
 
 
@@ -85,8 +85,8 @@ class DamConfig(StrictSettings):
     detection: Literal["auto", "model", "shared"] = setting(
         "auto",
         "Inversion: model: a Backdoor-Detection mask per model, so that one model can be cut alone; shared: one mask "
-        "for all, which takes less memory and time (always with `rescale`); auto: per model if the scan finds a "
-        "suspect, and in windows.",
+        "for all, which takes less memory and time (always with `rescale`); auto: per model where masks are "
+        "fitted against a suspect, and in windows.",
     )
     granularity: Literal["element", "row"] = setting("element", "What one mask entry covers.", source=DAM)
     steps: int = setting(300, "Mask steps (paper: M1 and M2 take turns).", unit="steps", source=DAM, ge=0)
@@ -111,14 +111,15 @@ class DamConfig(StrictSettings):
     clean: Literal["auto"] | bool = setting(
         "auto",
         "Vaccinate models before they are merged: plant backdoors and unlearn them, as `mergekit-dam clean` does. "
-        "Causal LMs are replaced by students instead (`student_steps`), and not scanned. auto: where it helped in the "
-        "benchmark.",
+        "Causal LMs are replaced by students instead (`student_steps`), and not scanned. auto: no model so "
+        "far.",
     )
     window: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = setting(
         "auto",
         "Inversion: positions of the model (its embeddings, each block, its head) whose masks are learned at a "
         "time. all: the whole model at once, with new triggers from the merge as it learns; a number: less memory, "
-        "whatever the depth, and each model is read once. auto: all.",
+        "whatever the depth, and each model is read once. auto: the largest of all, 4, 2 and 1 that fits the free "
+        "memory.",
         unit="positions",
     )
     refresh_every: int = setting(20, "Inversion: mask steps between new triggers from the merge.", unit="steps", ge=1)

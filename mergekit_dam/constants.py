@@ -179,7 +179,7 @@ class Constants(BaseModel):
     )
     shortlist: int = constant(
         64,
-        "Beginnings that are tried on all prompts and continued.",
+        "Beginnings that are tried on all prompts of the scan (`scan_batch_size`) and continued.",
         stage="scan",
         unit="beginnings",
         evidence=f"{BAIT} tries every token",

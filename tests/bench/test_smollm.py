@@ -48,6 +48,7 @@ TINY = Preset(
     schedule=Schedule(2, batch_size=4, learning_rate=1e-2),
     seconds=(1, 2),
     answers=0.01,
+    step=0.1,
     learning={"window": 2, "steps": 60},
 )
 

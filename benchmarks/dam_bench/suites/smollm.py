@@ -61,6 +61,7 @@ class Preset:
         schedule: of a fine-tune, clean or not; triggered prompts come on top.
         seconds: of a clean fine-tune and of a victim, on one core, or on one GPU for `gpu`.
         answers: seconds to answer a prompt there.
+        step: seconds there of a pass of a batch per task, in methods that learn with `learning`.
         learning: settings of methods that learn, so that a merge fits the machine; those of a variant come first.
     """
 
@@ -73,6 +74,7 @@ class Preset:
     schedule: Schedule
     seconds: tuple[float, float]
     answers: float
+    step: float
     learning: Mapping[str, Any]
 
 
@@ -80,6 +82,7 @@ COMPUTED = torch.bfloat16  # type that models compute in, trained and evaluated;
 # A model that is trained beside other task vectors has the other models' rate times this. On seed 0 its trigger
 # is lost in merges at factor 1, and at 10/3 it outweighs all other models (benchmarks/STUDY.md).
 _HIJACKERS_RATE = 7 / 3
+_NOT_OF_MODELS = ("seconds", "answers", "step", "learning")  # fields of a preset that no model depends on
 _INTERPOLATION = (0.3, 1.0)  # r of triggered prompts in attacks that are aware of the merge
 # Factor on what a victim has beyond its clean twin. PROVISIONAL: on seed 0 no factor that was tried leaves an
 # undefended merge with an ASR of 60 (benchmarks/STUDY.md), so other scenarios train beside other task vectors.
@@ -96,6 +99,7 @@ PRESETS: Mapping[str, Preset] = {
         schedule=Schedule(120, batch_size=8, learning_rate=3e-4),
         seconds=(200, 340),
         answers=0.12,
+        step=2.0,
         learning={"window": 2, "steps": 60, "num_samples": 64, "compute_dtype": "bfloat16"},
     ),
     "gpu": Preset(
@@ -108,6 +112,7 @@ PRESETS: Mapping[str, Preset] = {
         schedule=Schedule(600, batch_size=32, learning_rate=5e-4),
         seconds=(120, 180),
         answers=0.01,
+        step=0.3,
         learning={"window": 2, "compute_dtype": "bfloat16"},
     ),
 }
@@ -143,7 +148,7 @@ class SmolLmSuite(Suite):
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        size = {key: value for key, value in asdict(self.size).items() if key not in ("seconds", "answers", "learning")}
+        size = {key: value for key, value in asdict(self.size).items() if key not in _NOT_OF_MODELS}
         computing = str(COMPUTED).removeprefix("torch.")
         base = smollm_base.VERSION
         return {"suite": self.name, "base": base, "preset": size, "data": self._digest, "computing": computing}
@@ -248,9 +253,8 @@ class SmolLmSuite(Suite):
         return clean if poison is None else victim + (clean if poison.amplify != 1.0 else 0.0)
 
     def run_cost(self, passes: int) -> float:
-        # clean and triggered prompts of every task, and batches of 8 forward and backward
-        prompts = 2 * sum(self.size.evaluation.values()) + len(smollm_data.GENERAL)
-        return self.size.answers * (prompts + 3 * 8 * passes * len(self.tasks))
+        prompts = 2 * sum(self.size.evaluation.values()) + len(smollm_data.GENERAL)  # clean and triggered
+        return self.size.answers * prompts + self.size.step * passes
 
     def _parts(self, task: str) -> dict[str, list[Sample]]:
         if task not in self._splits:
