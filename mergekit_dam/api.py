@@ -14,13 +14,14 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
+from mergekit_dam.artifact.folder import REPORT_JSON
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.config import KNOWN, REMOVED, parse
 from mergekit_dam.engine.progress import progress_bar
 from mergekit_dam.errors import DamError, did_you_mean
 from mergekit_dam.io.files import write_atomic
 from mergekit_dam.publish.audit_page import write_audit
-from mergekit_dam.publish.report import REPORT_JSON, write_report
+from mergekit_dam.publish.report import write_report
 from mergekit_dam.publish.vaccine_card import vaccine_card
 from mergekit_dam.recipe import OpenRecipe, Recipe, open_audit, open_recipe
 from mergekit_dam.scan.advice import suspect_lines

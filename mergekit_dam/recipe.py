@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from mergekit_dam.artifact.folder import copy_artifact
+from mergekit_dam.artifact.folder import copy_artifact, remove_artifact
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks
 from mergekit_dam.artifact.match import require_inputs_of
 from mergekit_dam.artifact.scan_file import StoredScan
@@ -166,17 +165,21 @@ class OpenRecipe:
         refuse_launcher()
         config, options = self.inputs.config, self.inputs.options
         options = _without_missing_tokenizer(config, options)
-        # `self.plan` refuses faults before mergekit starts
-        with_plan = register_dam().with_plan(config, options, self.plan) if self.is_dam else nullcontext()
-        if self.is_dam:
-            self._warn()
-        with _learning_cache(resume=resume), with_plan as handoff, remove_stale_files(out):
+        handoff = None
+        with ExitStack() as around:
+            if self.is_dam:
+                plan = around.enter_context(_planned(self.plan, resume=resume))  # refuses faults before mergekit starts
+                handoff = around.enter_context(register_dam().with_plan(config, options, plan))
+                self._warn()
+            around.enter_context(remove_stale_files(out))
             try:
                 run_merge(config, str(out), options, config_source=self.source)
             except KeyboardInterrupt as stop:
                 if isinstance(stop, Interrupted):
                     raise
                 raise Interrupted("the same command merges again; masks that were learned are in the cache") from stop
+        if not self.is_dam:
+            remove_artifact(out / "dam")
         record_inputs(out / "dam", self.inputs.commits)
         if config.base_model is not None:
             base = model_input("base", config.base_model, ModelSettings(), options)
@@ -206,9 +209,9 @@ class OpenRecipe:
             self._warn()
         with (
             process_group(device=config.device, timeout=config.constants.worker_timeout) as (shards, device),
-            _learning_cache(resume=resume, shards=shards),
+            _planned(plan, resume=resume, shards=shards) as planned,
         ):
-            folder, _ = find_or_learn(plan, quiet=self.inputs.options.quiet, shards=shards, device=device)
+            folder, _ = find_or_learn(planned, quiet=self.inputs.options.quiet, shards=shards, device=device)
             if out is None:
                 return folder / MASKS_FILE
             if shards.rank == 0:
@@ -288,27 +291,20 @@ def _without_missing_tokenizer(config: MergeConfiguration, options: MergeOptions
 
 
 @contextmanager
-def _learning_cache(*, resume: bool, shards: Shards = ALONE) -> Iterator[None]:
-    """Use an empty, temporary cache during the context if `resume` is off; the real cache does not change."""
+def _planned(plan: Plan, *, resume: bool, shards: Shards = ALONE) -> Iterator[Plan]:
+    """Give the plan; without `resume` one that keeps all in an empty folder, which is removed in the end."""
     if resume:
-        yield
+        yield plan
         return
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
-    before = os.environ.get("MERGEKIT_DAM_CACHE")
     with TemporaryDirectory(prefix="anew-", dir=root) as temporary:
-        os.environ["MERGEKIT_DAM_CACHE"] = shards.all_gather_dict({"folder": temporary} if shards.rank == 0 else {})[
-            "folder"
-        ]
+        folder = shards.all_gather_dict({"folder": temporary} if shards.rank == 0 else {})["folder"]
         try:
-            yield
+            yield replace(plan, cache=Path(folder))
             shards.barrier()  # the folder is removed when no process reads it any more
         except KeyboardInterrupt as stop:
             raise Interrupted("the same command starts over, since --no-resume keeps nothing") from stop
-        finally:
-            os.environ.pop("MERGEKIT_DAM_CACHE")
-            if before is not None:
-                os.environ["MERGEKIT_DAM_CACHE"] = before
 
 
 def read_recipe(recipe: Recipe, settings: Mapping[str, Any]) -> tuple[str, MergeConfiguration]:

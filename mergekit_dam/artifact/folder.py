@@ -6,11 +6,13 @@ metrics.jsonl           one flat JSON record per step
 run.json                when, where and how long; revisions of the inputs
 heads/                  heads that the base lacks, per task: tensors and config
 
-A scan of the merge (`mergekit-dam audit OUT`) leaves audit.json, audit.html and audit_triggers.safetensors beside them.
+A scan of the merge (`mergekit-dam audit OUT`) leaves audit.json, audit.html and audit_triggers.safetensors beside them;
+the report, measurements and the inputs' commits are there, too.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -22,17 +24,23 @@ from safetensors.torch import save_file
 
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.io.files import replacing, write_atomic
+from mergekit_dam.io.hub_download import INPUTS_FILE
 from mergekit_dam.models.plan import Plan, revision_of
 from mergekit_dam.tasks import Task
 
 TRIGGERS_FILE, METRICS_FILE, RUN_FILE = "triggers.safetensors", "metrics.jsonl", "run.json"
 FILES = (MASKS_FILE, TRIGGERS_FILE, METRICS_FILE, RUN_FILE)
 AUDIT_JSON, AUDIT_HTML, AUDIT_TRIGGERS = "audit.json", "audit.html", "audit_triggers.safetensors"
-HEADS = "heads"
+EVALUATION_FILE, REPORT_JSON, REPORT_HTML = "evaluation.json", "report.json", "report.html"
+HEADS, FIGURES = "heads", "figures"
+# what was found, measured and reported on a merge
+_RESULTS = (AUDIT_JSON, AUDIT_HTML, AUDIT_TRIGGERS, EVALUATION_FILE, REPORT_JSON, REPORT_HTML, INPUTS_FILE)
 
 
 def copy_artifact(folder: Path, target: Path) -> None:
-    """Copy the files of an artefact that exist; do nothing if both folders are the same.
+    """Copy the files of an artefact, and remove those of another one; do nothing if both folders are the same.
+
+    Results of another merge, which was made with other masks, go as well: they would be published as this one's.
 
     Raises:
         OSError: the target cannot be written.
@@ -40,12 +48,37 @@ def copy_artifact(folder: Path, target: Path) -> None:
     if folder.resolve() == target.resolve():
         return
     target.mkdir(parents=True, exist_ok=True)
+    old, new = target / MASKS_FILE, folder / MASKS_FILE
+    if old.is_file() and not (new.is_file() and filecmp.cmp(old, new, shallow=False)):
+        remove_results(target)
     for name in FILES:
         if (folder / name).is_file():
             copy(folder / name, target / name)
-    for file in sorted((folder / HEADS).glob("[!.]*")):
+        else:
+            (target / name).unlink(missing_ok=True)
+    heads = sorted((folder / HEADS).glob("[!.]*"))
+    for stale in {file.name for file in (target / HEADS).glob("[!.]*")} - {file.name for file in heads}:
+        (target / HEADS / stale).unlink()
+    for file in heads:
         (target / HEADS).mkdir(exist_ok=True)
         copy(file, target / HEADS / file.name)
+
+
+def remove_results(target: Path) -> None:
+    """Remove what was found, measured and reported on the merge in a folder."""
+    for name in _RESULTS:
+        (target / name).unlink(missing_ok=True)
+    for figure in (target / FIGURES).glob("*.png"):
+        figure.unlink()
+
+
+def remove_artifact(target: Path) -> None:
+    """Remove the artefact in a folder with its results, where another method's merge replaces the merge."""
+    remove_results(target)
+    for name in FILES:
+        (target / name).unlink(missing_ok=True)
+    for head in (target / HEADS).glob("[!.]*"):
+        head.unlink()
 
 
 def copy(source: Path, target: Path) -> None:

@@ -7,28 +7,33 @@ journal, in run.json, and in the names of the heads' files. They become the name
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_dam.artifact.folder import HEADS, METRICS_FILE, RUN_FILE, TRIGGERS_FILE, revisions_of
+from mergekit_dam.artifact.folder import HEADS, METRICS_FILE, RUN_FILE, TRIGGERS_FILE, revisions_of, save_heads
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, save
 from mergekit_dam.artifact.triggers_file import rename_entries
 from mergekit_dam.io.files import write_atomic
 from mergekit_dam.models.plan import Plan
+from mergekit_dam.tasks import Task
 
 _LABELS = ("model", "task")  # entries whose value is the name of a model
 _PREFIXES = ("loss/perf/", "loss/safe/", "agreement/", "stand-in of ")  # of keys that end in the name of a model
 
 
-def relabel(folder: Path, masks: LearnedMasks, description: Mapping[str, Any], plan: Plan) -> LearnedMasks:
+def relabel(
+    folder: Path, masks: LearnedMasks, description: Mapping[str, Any], plan: Plan, tasks: Sequence[Task]
+) -> LearnedMasks:
     """Give the models in an artefact the names of this recipe; the caller holds the folder's lock.
 
     Args:
         folder: folder of the artefact that `masks` were read from.
         description: description of this recipe's inputs (`describe`).
         plan: plan of this recipe.
+        tasks: tasks of this plan, whose heads are written anew.
 
     Returns:
         The masks with the recipe's names.
@@ -37,7 +42,8 @@ def relabel(folder: Path, masks: LearnedMasks, description: Mapping[str, Any], p
         return masks
     pairs = zip(masks.metadata["models"], description["models"], strict=True)
     names = {old["name"]: new["name"] for old, new in pairs}
-    _rename_heads(folder / HEADS, names)
+    shutil.rmtree(folder / HEADS, ignore_errors=True)  # renamed files could be lost, or renamed twice, by a kill
+    save_heads(tasks, folder / HEADS)
     rename_entries(folder / TRIGGERS_FILE, lambda entries: _rename(entries, names))
     journal = folder / METRICS_FILE
     if journal.is_file():
@@ -68,11 +74,3 @@ def _rename(values: Any, names: Mapping[str, str]) -> Any:
         is_label = isinstance(value, str) and key in _LABELS
         renamed[prefix + names.get(last, last)] = names.get(value, value) if is_label else _rename(value, names)
     return renamed
-
-
-def _rename_heads(folder: Path, names: Mapping[str, str]) -> None:
-    """Rename the heads' files, each first to a name that no model has, since two models may swap names."""
-    files = [(file, names[file.stem]) for file in sorted(folder.glob("[!.]*")) if file.stem in names]
-    moved = [(file.rename(file.with_name(f".{file.name}.moved")), f"{name}{file.suffix}") for file, name in files]
-    for file, name in moved:
-        file.replace(folder / name)

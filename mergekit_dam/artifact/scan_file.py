@@ -67,7 +67,8 @@ class StoredScan:
         quiet: bool = False,
     ) -> None:
         self.tasks, self.seconds, self.quiet = tasks, seconds, quiet
-        self.file = cache_folder() / FOLDER / f"{content_key(plan, tasks, digests, without=NOT_SCANNED)}.safetensors"
+        key = content_key(plan, tasks, digests, without=NOT_SCANNED)
+        self.file = (plan.cache or cache_folder()) / FOLDER / f"{key}.safetensors"
 
     def take(self) -> list[Finding] | None:
         """Read the findings; None without a complete scan of these inputs and settings."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mergekit_dam.artifact.folder import EVALUATION_FILE
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.io.files import report_lock, write_atomic
 from mergekit_dam.io.untrusted import load_json, require_no_links_out
 
-EVALUATION_FILE = "evaluation.json"
 MERGE = "merge"  # the merge's name in results by model
 When = Literal["before", "after"]
 

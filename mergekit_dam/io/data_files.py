@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import glob
 import gzip
 import hashlib
 import lzma
@@ -284,7 +285,8 @@ def _table_of_files(files: Sequence[Path], where: str) -> Table:
     name = (digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
     if any(file.suffix.lower() in _PACKERS for file in files):
         more["download_config"] = datasets.DownloadConfig(force_extract=True)
-    paths = str(files[0]) if len(files) == 1 else [str(file) for file in files]
+    names = [glob.escape(str(file)) for file in files]  # datasets takes them for patterns
+    paths = names[0] if len(names) == 1 else names
     return DatasetTable(datasets.load_dataset(loader, name=name, data_files=paths, split="train", **more))
 
 

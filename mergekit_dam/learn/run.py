@@ -79,12 +79,12 @@ def find_or_learn(
     plan = _with_window(plan, device_kind(plan.config.device) if workers > 1 else place, workers, shards)
     tasks = build_tasks(plan, place)
     description = describe(plan, digests, {task.name: list(task.sample_digests) for task in tasks})
-    folder = cache_folder() / content_key(plan, tasks, digests, code=code_of_kinds())
+    folder = (plan.cache or cache_folder()) / content_key(plan, tasks, digests, code=code_of_kinds())
     if first:
         _make_entry(folder)
     # a second run on the same inputs waits for this lock, and then finds the masks
     with FileLock(folder / ".lock") if first else nullcontext():
-        cached = _cached_masks(plan, folder, description, digests, shards=shards, quiet=quiet)
+        cached = _cached_masks(plan, folder, description, digests, tasks, shards=shards, quiet=quiet)
         if cached is not None:
             return folder, cached
         inputs = tuple(checkpoints.values())
@@ -119,6 +119,7 @@ def _cached_masks(
     folder: Path,
     description: dict[str, Any],
     digests: Mapping[str, str],
+    tasks: Sequence[Task],
     *,
     shards: Shards,
     quiet: bool,
@@ -130,7 +131,8 @@ def _cached_masks(
         return None
     masks = cached or load(folder / MASKS_FILE)
     if first:
-        masks = relabel(folder, masks, description, plan)
+        shutil.rmtree(folder / "run", ignore_errors=True)  # of a run that was killed when its masks were finished
+        masks = relabel(folder, masks, description, plan, tasks)
         if not quiet:
             LOG.warning("dam: masks from the cache %s; nothing is learned", folder)
         _warn(masks)

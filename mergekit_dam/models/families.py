@@ -182,7 +182,7 @@ def _present(weights: list[WeightInfo], config: PretrainedConfig) -> list[Weight
 def _names_on_disk(config: PretrainedConfig) -> frozenset[str] | None:
     """Tensor names in the weight files beside this config; None if there are no such local files."""
     path = str(config.name_or_path)
-    for ref, loader in LoaderCache().loaders.items():
+    for ref, loader in list(LoaderCache().loaders.items()):  # other threads add to it
         if ref.model.path == path:
             return frozenset(loader.index.tensor_paths)
     try:

@@ -47,7 +47,9 @@ def load_merged(
     values: dict[str, Tensor] = {}
     for name, target in module_names(model, merged.names).items():
         values[target] = merged.tensor(name)
-    values |= {target: head[name] for name, target in module_names(model, head).items()}
+    floating = next((tensor.dtype for tensor in values.values() if tensor.is_floating_point()), None)
+    for name, target in module_names(model, head).items():  # stored in its model's type, which may be another one
+        values[target] = head[name].to(floating) if head[name].is_floating_point() else head[name]
     aliases = tied_names(model)
     missing = [
         name

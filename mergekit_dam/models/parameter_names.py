@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from threading import Lock
 
 import torch
 import transformers
@@ -18,6 +19,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mergekit_dam.errors import DamError
+
+# accelerate replaces a method of nn.Module meanwhile: two threads would undo that in the wrong order, and all models
+# that are built later in this process would have no weights
+_ONE_AT_A_TIME = Lock()
 
 
 def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
@@ -35,7 +40,7 @@ def meta_model(config: PretrainedConfig, device: torch.device) -> PreTrainedMode
             got="no such class",
             cure="dam runs no remote code; upgrade transformers if the class is new.",
         )
-    with init_empty_weights(include_buffers=False):
+    with _ONE_AT_A_TIME, init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class(_config_of(model_class, config))
     model.tie_weights()
     for module in model.modules():

@@ -76,12 +76,21 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class Plan:
-    """Models, tensors and settings of a merge, known before a weight is read."""
+    """Models, tensors and settings of a merge, known before a weight is read.
+
+    Attributes:
+        base: theta_0.
+        models: the fine-tuned models.
+        tensors: what is merged.
+        config: shared settings.
+        cache: folder where its masks and its scan are kept; None: the user's (`cache_folder`).
+    """
 
     base: ModelInput
     models: tuple[ModelInput, ...]
     tensors: tuple[TensorSpec, ...]
     config: DamConfig
+    cache: Path | None = None
 
 
 def build_plan(

@@ -58,7 +58,7 @@ class OutputLocks:
 
     def __init__(self) -> None:
         self._held: dict[Path, tuple[FileLock, int]] = {}
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a finalizer may release a lock while this thread claims another
 
     def claim(self, out_path: Path, inputs: Iterable[Path], *, until: Any) -> None:
         """Lock the output for this merge, until the object `until`, which lives as long as the merge, is deleted.

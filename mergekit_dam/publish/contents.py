@@ -14,9 +14,9 @@ import yaml
 from mergekit.common import ModelReference, dtype_from_name
 from safetensors import SafetensorError
 
+from mergekit_dam.artifact.folder import EVALUATION_FILE, REPORT_JSON
 from mergekit_dam.artifact.masks_file import MASKS_FILE, load_metadata
 from mergekit_dam.errors import DamError
-from mergekit_dam.evaluation.results import EVALUATION_FILE
 from mergekit_dam.io.hub_download import INPUTS_FILE
 from mergekit_dam.io.untrusted import load_yaml
 from mergekit_dam.models.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ class Publication:
     @property
     def records(self) -> tuple[Path, ...]:
         """Existing files that may hold measured results."""
-        files = (self.folder / "dam" / name for name in (EVALUATION_FILE, "report.json"))
+        files = (self.folder / "dam" / name for name in (EVALUATION_FILE, REPORT_JSON))
         return tuple(file for file in files if file.is_file())
 
     @property

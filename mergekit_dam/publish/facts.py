@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mergekit_dam.artifact.folder import METRICS_FILE, RUN_FILE, TRIGGERS_FILE
+from mergekit_dam.artifact.folder import METRICS_FILE, REPORT_JSON, RUN_FILE, TRIGGERS_FILE
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load
 from mergekit_dam.artifact.triggers_file import StoredTrigger, load_triggers
 from mergekit_dam.errors import DamError
@@ -82,7 +82,7 @@ def report_facts(
     if seconds is not None:
         facts["run"] = {**run, "wall_seconds": round(seconds, 1)}
     else:
-        earlier = read_json(folder / "report.json").get("run", {})
+        earlier = read_json(folder / REPORT_JSON).get("run", {})
         facts["run"] = {**run, **{k: v for k, v in earlier.items() if k == "wall_seconds"}}
     return facts, masks, triggers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mergekit_dam.artifact.folder import METRICS_FILE
+from mergekit_dam.artifact.folder import FIGURES, METRICS_FILE, REPORT_HTML, REPORT_JSON
 from mergekit_dam.artifact.masks_file import MASKS_FILE, LearnedMasks, load
 from mergekit_dam.errors import DamError, first_line
 from mergekit_dam.io.files import report_lock, write_atomic
@@ -14,7 +14,6 @@ from mergekit_dam.publish.facts import read_metrics, report_facts
 from mergekit_dam.publish.layers import layers_of
 from mergekit_dam.publish.page import own_markup, render, shown_triggers
 
-REPORT_JSON, REPORT_HTML, FIGURES = "report.json", "report.html", "figures"
 NO_FIGURES = "The report has no figures, since matplotlib is missing: pip install 'mergekit-dam[report]'"
 
 

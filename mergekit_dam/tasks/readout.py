@@ -174,7 +174,9 @@ def zero_shot_head(names: Sequence[str], clip_path: str, owner: str, device: tor
     try:
         path, _, revision = (clip_path, "", "") if Path(clip_path).exists() else clip_path.partition("@")
         folder, _ = fetch(path, revision or None)
-        clip = CLIPModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
+        clip = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        ).eval()
     except DamError:
         raise
     except (OSError, ValueError) as error:

@@ -67,10 +67,12 @@ def require_free(folder: Path, inputs: Mapping[str, Path]) -> None:
 def claimed(folder: Path) -> Iterator[None]:
     """Lock an output folder: in this context, no other vaccination writes there.
 
+    A new folder is removed if the context fails before anything is in it.
+
     Raises:
         DamError: another one does, or the folder cannot be written.
     """
-    lock = FileLock(folder / _LOCK)
+    lock, is_new = FileLock(folder / _LOCK), not folder.exists()
     try:
         (folder / WORK).mkdir(parents=True, exist_ok=True)  # marks the folder as ours
         lock.acquire(blocking=False)
@@ -88,6 +90,8 @@ def claimed(folder: Path) -> Iterator[None]:
         (folder / _LOCK).unlink(missing_ok=True)
     finally:
         lock.release()
+        if is_new and not any(p.is_file() and p.name != _LOCK for p in folder.rglob("*")):
+            shutil.rmtree(folder)
 
 
 def finished(folder: Path, identity: str, *, adapter: bool) -> dict[str, Any] | None:

@@ -82,7 +82,7 @@ class Lessons:
                 cure="Give more data; causal LMs need prompts, and the constant answer_tokens above 0.",
             )
         self.num_classes = self._probabilities.shape[-1]
-        held = min(settings.checks, int(task.constants.vaccine_most_checks * len(rows)))
+        held = min(settings.checks, max(1, int(task.constants.vaccine_most_checks * len(rows))))
         self.checks, self.rows = rows[:held], rows[held:]
 
     @property

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from dam_bench.tables import figures
 from dam_bench.tables.aggregate import suites
 from dam_bench.tables.gates import Gate, check_gates, gate_table, require
-from dam_bench.tables.results import read_runs
+from dam_bench.tables.results import GROUPS, read_runs
 from dam_bench.tables.sections import summary_table
 from dam_bench.tables.tables import BEGIN, END, main, readme_table, with_table, write_results
 from dam_bench.tables.windows import window_section
@@ -284,3 +285,7 @@ def test_windows_are_told_from_the_whole_model_down(tmp_path: Path) -> None:
     assert [line[1:3] for line in cells] == [[s, w] for s in ("clean", "merge-aware") for w in ("all", "2", "1")]
     assert cells[0][3:] == ["79.0", "-", "-", "2", "0"]
     assert cells[3][3:] == ["78.5 (78.0 to 79.0)", "8.5 (8.0 to 9.0)", "3.0, no seed 1", "6", "0, 1"]
+
+
+def test_every_group_of_methods_has_a_look() -> None:
+    assert figures._LOOKS.keys() == GROUPS.keys()

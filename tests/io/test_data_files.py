@@ -15,6 +15,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -31,6 +33,27 @@ def _texts(source: Path, **settings: str) -> tuple[str, ...]:
         ModelSettings(calibration=str(source), **settings), "text", num_samples=8, seed=0, task="a"
     )
     return found.samples
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet", "txt"])
+@pytest.mark.parametrize("name", ["cars [1]", "cars?", "*", "{a,b}", "[!x]"])
+def test_a_name_is_no_pattern(tmp_path: Path, name: str, ending: str) -> None:
+    """What the name would match as a pattern lies beside the file, and in its folder's place."""
+    folders = tmp_path / "data [2024]", tmp_path / "data 2"
+    for folder in folders:
+        folder.mkdir()
+    for place, text in ((folders[0] / name, "right"), (folders[0] / "cars 1", "wrong"), (folders[1] / name, "wrong")):
+        rows = [f"{text} {i}" for i in range(6)]
+        file = place.with_name(f"{place.name}.{ending}")
+        if ending == "parquet":
+            pq.write_table(pa.table({"text": rows}), file)
+        elif ending == "json":
+            file.write_text(json.dumps([{"text": row} for row in rows]))
+        elif ending == "jsonl":
+            file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        else:
+            file.write_text("\n".join(["text", *rows] if ending == "csv" else rows))
+    assert {text.split()[0] for text in _texts(folders[0] / f"{name}.{ending}")} == {"right"}
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])

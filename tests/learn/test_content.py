@@ -88,6 +88,30 @@ def test_renamed_folders_are_found_in_the_cache(
     assert (folder / "heads" / f"{old[1].name}.json").read_bytes() == heads[f"{names[0]}.json"]
 
 
+def test_a_run_that_was_killed_while_it_renamed_loses_no_head(
+    vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names are swapped; the kill comes just before the masks are saved, and leaves a learning run's folder."""
+    old = [vit / name for name in ("base", "a", "b")]
+    folder, _ = _learned(old, images)
+    heads = {file.name: file.read_bytes() for file in (folder / "heads").iterdir()}
+    (folder / "run" / "snapshot").mkdir(parents=True)
+    swapped = _copied(old, ["theta", "b", "a"], tmp_path)
+    monkeypatch.setattr(run, "optimise", _interrupt)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mergekit_dam.artifact.relabel.save", _interrupt)
+        _learned(swapped, images)
+    _learned(swapped, images)
+    assert not (folder / "run").exists()
+    other = {"a": "b", "b": "a"}
+    for name, content in heads.items():
+        stem, _, ending = name.partition(".")
+        moved = (folder / "heads" / f"{other[stem]}.{ending}").read_bytes()
+        assert moved == content or ending == "json"
+        assert ending != "json" or json.loads(moved)["id2label"] == json.loads(content)["id2label"]
+    assert len(heads) == 4 == len(list((folder / "heads").iterdir()))
+
+
 def test_an_interrupted_run_goes_on_under_other_names(
     bert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

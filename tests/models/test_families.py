@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers
 import yaml
 
+from mergekit_dam.models import families
 from mergekit_dam.models.verify import verify_output
 from tests.conftest import Merge
 from tests.helpers.merging import (
@@ -153,3 +156,22 @@ def test_plain_mergekit_yaml_merges_vit_with_different_heads(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     verify_output(tmp_path / "out", base, dtype=torch.float32)
+
+
+def test_names_are_read_while_another_thread_loads_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mergekit's threads share one table of loaders, which grows while it is read."""
+    loaders: dict[Any, Any] = {}
+
+    class Growing:
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+        @property
+        def model(self) -> Growing:
+            loaders[len(loaders)] = None
+            return self
+
+    index = SimpleNamespace(index=SimpleNamespace(tensor_paths={"one": "file"}))
+    loaders.update({Growing("other"): index, Growing("wanted"): index})
+    monkeypatch.setattr(families, "LoaderCache", lambda: SimpleNamespace(loaders=loaders))
+    assert families._names_on_disk(SimpleNamespace(name_or_path="wanted")) == {"one"}  # type: ignore[arg-type]

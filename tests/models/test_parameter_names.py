@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +35,28 @@ def parameters_of(path: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]
     tensors = load_file(path / "model.safetensors")
     found = {target: tensors[name] for name, target in module_names(model, tensors).items()}
     return found | {alias: found[main] for alias, main in tied_names(model).items() if main in found}
+
+
+def test_models_are_built_as_ever_after_threads_built_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a model is built without weights, all modules of the process are; that must end with the last of them."""
+    path, usual = make_model("ViTModel", tmp_path / "m"), transformers.ViTModel.__init__
+    begun, seconds = Barrier(4), iter((0.1, 0.2, 0.3, 0.4))
+
+    def slowly(self: Any, *args: Any, **given: Any) -> None:
+        time.sleep(next(seconds))
+        usual(self, *args, **given)
+
+    def build(_: int) -> None:
+        begun.wait()
+        skeleton(path)
+
+    register = torch.nn.Module.register_parameter
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", register)  # for the tests after one that fails
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(transformers.ViTModel, "__init__", slowly)
+        list(pool.map(build, range(4)))
+    assert torch.nn.Module.register_parameter is register
+    assert torch.nn.Linear(2, 2).weight.device == CPU
 
 
 @pytest.mark.parametrize("kind", OURS + LMS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +19,14 @@ from mergekit.options import MergeOptions
 
 import mergekit_dam
 from mergekit_dam.artifact import masks_file
+from mergekit_dam.artifact.folder import REPORT_JSON
 from mergekit_dam.artifact.masks_file import MASKS_FILE
 from mergekit_dam.cli.main import main
+from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.models import plan as planning
 from mergekit_dam.plugin.method import register_dam
 from mergekit_dam.plugin.planner import plan_of
-from mergekit_dam.publish.report import REPORT_JSON, write_report
+from mergekit_dam.publish.report import write_report
 from tests.conftest import FAST
 
 
@@ -110,3 +114,18 @@ def test_a_plan_of_other_settings_is_not_taken(recipe: dict[str, Any], tmp_path:
         run_merge(config, str(tmp_path / "out"), options)
     assert calls == ONCE and handed.masks is None
     assert masks_file.load(tmp_path / "out" / "dam" / MASKS_FILE).metadata["seed"] == 7
+
+
+def test_merges_that_keep_nothing_leave_the_cache_of_others_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Threads merge at once, some of them without the cache."""
+    before = cache_folder()
+    begun = threading.Barrier(4)
+
+    def merged(number: int) -> bytes:
+        begun.wait()
+        mergekit_dam.merge(recipe, tmp_path / str(number), resume=number % 2 == 0, report=False)
+        return (tmp_path / str(number) / "model.safetensors").read_bytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(merged, range(4)))) == 1
+    assert cache_folder() == before and not list(before.glob("anew-*"))

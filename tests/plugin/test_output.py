@@ -11,6 +11,7 @@ import transformers
 from filelock import FileLock
 from safetensors.torch import load_file
 
+import mergekit_dam
 from mergekit_dam.errors import DamError
 from mergekit_dam.plugin.output import OutputLocks, place_artifact, remove_stale_files
 from tests.conftest import FAST, Merge
@@ -122,6 +123,54 @@ def test_files_that_are_not_weights_stay(tmp_path: Path) -> None:
         (out / name).touch()
     place_artifact(folder, out)
     assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == set(stay)
+
+
+_RESULTS = ("evaluation.json", "report.json", "report.html", "inputs.json", "audit.json", "figures/loss.png")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_results_stay_with_the_masks_that_they_were_measured_with(same: bool, tmp_path: Path) -> None:
+    """What was measured on another merge, and its heads and triggers, would be published as this one's."""
+    out, folder = tmp_path / "out" / "dam", tmp_path / "cache"
+    for place, masks, own in ((out, b"older", "older"), (folder, b"older" if same else b"newer", "newer")):
+        (place / "heads").mkdir(parents=True)
+        (place / "dam_masks.safetensors").write_bytes(masks)
+        (place / "heads" / f"{own}.safetensors").touch()
+    (out / "figures").mkdir()
+    for name in ("triggers.safetensors", "metrics.jsonl", *_RESULTS):
+        (out / name).touch()
+    place_artifact(folder, out.parent)
+    left = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    kept = {name for name in _RESULTS if not name.startswith("audit")} if same else set()
+    assert left == {"dam_masks.safetensors", "heads/newer.safetensors"} | kept
+
+
+def test_a_merge_by_another_method_leaves_nothing_of_dams(vit: Path, images: Path, tmp_path: Path) -> None:
+    models = [{"model": str(vit / name), "parameters": {"calibration": str(images)}} for name in ("a", "b")]
+    recipe = {"base_model": str(vit / "base"), "dtype": "float32"}
+    mergekit_dam.merge({**recipe, "merge_method": "dam", "models": models, "parameters": RECIPE}, tmp_path / "out")
+    assert (tmp_path / "out" / "dam" / "dam_masks.safetensors").is_file()
+    plain = [{"model": one["model"], "parameters": {"weight": 0.5}} for one in models]
+    mergekit_dam.merge({**recipe, "merge_method": "task_arithmetic", "models": plain}, tmp_path / "out")
+    assert not [
+        p for p in (tmp_path / "out" / "dam").rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != ".lock"
+    ]
+
+
+def test_a_lock_may_be_released_while_its_thread_claims_another(tmp_path: Path) -> None:
+    """The garbage collector runs finalizers anywhere, also within `claim`."""
+    locks, life = OutputLocks(), _Life()
+    locks.claim(tmp_path / "out", [], until=life)
+    ((path, (lock, _)),) = locks._held.items()
+
+    def released() -> None:
+        with locks._guard:
+            locks.release(path, lock)
+
+    thread = threading.Thread(target=released, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and not locks._held
 
 
 def test_a_merge_replaces_read_only_files_and_leaves_none_of_an_older_model(tmp_path: Path) -> None:

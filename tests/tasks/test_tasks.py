@@ -85,6 +85,28 @@ def test_load_merged_gives_each_task_its_head(merge: Merge, vit: Path, images: P
         load_merged(out, "c")
 
 
+def test_a_merge_in_another_type_takes_its_heads_along(merge: Merge, vit: Path, images: Path) -> None:
+    out = merge(vit / "base", [vit / "a", vit / "b"], parameters={**FAST, "calibration": str(images)}, dtype="bfloat16")
+    model = load_merged(out, "a")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)).logits.shape == (2, 3)
+
+
+def test_a_zero_shot_head_of_half_precision_is_that_of_the_same_weights(tmp_path: Path, images: Path) -> None:
+    towers = [make_model("CLIPVisionModel", tmp_path / f"v{i}", seed=i) for i in (1, 2)]
+    clip = transformers.CLIPModel.from_pretrained(make_model("CLIPModel", tmp_path / "clip")).bfloat16()
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    for folder in (half, whole):
+        clip.to(torch.float32 if folder == whole else torch.bfloat16).save_pretrained(folder)
+        save_tokenizer(folder)
+    logits = []
+    for clip in (half, whole):
+        task = _tasks(towers[0], towers, images, classes="movie, film", zero_shot_model=str(clip))[0]
+        with torch.no_grad():
+            logits.append(task.logits(task.own_weights(), task.inputs(torch.arange(4))))
+    torch.testing.assert_close(logits[0], logits[1])
+
+
 def test_full_clip_merges_with_zero_shot_heads(merge: Merge, tmp_path: Path, images: Path) -> None:
     base = make_model("CLIPModel", tmp_path / "base")
     save_tokenizer(base)

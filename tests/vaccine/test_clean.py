@@ -270,3 +270,10 @@ def test_an_encoder_without_a_head_is_refused(folders: dict[str, Path], tmp_path
     model = make_model("BertModel", tmp_path / "model", seed=1, body=base)
     with pytest.raises(DamError, match="classification head"):
         clean(model, tmp_path / "out", base=base, data=data_of(folders["text"]), **FEW)
+
+
+def test_too_few_samples_are_refused_before_anything_is_written(causal: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("".join(data_of(causal).read_text().splitlines(keepends=True)[:5]))
+    arguments = (causal / "model", "--base", causal / "base", "--data", tmp_path / "few.txt")
+    assert "at least 8 samples" in _run(*arguments, "-o", tmp_path / "out", *_options(**LM), rc=1)
+    assert {p.name for p in tmp_path.iterdir()} == {"few.txt"}

@@ -248,6 +248,12 @@ def test_what_cannot_be_done_is_said(
         vaccinate(tasks[family], _few(**changes), progress=_steps)
 
 
+def test_one_sample_at_least_is_held_out(folders: dict[str, Path]) -> None:
+    task = task_of(folders["image"], num_samples=16, constants={"vaccine_most_checks": 0.05})
+    lessons = Lessons(task, resolved(_few(), task), task.own_weights())
+    assert len(lessons.checks) == 1 and lessons.agreement(task.own_weights()) == 1.0
+
+
 def test_what_is_left_is_told_by_kind_and_the_worst_first(tasks: dict[str, Task]) -> None:
     facts = vaccinate(tasks["image"], _few(held_out=2), progress=_steps).facts
     facts = {**facts, "samples": {"held out": 4}}

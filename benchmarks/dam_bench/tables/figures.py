@@ -32,6 +32,7 @@ _LOOKS: dict[str, tuple[tuple[str, ...], str]] = {
     "defence": (("#7F7F7F", "#332288", "#117733"), "o^sDvP*Xd"),
     "public DAM": (("#E69F00",), "X"),
     "ours": (("#F2B58C", "#A84A00", "#5C2900", "#D55E00"), "^vsoDP"),
+    "afterwards": (("#D55E00",), "1234+x"),
 }
 _LINES = ("-", "--", "-.", ":")
 _COLUMNS = 3
