@@ -108,11 +108,10 @@ class DamConfig(StrictSettings):
         source=HINTON,
         ge=0,
     )
-    clean: Literal["auto"] | bool = setting(
-        "auto",
+    clean: bool = setting(
+        False,
         "Vaccinate models before they are merged: plant backdoors and unlearn them, as `mergekit-dam clean` does. "
-        "Causal LMs are replaced by students instead (`student_steps`), and not scanned. auto: no model so "
-        "far.",
+        "Causal LMs are replaced by students instead (`student_steps`), and not scanned.",
     )
     window: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = setting(
         "auto",

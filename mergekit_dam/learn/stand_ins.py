@@ -45,8 +45,6 @@ def merges_students(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bo
 
 def vaccinates(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool:
     """Whether models are vaccinated before they are merged (setting `clean`); of causal LMs, students take it over."""
-    if config.clean == "auto":
-        return scans(config) and all(task.vaccinated for task in tasks)
     return config.clean and not (students.is_causal(tasks) and merges_students(tasks, config))
 
 

@@ -37,7 +37,7 @@ def uses_students(tasks: Sequence[Task | type[Task]], config: DamConfig) -> bool
     if config.student_steps == 0:
         return False
     if is_causal(tasks):
-        return config.clean is True
+        return config.clean
     return config.mask != "m1" and all(task.modality == "text" and not task.defended for task in tasks)
 
 

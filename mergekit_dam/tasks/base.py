@@ -57,7 +57,6 @@ class Task(ABC):
         constants: of the plan's settings.
         defended: whether scans of such models were seen to find implanted backdoors (benchmarks/STUDY.md); where they
             were not, students are merged instead of the models.
-        vaccinated: whether `clean: auto` vaccinates such models before they are merged (benchmarks/STUDY.md).
     """
 
     modality: ClassVar[Modality]
@@ -65,7 +64,6 @@ class Task(ABC):
     trigger_kinds: ClassVar[tuple[str, ...]]
     classifies: ClassVar[bool] = True
     defended: ClassVar[bool] = True
-    vaccinated: ClassVar[bool] = False
 
     _embedding: str | None = None  # parameter name of the table of words
 

@@ -84,11 +84,8 @@ class _Named:
         return self._checkpoint.tensor(self._prefix + name)
 
 
-@pytest.mark.parametrize("clean", ["auto", False])
-def test_models_that_nobody_wants_vaccinated_are_merged_as_they_are(
-    clean: Any, merge: Merge, vit: Path, images: Path
-) -> None:
-    out = merge(vit / "base", [vit / "a", vit / "b"], parameters={**FAST, "calibration": str(images), "clean": clean})
+def test_models_that_nobody_wants_vaccinated_are_merged_as_they_are(merge: Merge, vit: Path, images: Path) -> None:
+    out = merge(vit / "base", [vit / "a", vit / "b"], parameters={**FAST, "calibration": str(images)})
     masks = load(out / "dam" / MASKS_FILE)
     assert not masks.stand_ins and "vaccinated" not in masks.metadata
 
