@@ -17,7 +17,6 @@ are float16, are read, too.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +49,6 @@ from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED, own_
 from mergekit_dam.merging.mask_product import MaskProduct, means_of
 from mergekit_dam.models.plan import Plan
 
-LOG = logging.getLogger(__name__)
 SCHEMA = 2
 MASKS_FILE = "dam_masks.safetensors"
 _STAND_IN = "student"  # since the first substitutes were students

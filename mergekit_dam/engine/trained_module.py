@@ -121,7 +121,7 @@ class TrainedModule(Mapping[str, Tensor]):
         """Draw the factors A of the LoRAs and set the factors B to zero; without LoRAs do nothing."""
         for name, parameter in self.trained.items() if self.lora_rank else ():
             with torch.no_grad():
-                if "lora_A" in name or "lora_embedding_A" in name:
+                if "lora_A" in name:
                     bound = parameter.shape[1] ** -0.5
                     drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                     parameter.copy_(drawn)

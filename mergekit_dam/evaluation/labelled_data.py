@@ -22,11 +22,11 @@ from mergekit_dam.io.columns import OPTION, Conversation, Kind
 from mergekit_dam.io.data_files import ListTable, Table, open_data
 from mergekit_dam.io.image_files import IMAGES
 from mergekit_dam.io.images import Preprocessing
+from mergekit_dam.models.families import CAUSAL_CLASSES
 from mergekit_dam.tasks.encoding import encoded, padded_left
 from mergekit_dam.tasks.readout import Readout, class_names, linear_head, prompts, tokenizer_of, zero_shot_head
 
 Names = Mapping[str, int]
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _ANSWER_TOKENS = 32  # searched for a target text, in addition to the tokens of that text
 _ANSWER_BATCH = 32  # answers generated together; it changes memory, not results
 
@@ -73,7 +73,7 @@ def labelled_data(
     else:
         inputs, labels = read_labelled(source, "text", name, known)
         data = LabelledData.of_texts(name, inputs, labels, tokenizer_of(folders, name))
-        if type(model).__name__.endswith(_CAUSAL):
+        if type(model).__name__.endswith(CAUSAL_CLASSES):
             return _with_answer_classes(data, names, model, folders, name)
     if type(model).__name__.endswith(("ForImageClassification", "ForSequenceClassification")):
         return _require_known_classes(data, int(config.num_labels))
@@ -145,7 +145,7 @@ def text_target_data(model: nn.Module, folders: Sequence[Path], name: str, sourc
     Raises:
         DamError: the model is no causal LM, or the data do not fit.
     """
-    if not type(model).__name__.endswith(_CAUSAL):
+    if not type(model).__name__.endswith(CAUSAL_CLASSES):
         raise DamError(
             f"model of {name}",
             expected="a causal LM, for a target text",

@@ -20,8 +20,7 @@ import torch
 from mergekit_dam.errors import DamError, did_you_mean, first_line
 from mergekit_dam.io.hub_client import hub_cause, hub_error
 from mergekit_dam.io.untrusted import load_json
-
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
+from mergekit_dam.models.families import CAUSAL_CLASSES
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Harness:
             DamError: the model is no causal LM, data are not available, or the harness fails.
         """
         kind = str((load_json(model / "config.json").get("architectures") or ["unknown"])[0])
-        if not kind.endswith(_CAUSAL):
+        if not kind.endswith(CAUSAL_CLASSES):
             raise DamError(
                 f"model {model}",
                 expected="a causal LM, for lm_eval",

@@ -19,6 +19,7 @@ from mergekit_dam.learn.masks import detects_per_model
 from mergekit_dam.learn.objectives import scans
 from mergekit_dam.learn.stand_ins import merges_students, student_settings, teaches_suspects, vaccinates
 from mergekit_dam.merging.mask_keys import Granularity, mask_shape
+from mergekit_dam.models.families import CAUSAL_CLASSES
 from mergekit_dam.models.plan import Plan, TensorSpec
 from mergekit_dam.tasks import family_of
 from mergekit_dam.vaccine.settings import VaccineSettings, resolved_for
@@ -279,7 +280,7 @@ def _tokens(config: PretrainedConfig, max_length: int) -> int:
 def _classes(config: PretrainedConfig) -> int:
     """Return the number K of classes that a scan searches; 0 for a causal LM."""
     name = (config.architectures or [""])[0]
-    return 0 if name.endswith(("ForCausalLM", "LMHeadModel")) else int(config.num_labels or 0)
+    return 0 if name.endswith(CAUSAL_CLASSES) else int(config.num_labels or 0)
 
 
 def _token_scan(config: PretrainedConfig) -> int:

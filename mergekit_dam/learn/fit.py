@@ -13,7 +13,7 @@ from mergekit_dam.engine.merged_model import MergedModel
 from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.engine.snapshots import State, adam_state
 from mergekit_dam.learn.masks import LogitSteps, combined, detects_per_model, logit_keys, make_masks, mask_state
-from mergekit_dam.merging.checks import require_finite_gradients
+from mergekit_dam.merging.checks import finite_flags, require_flags
 from mergekit_dam.merging.mask_keys import BACKDOOR_DETECTION, TASK_SHARED
 from mergekit_dam.merging.mask_product import MaskProduct
 
@@ -95,7 +95,7 @@ class MaskFit:
         ):
             steps.add(logit_keys(self.masks, key), gradients)
         steps.finish(step)
-        require_finite_gradients({"lambda": self.coefficients.grad}, "coefficients", step)
+        require_flags(["the coefficients"], finite_flags([self.coefficients.grad]), step)
         self._coefficient_optimiser.step()
         self.coefficients.clamp_(0.0, constants.max_coefficient)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import subprocess
 import sys
 from typing import Literal
@@ -17,7 +16,6 @@ from mergekit_dam.learn.estimate import MAPPED, estimate
 from mergekit_dam.models.compatible import against_windows
 from mergekit_dam.models.plan import Plan
 
-LOG = logging.getLogger(__name__)
 _SIZES: tuple[Literal["all"] | int, ...] = ("all", 4, 2, 1)  # larger windows are better (benchmarks/STUDY.md)
 _USABLE = 0.8  # share of the free memory that is used
 _ASK_ALL = "import torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"

@@ -51,17 +51,6 @@ def finite_flags(tensors: Sequence[Tensor]) -> Tensor:
     return are_finite(tensors)
 
 
-def require_finite_gradients(gradients: Mapping[str, Tensor | None], what: str, step: int) -> None:
-    """Refuse gradients with NaN or infinity.
-
-    Raises:
-        DamError: with the first such tensor and the step.
-    """
-    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    if present:
-        require_flags([f"{what} for {name}" for name in present], finite_flags(list(present.values())), step)
-
-
 def require_flags(names: Sequence[str], flags_N: Tensor, step: int) -> None:
     """Refuse a step in which a gradient was not finite (`finite_flags`); it waits for the device once.
 

@@ -160,11 +160,7 @@ class Checkpoint:
         return tensor
 
     def digest(self) -> str:
-        """SHA-256 (hex) over the content of all weight files; names and locations of the files do not count.
-
-        Args:
-            fresh: read all files, also those whose digest is known from an earlier run (io/cache.py).
-        """
+        """SHA-256 (hex) over the content of all weight files; names and locations of the files do not count."""
         files = sorted(set(self._files.values()))
         self._hashed_states = {file: _state(self.path / file) for file in files}
         with ThreadPoolExecutor(max_workers=4) as pool:

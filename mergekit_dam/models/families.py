@@ -36,6 +36,7 @@ _VARIANTS: dict[str, tuple[str, str | None]] = {
     "GPTNeoXForCausalLM": (r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$", None),
     "CohereForCausalLM": (r"\.self_attn\.[qk]_norm\.weight$", "use_qk_norm"),
 }
+CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel")  # ends of the names of causal LMs
 _SINGLE_ENCODERS = ("vit", "bert", "roberta", "distilbert", "clip_vision")
 
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.models.families import CAUSAL_CLASSES
 from mergekit_dam.models.plan import ModelInput, Plan
 from mergekit_dam.registry import TASKS
 from mergekit_dam.tasks.base import Target, Task
@@ -91,7 +92,7 @@ def _family(model: ModelInput) -> type[Task]:
     known: type[Task] | None = TASKS.get(model_type)
     if known is not None and model_type not in _ENCODERS:
         return known  # registered from outside, whatever the class
-    if class_name.endswith(("ForCausalLM", "LMHeadModel")):
+    if class_name.endswith(CAUSAL_CLASSES):
         model_class = getattr(transformers, class_name, None)
         if model_class is not None and cache_argument(model_class) is None:
             raise DamError(

@@ -12,12 +12,13 @@ from mergekit_dam.io.calibration import load_calibration
 from mergekit_dam.io.files import is_readable_file
 from mergekit_dam.io.images import Preprocessing
 from mergekit_dam.models.compatible import differing_entries
+from mergekit_dam.models.families import CAUSAL_CLASSES
 from mergekit_dam.models.plan import ModelInput, Plan, revision_of
 from mergekit_dam.tasks import family_of
 from mergekit_dam.tasks.encoding import encoded
 from mergekit_dam.tasks.readout import class_names, has_tokenizer, require_rows, tokenizer_of
 
-_HEADS = ("ForImageClassification", "ForSequenceClassification", "ForCausalLM", "LMHeadModel")
+_HEADS = ("ForImageClassification", "ForSequenceClassification", *CAUSAL_CLASSES)
 
 
 def preflight(plan: Plan) -> tuple[dict[str, Any], list[str]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.errors import DamError
 from mergekit_dam.io.calibration import load_calibration
+from mergekit_dam.models.families import CAUSAL_CLASSES
 from mergekit_dam.models.plan import Plan
 from mergekit_dam.tasks.base import Task
 from mergekit_dam.tasks.bounds import Bounds, Perturb
@@ -94,7 +95,7 @@ class TextTask(Task):
     def _readout(self) -> Readout:
         """Choose the head: the class's own, or a linear one from a file."""
         settings, kind = self.input.settings, type(self.module).__name__
-        if kind.endswith(("ForSequenceClassification", "ForCausalLM", "LMHeadModel")):
+        if kind.endswith(("ForSequenceClassification", *CAUSAL_CLASSES)):
             return own_head()
         if settings.head is not None:
             return linear_head(settings.head, int(self.input.config.hidden_size), self.name, self.device)
