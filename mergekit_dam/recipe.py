@@ -29,6 +29,7 @@ from mergekit_dam.engine.progress import progress_bar
 from mergekit_dam.engine.shards import ALONE, Shards
 from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder
+from mergekit_dam.io.files import cannot_write
 from mergekit_dam.io.hub_download import LocalRecipe, localise, record_inputs
 from mergekit_dam.io.untrusted import load_yaml, read_utf8
 from mergekit_dam.learn.estimate import scans_merge
@@ -38,7 +39,7 @@ from mergekit_dam.models.plan import Plan, model_input
 from mergekit_dam.models.verify import verify_output
 from mergekit_dam.plugin.method import register_dam
 from mergekit_dam.plugin.options import refuse_launcher, require_options
-from mergekit_dam.plugin.output import cannot_write, remove_stale_files
+from mergekit_dam.plugin.output import remove_stale_files
 from mergekit_dam.plugin.planner import plan_of, require_chat_template
 from mergekit_dam.plugin.recipe_keys import require_known_keys
 from mergekit_dam.scan.audit import Audit, audit, merge_settings

@@ -103,3 +103,13 @@ def require_own(folder: Path, cure: str) -> None:
     else:
         return
     raise DamError(f"folder {folder}", expected="a folder that only you can write to", got=got, cure=cure)
+
+
+def cannot_write(where: Path, error: Exception) -> DamError:
+    """Return the error for an output that cannot be written: no space, no permission or a broken disk."""
+    return DamError(
+        f"output {where}",
+        expected="a folder that can be written",
+        got=str(error) or type(error).__name__,
+        cure="Free space or choose another directory, and run again: no unfinished file is used.",
+    )

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from mergekit_dam.artifact.folder import AUDIT_HTML, AUDIT_JSON, AUDIT_TRIGGERS, copy_artifact
 from mergekit_dam.errors import DamError
+from mergekit_dam.io.files import cannot_write
 from mergekit_dam.io.untrusted import require_no_links_out
 
 FOLDER = "dam"  # folder in the output for masks, metrics and heads
@@ -178,13 +179,3 @@ def _make_writable(out_path: Path) -> None:
     for file in _model_files(out_path):
         if not file.is_symlink() and not (mode := file.stat().st_mode) & stat.S_IWUSR:
             file.chmod(stat.S_IMODE(mode) | stat.S_IWUSR)
-
-
-def cannot_write(where: Path, error: Exception) -> DamError:
-    """Return the error for an output that cannot be written: no space, no permission or a broken disk."""
-    return DamError(
-        f"output {where}",
-        expected="a folder that can be written",
-        got=str(error) or type(error).__name__,
-        cure="Free space or choose another directory, and run again: no unfinished file is used.",
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from mergekit_dam.engine.trained_module import UpdatedWeights
 from mergekit_dam.errors import DamError
-from mergekit_dam.io.files import replacing, write_atomic
+from mergekit_dam.io.files import cannot_write, replacing, write_atomic
 from mergekit_dam.io.untrusted import load_json, require_no_links_out
 from mergekit_dam.merging.checks import require_finite
 from mergekit_dam.models.plan import ModelInput
@@ -84,7 +83,7 @@ def claimed(folder: Path) -> Iterator[None]:
             cure="Wait until it ends, or choose another output.",
         ) from error
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     try:
         yield
         (folder / _LOCK).unlink(missing_ok=True)
@@ -141,7 +140,7 @@ def write_cleaned(
             write_atomic(folder / name, content)
         shutil.rmtree(folder / WORK, ignore_errors=True)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
 
 
 def lora_of(model: ModelInput) -> Path | None:
@@ -166,12 +165,3 @@ def _write_weights(folder: Path, task: Task, weights: Mapping[str, Tensor]) -> N
             save_file(tensors, temporary, metadata={"format": "pt"})
     if (task.checkpoint.path / _INDEX).is_file():
         write_atomic(folder / _INDEX, (task.checkpoint.path / _INDEX).read_bytes())
-
-
-def _cannot_write(folder: Path, error: OSError) -> DamError:
-    return DamError(
-        f"output {folder}",
-        expected="a folder that can be written",
-        got=os.strerror(error.errno or 0),
-        cure="Free space or choose another one, and run again.",
-    )
