@@ -85,7 +85,11 @@ def test_renamed_folders_are_found_in_the_cache(
     assert {f"{new}{end}" for new in (old[1].name, old[2].name) for end in (".json", ".safetensors")} == {
         file.name for file in (folder / "heads").iterdir()
     }
-    assert (folder / "heads" / f"{old[1].name}.json").read_bytes() == heads[f"{names[0]}.json"]
+    renamed = (folder / "heads" / f"{old[1].name}.safetensors").read_bytes()
+    assert renamed == heads[f"{names[0]}.safetensors"]
+    configs = (folder / "heads" / f"{old[1].name}.json").read_bytes(), heads[f"{names[0]}.json"]
+    now, before = ({k: v for k, v in json.loads(one).items() if k != "_name_or_path"} for one in configs)
+    assert now == before
 
 
 def test_a_run_that_was_killed_while_it_renamed_loses_no_head(
