@@ -16,7 +16,7 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,12 @@ def copy_artifact(folder: Path, target: Path) -> None:
     old, new = target / MASKS_FILE, folder / MASKS_FILE
     if old.is_file() and not (new.is_file() and filecmp.cmp(old, new, shallow=False)):
         remove_results(target)
-    for name in FILES:
-        if (folder / name).is_file():
-            copy(folder / name, target / name)
-        else:
-            (target / name).unlink(missing_ok=True)
-    heads = sorted((folder / HEADS).glob("[!.]*"))
-    for stale in {file.name for file in (target / HEADS).glob("[!.]*")} - {file.name for file in heads}:
-        (target / HEADS / stale).unlink()
-    for file in heads:
-        (target / HEADS).mkdir(exist_ok=True)
-        copy(file, target / HEADS / file.name)
+    files = [name for name in FILES if (folder / name).is_file()]
+    heads = sorted(f"{HEADS}/{file.name}" for file in (folder / HEADS).glob("[!.]*"))
+    _remove_all_but(target, {*files, *heads})
+    for name in (*files, *heads):
+        (target / name).parent.mkdir(exist_ok=True)
+        copy(folder / name, target / name)
 
 
 def remove_results(target: Path) -> None:
@@ -75,10 +70,14 @@ def remove_results(target: Path) -> None:
 def remove_artifact(target: Path) -> None:
     """Remove the artefact in a folder with its results, where another method's merge replaces the merge."""
     remove_results(target)
-    for name in FILES:
-        (target / name).unlink(missing_ok=True)
-    for head in (target / HEADS).glob("[!.]*"):
-        head.unlink()
+    _remove_all_but(target, ())
+
+
+def _remove_all_but(target: Path, kept: Collection[str]) -> None:
+    """Remove an artefact's files and heads other than these, named by their paths in the folder."""
+    for name in (*FILES, *(f"{HEADS}/{file.name}" for file in (target / HEADS).glob("[!.]*"))):
+        if name not in kept:
+            (target / name).unlink(missing_ok=True)
 
 
 def copy(source: Path, target: Path) -> None:

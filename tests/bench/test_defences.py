@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from dam_bench.cli import bench
 from dam_bench.defences.afterwards import rounded
-from dam_bench.defences.base import DefenceInputs
+from dam_bench.defences.base import DefenceInputs, run_recipe
 from dam_bench.defences.blocks import PARTS, parts_of
 from dam_bench.defences.consistency import against_consistency, inconsistency
 from dam_bench.defences.feature_path import distance, features
@@ -29,7 +29,6 @@ from dam_bench.defences.training import Lesson, Tuned
 from dam_bench.defences.unlearning import jensen_shannon
 from dam_bench.runs.command import _methods
 from dam_bench.runs.methods import method_named
-from dam_bench.runs.run import _run_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -51,7 +50,7 @@ def inputs_of(root: Path, data: Path, out: Path, **shared: Any) -> DefenceInputs
     )
     models = {name: root / name for name in ("a", "b")}
     recipe = method_named("linear").recipe(suite, root / "base", models, {}, 0, out)
-    _run_recipe(recipe, 0, out / "start")
+    run_recipe(recipe, 0, out / "start")
     return DefenceInputs(suite, root / "base", models, dict.fromkeys(models, data), 0, out / "start", out / "defended")
 
 

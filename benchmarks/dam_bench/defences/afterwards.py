@@ -6,20 +6,15 @@ against nothing. It asks whether a backdoor that a merge has lost comes back.
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import gguf
 import torch
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 from torch import Tensor
 
-from dam_bench.defences.base import Defence, DefenceInputs
-from dam_bench.defences.training import Lesson, Loss, Trained, Tuned
+from dam_bench.defences.base import Defence, DefenceInputs, run_recipe
+from dam_bench.defences.training import Tuned
 from mergekit_dam.config import setting
 from mergekit_dam.errors import DamError, did_you_mean
 
@@ -48,9 +43,6 @@ def rounded(matrix: Tensor) -> Tensor:
 
 class FineTuned(Tuned):
     """Fine-tunes the merge on clean samples of all tasks, with the input models' answers as labels."""
-
-    def loss_of(self, trained: Trained, lessons: Sequence[Lesson], seed: int) -> Loss:
-        return lambda lesson, rows, step: lesson.loss(trained.weights(), rows)
 
 
 class Rescaled(Defence):
@@ -102,8 +94,5 @@ class MergedAgain(Defence):
 
     def changed_weights(self, given: DefenceInputs) -> Mapping[str, Tensor]:
         out = given.out.with_name(f"{given.out.name}-again")
-        config = MergeConfiguration.model_validate(self.recipe(given))
-        options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=given.seed)
-        with contextlib.redirect_stderr(io.StringIO()):
-            run_merge(config, str(out), options)
+        run_recipe(self.recipe(given), given.seed, out)
         return given.start_weights(out)

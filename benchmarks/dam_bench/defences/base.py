@@ -6,6 +6,9 @@ a target, a label, or which model is bad.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,6 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -172,3 +179,18 @@ class Defence(StrictSettings):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(given.seed)
             given.write(self.changed_weights(given))
+
+
+def run_recipe(recipe: Mapping[str, Any], seed: int, out: Path) -> None:
+    """Merge by mergekit in this process, without its progress bars and with a cache of this merge's own beside `out`.
+
+    Args:
+        recipe: mergekit's configuration.
+        seed: of what mergekit draws.
+        out: directory to write.
+    """
+    os.environ["MERGEKIT_DAM_CACHE"] = str(out.parent / "cache")  # a run must not reuse the masks of an earlier run
+    config = MergeConfiguration.model_validate(recipe)
+    options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=seed)
+    with contextlib.redirect_stderr(io.StringIO()):
+        run_merge(config, str(out), options, config_source=yaml.safe_dump(recipe))  # which names the heads' models

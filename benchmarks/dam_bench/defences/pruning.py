@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dam_bench.defences.base import DefenceInputs
 from dam_bench.defences.blocks import blocks_in_order, parts_of
-from dam_bench.defences.training import Lesson, Loss, Trained, Tuned
+from dam_bench.defences.training import Trained, Tuned
 from mergekit_dam.config import setting
 from mergekit_dam.engine.module_weights import Weights
 from mergekit_dam.tasks import Task
@@ -90,9 +90,6 @@ class FinePruning(Tuned):
     def trainable(self, given: DefenceInputs) -> Trained:
         trained = super().trainable(given)
         return _Pruned(trained, self.kept(given, trained.start))
-
-    def loss_of(self, trained: Trained, lessons: Sequence[Lesson], seed: int) -> Loss:
-        return lambda lesson, rows, step: lesson.loss(trained.weights(), rows)
 
 
 class _Pruned(Trained):

@@ -135,9 +135,9 @@ class Tuned(Defence):
     learning_rate: float = setting(..., "AdamW step at its highest.", gt=0)
     lora_rank: int = setting(0, "Rank of LoRAs on the matrices that are trained; 0: all weights.", ge=0)
 
-    @abstractmethod
     def loss_of(self, trained: Trained, lessons: Sequence[Lesson], seed: int) -> Loss:
-        """Prepare the training, and return its loss."""
+        """Prepare the training, and return its loss: by default that of the own answers, plain fine-tuning."""
+        return lambda lesson, rows, step: lesson.loss(trained.weights(), rows)
 
     def trainable(self, given: DefenceInputs) -> Trained:
         """Choose what is trained: the bodies without their tables of words, by default."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import platform
@@ -17,13 +16,9 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 from torch import nn
 
-from dam_bench.defences.base import DefenceInputs
+from dam_bench.defences.base import DefenceInputs, run_recipe
 from dam_bench.defences.registry import DEFENCES, defence_of, require_suited
 from dam_bench.runs.methods import Method, method_named
 from dam_bench.runs.peer import merge_with_fusion_bench, peer_report
@@ -212,7 +207,7 @@ def _merged(
         report = peer_report(out)
         return _Merge(out, round(report["seconds"]["all"], 2), report["peak_rss_bytes"])
     recipe = method.recipe(store.suite, base, models, calibration, seed, folder)
-    return _measured(lambda: _run_recipe(recipe, seed, out), out)
+    return _measured(lambda: run_recipe(recipe, seed, out), out)
 
 
 def _defended(
@@ -233,18 +228,10 @@ def _defended(
     defence = defence_of(method.defence, method.parameters)
 
     def work() -> None:
-        _run_recipe(recipe, seed, given.start)
+        run_recipe(recipe, seed, given.start)
         defence.defend(given)
 
     return _measured(work, out)
-
-
-def _run_recipe(recipe: Mapping[str, Any], seed: int, out: Path) -> None:
-    os.environ["MERGEKIT_DAM_CACHE"] = str(out.parent / "cache")  # a run must not reuse the masks of an earlier run
-    config = MergeConfiguration.model_validate(recipe)
-    options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=seed)
-    with contextlib.redirect_stderr(io.StringIO()):
-        run_merge(config, str(out), options, config_source=yaml.safe_dump(recipe))  # which names the heads' models
 
 
 def _measured(work: Callable[[], None], out: Path) -> _Merge:
