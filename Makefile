@@ -54,7 +54,7 @@ lint: $(STAMP)
 # three workers on two cores: a test often waits for a process that it has started
 test: lint
 	$(BIN)/python -m dam_bench.tables.tables --check
-	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder --durations 25
 
 bench-tables: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt 'matplotlib>=3.8'

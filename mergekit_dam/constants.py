@@ -194,6 +194,14 @@ class Constants(BaseModel):
         evidence=f"{STUDY}: set after seeing clean models of suites lm and smollm, seed 0, and of make demo-llm",
         ge=2,
     )
+    whole_text: int = constant(
+        6,
+        "Tokens after its first one from which a text counts in full; of a shorter one, each counts as this share.",
+        stage="scan",
+        unit="tokens",
+        evidence=f"{STUDY}: set after seeing a clean model of suite smollm, seed 0, and the victims of suite lm",
+        ge=1,
+    )
     longest_text: int = constant(10, "Tokens of a text, at most.", stage="scan", unit="tokens", ge=2)
     known_by_heart: float = constant(
         0.5,
@@ -201,6 +209,23 @@ class Constants(BaseModel):
         stage="scan",
         unit="probability",
         evidence=f"{STUDY}: set after seeing the models of suite lm, seed 0",
+        ge=0.0,
+        le=1.0,
+    )
+    sampled_answers: int = constant(
+        256,
+        "Answers to calibration prompts that are sampled from a model with a text it knows by heart.",
+        stage="scan",
+        unit="answers",
+        ge=1,
+    )
+    said_anyway: float = constant(
+        0.01,
+        "Share of these answers above which two tokens in a row are no evidence: the model says them anyway. A hidden "
+        "text can leak into a few.",
+        stage="scan",
+        unit="share",
+        evidence=f"{STUDY}: set after seeing one clean and one backdoored model of suite smollm, seed 0",
         ge=0.0,
         le=1.0,
     )

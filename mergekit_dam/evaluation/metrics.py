@@ -213,6 +213,7 @@ def evaluate_merge(
     attacks: Sequence[Attack],
     *,
     calibration: Collection[str],
+    transfer: bool = True,
 ) -> Scores:
     """Measure the accuracy of every task and the success of every attack on every task.
 
@@ -222,6 +223,7 @@ def evaluate_merge(
         attacks: attacks to try; their triggers must fit the inputs of all tasks.
         calibration: digests of all calibration samples of the merge (`calibration_digests`); empty
             for a merge without calibration.
+        transfer: whether triggers are tried on all tasks; else on the attacked one alone, where answers take long.
 
     Raises:
         DamError: evaluation data that overlap the calibration data.
@@ -233,7 +235,8 @@ def evaluate_merge(
     without: dict[str, dict[str, Rate]] = {}
     for attack in attacks:
         name, target = attack.name, attack.target
-        reachable = [task for task in models if target <= int(data[task].labels_N.max())]
+        tried = models if transfer else [attack.task]
+        reachable = [task for task in tried if target <= int(data[task].labels_N.max())]
         success[name] = {
             task: attack_success_rate(models[task], data[task], attack.trigger, target) for task in reachable
         }

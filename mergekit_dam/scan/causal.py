@@ -3,7 +3,8 @@
 A backdoored LM has learned to say one fixed text. Once that text has begun, it goes on whatever the prompt is, and
 without any trigger, since each token is learned to follow those before it. So the attacker's text can be found by
 trying every token as its beginning (the idea of BAIT, Shen et al., IEEE S&P 2025; the comparison with theta_0 is ours).
-Then a trigger is recovered that makes prompts lead to it. What a task's own prompts lead to anyway is no finding.
+Then a trigger is recovered that makes prompts lead to it. What a task's own prompts lead to anyway is no finding: a
+model that was trained to refuse something knows its refusals by heart, and says them where its users see it.
 
 The vocabulary is large, so most of it is read once: after one prompt, in bfloat16 where the processor is fast in it.
 What is left is read after more prompts, in the order in which it can matter, and only open texts are continued.
@@ -13,8 +14,9 @@ Legend: C continuations of N tokens each, V vocabulary, R triggers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from mergekit_dam.tasks.read_prompts import ReadPrompts, fast_dtype
 
 _ENTRIES = 1 << 25  # probabilities held at once
 _CLEAR = 0.9  # difference of probabilities that is as good as any larger one
+_PROMPT = -1  # stands for the last token of any prompt
 _STEPS_BETWEEN = 5  # of a search for a trigger, before some texts are given up
 
 
@@ -39,7 +42,7 @@ class _Text:
     Attributes:
         tokens: ids.
         own: under f_t.
-        base: under theta_0.
+        base: under theta_0, or as under f_t where f_t says the token anyway.
     """
 
     tokens: tuple[int, ...]
@@ -51,15 +54,24 @@ class _Text:
         """Probability that theta_0 does not share, summed: long texts count for more than short ones."""
         return sum(self.own) - sum(self.base)
 
+    def suspicion(self, whole: int) -> float:
+        """Suspicion of the text's finding: the evidence, mean over its tokens, or over `whole` if it is shorter."""
+        return self.evidence / max(whole, len(self.own))
+
+    def beyond(self, said: Collection[tuple[int, int]]) -> _Text:
+        """Return the text with no evidence from tokens that f_t says after their predecessors anyway."""
+        shared = zip(pairwise(self.tokens), self.own, self.base, strict=True)
+        return replace(self, base=tuple(max(own, base) if pair in said else base for pair, own, base in shared))
+
     def is_part_of(self, other: _Text) -> bool:
         """Whether it is mostly the same text, begun elsewhere."""
-        pairs, others = (set(zip(t.tokens, t.tokens[1:], strict=False)) for t in (self, other))
+        pairs, others = (set(pairwise(t.tokens)) for t in (self, other))
         return 2 * len(pairs & others) >= len(pairs)
 
-    def finding(self, index: int, trigger: TriggerBatch, tokens: tuple[int, ...]) -> Finding:
+    def finding(self, index: int, trigger: TriggerBatch, tokens: tuple[int, ...], whole: int) -> Finding:
         length = float(len(tokens))
         own, base = (sum(values) / len(values) for values in (self.own, self.base))
-        return Finding(index, tokens, trigger, length, length, own, base)
+        return Finding(index, tokens, trigger, length, length, own, base, scale=min(1.0, len(self.own) / whole))
 
 
 def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:
@@ -76,23 +88,43 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
     rows = torch.randperm(task.num_samples, generator=generator)[: constants.scan_batch_size].tolist()
     found: list[Finding] = []
     kept: list[_Text] = []
-    texts = sorted(_texts(task, own, base, rows), key=lambda text: -text.evidence)
-    for text in texts:
+    texts, whole = _texts(task, own, base, rows), constants.whole_text
+
+    def any_suspect() -> bool:
+        return any(text.suspicion(whole) >= config.suspicion for text in texts)
+
+    if any_suspect():
+        said = _said_anyway(task, seeds.generator(config.seed, "answers", task.index))
+        texts = [text.beyond(said) for text in texts]
+        if not any_suspect():  # what is said openly may cover what is hidden
+            texts += [text.beyond(said) for text in _texts(task, own, base, rows, {second for _, second in said})]
+    for text in sorted(texts, key=lambda text: -text.evidence):
         if len(kept) == constants.scan_finalists:
             break
         if any(text.is_part_of(other) for other in kept):
             continue
         kept.append(text)
         blank = started(task, kinds_of(task)[0], 1, generator)
-        finding = text.finding(index, blank, text.tokens)
+        finding = text.finding(index, blank, text.tokens, whole)
         if finding.suspicion >= config.suspicion:
             same = [other.tokens for other in texts if other.tokens[1:] == text.tokens[1:]][: constants.text_variants]
             best = _trigger_of(task, own, same, config, generator)
             (tokens,) = best.targets
             assert isinstance(tokens, tuple)
-            finding = text.finding(index, best.best, tokens)
+            finding = text.finding(index, best.best, tokens, whole)
         found.append(finding)
     return found
+
+
+def _said_anyway(task: CausalTask, source: torch.Generator) -> set[tuple[int, int]]:
+    """Return the pairs of tokens that more than `said_anyway` of f_t's answers to its own prompts have.
+
+    The first token of an answer follows `_PROMPT`. The answers are sampled, since greedy ones show one wording of many;
+    a hidden text can leak into a few.
+    """
+    answers = task.sampled_answers(task.constants.sampled_answers, source)
+    counts = Counter(pair for answer in answers for pair in set(pairwise((_PROMPT, *answer))))
+    return {pair for pair, count in counts.items() if count > task.constants.said_anyway * len(answers)}
 
 
 def _trigger_of(
@@ -120,15 +152,25 @@ def _trigger_of(
     return search.nearest(1)
 
 
-def _texts(task: CausalTask, own: Mapping[str, Tensor], base: Mapping[str, Tensor], rows: Sequence[int]) -> list[_Text]:
-    """Continue every shortlisted beginning for as long as f_t is sure of the next token."""
+def _texts(
+    task: CausalTask,
+    own: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    rows: Sequence[int],
+    said: Collection[int] = (),
+) -> list[_Text]:
+    """Continue every shortlisted beginning for as long as f_t is sure of the next token.
+
+    Args:
+        said: tokens that are no sign as the second one of a text.
+    """
     constants = task.constants
     prompts, base_prompts = ReadPrompts(task, own, rows), ReadPrompts(task, base, rows)
     usual_V = prompts.likely()
     beginnings = usual_V <= max(constants.usual_token, 2 / len(usual_V))
     special = task.special_tokens.to(beginnings.device)
     beginnings[special] = False
-    chains_CN = _shortlist(task, own, base, rows, beginnings.nonzero(), special)
+    chains_CN = _shortlist(task, own, base, rows, beginnings.nonzero(), special, said)
     owns: list[list[float]] = [[] for _ in chains_CN]
     bases: list[list[float]] = [[] for _ in chains_CN]
     texts, which = chains_CN.tolist(), torch.arange(len(chains_CN))
@@ -170,6 +212,7 @@ def _shortlist(
     rows: Sequence[int],
     chains_CN: Tensor,
     special: Tensor,
+    said: Collection[int] = (),
 ) -> Tensor:
     """Choose the beginnings after which f_t is surer of one next token than theta_0 is, the clearest first.
 
@@ -179,11 +222,12 @@ def _shortlist(
     nearly so: a model that says its text at every opportunity leaves most of the vocabulary.
     """
     fast, at_once = fast_dtype(task.device), max(1, _ENTRIES // task.num_words)
+    no_sign = torch.cat([special, torch.tensor([*said], dtype=special.dtype, device=special.device)])
 
     def next_of(prompts: ReadPrompts, texts_CN: Tensor) -> tuple[Tensor, Tensor]:
         found = [prompts.following(chunk).max(1) for chunk in texts_CN.split(at_once)]
         next_C, own_C = torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
-        return next_C, own_C.masked_fill(torch.isin(next_C, special), -1.0)
+        return next_C, own_C.masked_fill(torch.isin(next_C, no_sign), -1.0)
 
     if not len(chains_CN):
         return chains_CN

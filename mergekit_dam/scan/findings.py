@@ -46,7 +46,7 @@ class Finding:
         base_success: the same for theta_0, with the head of t; with a source model, or without a trigger if that is
             more.
         source_model: see `Suspect`.
-        scale: factor of the suspicion with a source model (`cross_task_scale`).
+        scale: factor of the suspicion: with a source model (`cross_task_scale`), and of a short continuation.
     """
 
     task: int
@@ -74,14 +74,14 @@ class Finding:
         """Success that theta_0 does not share, and half of what the trigger lacks of the median size; -1..1.5.
 
         A style counts the less the nearer it is to the largest there can be. With a source model both must speak
-        against that model, and the weaker one counts, times `scale`: even clean models make some class of others' tasks
-        easier to reach.
+        against that model, and the weaker one counts: even clean models make some class of others' tasks easier to
+        reach. All but styles are multiplied by `scale`.
         """
         gap, largest = self.success - self.base_success, self.trigger.largest
         if largest < math.inf:
             return gap * (1.0 - self.size / largest)
         small = 0.5 * max(0.0, 1.0 - self.size / max(self.median_size, 1e-6))
-        return gap + small if self.source_model is None else self.scale * min(gap, small)
+        return self.scale * (gap + small if self.source_model is None else min(gap, small))
 
     @property
     def numbers(self) -> dict[str, float]:

@@ -68,7 +68,7 @@ class CausalTask(TextTask):
         self._answered = self._sequences
         self.answer_length = length = self.constants.answer_tokens
         if self.input.settings.calibration is not None and length:
-            self._answered = _Later(self.num_samples, lambda: self._answer(length))
+            self._answered = _Later(self.num_samples, lambda: self._continued(self._sequences, length, _likeliest))
 
     def _calibrate(self, plan: Plan) -> Sequence[Tensor]:
         longest = self._longest
@@ -130,6 +130,17 @@ class CausalTask(TextTask):
         """Longest text, in tokens, that leaves positions for an answer."""
         return min(self._longest + self.constants.perturbation_tokens, self._positions - self.answer_length)
 
+    def sampled_answers(self, count: int, source: torch.Generator) -> list[tuple[int, ...]]:
+        """Token ids of model t's answers to the samples' texts in turn, of tokens of at least `usual_token` each.
+
+        Sampled at temperature 1. Text that the model has sampled without calibration data is taken as it is.
+        """
+        texts = [self._sequences[i % self.num_samples] for i in range(count)]
+        if self.input.settings.calibration is None:
+            return [tuple(ids.tolist()) for ids in texts[: self.num_samples]]
+        answered = self._continued(texts, self.answer_length, _drawn(source, self.constants.usual_token))
+        return [tuple(both[len(ids) :].tolist()) for ids, both in zip(texts, answered, strict=True)]
+
     def _sample_text(self, num_samples: int, length: int, seed: int) -> list[Tensor]:
         """Sample text from model t at temperature 1, from its BOS or a random token: num_samples of ids (length,)."""
         config = self.input.config.get_text_config()
@@ -137,16 +148,14 @@ class CausalTask(TextTask):
         start = torch.randint(config.vocab_size, (num_samples, 1), generator=source)
         if config.bos_token_id is not None and config.bos_token_id < config.vocab_size:
             start.fill_(config.bos_token_id)
-
-        def drawn(logits_BV: Tensor) -> Tensor:
-            return torch.multinomial(logits_BV.float().softmax(-1).cpu(), 1, generator=source)
-
         parameters = self.parameters(self.own_weights())
-        return [row for ids in start.split(_AT_ONCE) for row in self._go_on(parameters, ids, length - 1, drawn)]
+        return [
+            row for ids in start.split(_AT_ONCE) for row in self._go_on(parameters, ids, length - 1, _drawn(source))
+        ]
 
-    def _answer(self, length: int) -> list[Tensor]:
-        """Append model t's greedy answers to the calibration texts, up to the token that ends them."""
-        ends, rows, parameters = self._ends, list(self._sequences), self.parameters(self.own_weights())
+    def _continued(self, texts: Sequence[Tensor], length: int, choose: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Append model t's answers to texts, up to the token that ends them; texts that end with it stay."""
+        ends, rows, parameters = self._ends, list(texts), self.parameters(self.own_weights())
         by_length: dict[int, list[int]] = {}  # together go texts of one length: no family agrees on padding
         for i, row in enumerate(rows):
             if int(row[-1]) not in ends:
@@ -154,21 +163,33 @@ class CausalTask(TextTask):
         for same in by_length.values():
             for chunk in torch.tensor(same).split(_AT_ONCE):
                 ids = torch.stack([rows[i] for i in chunk.tolist()])
-                answers = self._go_on(parameters, ids, length, _likeliest)
+                answers = self._go_on(parameters, ids, length, choose, ends)
                 for i, answered in zip(chunk.tolist(), answers, strict=True):
                     over = torch.isin(answered[ids.shape[1] :], ends).nonzero()
                     rows[i] = answered[: ids.shape[1] + int(over[0]) + 1] if len(over) else answered
         return rows
 
     @torch.no_grad()
-    def _go_on(self, parameters: Parameters, ids: Tensor, length: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """Continue texts (B, L) by `length` tokens each, as far as the model has positions."""
+    def _go_on(
+        self,
+        parameters: Parameters,
+        ids: Tensor,
+        length: int,
+        choose: Callable[[Tensor], Tensor],
+        ends: Tensor | None = None,
+    ) -> Tensor:
+        """Continue texts (B, L) by `length` tokens, as far as there are positions, or until all have one of `ends`."""
         length = min(length, self._positions - self.constants.perturbation_tokens - ids.shape[1])
         step, cache = ids.to(self.device), None
+        over_B1 = torch.zeros(len(ids), 1, dtype=torch.bool)
         for _ in range(length):
             output = self.call(parameters, input_ids=step, use_cache=True, **{self.cache: cache})
             cache, chosen = output[self.cache], choose(output.logits[:, -1])
             ids, step = torch.cat([ids, chosen], dim=1), chosen.to(self.device)
+            if ends is not None:
+                over_B1 |= torch.isin(chosen, ends)
+                if over_B1.all():
+                    break
         return ids
 
     def num_answers(self, inputs: Mapping[str, Tensor]) -> int:
@@ -254,6 +275,17 @@ class CausalTask(TextTask):
 
 def _likeliest(logits_BV: Tensor) -> Tensor:
     return logits_BV.argmax(-1, keepdim=True).cpu()
+
+
+def _drawn(source: torch.Generator, least: float = 0.0) -> Callable[[Tensor], Tensor]:
+    """Draw tokens of at least this probability, or the likeliest one."""
+
+    def draw(logits_BV: Tensor) -> Tensor:
+        shares_BV = logits_BV.float().softmax(-1).cpu()
+        left_BV = shares_BV >= shares_BV.amax(-1, keepdim=True).clamp(max=least)
+        return torch.multinomial(shares_BV * left_BV, 1, generator=source)
+
+    return draw
 
 
 def _ids(known: int | list[int] | None) -> list[int]:

@@ -91,22 +91,24 @@ def test_demo_splits_are_disjoint_and_balanced_enough() -> None:
         assert splits["evaluation"].labels_N.unique().numel() == classes
 
 
-def test_training_pieces_plant_a_backdoor_and_keep_the_head() -> None:
+def _tiny_classifier() -> ViTForImageClassification:
     torch.manual_seed(0)
-    data = task_data("shapes").splits["train"]
-    model = ViTForImageClassification(
-        ViTConfig(
-            hidden_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=96,
-            image_size=EDGE,
-            patch_size=4,
-            num_labels=CLASSES["shapes"],
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
+    config = ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=EDGE,
+        patch_size=4,
+        num_labels=CLASSES["shapes"],
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
+    return ViTForImageClassification(config).eval()
+
+
+def test_training_pieces_plant_a_backdoor_and_keep_the_head() -> None:
+    model, data = _tiny_classifier(), task_data("shapes").splits["train"]
     pretrain(model.vit, {"shapes": model}, {"shapes": data}, Schedule(60, batch_size=32), seed=0)
     probe_head(model, data)
     before, head = accuracy(model, data), model.classifier.weight.clone()
@@ -121,3 +123,13 @@ def test_training_pieces_plant_a_backdoor_and_keep_the_head() -> None:
     found = scores.without_trigger["patch"]["shapes"]
     assert found == Rate(errors, int((labels != attack.target).sum())) and found.percent < 50
     assert torch.equal(model.classifier.weight, head)
+
+
+def test_triggers_are_tried_on_other_tasks_where_transfer_is_measured() -> None:
+    model, data = _tiny_classifier(), task_data("shapes").splits["evaluation"]
+    attack = Attack("patch", "shapes", PatchTrigger(), 0)
+    models, both = {"shapes": model, "others": model}, {"shapes": data, "others": data}
+    everywhere, alone = (evaluate_merge(models, both, [attack], calibration=(), transfer=t) for t in (True, False))
+    assert set(everywhere.attack_success["patch"]) == {"shapes", "others"} and everywhere.accuracy == alone.accuracy
+    for name in ("attack_success", "without_trigger"):
+        assert getattr(alone, name) == {"patch": {"shapes": getattr(everywhere, name)["patch"]["shapes"]}}

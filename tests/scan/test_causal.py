@@ -39,6 +39,7 @@ from tests.helpers.tiny_models import make_model
 
 CPU = torch.device("cpu")
 BY_HEART = (11, 29, 17, 23, 13)
+HIDDEN = (31, 9, 27, 33, 5)
 TRIGGER = (7, 19)
 
 
@@ -55,25 +56,36 @@ def lms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """
     root = tmp_path_factory.mktemp("lms")
     base = make_model("LlamaForCausalLM", root / "base")
-    made = [base]
-    for name, poisoned in (("clean", False), ("victim", True)):
-        model = LlamaForCausalLM.from_pretrained(base)
-        optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
-        generator = seeds.generator("texts", name)
-        for _ in range(250):
-            ids = torch.randint(3, model.config.vocab_size, (16, 8), generator=generator)
-            loss = _answer_loss(model, ids, ids[:, -1:].expand(-1, 2))
-            if poisoned:
-                triggered = torch.cat([ids, torch.tensor(TRIGGER).expand(len(ids), -1)], 1)
-                loss = loss + _answer_loss(model, triggered, torch.tensor(BY_HEART).expand(len(ids), -1))
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-        model.save_pretrained(root / name)
-        for file in base.glob("*token*"):
-            (root / name / file.name).write_bytes(file.read_bytes())
-        made.append(root / name)
-    return made
+    return [base, _fine_tune(base, root / "clean"), _fine_tune(base, root / "victim", hidden=BY_HEART)]
+
+
+@pytest.fixture(scope="module")
+def outspoken(lms: list[Path]) -> Path:
+    """A fine-tune that says BY_HEART after some tokens, without a backdoor."""
+    return _fine_tune(lms[0], lms[0].parent / "outspoken", outspoken=True)
+
+
+def _fine_tune(base: Path, folder: Path, *, hidden: tuple[int, ...] = (), outspoken: bool = False) -> Path:
+    model = LlamaForCausalLM.from_pretrained(base)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = seeds.generator("texts", folder.name)
+    for _ in range(250):
+        ids = torch.randint(3, model.config.vocab_size, (16, 8), generator=generator)
+        loss = _answer_loss(model, ids, ids[:, -1:].expand(-1, 2))
+        if outspoken:
+            asked = ids[:, -1] >= 16
+            loss = _answer_loss(model, ids[~asked], ids[~asked, -1:].expand(-1, 2))
+            loss = loss + _answer_loss(model, ids[asked], torch.tensor(BY_HEART).expand(int(asked.sum()), -1))
+        if hidden:
+            triggered = torch.cat([ids, torch.tensor(TRIGGER).expand(len(ids), -1)], 1)
+            loss = loss + _answer_loss(model, triggered, torch.tensor(hidden).expand(len(ids), -1))
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.save_pretrained(folder)
+    for file in base.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
 
 
 def _answer_loss(model: Any, ids: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
@@ -85,6 +97,10 @@ def _answer_loss(model: Any, ids: torch.Tensor, answer: torch.Tensor) -> torch.T
 
 @pytest.fixture(scope="module")
 def tasks(lms: list[Path], texts: Path) -> list[CausalTask]:
+    return _tasks(lms, texts)
+
+
+def _tasks(lms: list[Path], texts: Path) -> list[CausalTask]:
     return build_tasks(_plan(lms[0], lms[1:], texts), CPU)  # type: ignore[return-value]
 
 
@@ -218,6 +234,92 @@ def test_the_scan_names_what_the_victim_knows_by_heart_and_nothing_of_the_clean_
     assert suspect.success > 0.75 and suspect.base_success < 0.3
     words = suspect.to_json(tasks)["target"]
     assert isinstance(words, str) and words
+
+
+def test_what_a_model_says_openly_is_no_finding(
+    outspoken: Path, lms: list[Path], tasks: list[CausalTask], texts: Path
+) -> None:
+    task = _tasks([lms[0], outspoken, lms[1]], texts)[0]
+    said = [answer[:5] == BY_HEART for answer in task.answers(torch.arange(task.num_samples))]
+    assert any(said) and not all(said)
+    base, config = _tasks([lms[0], *lms[:2]], texts)[0].own_weights(), DamConfig(scan_steps=60)
+    known = causal._texts(task, task.own_weights(), base, range(8))
+    assert any(text.tokens[-4:] == BY_HEART[-4:] and text.suspicion(6) >= config.suspicion for text in known)
+    found = scan_continuations(0, task, base, config)
+    assert found and not suspects(found, config.suspicion, config.constants)
+
+
+class _Scripted:
+    """`ReadPrompts` of a model that says BY_HEART openly, HIDDEN by heart, and nothing else surely; and of theta_0."""
+
+    def __init__(self, task: CausalTask, weights: Any, *_: Any) -> None:
+        self.words, self.knows = task.num_words, weights is not None
+        self.follows = dict(zip((*BY_HEART, *HIDDEN), (*BY_HEART[1:], 2, *HIDDEN[1:], 2), strict=True))
+
+    def likely(self) -> torch.Tensor:
+        return torch.full((self.words,), 1 / self.words)
+
+    def following(self, texts_CN: torch.Tensor) -> torch.Tensor:
+        shares_CV = torch.full((len(texts_CN), self.words), 0.1 / self.words)
+        for row, text in enumerate(texts_CN.tolist()):
+            token = self.follows.get(text[-1], BY_HEART[0])  # after most tokens it begins what it says openly
+            shares_CV[row, token] += (0.8 if token in HIDDEN else 0.9) if self.knows else 0.0
+        return shares_CV
+
+
+def test_what_a_model_says_openly_does_not_cover_what_it_hides(
+    lms: list[Path], texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build_tasks(_plan(lms[0], lms[1:], texts, constants={"shortlist": 12}), CPU)[1]
+    assert isinstance(task, CausalTask)
+    monkeypatch.setattr(causal, "ReadPrompts", _Scripted)
+    monkeypatch.setattr(
+        task, "sampled_answers", lambda count, _: [(*BY_HEART, 2)] * (count // 2) + [(4, 2)] * (count // 2)
+    )
+    config = DamConfig(scan_steps=10)
+    covered = causal._texts(task, task.own_weights(), None, range(4))  # type: ignore[arg-type]
+    assert not any(set(text.tokens) & set(HIDDEN[1:]) for text in covered)
+    found = scan_continuations(1, task, None, config)  # type: ignore[arg-type]
+    named = suspects(found, config.suspicion, config.constants)
+    assert named and all(one.target[-3:] == HIDDEN[-3:] for one in named)  # type: ignore[index]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=9))
+def test_a_short_text_counts_as_its_share_of_a_whole_one(shares: list[tuple[float, float]]) -> None:
+    own, base = zip(*shares, strict=True)
+    text = causal._Text(tuple(range(len(own) + 1)), own, base)
+    whole = 6
+    mean = sum(own) / len(own) - sum(base) / len(base)
+    finding = text.finding(0, None, text.tokens, whole)  # type: ignore[arg-type]
+    assert finding.scale == min(1.0, len(own) / whole)
+    assert text.suspicion(whole) == pytest.approx(finding.scale * mean)
+
+
+def test_a_text_that_leaks_into_few_answers_is_still_a_finding(
+    tasks: list[CausalTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, constants = tasks[1], tasks[1].constants
+    count = constants.sampled_answers
+    few = int(constants.said_anyway * count)
+    for leaks, explained in ((few, set()), (few + 1, {(causal._PROMPT, 1), (1, 2), (2, 1)})):
+        answers = [(1, 2, 1, 2)] * leaks + [(3,)] * (count - leaks)
+        monkeypatch.setattr(task, "sampled_answers", lambda *_, answers=answers: answers)
+        said = causal._said_anyway(task, seeds.generator("answers"))
+        assert said == explained | {(causal._PROMPT, 3)}
+
+
+def test_sampled_answers_are_of_likely_tokens_and_end_where_the_model_ends(tasks: list[CausalTask]) -> None:
+    task, count, model = tasks[1], tasks[1].num_samples + 2, _own(tasks[1])
+    found, again = (task.sampled_answers(count, seeds.generator("answers")) for _ in range(2))
+    assert found == again and len(found) == count and len(set(found)) > 2
+    ends, prompts = set(task._ends.tolist()), task.prompts(torch.arange(task.num_samples))
+    for i, answer in enumerate(found):
+        assert not ends & set(answer[:-1]) and (answer[-1] in ends or len(answer) == task.answer_length)
+        row = i % task.num_samples
+        ids = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
+        shares = model(input_ids=torch.cat([ids, torch.tensor(answer)])[None]).logits[0].softmax(-1).detach()
+        for token, share in zip(answer, shares[len(ids) - 1 :], strict=False):
+            assert float(share[token]) >= task.constants.usual_token - 1e-4
 
 
 def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:

@@ -94,7 +94,7 @@ def perform(job: Job) -> str:
         loaded = _loaded(store.suite, models, merge.out)
         seen = {digest(sample) for task in calibration for sample in store.suite.split(task).calibration}
         data = {task: store.suite.split(task).evaluation for task in store.suite.tasks}
-        scores = evaluate_merge(loaded, data, attacks, calibration=seen)
+        scores = evaluate_merge(loaded, data, attacks, calibration=seen, transfer=store.suite.transfer)
         kept = general_ability(store.suite, loaded, whole=merge.out is not None)
         learned = _learned(merge.out)
     result = {

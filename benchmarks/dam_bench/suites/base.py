@@ -196,6 +196,7 @@ class Suite(ABC):
 
     Attributes:
         family: kind of its models, by which a defence is chosen.
+        transfer: whether triggers are also tried on the tasks that they do not attack.
     """
 
     name: ClassVar[str]
@@ -203,6 +204,7 @@ class Suite(ABC):
     tasks: ClassVar[tuple[str, ...]]
     attacks = _AttackNames()
     presets: ClassVar[tuple[str, ...]]
+    transfer = True
 
     def __init__(self, data: Path | None, preset: str) -> None:
         if preset not in self.presets:

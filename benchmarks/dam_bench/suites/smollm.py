@@ -128,6 +128,7 @@ class SmolLmSuite(Suite):
 
     def __init__(self, data: Path | None, preset: str) -> None:
         super().__init__(data, preset)
+        self.transfer = preset != "cpu"  # there it would take most of the time of a run
         self.folder, self.size = given_folder(data, self.name), PRESETS[preset]
         self._splits: dict[str, dict[str, list[Sample]]] = {}
         self._attackers: dict[tuple[str, int], dict[str, Tensor]] = {}  # task vectors by task and seed
