@@ -104,6 +104,7 @@ def audit(
     out: str | Path | None = None,
     *,
     threshold: float | None = None,
+    controls: int = 0,
     options: MergeOptions | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def audit(
         out: the directory for audit.json, audit.html and the recovered triggers; of a merge, None is its folder `dam`,
             and the finding then stands in the merge's report, too.
         threshold: suspicion from which a model is over; None: the setting `suspicion`.
+        controls: backdoors to plant in copies of each model, to see how many of them the scan finds here.
         options: mergekit's options (caches, quiet).
         **settings: as for `merge`.
 
@@ -145,7 +147,7 @@ def audit(
     opened, merged = open_audit(source, options=options, **settings)
     if merged is None and out is None:
         raise DamError("out", expected="a directory for the audit of a recipe", got="none", cure="Name one.")
-    facts = run_audit(opened, out, source=source, threshold=threshold, merged=merged)
+    facts = run_audit(opened, out, source=source, threshold=threshold, merged=merged, controls=controls)
     if merged is not None and out is None and (merged / "dam" / REPORT_JSON).is_file():
         write_report(merged)
     return facts
@@ -158,6 +160,7 @@ def run_audit(
     source: Recipe,
     threshold: float | None = None,
     merged: Path | None = None,
+    controls: int = 0,
 ) -> dict[str, Any]:
     """Audit the models of an open recipe, or the merge of them, and write the files; see `audit`.
 
@@ -167,9 +170,10 @@ def run_audit(
         source: what the user named.
         threshold: as for `audit`.
         merged: directory of a merge by this recipe, which is then scanned.
+        controls: as for `audit`.
     """
     name = str(source) if isinstance(source, (str, Path)) else "RECIPE"
-    found = opened.audit(source=name, threshold=threshold, merge=merged)
+    found = opened.audit(source=name, threshold=threshold, merge=merged, controls=controls)
     title = f"Audit of {'' if merged is None else 'the merge '}{Path(name).resolve().name}"
     folder = merged / "dam" if merged is not None and out is None else Path(out or ".")
     write_audit(folder, found, title=title)

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
+import torch
 import yaml
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
@@ -27,11 +28,13 @@ from mergekit_dam.engine.device import device_of
 from mergekit_dam.engine.group import is_first, process_group
 from mergekit_dam.engine.progress import progress_bar
 from mergekit_dam.engine.shards import ALONE, Shards
+from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.errors import DamError, Interrupted
 from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.files import cannot_write
 from mergekit_dam.io.hub_download import LocalRecipe, localise, record_inputs
 from mergekit_dam.io.untrusted import load_yaml, read_utf8
+from mergekit_dam.learn.controls import run_controls, with_controls
 from mergekit_dam.learn.estimate import scans_merge
 from mergekit_dam.learn.run import find_or_learn
 from mergekit_dam.models.finished import finished_merge
@@ -222,13 +225,16 @@ class OpenRecipe:
                     raise cannot_write(out, error) from error
         return out / MASKS_FILE
 
-    def audit(self, *, source: str, threshold: float | None = None, merge: Path | None = None) -> Audit:
+    def audit(
+        self, *, source: str, threshold: float | None = None, merge: Path | None = None, controls: int = 0
+    ) -> Audit:
         """Scan the input models, or the merge of them; a scan of the same content is taken from the cache.
 
         Args:
             source: the recipe, or the directory of the merge, as the user named it.
             threshold: suspicion from which a model is over; None: the setting `suspicion`.
             merge: directory of a merge that was made by this recipe.
+            controls: backdoors to plant in copies of each model, which are scanned as well.
 
         Raises:
             DamError: as for `merge`, or models that are not those that were merged.
@@ -250,16 +256,32 @@ class OpenRecipe:
             yield from progress_bar(steps, title, quiet=quiet)
             seconds[title] = round(time.perf_counter() - begun, 3)
 
-        return audit(
+        threshold = plan.config.suspicion if threshold is None else threshold
+        found = audit(
             plan,
             tasks,
-            threshold=plan.config.suspicion if threshold is None else threshold,
+            threshold=threshold,
             source=source,
             device=device,
             progress=progress,
             known=StoredScan(scanned, tasks, digests, seconds, quiet=quiet),
             merge=finished,
         )
+        if not controls:
+            return found
+        vectors = TaskVectors(plan)
+        with torch.enable_grad():  # mergekit may have switched gradients off
+            planted = run_controls(
+                tasks if finished is None else [task.with_weights(finished.tensors) for task in tasks],
+                {spec.name: vectors.base(spec.name).to(device) for spec in plan.tensors},
+                plan.config,
+                threshold=threshold,
+                count=controls,
+                digests=digests,
+                progress=progress,
+                cache=plan.cache,
+            )
+        return replace(found, facts=with_controls(found.facts, planted, source))
 
     def scans_merge(self, wanted: bool | None) -> bool:
         """Whether a finished merge of this recipe is scanned, by the user's wish (None: where it is cheap)."""

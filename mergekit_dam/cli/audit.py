@@ -40,6 +40,14 @@ from mergekit_dam.recipe import RECIPE_FILE, merged_folder
     type=click.FloatRange(0.0),
     help="Suspicion from which a model is over the threshold; default: the recipe's setting `suspicion`.",
 )
+@click.option(
+    "--controls",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Backdoors to plant in copies of each model, or of the merge per task, which are scanned as well: how many of "
+    "them are found says how far to trust that nothing else is. Each takes a training and a scan of one model.",
+)
 @seed_option
 @dry_run_option
 @json_option
@@ -49,6 +57,7 @@ def audit(
     source: Path,
     folder: Path | None,
     threshold: float | None,
+    controls: int,
     seed: int | None,
     dry_run: bool,
     as_json: bool,
@@ -58,11 +67,11 @@ def audit(
     Every class of every model is searched for a small trigger that theta_0 does not react to. A merge of dam is
     searched per task, with that task's head and the calibration data that its recipe names, since models that are
     clean one by one can be bad together. The last lines say what to do next. The exit code is 3 when a model, or the
-    merge, is over the threshold. What is below it is not proven to be clean.
+    merge, is over the threshold. What is below it is not proven to be clean; --controls says what the scan finds here.
 
     \b
     Example:
-        mergekit-dam audit dam.yml --out audit
+        mergekit-dam audit dam.yml --out audit --controls 3
         mergekit-dam audit out
     """
     merge_options.apply_global_options()
@@ -74,7 +83,7 @@ def audit(
         return
     if merged is None and folder is None:
         raise click.UsageError("Missing option '--out', which the audit of a recipe needs.")
-    facts = api.audit(source, folder, threshold=threshold, options=merge_options, seed=seed)
+    facts = api.audit(source, folder, threshold=threshold, controls=controls, options=merge_options, seed=seed)
     quiet = merge_options.quiet
     for note in facts["notes"]:
         message(f"warning: {note}")
@@ -83,7 +92,8 @@ def audit(
         click.echo(json.dumps(facts, indent=2))
     else:
         for entry in facts["models"]:
-            print_result(_line(entry), quiet=quiet)
+            power = f"; {entry['power']}" if "power" in entry else ""
+            print_result(_line(entry) + power, quiet=quiet)
     for step in facts["next"]:
         message(f"next: {step}", quiet=quiet)
     if facts["over"]:

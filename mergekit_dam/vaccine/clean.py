@@ -15,7 +15,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,12 @@ class VaccineResult:
         weights: tensors that changed, by output name, float32, on the CPU; of LoRAs an `UpdatedWeights`.
         facts: JSON: `planted`, `held_out` (mean excess before and after), `agreement`, `rounds`,
             `steps` (of planting and of unlearning), `settings`, `seconds`.
+        triggers: those of `planted`.
     """
 
     weights: Mapping[str, Tensor]
     facts: Mapping[str, Any]
+    triggers: Sequence[PlantedTrigger]
 
 
 def vaccinate(
@@ -102,7 +104,7 @@ def vaccinate(
     result = vaccination.run()
     if snapshots is not None:
         snapshots.clear()
-    return VaccineResult(result.weights, {**result.facts, "seconds": round(time.perf_counter() - begun, 1)})
+    return replace(result, facts={**result.facts, "seconds": round(time.perf_counter() - begun, 1)})
 
 
 def identity_of(task: Task, settings: VaccineSettings, start: str = "") -> str:
@@ -343,7 +345,8 @@ class Vaccination(Resumable):
         else:
             weights = {name: self.trained[name].cpu().clone() for name in sorted(self.trained.changed)}
         held_out = [trigger for trigger in self.triggers if trigger.held_out]
-        others = [t for t in self.triggers if not t.held_out and t.round <= self._measured["rounds"]]
+        planted = [trigger for trigger in self.triggers if trigger.round <= self._measured["rounds"]]
+        others = [trigger for trigger in planted if not trigger.held_out]
         facts = {
             "identity": self._of,
             "rounds": self._measured["rounds"],
@@ -361,12 +364,11 @@ class Vaccination(Resumable):
                     "answer": t.behaviour.shown,
                     **{f"success {when}": _rounded(value) for when, value in s.items()},
                 }
-                for t, s in zip(self.triggers, self._measured["success"], strict=True)
-                if t.round <= self._measured["rounds"]
+                for t, s in zip(planted, self._measured["success"], strict=False)
             ],
             "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.model_dump().items()},
         }
-        return VaccineResult(weights, facts)
+        return VaccineResult(weights, facts, planted)
 
     def state(self, phase: str, done: int) -> State:
         names = list(self.trained.trained)
