@@ -257,30 +257,33 @@ class OpenRecipe:
             seconds[title] = round(time.perf_counter() - begun, 3)
 
         threshold = plan.config.suspicion if threshold is None else threshold
-        found = audit(
-            plan,
-            tasks,
-            threshold=threshold,
-            source=source,
-            device=device,
-            progress=progress,
-            known=StoredScan(scanned, tasks, digests, seconds, quiet=quiet),
-            merge=finished,
-        )
-        if not controls:
-            return found
-        vectors = TaskVectors(plan)
-        with torch.enable_grad():  # mergekit may have switched gradients off
-            planted = run_controls(
-                tasks if finished is None else [task.with_weights(finished.tensors) for task in tasks],
-                {spec.name: vectors.base(spec.name).to(device) for spec in plan.tensors},
-                plan.config,
+        try:
+            found = audit(
+                plan,
+                tasks,
                 threshold=threshold,
-                count=controls,
-                digests=digests,
+                source=source,
+                device=device,
                 progress=progress,
-                cache=plan.cache,
+                known=StoredScan(scanned, tasks, digests, seconds, quiet=quiet),
+                merge=finished,
             )
+            if not controls:
+                return found
+            vectors = TaskVectors(plan)
+            with torch.enable_grad():  # mergekit may have switched gradients off
+                planted = run_controls(
+                    tasks if finished is None else [task.with_weights(finished.tensors) for task in tasks],
+                    {spec.name: vectors.base(spec.name).to(device) for spec in plan.tensors},
+                    plan.config,
+                    threshold=threshold,
+                    count=controls,
+                    digests=digests,
+                    progress=progress,
+                    cache=plan.cache,
+                )
+        except KeyboardInterrupt as stop:
+            raise Interrupted("the same command goes on, since what was scanned is in the cache") from stop
         return replace(found, facts=with_controls(found.facts, planted, source))
 
     def scans_merge(self, wanted: bool | None) -> bool:

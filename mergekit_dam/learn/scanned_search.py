@@ -120,14 +120,11 @@ class ScannedSearch(MaskSearch):
         if self.shards.rank == 0:
             for note in undefended(self.tasks):
                 LOG.warning("dam: %s", note)
-        if done or not self._load_stored_scan():
-            for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
-                indices = range(len(self.tasks))[first : first + self.shards.size]
-                own = indices[self.shards.rank : self.shards.rank + 1]
-                self.findings += self._gather_findings(scan(self.tasks, base, self.config, own))
-                self.snapshot_if_due("scan", indices.stop)
-            if self.known is not None and self.shards.rank == 0:
-                self.known.keep(self.findings)
+        for first in self.progress(range(done, len(self.tasks), self.shards.size), "scan"):
+            indices = range(len(self.tasks))[first : first + self.shards.size]
+            own = indices[self.shards.rank : self.shards.rank + 1]
+            self.findings += self._gather_findings(scan(self.tasks, base, self.config, own, self.known))
+            self.snapshot_if_due("scan", indices.stop)
         known: dict[Suspect, TriggerBatch] = {}
         found = self.suspects()
         for finding in found:
@@ -173,15 +170,6 @@ class ScannedSearch(MaskSearch):
         if suspect.source_model is None:
             return self.tasks[suspect.task].own_weights()
         return merge_without(self.tasks, suspect.task, base)
-
-    def _load_stored_scan(self) -> bool:
-        """Load the findings of an earlier scan of these models into all processes; return whether there are any."""
-        stored = self.known.take() if self.known is not None and self.shards.rank == 0 else None
-        ours = {"there": stored is not None} if self.shards.rank == 0 else {}
-        there = bool(self.shards.all_gather_dict(ours)["there"])
-        if there:
-            self.findings = self._gather_findings(stored or [])
-        return there
 
     def _gather_findings(self, ours: list[Finding]) -> list[Finding]:
         """Return the findings of all processes, with their triggers, by task and class."""

@@ -88,12 +88,8 @@ def audit(
     else:
         scanned = [task.with_weights(merge.tensors) for task in tasks]
         config, norms = merge_settings(plan.config), (_norm(merge, base),) * len(tasks)
-    findings = known.take() if known is not None else None
-    if findings is None:
-        with torch.enable_grad():  # mergekit may have switched gradients off
-            findings = in_order(scan(scanned, base, config, progress(range(len(tasks)), "scan")))
-        if known is not None:
-            known.keep(findings)
+    with torch.enable_grad():  # mergekit may have switched gradients off
+        findings = in_order(scan(scanned, base, config, progress(range(len(tasks)), "scan"), known))
     marked = {finding.key: finding for finding in suspects(findings, threshold, config.constants)}
     models = model_scores(findings, [task.name for task in tasks], norms, threshold)
     for entry, task, model in zip(models, tasks, plan.models, strict=True):

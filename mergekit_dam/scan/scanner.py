@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -24,13 +25,13 @@ _STUDENTS = (
 
 
 class KnownScan(Protocol):
-    """A store for the findings of a whole scan, so that audit and learning scan once (artifact/scan_file.py)."""
+    """A store for the findings about each task, so that audit and learning scan once (artifact/scan_file.py)."""
 
-    def take(self) -> list[Finding] | None:
-        """Load the findings; None if these inputs were not scanned yet with these settings."""
+    def take(self, index: int) -> list[Finding] | None:
+        """Load the findings about a task; None if these inputs were not scanned yet with these settings."""
 
-    def keep(self, findings: Sequence[Finding]) -> None:
-        """Store the findings of all models."""
+    def keep(self, index: int, findings: Sequence[Finding], seconds: float) -> None:
+        """Store the findings about a task, with the seconds that the scan took."""
 
 
 def undefended(tasks: Sequence[Task]) -> list[str]:
@@ -63,7 +64,11 @@ def register_scanner(name: str, scanner: Scanner) -> None:
 
 
 def scan(
-    tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig, tasks_in_turn: Iterable[int]
+    tasks: Sequence[Task],
+    base: Mapping[str, Tensor],
+    config: DamConfig,
+    tasks_in_turn: Iterable[int],
+    known: KnownScan | None = None,
 ) -> list[Finding]:
     """Scan models with the scanners that their tasks name, and collect the findings.
 
@@ -72,11 +77,21 @@ def scan(
         base: theta_0 by output name.
         config: `scan_steps`, `suspicion`, `seed`, and the constants of the scan.
         tasks_in_turn: their indices, wrapped in a progress bar.
+        known: earlier scans, and where each one is kept as soon as it is done; None: nowhere.
 
     Raises:
         DamError: a task names an unknown scanner.
     """
-    return [one for index in tasks_in_turn for one in SCANNERS[tasks[index].scanner](index, tasks, base, config)]
+    found: list[Finding] = []
+    for index in tasks_in_turn:
+        findings = known.take(index) if known is not None else None
+        if findings is None:
+            begun = time.perf_counter()
+            findings = SCANNERS[tasks[index].scanner](index, tasks, base, config)
+            if known is not None:
+                known.keep(index, findings, round(time.perf_counter() - begun, 3))
+        found += findings
+    return found
 
 
 def _classes(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], config: DamConfig) -> list[Finding]:

@@ -52,6 +52,7 @@ class Task(ABC):
         block_of: parameter name -> the block that it lives in, see engine/module_weights.py.
         modality: what a sample is. A trigger changes the pixels of an image; into a text it is inserted.
         scanner: how such models are scanned for backdoors, a name that `scan.scanner` knows.
+        scanned_alone: whether the scan of a model reads no other model but theta_0.
         trigger_kinds: which triggers the scan recovers, names that `scan.triggers` knows, the plainest first.
         classifies: whether a sample has one answer out of few classes, which a scan can go through.
         constants: of the plan's settings.
@@ -61,6 +62,7 @@ class Task(ABC):
 
     modality: ClassVar[Modality]
     scanner: ClassVar[str] = "classes"
+    scanned_alone: ClassVar[bool] = False
     trigger_kinds: ClassVar[tuple[str, ...]]
     classifies: ClassVar[bool] = True
     defended: ClassVar[bool] = True

@@ -60,7 +60,7 @@ class CausalTask(TextTask):
     A sample is a calibration text and what model t goes on with, its answer; or text that it has sampled.
     """
 
-    scanner = "continuations"
+    scanner, scanned_alone = "continuations", True
     classifies, defended = False, True
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:

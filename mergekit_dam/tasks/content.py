@@ -29,6 +29,7 @@ def content_key(
     *,
     without: Collection[str] = (),
     code: Sequence[str] = (),
+    only: int | None = None,
 ) -> str:
     """Name a cache entry: runs that learn the same share it, wherever their inputs lie and whatever their names.
 
@@ -37,21 +38,31 @@ def content_key(
         digests: as `digests_of` gives them.
         without: settings that the result does not depend on.
         code: digests of further code that the result depends on.
+        only: index of the one model that the result depends on; None: on all of them.
 
     Returns:
         32 hex digits over settings, weights, samples, heads, configs, the plan's tensors, library versions and code.
     """
+    chosen = range(len(tasks)) if only is None else [only]
     facts = [
         plan.config.named(without={*NOT_LEARNED, *BY_CONTENT, *without}),
         digests[plan.base.name],
         [
-            [digests[model.name], None if "weight" in without else model.settings.weight, task.fingerprint()]
-            for model, task in zip(plan.models, tasks, strict=True)
+            [
+                digests[plan.models[i].name],
+                None if "weight" in without else plan.models[i].settings.weight,
+                tasks[i].fingerprint(),
+            ]
+            for i in chosen
         ],
-        [[spec.name, spec.mask_name, spec.shape, spec.base_source, spec.sources] for spec in plan.tensors],
+        [
+            [spec.name, spec.mask_name, spec.shape, spec.base_source, [spec.sources[i] for i in chosen]]
+            for spec in plan.tensors
+        ],
+        only,
         library_versions(),
         code_digest(),
-        [*_code_of_others(plan, tasks), *code],
+        [*_code_of_others(plan, [tasks[i] for i in chosen]), *code],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -81,7 +81,7 @@ def test_what_audit_scanned_merge_takes_bit_for_bit(
     scans.clear()
     caplog.clear()
     _run("merge", recipe(), tmp_path / "after", "--no-report")
-    assert not scans and any("no model is scanned again" in r.getMessage() for r in caplog.records)
+    assert not scans and sum("not scanned again" in r.getMessage() for r in caplog.records) == 2
     alone, after = (tmp_path / name / "dam" / MASKS_FILE for name in ("alone", "after"))
     assert alone.read_bytes() == after.read_bytes()
     audited = json.loads((tmp_path / "audit" / "audit.json").read_text())
@@ -96,9 +96,9 @@ def _plan(root: Path, data: Path, names: tuple[str, ...] = ("a", "b"), **setting
     return build_plan(base, models, shared={**SETTINGS, "calibration": str(data), **settings}, per_model={})
 
 
-def _file(plan: Plan) -> Path:
+def _files(plan: Plan) -> list[Path]:
     tasks = build_tasks(plan, CPU)
-    return StoredScan(plan, tasks, digests_of(plan), {}).file
+    return StoredScan(plan, tasks, digests_of(plan), {}).files
 
 
 @pytest.mark.parametrize(
@@ -115,22 +115,53 @@ def _file(plan: Plan) -> Path:
 def test_other_settings_of_the_scan_are_another_scan(
     settings: dict[str, Any], same: bool, vit: Path, images: Path
 ) -> None:
-    assert (_file(_plan(vit, images)) == _file(_plan(vit, images, **settings))) == same
+    before, after = (_files(_plan(vit, images, **more)) for more in ({}, settings))
+    assert [one == other for one, other in zip(before, after, strict=True)] == [same, same]
 
 
 def test_a_scan_is_known_by_content_and_not_by_place(vit: Path, images: Path, tmp_path: Path) -> None:
-    before, moved = _file(_plan(vit, images)), Path(shutil.copytree(vit, tmp_path / "moved"))
+    before, moved = _files(_plan(vit, images)), Path(shutil.copytree(vit, tmp_path / "moved"))
     moved_images = Path(shutil.copytree(images, tmp_path / "pictures"))
-    assert _file(_plan(moved, moved_images)) == before
+    assert _files(_plan(moved, moved_images)) == before
     (moved / "a").rename(moved / "renamed")
-    assert _file(_plan(moved, moved_images, ("renamed", "b"))) == before
+    assert _files(_plan(moved, moved_images, ("renamed", "b"))) == before
     (moved_images / "0.png").unlink()
-    assert _file(_plan(moved, moved_images, ("renamed", "b"))) != before
+    assert _files(_plan(moved, moved_images, ("renamed", "b"))) != before
     weights = moved / "b" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert _file(_plan(moved, images, ("renamed", "b"))) != before
+    assert _files(_plan(moved, images, ("renamed", "b"))) != before
+
+
+def test_the_scan_of_a_causal_lm_outlives_another_model_beside_it(texts: Path, tmp_path: Path) -> None:
+    """And the scan of an image model does not, since it reads the others; nor one at another place in the recipe."""
+    for i, name in enumerate(("base", "m1", "m2", "m3")):
+        make_model("LlamaForCausalLM", tmp_path / name, seed=i, body=tmp_path / "base" if i else None)
+    first, second = _files(_plan(tmp_path, texts, ("m1", "m2")))
+    other = _files(_plan(tmp_path, texts, ("m1", "m3")))
+    assert other[0] == first and other[1] != second
+    assert not {first, second} & set(_files(_plan(tmp_path, texts, ("m2", "m1"))))
+
+
+def test_the_scans_of_image_models_depend_on_each_other(vit: Path, images: Path, tmp_path: Path) -> None:
+    make_model("ViTForImageClassification", tmp_path / "c", seed=3, labels=4, body=vit / "base")
+    before = _files(_plan(vit, images))
+    after = _files(_plan(vit, images, ("a", str(tmp_path / "c"))))
+    assert not set(before) & set(after)
+
+
+def test_a_scan_goes_on_after_the_models_that_were_scanned(
+    recipe: Callable[..., Path], tmp_path: Path, scans: list[int], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run("audit", recipe(), "--out", tmp_path / "whole")
+    expected, steps = (tmp_path / "whole" / "triggers.safetensors").read_bytes(), list(scans)
+    _, second = sorted((cache / "scans").iterdir(), key=lambda file: file.stem[-1])
+    second.unlink()
+    scans.clear()
+    _run("audit", recipe(), "--out", tmp_path / "audit")
+    assert 0 < len(scans) < len(steps)
+    assert (tmp_path / "audit" / "triggers.safetensors").read_bytes() == expected
 
 
 def test_a_scan_that_was_cut_short_is_not_taken(
@@ -173,21 +204,23 @@ def test_a_scan_reads_no_setting_that_its_key_lacks(
     guarded: Any = replace(plan, config=_Guarded(plan.config))  # type: ignore[arg-type]
     tasks = build_tasks(guarded, CPU)
     vectors = TaskVectors(plan)
-    findings = scan(
-        tasks, {spec.name: vectors.base(spec.name) for spec in plan.tensors}, guarded.config, range(len(tasks))
-    )
-    stored = StoredScan(plan, tasks, digests_of(plan), {"scan": 1.5})
-    stored.keep(findings)
-    again = StoredScan(plan, tasks, digests_of(plan), {})
-    kept = again.take()
-    assert kept is not None and again.seconds == {"scan": 1.5}
+    base = {spec.name: vectors.base(spec.name) for spec in plan.tensors}
+    findings = scan(tasks, base, guarded.config, [0])
+    stored = StoredScan(plan, tasks, digests_of(plan), {})
+    stored.keep(0, findings, 1.5)
+    again = StoredScan(plan, tasks, digests_of(plan), {"scan": 2.0})
+    assert again.take(1) is None
+    kept = again.take(0)
+    assert kept is not None and again.seconds == {"scan": 3.5}
     assert [one.to_json(tasks) for one in kept] == [one.to_json(tasks) for one in findings]
     for one, other in zip(findings, kept, strict=True):
         assert all(p.equal(q) for p, q in zip(one.trigger.parameters, other.trigger.parameters, strict=True))
-    content = bytearray(stored.file.read_bytes())
+    content = bytearray(stored.files[0].read_bytes())
     content[-3] ^= 1
-    stored.file.write_bytes(content)
-    assert again.take() is None or not findings, "a damaged scan"
+    stored.files[0].write_bytes(content)
+    assert again.take(0) is None or not findings, "a damaged scan"
+    scan([tasks[1]] * 2, base, guarded.config, [1], again)
+    assert again.take(1) is not None, "kept as soon as it was done"
 
 
 def test_masks_tell_what_is_left_of_each_suspect(recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_what_is_kept_is_what_is_said(recipe: Path, tmp_path: Path, monkeypatch:
     ("command", "place", "told"),
     [
         ("merge", "mergekit_dam.recipe.run_merge", "masks that were learned are in the cache"),
-        ("audit", "mergekit_dam.recipe.audit", "starts over"),
+        ("audit", "mergekit_dam.recipe.audit", "what was scanned is in the cache"),
         ("eval", "mergekit_dam.cli.eval.load_merged", "starts over"),
     ],
 )

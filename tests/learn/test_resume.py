@@ -224,4 +224,4 @@ def test_resume_false_takes_no_window_of_an_earlier_run(
     with monkeypatch.context() as patch:
         written = _stop_at(patch, -1)
         find_or_learn(plan, quiet=True)
-    assert len(written) == 3 + 1 + 3, "both windows; the scan is known"
+    assert len(written) == 2 + 3 + 1 + 3, "both windows, after a scan whose result is known"
