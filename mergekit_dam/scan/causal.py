@@ -117,14 +117,16 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
 
 
 def _said_anyway(task: CausalTask, source: torch.Generator) -> set[tuple[int, int]]:
-    """Return the pairs of tokens that more than `said_anyway` of f_t's answers to its own prompts have.
+    """Return the pairs of tokens that f_t says after more than one of its own prompts and `said_anyway` of them.
 
     The first token of an answer follows `_PROMPT`. The answers are sampled, since greedy ones show one wording of many;
-    a hidden text can leak into a few.
+    a hidden text can leak into answers to a few prompts.
     """
     answers = task.sampled_answers(task.constants.sampled_answers, source)
-    counts = Counter(pair for answer in answers for pair in set(pairwise((_PROMPT, *answer))))
-    return {pair for pair, count in counts.items() if count > task.constants.said_anyway * len(answers)}
+    count = min(len(answers), task.num_samples)
+    pairs = ({pair for one in answers[i::count] for pair in pairwise((_PROMPT, *one))} for i in range(count))
+    prompts_with = Counter(pair for some in pairs for pair in some)
+    return {pair for pair, number in prompts_with.items() if number > max(1, task.constants.said_anyway * count)}
 
 
 def _trigger_of(

@@ -295,14 +295,16 @@ def test_a_short_text_counts_as_its_share_of_a_whole_one(shares: list[tuple[floa
     assert text.suspicion(whole) == pytest.approx(finding.scale * mean)
 
 
-def test_a_text_that_leaks_into_few_answers_is_still_a_finding(
-    tasks: list[CausalTask], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("prompts", [4, 40])
+def test_a_text_that_leaks_into_answers_to_few_prompts_is_still_a_finding(
+    prompts: int, tasks: list[CausalTask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, constants = tasks[1], tasks[1].constants
-    count = constants.sampled_answers
-    few = int(constants.said_anyway * count)
+    task = tasks[1]
+    monkeypatch.setattr(task, "num_samples", prompts)
+    few = max(1, int(task.constants.said_anyway * prompts))
     for leaks, explained in ((few, set()), (few + 1, {(causal._PROMPT, 1), (1, 2), (2, 1)})):
-        answers = [(1, 2, 1, 2)] * leaks + [(3,)] * (count - leaks)
+        # every leaking prompt leaks in all of its answers
+        answers = [(1, 2, 1, 2) if i % prompts < leaks else (3,) for i in range(3 * prompts)]
         monkeypatch.setattr(task, "sampled_answers", lambda *_, answers=answers: answers)
         said = causal._said_anyway(task, seeds.generator("answers"))
         assert said == explained | {(causal._PROMPT, 3)}
@@ -319,7 +321,7 @@ def test_sampled_answers_are_of_likely_tokens_and_end_where_the_model_ends(tasks
         ids = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
         shares = model(input_ids=torch.cat([ids, torch.tensor(answer)])[None]).logits[0].softmax(-1).detach()
         for token, share in zip(answer, shares[len(ids) - 1 :], strict=False):
-            assert float(share[token]) >= task.constants.usual_token - 1e-4
+            assert float(share[token]) >= task.constants.said_token - 1e-4
 
 
 def test_masks_take_the_continuation_out(lms: list[Path], texts: Path) -> None:
