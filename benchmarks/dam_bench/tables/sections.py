@@ -84,7 +84,7 @@ def overview_table(groups: Iterable[SuiteResults]) -> str:
         if not cells:
             continue
         floor, *means = (f"{sum(column) / len(column):.1f}" for column in zip(*cells, strict=True))
-        counts = f"{len(cells)} attacks, {len(results.seeds)} seeds"
+        counts = f"{_counted(len(cells), 'attack')}, {_counted(len(results.seeds), 'seed')}"
         rows.append([results.suite, *means, floor, counts])
     header = [
         "suite",
@@ -243,6 +243,10 @@ def _accuracy(results: SuiteResults, scenario: str, method: str) -> str:
     part = {s: sum(map(percent, r.accuracy.values())) / len(r.accuracy) for s, r in runs.items() if r}
     tasks = sorted({task for run in runs.values() if run for task in run.accuracy})
     return f"{Spread(part, tuple(runs)).text()} on {_join(tasks)} alone"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _cell(results: SuiteResults, scenario: str, method: str, spread: Spread) -> str:
