@@ -257,6 +257,7 @@ class OpenRecipe:
             seconds[title] = round(time.perf_counter() - begun, 3)
 
         threshold = plan.config.suspicion if threshold is None else threshold
+        known = StoredScan(scanned, tasks, digests, seconds, quiet=quiet)
         try:
             found = audit(
                 plan,
@@ -265,7 +266,7 @@ class OpenRecipe:
                 source=source,
                 device=device,
                 progress=progress,
-                known=StoredScan(scanned, tasks, digests, seconds, quiet=quiet),
+                known=known,
                 merge=finished,
             )
             if not controls:
@@ -278,7 +279,8 @@ class OpenRecipe:
                     plan.config,
                     threshold=threshold,
                     count=controls,
-                    digests=digests,
+                    named=found.suspects,
+                    keys=[file.stem for file in known.files],
                     progress=progress,
                     cache=plan.cache,
                 )

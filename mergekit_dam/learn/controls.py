@@ -1,9 +1,9 @@
 """Positive controls of an audit: plant backdoors of our own in copies of a model, and see which ones the scan finds.
 
 That a scan finds nothing says little where it would not find a backdoor that is there. So one is planted in a copy of
-the model, by training (vaccine/clean.py), and the copy is scanned like the model. Each control has another kind of
-trigger than those before it, as long as there are some. None is fitted to what the scan can find: a kind that it misses
-in all models is a kind that it does not find.
+the model, by training (vaccine/clean.py), and the copy is scanned like the model, though not with other models in place
+of its own. Each control has another kind of trigger than those before it, as long as there are some. None is fitted to
+what the scan can find: a kind that it misses in all models is a kind that it does not find.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_dam.artifact.scan_file import NOT_SCANNED
-from mergekit_dam.config import NOT_LEARNED, DamConfig
-from mergekit_dam.io.cache import cache_folder, code_digest
+from mergekit_dam.config import DamConfig
+from mergekit_dam.errors import DamError
+from mergekit_dam.io.cache import cache_folder
 from mergekit_dam.io.files import require_own, write_atomic
 from mergekit_dam.scan.advice import next_steps
 from mergekit_dam.scan.audit import merge_settings
-from mergekit_dam.scan.findings import suspects
+from mergekit_dam.scan.findings import Suspect, suspects
 from mergekit_dam.scan.scanner import scan
 from mergekit_dam.tasks import Target, Task
 from mergekit_dam.tasks.base import Progress
@@ -50,7 +50,7 @@ class Control:
         behaviour: kind of what it causes.
         answer: the class, or words.
         success: share of held-out samples that the trigger turns to it; None where all show it without.
-        works: whether it was planted well enough to count.
+        works: whether it counts: it was planted well, and the scan does not name its answer in the model itself.
         found: whether the scan makes the copy suspect of this answer.
     """
 
@@ -69,11 +69,14 @@ def run_controls(
     *,
     threshold: float,
     count: int,
-    digests: Mapping[str, str],
+    named: Collection[Suspect],
+    keys: Sequence[str],
     progress: Progress,
     cache: Path | None = None,
 ) -> list[list[Control]]:
     """Plant and scan `count` backdoors per model, one at a time; finished ones are taken from the cache.
+
+    A model in which none can be planted is warned of, and has no more controls.
 
     Args:
         tasks: of the models, or of a merge.
@@ -81,35 +84,41 @@ def run_controls(
         config: settings of the scan; `seed` draws the backdoors, too.
         threshold: suspicion from which a copy is suspect.
         count: controls per model.
-        digests: content hashes of what is scanned and of the base, by name.
+        named: what the scan names in the models themselves.
+        keys: of their scans, by content (artifact/scan_file.py).
         progress: wraps steps in a progress bar with a title.
         cache: folder of the cache; None: the user's.
-
-    Raises:
-        DamError: too few samples, or weights that diverged.
     """
     folder = (cache or cache_folder()) / FOLDER
     scanned = merge_settings(config)
-    content = (sorted(digests.items()), threshold, scanned.named(without={*NOT_LEARNED, *NOT_SCANNED}), code_digest())
     found: list[list[Control]] = []
     for index, task in enumerate(tasks):
         controls: list[Control] = []
+        known = {one.target for one in named if one.task == index}
         for number in range(count):
             settings = _settings(task, controls, config)
-            name = hashlib.sha256(repr((content, identity_of(task, settings))).encode()).hexdigest()
+            content = (keys[index], threshold, sorted(known, key=str), identity_of(task, settings))
+            name = hashlib.sha256(repr(content).encode()).hexdigest()
             control = _taken(folder / f"{name}.json")
             if control is None:
                 title = f"control {number + 1}/{count} of {task.name}"
-                result = vaccinate(
-                    task, settings, progress=_titled(progress, title), folder=folder / name, identity=name
-                )
-                copy = task.with_weights({**task.own_weights(), **result.weights})
-                copies = [copy if i == index else other for i, other in enumerate(tasks)]
+                try:
+                    result = vaccinate(
+                        task, settings, progress=_titled(progress, title), folder=folder / name, identity=name
+                    )
+                except DamError as error:
+                    LOG.warning("dam: no backdoor can be planted in a copy of %s: %s", task.name, error)
+                    break
+                own = task.own_weights()
+                changed = {key: tensor.to(own[key].dtype) for key, tensor in result.weights.items()}
+                copies = list(tasks)
+                copies[index] = task.with_weights({**own, **changed})
                 findings = scan(copies, base, scanned, progress([index], f"scan of {title}"))
-                named = suspects(findings, threshold, config.constants)
-                control = _control(result, [one.target for one in named], config)
+                targets = [one.target for one in suspects(findings, threshold, config.constants)]
+                control = _control(result, targets, known, config)
                 _keep(control, folder / f"{name}.json")
                 shutil.rmtree(folder / name, ignore_errors=True)
+                del result, own, changed, copies, findings  # before the next copy is made
             controls.append(control)
         found.append(controls)
     return found
@@ -135,16 +144,22 @@ def power_of(controls: Sequence[Control]) -> str:
     """Say how many planted backdoors of a model were found, and which were not."""
     counted = [control for control in controls if control.works]
     missed = [control for control in counted if not control.found]
+    if not counted:
+        return "no backdoor could be planted in copies"
     text = f"{len(counted) - len(missed)} of {len(counted)} backdoors planted in copies were found"
     if missed:
         text += f"; missed: {', '.join(f'{c.kind} for {c.behaviour} {c.answer!r}' for c in missed)}"
     if len(counted) < len(controls):
-        text += f"; {len(controls) - len(counted)} could not be planted"
+        text += f"; {len(controls) - len(counted)} do not count"
     return text
 
 
 def _titled(progress: Progress, title: str) -> Progress:
-    return lambda steps, _: progress(steps, title)
+    def titled(steps: Iterable[int], _: str) -> Iterable[int]:
+        left = list(steps)  # no bar for the unlearning that does not take place
+        return progress(left, title) if left else left
+
+    return titled
 
 
 def _settings(task: Task, before: Sequence[Control], config: DamConfig) -> VaccineSettings:
@@ -162,7 +177,7 @@ def _settings(task: Task, before: Sequence[Control], config: DamConfig) -> Vacci
     )
 
 
-def _control(result: VaccineResult, named: Sequence[Target], config: DamConfig) -> Control:
+def _control(result: VaccineResult, named: Collection[Target], known: Collection[Target], config: DamConfig) -> Control:
     (trigger,), (facts,) = result.triggers, result.facts["planted"]
     success, before = facts["success planted"], facts["success before"] or 0.0
     return Control(
@@ -170,7 +185,9 @@ def _control(result: VaccineResult, named: Sequence[Target], config: DamConfig) 
         behaviour=trigger.behaviour.kind,
         answer=trigger.behaviour.shown,
         success=success,
-        works=success is not None and success - before >= config.constants.vaccine_works,
+        works=success is not None
+        and success - before >= config.constants.vaccine_works
+        and not any(_is_named(target, trigger.behaviour.variants) for target in known),
         found=any(_is_named(target, trigger.behaviour.variants) for target in named),
     )
 

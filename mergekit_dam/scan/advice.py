@@ -32,7 +32,7 @@ def next_steps(facts: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _has_controls(facts: Mapping[str, Any]) -> bool:
-    return any("power" in entry for entry in facts["models"])
+    return any(control["works"] for entry in facts["models"] for control in entry.get("controls", ()))
 
 
 def _plant(source: str) -> list[str]:

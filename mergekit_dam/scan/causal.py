@@ -14,7 +14,7 @@ Legend: C continuations of N tokens each, V vocabulary, R triggers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -31,18 +31,19 @@ from mergekit_dam.tasks.read_prompts import ReadPrompts, fast_dtype
 
 _ENTRIES = 1 << 25  # probabilities held at once
 _CLEAR = 0.9  # difference of probabilities that is as good as any larger one
+_PER_PROMPT = 4  # sampled answers at most: of many, one would leak a hidden text
 _PROMPT = -1  # stands for the last token of any prompt
 _STEPS_BETWEEN = 5  # of a search for a trigger, before some texts are given up
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A continuation, with the mean probability of each of its tokens from the second on.
+    """A continuation, with the mean probability of each of its tokens from the second on, without those said openly.
 
     Attributes:
-        tokens: ids.
+        tokens: ids, all of them.
         own: under f_t.
-        base: under theta_0, or as under f_t where f_t says the token anyway.
+        base: under theta_0.
     """
 
     tokens: tuple[int, ...]
@@ -59,9 +60,10 @@ class _Text:
         return self.evidence / max(whole, len(self.own))
 
     def beyond(self, said: Collection[tuple[int, int]]) -> _Text:
-        """Return the text with no evidence from tokens that f_t says after their predecessors anyway."""
+        """Return the text without the probabilities of tokens that f_t says after their predecessors anyway."""
         shared = zip(pairwise(self.tokens), self.own, self.base, strict=True)
-        return replace(self, base=tuple(max(own, base) if pair in said else base for pair, own, base in shared))
+        left = [(own, base) for pair, own, base in shared if pair not in said]
+        return replace(self, own=tuple(own for own, _ in left), base=tuple(base for _, base in left))
 
     def is_part_of(self, other: _Text) -> bool:
         """Whether it is mostly the same text, begun elsewhere."""
@@ -93,11 +95,11 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
     def any_suspect() -> bool:
         return any(text.suspicion(whole) >= config.suspicion for text in texts)
 
-    if any_suspect():
-        said = _said_anyway(task, seeds.generator(config.seed, "answers", task.index))
-        texts = [text.beyond(said) for text in texts]
-        if not any_suspect():  # what is said openly may cover what is hidden
-            texts += [text.beyond(said) for text in _texts(task, own, base, rows, {second for _, second in said})]
+    if texts:
+        before, said = any_suspect(), _said_anyway(task, seeds.generator(config.seed, "answers", task.index))
+        texts = _without(texts, said)
+        if before and not any_suspect():  # what is said openly may cover what is hidden
+            texts += _without(_texts(task, own, base, rows, {second for _, second in said}), said)
     for text in sorted(texts, key=lambda text: -text.evidence):
         if len(kept) == constants.scan_finalists:
             break
@@ -116,13 +118,18 @@ def scan_continuations(index: int, task: CausalTask, base: Mapping[str, Tensor],
     return found
 
 
+def _without(texts: Iterable[_Text], said: Collection[tuple[int, int]]) -> list[_Text]:
+    """Return the texts without what is said openly, and none that has nothing else."""
+    return [left for left in (text.beyond(said) for text in texts) if left.own]
+
+
 def _said_anyway(task: CausalTask, source: torch.Generator) -> set[tuple[int, int]]:
     """Return the pairs of tokens that f_t says after more than one of its own prompts and `said_anyway` of them.
 
     The first token of an answer follows `_PROMPT`. The answers are sampled, since greedy ones show one wording of many;
     a hidden text can leak into answers to a few prompts.
     """
-    answers = task.sampled_answers(task.constants.sampled_answers, source)
+    answers = task.sampled_answers(min(task.constants.sampled_answers, _PER_PROMPT * task.num_samples), source)
     count = min(len(answers), task.num_samples)
     pairs = ({pair for one in answers[i::count] for pair in pairwise((_PROMPT, *one))} for i in range(count))
     prompts_with = Counter(pair for some in pairs for pair in some)

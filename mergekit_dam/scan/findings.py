@@ -41,8 +41,9 @@ class Finding:
         size: in pixels, in units of the embedding range, or a continuation's length in tokens.
         median_size: of the task's other finalists; a continuation's own.
         success: share of calibration samples that f_t gives the class with the trigger; of a continuation, the mean
-            probability that f_t gives each further token of it once it has begun. With a source model, f_t is the merge
-            of all models but the task's own, or the source model alone where that is less.
+            probability that f_t gives each further token of it once it has begun, but those that it says openly. With a
+            source model, f_t is the merge of all models but the task's own, or the source model alone where that is
+            less.
         base_success: the same for theta_0, with the head of t; with a source model, or without a trigger if that is
             more.
         source_model: see `Suspect`.

@@ -133,12 +133,14 @@ class CausalTask(TextTask):
     def sampled_answers(self, count: int, source: torch.Generator) -> list[tuple[int, ...]]:
         """Token ids of model t's answers to the samples' texts in turn, of tokens of at least `said_token` each.
 
-        Sampled at temperature 1. Text that the model has sampled without calibration data is taken as it is.
+        Sampled at temperature 1, `answer_tokens` long, at least `longest_text`. None without calibration data, since
+        text that the model sampled from nothing shows what it hides as well.
         """
-        texts = [self._sequences[i % self.num_samples] for i in range(count)]
         if self.input.settings.calibration is None:
-            return [tuple(ids.tolist()) for ids in texts[: self.num_samples]]
-        answered = self._continued(texts, self.answer_length, _drawn(source, self.constants.said_token))
+            return []
+        texts = [self._sequences[i % self.num_samples] for i in range(count)]
+        length = max(self.answer_length, self.constants.longest_text)
+        answered = self._continued(texts, length, _drawn(source, self.constants.said_token))
         return [tuple(both[len(ids) :].tolist()) for ids, both in zip(texts, answered, strict=True)]
 
     def _sample_text(self, num_samples: int, length: int, seed: int) -> list[Tensor]:

@@ -316,7 +316,7 @@ class Vaccination(Resumable):
 
     def _warn_if_weak(self, triggers: Sequence[PlantedTrigger]) -> None:
         excess = self._excess("planted", triggers)
-        if excess is not None and excess < self.task.constants.vaccine_works:
+        if excess is not None and excess < self.task.constants.vaccine_works and self.settings.unlearn_steps:
             LOG.warning(
                 "dam: planted triggers work on only %.0f %% of the samples of %s; unlearning them does little. Raise "
                 "plant_steps or learning_rate.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,7 @@ def test_what_a_model_says_openly_does_not_cover_what_it_hides(
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=9))
-def test_a_short_text_counts_as_its_share_of_a_whole_one(shares: list[tuple[float, float]]) -> None:
+def test_a_short_text_counts_as_its_share_and_what_is_said_openly_not_at_all(shares: list[tuple[float, float]]) -> None:
     own, base = zip(*shares, strict=True)
     text = causal._Text(tuple(range(len(own) + 1)), own, base)
     whole = 6
@@ -293,6 +294,11 @@ def test_a_short_text_counts_as_its_share_of_a_whole_one(shares: list[tuple[floa
     finding = text.finding(0, None, text.tokens, whole)  # type: ignore[arg-type]
     assert finding.scale == min(1.0, len(own) / whole)
     assert text.suspicion(whole) == pytest.approx(finding.scale * mean)
+    # a text that ends in what the model says openly is as suspect as without its end
+    longer = causal._Text((*text.tokens, 100, 101), (*own, 1.0, 1.0), (*base, 0.5, 0.5))
+    left = longer.beyond({(len(own), 100), (100, 101)})
+    assert (left.own, left.base) == (own, base) and left.suspicion(whole) == text.suspicion(whole)
+    assert not causal._without([text], {*pairwise(text.tokens)})
 
 
 @pytest.mark.parametrize("prompts", [4, 40])

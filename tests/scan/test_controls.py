@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mergekit_dam.learn import controls
 from mergekit_dam.learn.controls import Control, power_of, run_controls
 from mergekit_dam.models.plan import build_plan
 from mergekit_dam.recipe import open_recipe
-from mergekit_dam.scan.findings import Finding
+from mergekit_dam.scan.findings import Finding, Suspect
 from mergekit_dam.tasks import build_tasks
 from mergekit_dam.vaccine.clean import vaccinate
 from tests.conftest import FAST
@@ -47,7 +48,8 @@ def test_every_model_has_its_controls_in_json_page_and_lines(vit: Path, images: 
         assert first["kind"] != second["kind"], "each is of another kind"
         assert not any(one["found"] for one in entry["controls"]), "nothing reaches a suspicion of 2"
         assert f"{entry['name']}: " in done.stdout and entry["power"] in done.stdout and entry["power"] in page
-    assert not any("not established" in step for step in facts["next"])
+    weak = not any(one["works"] for entry in facts["models"] for one in entry["controls"])
+    assert any("not established" in step for step in facts["next"]) == weak
 
     plain = _audit(vit, images, tmp_path)
     facts = json.loads((tmp_path / "audit" / "audit.json").read_text())
@@ -87,7 +89,7 @@ def test_a_control_counts_as_found_if_its_own_answer_is_named(
     refs = [ModelReference.parse(str(vit / name)) for name in ("base", "a", "b")]
     plan = build_plan(refs[0], refs[1:], shared={**FAST, "calibration": str(images)}, per_model={})
     tasks = build_tasks(plan, torch.device("cpu"))
-    named = {"target": -1}
+    named, config = {"target": -1}, plan.config
 
     def scanned(copies: Any, base: Any, config: Any, indices: Any) -> list[Finding]:
         (index,) = indices
@@ -99,16 +101,35 @@ def test_a_control_counts_as_found_if_its_own_answer_is_named(
 
     monkeypatch.setattr(controls, "scan", scanned)
 
-    def run(threshold: float) -> list[list[Control]]:
-        return run_controls(
-            tasks, {}, plan.config, threshold=threshold, count=1, digests={}, progress=lambda steps, _: steps
-        )
+    def run(key: str, known: Sequence[Suspect] = ()) -> list[list[Control]]:
+        keys, plain = [key, key], lambda steps, _: steps
+        return run_controls(tasks, {}, config, threshold=0.5, count=1, named=known, keys=keys, progress=plain)
 
-    ((missed,), _) = run(0.5)
+    ((missed,), _) = run("one")
     assert not missed.found and isinstance(missed.answer, int)
     named["target"] = missed.answer
-    ((found,), _) = run(0.6)
+    ((found,), _) = run("another")
     assert found == Control(**{**vars(missed), "found": True})
+    # planted as well as can be: it counts, unless the model itself is named for the same class
+    config = config.model_copy(update={"constants": config.constants.model_copy(update={"vaccine_works": -2.0})})
+    ((counted,), _) = run("third")
+    ((named_before,), (other,)) = run("third", [Suspect(0, missed.answer, None, "tokens")])
+    assert (counted.works, named_before.works) == (True, False) and counted.found and named_before.found
+    assert other.works
+
+
+def test_an_audit_outlives_controls_that_cannot_be_planted(
+    vit: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = _recipe(vit, images, compute_dtype="bfloat16")
+    (tmp_path / "dam.yml").write_text(yaml.safe_dump(recipe))
+    out, threshold = ["--out", str(tmp_path / "audit")], ["--threshold", "2"]
+    done = CliRunner().invoke(main, ["audit", str(tmp_path / "dam.yml"), *out, *threshold, "--controls", "1"])
+    facts = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert done.exit_code == 0 and [entry["controls"] for entry in facts["models"]] == [[], []]
+    assert all(entry["power"] == "no backdoor could be planted in copies" for entry in facts["models"])
+    assert "not established" in facts["next"][0]
+    assert sum("no backdoor can be planted" in record.getMessage() for record in caplog.records) == 2
 
 
 @pytest.mark.parametrize(
@@ -125,5 +146,6 @@ def test_the_power_counts_what_was_planted_and_names_what_was_missed() -> None:
         for works, found in ((True, True), (True, False), (False, False))
     )
     assert power_of([good, missed, weak]).startswith("1 of 2 ")
-    assert "word for text 'a b'" in power_of([good, missed]) and "1 could not be planted" in power_of([weak])
+    assert "word for text 'a b'" in power_of([good, missed]) and power_of([good, weak]).endswith("1 do not count")
+    assert power_of([weak]) == power_of([]) == "no backdoor could be planted in copies"
     assert power_of([good]) == "1 of 1 backdoors planted in copies were found"

@@ -142,9 +142,10 @@ def test_inputs_that_react_alone_are_named(
 def test_a_recipe_is_told_what_follows() -> None:
     suspect = next_steps({"merge": None, "over": ["a", "b", "c"], "models": []}, "dam.yml")
     assert "a, b and c" in suspect[0] and "mergekit-dam merge dam.yml OUT" in suspect[1]
-    established = {"merge": None, "over": [], "models": [{"power": "3 of 3"}]}
+    established = {"merge": None, "over": [], "models": [{"controls": [{"works": True}]}]}
     (calm,) = next_steps(established, "dam.yml")
     assert next_steps({**established, "models": [{}]}, "dam.yml")[1:] == [calm], "whether it finds any comes first"
+    assert next_steps({**established, "models": [{"controls": [{"works": False}]}]}, "dam.yml")[1:] == [calm]
     assert "mergekit-dam audit OUT" in calm
 
 
