@@ -227,7 +227,7 @@ def test_the_readme_table_goes_between_its_markers(root: Path) -> None:
     wanted = [results.accuracy("merge-aware", best), results.success("merge-aware", best)]
     wanted += [results.accuracy("merge-aware", "dam"), results.success("merge-aware", "dam")]
     figures = [f"{one.mean:.1f}" for one in [*wanted, results.floor("merge-aware", "dam")]]
-    assert row(table, "suite", "vision")[1:] == [*figures, "1 attacks, 3 seeds"]
+    assert row(table, "suite", "vision")[1:] == [*figures, "1 attack, 3 seeds"]
     for method in results.methods("merge-aware"):
         if results.any_run(method).group == "undefended" and not results.accuracy("merge-aware", method).missing:
             assert results.accuracy("merge-aware", method).mean <= wanted[0].mean
