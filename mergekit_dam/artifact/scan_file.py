@@ -69,8 +69,9 @@ class StoredScan:
         self.tasks, self.seconds, self.quiet = tasks, seconds, quiet
         folder = (plan.cache or cache_folder()) / FOLDER
         read = [index if task.scanned_alone else None for index, task in enumerate(tasks)]
-        keys = [content_key(plan, tasks, digests, without=NOT_SCANNED, only=only) for only in read]
-        self.files = [folder / f"{key}-{index}.safetensors" for index, key in enumerate(keys)]  # its place has a seed
+        keys = {only: content_key(plan, tasks, digests, without=NOT_SCANNED, only=only) for only in dict.fromkeys(read)}
+        # a seed of the scan follows from the place
+        self.files = [folder / f"{keys[only]}-{index}.safetensors" for index, only in enumerate(read)]
 
     def take(self, index: int) -> list[Finding] | None:
         """Read the findings about a task; None without a complete scan of these inputs and settings."""

@@ -22,7 +22,7 @@ def next_steps(facts: Mapping[str, Any], source: str) -> list[str]:
             f"Merge with `mergekit-dam merge {source} OUT`, then scan the merge with `mergekit-dam audit OUT`: models "
             "that look clean one by one can be bad together."
         )
-        return [merge] if _has_controls(facts) else [*_plant(source), merge]
+        return [merge] if _has_controls(facts) else [_plant(source), merge]
     return [
         f"If you can, leave {_list(facts['over'])} out of {source}, or put a model from elsewhere in the place.",
         f"If you cannot, merge with `mergekit-dam merge {source} OUT`, which defends against what was found, "
@@ -35,11 +35,11 @@ def _has_controls(facts: Mapping[str, Any]) -> bool:
     return any(control["works"] for entry in facts["models"] for control in entry.get("controls", ()))
 
 
-def _plant(source: str) -> list[str]:
-    return [
+def _plant(source: str) -> str:
+    return (
         "Whether the scan would find a backdoor in these models is not established: "
         f"`mergekit-dam audit {source} --out audit --controls 3` plants some in copies and tells how many it finds."
-    ]
+    )
 
 
 def _after_merge(facts: Mapping[str, Any]) -> list[str]:
