@@ -215,15 +215,10 @@ class OpenRecipe:
             process_group(device=config.device, timeout=config.constants.worker_timeout) as (shards, device),
             _planned(plan, resume=resume, shards=shards) as planned,
         ):
-            folder, _ = find_or_learn(planned, quiet=self.inputs.options.quiet, shards=shards, device=device)
-            if out is None:
-                return folder / MASKS_FILE
-            if shards.rank == 0:
-                try:
-                    copy_artifact(folder, out)
-                except OSError as error:
-                    raise cannot_write(out, error) from error
-        return out / MASKS_FILE
+            quiet = self.inputs.options.quiet
+            copy = None if out is None else lambda folder: _copy(folder, out)
+            folder, _ = find_or_learn(planned, quiet=quiet, shards=shards, device=device, copy=copy)
+        return (out or folder) / MASKS_FILE
 
     def audit(
         self, *, source: str, threshold: float | None = None, merge: Path | None = None, controls: int = 0
@@ -316,6 +311,18 @@ def _without_missing_tokenizer(config: MergeConfiguration, options: MergeOptions
     if has_tokenizer([Path(merged.local_path(cache_dir=options.transformers_cache))]):
         return options
     return options.model_copy(update={"copy_tokenizer": False})
+
+
+def _copy(folder: Path, out: Path) -> None:
+    """Copy an artefact to a folder that the user named.
+
+    Raises:
+        DamError: no space, or no permission to write.
+    """
+    try:
+        copy_artifact(folder, out)
+    except OSError as error:
+        raise cannot_write(out, error) from error
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,12 @@ LOG = logging.getLogger(__name__)
 
 
 def find_or_learn(
-    plan: Plan, *, quiet: bool = False, shards: Shards = ALONE, device: torch.device | None = None
+    plan: Plan,
+    *,
+    quiet: bool = False,
+    shards: Shards = ALONE,
+    device: torch.device | None = None,
+    copy: Callable[[Path], None] | None = None,
 ) -> tuple[Path, LearnedMasks]:
     """Return the masks of a plan: the given masks, verified; else masks from the cache; else newly learned masks.
 
@@ -61,6 +66,7 @@ def find_or_learn(
         shards: the processes that call this together (`accelerate launch`); a single process starts workers if the
             setting `num_processes` says so.
         device: device of this process; None: the setting `device`.
+        copy: called by the first process with the artefact's folder, before another run can rename the models in it.
 
     Returns:
         The folder of the artefact (masks, heads, metrics.jsonl) and the masks.
@@ -72,7 +78,10 @@ def find_or_learn(
     checkpoints = {model.name: Checkpoint.open(model.path) for model in (plan.base, *plan.models)} if first else {}
     digests = shards.all_gather_dict({name: checkpoint.digest() for name, checkpoint in checkpoints.items()})
     if plan.config.masks is not None:
-        return _given_masks(plan, Path(plan.config.masks).expanduser(), digests)
+        given = _given_masks(plan, Path(plan.config.masks).expanduser(), digests)
+        if first and copy is not None:
+            copy(given[0])
+        return given
     workers = num_processes(plan.config) if shards.size == 1 else 1
     # a parent of workers only reads the data: it must not open the accelerators that the workers will use
     place = CPU if workers > 1 else device or device_of(plan.config.device)
@@ -84,18 +93,20 @@ def find_or_learn(
         _make_entry(folder)
     # a second run on the same inputs waits for this lock, and then finds the masks
     with FileLock(folder / ".lock") if first else nullcontext():
-        cached = _cached_masks(plan, folder, description, digests, tasks, shards=shards, quiet=quiet)
-        if cached is not None:
-            return folder, cached
-        inputs = tuple(checkpoints.values())
-        try:
-            if workers > 1:
-                run_workers(Job(plan, folder, description, inputs, quiet), workers)
-            else:
-                optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
-        except KeyboardInterrupt as stop:
-            raise Interrupted(_resume_hint(folder, plan.config)) from stop
-        return folder, load(folder / MASKS_FILE)
+        masks = _cached_masks(plan, folder, description, digests, tasks, shards=shards, quiet=quiet)
+        if masks is None:
+            inputs = tuple(checkpoints.values())
+            try:
+                if workers > 1:
+                    run_workers(Job(plan, folder, description, inputs, quiet), workers)
+                else:
+                    optimise(plan, folder, description, inputs, tasks, place, shards=shards, quiet=quiet)
+            except KeyboardInterrupt as stop:
+                raise Interrupted(_resume_hint(folder, plan.config)) from stop
+            masks = load(folder / MASKS_FILE)
+        if first and copy is not None:
+            copy(folder)
+        return folder, masks
 
 
 def _given_masks(plan: Plan, path: Path, digests: Mapping[str, str]) -> tuple[Path, LearnedMasks]:

@@ -39,15 +39,17 @@ class MaskedMerge:
     """
 
     def __init__(self, plan: Plan, models: Sequence[ModelReference], context: PlannerContext | None) -> None:
+        out = None if context is None else context.out_path
+        quiet = context is not None and context.options.quiet
         # learning needs gradients, which mergekit switches off
         with torch.enable_grad():
-            folder, self.masks = find_or_learn(plan, quiet=context is not None and context.options.quiet)
+            _, self.masks = find_or_learn(
+                plan, quiet=quiet, copy=None if out is None else lambda folder: place_artifact(folder, Path(out))
+            )
         self.refs = tuple(models)
         self.out_dtype = context and dtype_from_name(context.config.out_dtype)
         self.vectors = TaskVectors(plan)
         self.num_tokens = None if context is None else kept_tokens(context.config, plan)
-        if context is not None and context.out_path is not None:
-            place_artifact(folder, Path(context.out_path))
 
     def merge(self, group: TensorGroup) -> torch.Tensor:
         """Return theta of one tensor, in the base's type."""

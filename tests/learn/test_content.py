@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mergekit_dam.artifact.masks_file import LearnedMasks
 from mergekit_dam.artifact.triggers_file import load_triggers
 from mergekit_dam.learn import run
 from mergekit_dam.learn.run import find_or_learn
-from mergekit_dam.models.plan import build_plan
+from mergekit_dam.models.plan import Plan, build_plan
 from tests.conftest import FAST
 from tests.helpers.tiny_models import make_model
 
@@ -24,11 +25,14 @@ SETTINGS = {"inversion": {"suspicion": 0.0, "refresh_every": 2}, "paper": {"obje
 Learned = tuple[Path, LearnedMasks]
 
 
-def _learned(folders: list[Path], data: Path, objective: str = "inversion", **per_model: object) -> Learned:
+def _plan(folders: list[Path], data: Path, objective: str = "inversion", **per_model: object) -> Plan:
     base, *models = (ModelReference.parse(str(folder)) for folder in folders)
     shared = {**FAST, "num_samples": 6, "calibration": str(data), **SETTINGS[objective]}
-    plan = build_plan(base, models, shared=shared, per_model={models[0]: per_model})
-    return find_or_learn(plan, quiet=True)
+    return build_plan(base, models, shared=shared, per_model={models[0]: per_model})
+
+
+def _learned(folders: list[Path], data: Path, objective: str = "inversion", **per_model: object) -> Learned:
+    return find_or_learn(_plan(folders, data, objective, **per_model), quiet=True)
 
 
 def _copied(folders: list[Path], names: list[str], root: Path) -> list[Path]:
@@ -114,6 +118,26 @@ def test_a_run_that_was_killed_while_it_renamed_loses_no_head(
         assert moved == content or ending == "json"
         assert ending != "json" or json.loads(moved)["id2label"] == json.loads(content)["id2label"]
     assert len(heads) == 4 == len(list((folder / "heads").iterdir()))
+
+
+def test_merges_of_the_same_models_under_other_names_do_not_meet(vit: Path, images: Path, tmp_path: Path) -> None:
+    """One merge copies from the cache while the other, which begins just then, wants to rename the models there."""
+    old = [vit / name for name in ("base", "a", "b")]
+    new = _copied(old, ["theta", "c", "d"], tmp_path)
+    folder, _ = _learned(old, images)
+    other = Thread(target=lambda: _learned(new, images))
+    seen: list[set[str]] = []
+
+    def copy(artefact: Path) -> None:
+        other.start()
+        other.join(timeout=2.0)
+        assert other.is_alive()
+        seen.append({file.stem for file in (artefact / "heads").iterdir()})
+
+    find_or_learn(_plan(old, images), quiet=True, copy=copy)
+    other.join()
+    assert seen == [{"a", "b"}]
+    assert {file.stem for file in (folder / "heads").iterdir()} == {"c", "d"}
 
 
 def test_an_interrupted_run_goes_on_under_other_names(
