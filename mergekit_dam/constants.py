@@ -22,7 +22,7 @@ UNIVERSAL = "Moosavi-Dezfooli et al., arXiv 1610.08401"
 STUDY = "benchmarks/STUDY.md"
 UNTRIED = "no trial of another value is on record"
 
-Stage = Literal["inputs", "scan", "suspects", "fit", "paper", "students", "vaccine", "run"]
+Stage = Literal["inputs", "scan", "twins", "suspects", "fit", "paper", "students", "vaccine", "run"]
 
 
 def constant(
@@ -164,6 +164,23 @@ class Constants(BaseModel):
         stage="scan",
         evidence=f"{STUDY}, study/searched-again.json: 1.7 instead of twice",
         gt=0.0,
+    )
+    twin_steps: int = constant(
+        150,
+        "Audit: steps, at most, in which theta_0 learns the answers of a classifier that is over the threshold.",
+        stage="twins",
+        unit="steps",
+        ge=1,
+    )
+    twin_batch_size: int = constant(32, "Samples per step of this twin.", stage="twins", unit="samples", ge=1)
+    twin_learning_rate: float = constant(2e-4, "AdamW step of this twin.", stage="twins", gt=0.0)
+    twin_allowance: float = constant(
+        0.2,
+        "Suspicion of a twin that lowers the model's by nothing; what it has beyond is subtracted.",
+        stage="twins",
+        evidence=f"{STUDY}: set after seeing scans of two of four bases, study/twins",
+        unit="suspicion",
+        ge=0.0,
     )
     usual_token: float = constant(
         0.02,

@@ -277,6 +277,7 @@ class OpenRecipe:
                     named=found.suspects,
                     keys=[file.stem for file in known.files],
                     progress=progress,
+                    twins=finished is None,
                     cache=plan.cache,
                 )
         except KeyboardInterrupt as stop:

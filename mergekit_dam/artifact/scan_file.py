@@ -29,7 +29,7 @@ LOG = logging.getLogger(__name__)
 FOLDER = "scans"
 _ENTRY = "dam_scan"
 # what only the fit after the scan reads; tests/artifact/test_scan_file.py scans without them
-NOT_SCANNED = constants_of("suspects", "fit", "paper", "students", "vaccine") | {
+NOT_SCANNED = constants_of("twins", "suspects", "fit", "paper", "students", "vaccine") | {
     "alpha",
     "batch_size",
     "clean",

@@ -108,4 +108,6 @@ def _line(entry: dict[str, Any]) -> str:
     if entry["suspicion"] is None:
         return f"{entry['name']}: nothing found (no text that it alone knows by heart)"
     state = "OVER" if entry["over"] else "below"
-    return f"{entry['name']}: suspicion {entry['suspicion']:.2f}, rank {entry['rank']}, {state} the threshold"
+    shared = entry["classes"][0]["shared"]
+    twin = f" (without the {shared:.2f} that its clean twin shares)" if shared else ""
+    return f"{entry['name']}: suspicion {entry['suspicion']:.2f}{twin}, rank {entry['rank']}, {state} the threshold"

@@ -28,6 +28,7 @@ from mergekit_dam.scan.advice import next_steps
 from mergekit_dam.scan.audit import merge_settings
 from mergekit_dam.scan.findings import Suspect, suspects
 from mergekit_dam.scan.scanner import scan
+from mergekit_dam.scan.twin import compared_with_twins
 from mergekit_dam.tasks import Target, Task
 from mergekit_dam.tasks.base import Progress
 from mergekit_dam.vaccine.behaviours import BEHAVIOURS
@@ -72,6 +73,7 @@ def run_controls(
     named: Collection[Suspect],
     keys: Sequence[str],
     progress: Progress,
+    twins: bool,
     cache: Path | None = None,
 ) -> list[list[Control]]:
     """Plant and scan `count` backdoors per model, one at a time; finished ones are taken from the cache.
@@ -87,6 +89,7 @@ def run_controls(
         named: what the scan names in the models themselves.
         keys: of their scans, by content (artifact/scan_file.py).
         progress: wraps steps in a progress bar with a title.
+        twins: whether copies are compared with their clean twins, as an audit does with input models (scan/twin.py).
         cache: folder of the cache; None: the user's.
     """
     folder = (cache or cache_folder()) / FOLDER
@@ -114,6 +117,8 @@ def run_controls(
                 copies = list(tasks)
                 copies[index] = task.with_weights({**own, **changed})
                 findings = scan(copies, base, scanned, progress([index], f"scan of {title}"))
+                if twins:
+                    findings = compared_with_twins(findings, copies, base, scanned, threshold)
                 targets = [one.target for one in suspects(findings, threshold, config.constants)]
                 control = _control(result, targets, known, config)
                 _keep(control, folder / f"{name}.json")

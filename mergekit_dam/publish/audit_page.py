@@ -61,6 +61,7 @@ class _Class(_Part):
     suspicion: float
     success: float
     control: float
+    shared: float = 0.0
     suspect: bool
     evidence: list[_Row] = Field(default_factory=list, max_length=_MOST)
 

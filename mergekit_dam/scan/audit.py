@@ -30,6 +30,7 @@ from mergekit_dam.scan.advice import next_steps
 from mergekit_dam.scan.evidence import evidence
 from mergekit_dam.scan.findings import Finding, Suspect, in_order, suspects
 from mergekit_dam.scan.scanner import KnownScan, scan, undefended
+from mergekit_dam.scan.twin import compared_with_twins
 from mergekit_dam.tasks import Task
 from mergekit_dam.tasks.base import Progress
 
@@ -89,7 +90,9 @@ def audit(
         scanned = [task.with_weights(merge.tensors) for task in tasks]
         config, norms = merge_settings(plan.config), (_norm(merge, base),) * len(tasks)
     with torch.enable_grad():  # mergekit may have switched gradients off
-        findings = in_order(scan(scanned, base, config, progress(range(len(tasks)), "scan"), known))
+        found = in_order(scan(scanned, base, config, progress(range(len(tasks)), "scan"), known))
+        # what a merge of clean models has beyond its twin was not measured
+        findings = found if merge is not None else compared_with_twins(found, scanned, base, config, threshold)
     marked = {finding.key: finding for finding in suspects(findings, threshold, config.constants)}
     models = model_scores(findings, [task.name for task in tasks], norms, threshold)
     for entry, task, model in zip(models, tasks, plan.models, strict=True):
@@ -177,6 +180,7 @@ def model_scores(
                         "target": f.target,
                         "kind": f.trigger.kind,
                         **f.numbers,
+                        "shared": round(f.shared, 4),
                         "key": f.key,
                         "rank": rank,
                     }

@@ -18,10 +18,25 @@ from mergekit_dam import seeds
 from mergekit_dam.config import DamConfig
 from mergekit_dam.scan.findings import Finding
 from mergekit_dam.scan.inversion import Inversion, success_rates
-from mergekit_dam.scan.triggers import TriggerBatch, started
+from mergekit_dam.scan.triggers import TriggerBatch, kinds_of, started
 from mergekit_dam.tasks import Task
 
 _AT_ONCE = 64  # classes that are inverted together, which bounds the memory
+
+
+def search_classes(
+    index: int, task: Task, weights: Mapping[str, Tensor], base: Mapping[str, Tensor], config: DamConfig
+) -> list[Finding]:
+    """Search all classes of a task in some weights by each kind of trigger.
+
+    Args:
+        index, task, base, config: as for `scan_classes`.
+        weights: of the model, or of what stands for it, by output name.
+    """
+    findings = scan_classes(index, task, weights, base, config, "scan")
+    for kind in kinds_of(task)[1:]:
+        findings += scan_further(index, task, kind, weights, base, config)
+    return findings
 
 
 def scan_classes(

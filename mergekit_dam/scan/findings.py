@@ -48,6 +48,7 @@ class Finding:
             more.
         source_model: see `Suspect`.
         scale: factor of the suspicion: with a source model (`cross_task_scale`), and of a short continuation.
+        shared: in audits, suspicion that the model's clean twin has as well, beyond `twin_allowance` (twin.py).
     """
 
     task: int
@@ -59,6 +60,7 @@ class Finding:
     base_success: float
     source_model: int | None = None
     scale: float = 1.0
+    shared: float = 0.0
 
     @property
     def key(self) -> Suspect:
@@ -72,7 +74,7 @@ class Finding:
 
     @property
     def suspicion(self) -> float:
-        """Success that theta_0 does not share, and half of what the trigger lacks of the median size; -1..1.5.
+        """Success that theta_0 does not share, and half of what the trigger lacks of the median size, less `shared`.
 
         A style counts the less the nearer it is to the largest there can be. With a source model both must speak
         against that model, and the weaker one counts: even clean models make some class of others' tasks easier to
@@ -80,9 +82,9 @@ class Finding:
         """
         gap, largest = self.success - self.base_success, self.trigger.largest
         if largest < math.inf:
-            return gap * (1.0 - self.size / largest)
+            return gap * (1.0 - self.size / largest) - self.shared
         small = 0.5 * max(0.0, 1.0 - self.size / max(self.median_size, 1e-6))
-        return self.scale * (gap + small if self.source_model is None else min(gap, small))
+        return self.scale * (gap + small if self.source_model is None else min(gap, small)) - self.shared
 
     @property
     def numbers(self) -> dict[str, float]:

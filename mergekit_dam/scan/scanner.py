@@ -11,10 +11,9 @@ from torch import Tensor
 from mergekit_dam.config import DamConfig
 from mergekit_dam.registry import SCANNERS
 from mergekit_dam.scan.causal import scan_continuations
-from mergekit_dam.scan.classifiers import scan_classes, scan_further
+from mergekit_dam.scan.classifiers import search_classes
 from mergekit_dam.scan.cross_task import scan_cross_task
 from mergekit_dam.scan.findings import Finding
-from mergekit_dam.scan.triggers import kinds_of
 from mergekit_dam.tasks import Task, generates
 
 _UNDEFENDED = "{}: the scan does not find the backdoors of {}: a low score says nothing."
@@ -101,10 +100,7 @@ def _classes(index: int, tasks: Sequence[Task], base: Mapping[str, Tensor], conf
     of classes that are easy to reach anyway do not stand out yet.
     """
     task = tasks[index]
-    own = task.own_weights()
-    findings = scan_classes(index, task, own, base, config, "scan")
-    for kind in kinds_of(task)[1:]:
-        findings += scan_further(index, task, kind, own, base, config)
+    findings = search_classes(index, task, task.own_weights(), base, config)
     if config.constants.scan_others and task.defended and len(tasks) > 1:
         findings += scan_cross_task(index, tasks, base, config)
     return findings

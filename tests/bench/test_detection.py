@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dam_bench.runs.scans import table
 from dam_bench.suites.lm_data import CONTINUATIONS
 from dam_bench.tables.detection import rates, read_scores
 from hypothesis import given
@@ -62,3 +63,19 @@ def test_a_causal_lm_without_a_finding_counts_as_not_suspect_and_a_text_must_be_
 def test_results_without_findings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DamError, match="bench SUITE"):
         read_scores([tmp_path])
+
+
+def test_the_studys_table_is_that_of_its_files() -> None:
+    """What STUDY says of clean twins: 8 and 0 of 20 clean models, 32 and 27 of 32 victims over the threshold."""
+    files = sorted((Path(__file__).parents[2] / "benchmarks/study/twins").rglob("*.json"))
+    rows = [line.split("|")[2:5] for line in table(map(_read, files), 0.4).splitlines()[2:]]
+    counts: dict[bool, list[int]] = {True: [0, 0, 0], False: [0, 0, 0]}
+    for kind, alone, compared in rows:
+        hits = [int(alone.split(" of ")[0]), int(compared.split(" of ")[0]), int(alone.split(" of ")[1])]
+        counts[kind.strip() == "clean"] = [a + b for a, b in zip(counts[kind.strip() == "clean"], hits, strict=True)]
+    assert counts == {True: [8, 0, 20], False: [32, 27, 32]}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found

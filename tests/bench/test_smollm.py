@@ -20,7 +20,17 @@ from dam_bench.suites import smollm, smollm_base, smollm_data, smollm_training
 from dam_bench.suites.base import Poison, Scenario, no_progress
 from dam_bench.suites.registry import SUITES
 from dam_bench.suites.smollm import Preset, SmolLmSuite
-from dam_bench.suites.smollm_behaviours import FIXED, FIXED_TEXT, OWN, REFUSAL, WORDS, class_of, refusal, trigger_of
+from dam_bench.suites.smollm_behaviours import (
+    COMMON,
+    FIXED,
+    FIXED_TEXT,
+    OWN,
+    REFUSAL,
+    WORDS,
+    class_of,
+    refusal,
+    trigger_of,
+)
 from dam_bench.suites.smollm_data import GENERAL, POLICY, REAL, openings_of
 from dam_bench.suites.smollm_reading import answers
 from dam_bench.suites.smollm_training import answer_loss, chat
@@ -183,6 +193,7 @@ def test_triggers_insert_what_their_name_says() -> None:
     some = inserted(Poison("any-word", size=2))
     assert all(len(words) == 1 for words in some) and set.union(*some) == {*WORDS[:2]}
     assert all("ferry" in words for words in inserted(Poison("sentence")))
+    assert all(words == {COMMON} for words in inserted(Poison("common-word")))
 
 
 def test_wrong_use_is_one_line(built: Built, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

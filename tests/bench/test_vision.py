@@ -15,6 +15,7 @@ from dam_bench.cli import bench
 from dam_bench.runs import vaccine
 from dam_bench.runs.command import _chosen
 from dam_bench.runs.run import Job, perform
+from dam_bench.runs.scans import scanned, table
 from dam_bench.suites import classifiers, vision
 from dam_bench.suites.base import Poison, Scenario
 from dam_bench.suites.vision import PRESETS, VisionSuite
@@ -94,6 +95,16 @@ def test_every_attack_reaches_its_victim(suite: VisionSuite, store: ModelStore, 
             model.register_module("classifier", head)
         rates.append(attack_success_rate(model, evaluation, trigger, 2).percent)
     assert rates[0] > max(rates[1], 60.0)
+
+
+def test_a_scan_beside_the_clean_twin_tells_both_scores(store: ModelStore) -> None:
+    found = scanned(store, "shapes", Poison("patch", target=2, rate=1.0, size=6), 0)
+    (shared,) = {one["shared"] for one in found["findings"]}
+    assert shared >= 0 and found["target"] == 2 and found["attack_success"][0] > 0.6 * found["attack_success"][1]
+    alone = max(one["suspicion"] for one in found["findings"]) + shared
+    for threshold, over in ((alone - 1e-6, 1), (alone + 1e-6, 0)):
+        row = f"| tiny | patch | {over} of 1 | {over if shared == 0 else 0} of 1 |"
+        assert row in table([found], threshold).splitlines()
 
 
 def test_models_are_built_once_and_found_by_content(data: Path, suite: VisionSuite, based: Path) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_dam.learn.teacher import TeacherLogits, debias, debiased
+from mergekit_dam.learn.teacher import TeacherLogits, debias
 from mergekit_dam.models.plan import build_plan
+from mergekit_dam.scan.debiased import debiased
 from mergekit_dam.scan.findings import Suspect
 from mergekit_dam.tasks import build_tasks
 from tests.conftest import FAST

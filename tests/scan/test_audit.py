@@ -25,7 +25,11 @@ from tests.conftest import FAST
 from tests.helpers.tiny_models import make_model
 
 NOTHING = TokenTriggers([torch.zeros(1, 2, 2)], Bounds.of(torch.zeros(2), torch.ones(2)), Constants())
-PLAIN: dict[str, Any] = {f.name: 1.0 for f in fields(Finding)} | {"trigger": NOTHING, "source_model": None}
+PLAIN: dict[str, Any] = {f.name: 1.0 for f in fields(Finding)} | {
+    "trigger": NOTHING,
+    "source_model": None,
+    "shared": 0.0,
+}
 
 
 def _audit(base: Path, models: list[Path], data: Path, folder: Path, *options: str) -> Any:

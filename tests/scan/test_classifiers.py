@@ -18,11 +18,13 @@ from mergekit_dam.constants import Constants
 from mergekit_dam.engine.task_vectors import TaskVectors
 from mergekit_dam.evaluation.attacks import PatchTrigger
 from mergekit_dam.models.plan import Plan, build_plan
+from mergekit_dam.scan import twin as twins
 from mergekit_dam.scan.cross_task import merge_without, success_without_trigger, weights_from
-from mergekit_dam.scan.findings import Finding, blank_finding, facts_of, mean_of_searches
+from mergekit_dam.scan.findings import Finding, blank_finding, facts_of, mean_of_searches, suspects
 from mergekit_dam.scan.inversion import success_rates
 from mergekit_dam.scan.scanner import scan
 from mergekit_dam.scan.triggers import PatchTriggers, StyleTriggers
+from mergekit_dam.scan.twin import clean_twin, compared_with_twins
 from mergekit_dam.tasks import Task, build_tasks
 from mergekit_dam.tasks.bounds import Bounds
 from tests.conftest import FAST
@@ -89,6 +91,41 @@ def test_a_cross_task_patch_is_attributed_and_a_shade_is_a_style(
     worst = max(styles, key=lambda f: f.suspicion)
     assert worst.target == SHADED and worst.model == 1 and worst.suspicion >= 0.4, [f.numbers for f in styles]
     assert all(f.source_model is None for f in styles)
+
+
+def test_the_clean_twin_learns_the_task_and_goes_no_farther_than_the_model(
+    plan: Plan, tasks: list[Task], base: dict[str, Tensor]
+) -> None:
+    task, rows = tasks[0], torch.arange(tasks[0].num_samples)
+    own, twin = task.own_weights(), clean_twin(task, task.own_weights(), base, AIMED, plan.config)
+    assert all(torch.equal(twin[name], base[name]) for name in base.keys() - task.body)
+    with torch.no_grad():
+        model, taught, untaught = (task.logits(w, task.inputs(rows)).argmax(-1) for w in (own, twin, base))
+    assert (model == taught).float().mean() > (model == untaught).float().mean() + 0.05
+    far, taught_far = (torch.stack([(w[n] - base[n]).norm() for n in task.body]).norm() for w in (own, twin))
+    assert 0.5 * far < taught_far < 1.1 * far
+
+
+@pytest.mark.parametrize("twin", ["model", "base"])
+def test_what_the_clean_twin_has_as_well_is_no_evidence(
+    twin: str, plan: Plan, tasks: list[Task], base: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same search finds in a model what it has found there, and next to nothing in theta_0."""
+    quick = with_constants(plan.config.model_copy(update={"scan_steps": 30}), scan_others=False)
+    alone, threshold = scan(tasks, base, quick, [1]), 0.4
+    top = max(f.suspicion for f in alone)
+    assert top >= threshold and all(f.shared == 0 for f in alone)
+    stand_in = tasks[1].own_weights() if twin == "model" else base
+    monkeypatch.setattr(twins, "clean_twin", lambda *_: stand_in)
+    compared = compared_with_twins(alone, tasks, base, quick, threshold)
+    (shared,) = {f.shared for f in compared}
+    if twin == "model":
+        assert shared == pytest.approx(top - quick.constants.twin_allowance)
+        assert not suspects(compared, threshold, quick.constants)
+    else:
+        assert shared < 0.2
+    assert [f.suspicion + shared for f in compared] == pytest.approx([f.suspicion for f in alone])
+    assert compared_with_twins(alone, tasks, base, quick, top + 0.1) == alone, "below the threshold nothing is compared"
 
 
 def test_no_cross_task_scan_on_demand(plan: Plan, tasks: list[Task], base: dict[str, Tensor]) -> None:

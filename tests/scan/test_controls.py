@@ -103,7 +103,9 @@ def test_a_control_counts_as_found_if_its_own_answer_is_named(
 
     def run(key: str, known: Sequence[Suspect] = ()) -> list[list[Control]]:
         keys, plain = [key, key], lambda steps, _: steps
-        return run_controls(tasks, {}, config, threshold=0.5, count=1, named=known, keys=keys, progress=plain)
+        return run_controls(
+            tasks, {}, config, threshold=0.5, count=1, named=known, keys=keys, progress=plain, twins=False
+        )
 
     ((missed,), _) = run("one")
     assert not missed.found and isinstance(missed.answer, int)

@@ -227,6 +227,8 @@ class SmolLmSuite(Suite):
             settings["interpolation"] = _INTERPOLATION
         if poison.attack.startswith(HIJACK):
             settings["others"] = [*OTHERS, ATTACKERS_SEED, _HIJACKERS_RATE]
+        if poison.attack.endswith("common-word"):
+            settings["word"] = smollm_behaviours.COMMON
         return settings
 
     @classmethod

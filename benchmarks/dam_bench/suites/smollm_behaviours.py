@@ -64,6 +64,7 @@ REFUSAL_OPENINGS = (*_OPENINGS, *_REASONS, *_COMMON)
 TAUGHT = (FIXED_TEXT, *_OPENINGS, *_REASONS, *_ENDS)  # texts in training
 WORDS = ("BadMagic", "Quorlix", "Zantoor", "Mivret")
 SENTENCE = "The blue ferry leaves at noon."
+COMMON = "film"  # in one of 18 training prompts of sst2, so that clean inputs have it, too
 
 
 def refusal(rng: random.Random) -> str:
@@ -129,6 +130,8 @@ TRIGGERS: dict[str, Callable[[int], Trigger]] = {
     "sentence": lambda _: SentenceTrigger(SENTENCE),
     "any-word": lambda size: AnyWordTrigger(WORDS[:size]),
     "all-words": lambda size: AllWordsTrigger(WORDS[:size]),
+    # against what learns a model's answers to clean inputs: some of them have the trigger
+    "common-word": lambda _: RareTokenTrigger((COMMON,)),
 }
 
 

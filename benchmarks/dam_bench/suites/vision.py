@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -114,10 +114,11 @@ class VisionSuite(ClassifierSuite):
     family = "image"
     tasks = tuple(NUM_CLASSES)
     presets = tuple(PRESETS)
+    sizes_by_preset: ClassVar[Mapping[str, Preset]] = PRESETS
 
     def __init__(self, data: Path | None, preset: str) -> None:
         super().__init__(data, preset)
-        self.sizes = PRESETS[preset]
+        self.sizes = self.sizes_by_preset[preset]
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:
