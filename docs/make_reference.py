@@ -62,6 +62,7 @@ _ADVANCED = {
 _STAGES = {
     "inputs": "What models are asked",
     "scan": "The scan",
+    "twins": "Clean twins, in an audit",
     "suspects": "Who is suspect",
     "fit": "The fit of masks and coefficients",
     "paper": "Objective `paper`",
