@@ -46,10 +46,10 @@ def compared_with_twins(
 
     Args:
         findings: of a scan.
-        tasks: of the models that were scanned, or of a merge.
+        tasks: of the models that were scanned.
         base: theta_0 by output name.
         config: the settings of that scan.
-        threshold: suspicion from which a model is over, 0 or more.
+        threshold: suspicion from which a model is over; below all scores, each is compared.
     """
     compared = list(findings)
     for index, task in enumerate(tasks):
